@@ -1,0 +1,141 @@
+// The CPU kernel: one pass over memory, in blocks that stay in the first-level cache.
+//
+// Compiled once for each instruction set, with FASTGUIDE_ISA naming its namespace; the compiler vectorises the loops.
+// No templates of the standard library here: their code could be shared with another instruction set's.
+#include "step_cpu.h"
+
+#include "convert.h"
+#include "step.h"
+
+namespace fastguide {
+namespace FASTGUIDE_ISA {
+namespace {
+
+// Elements converted at a time: up to seven runs of them, 4 bytes each, fit the first-level cache.
+constexpr int64_t kBlock = 512;
+
+template <typename T>
+struct Run {  // where the elements of one block are, as T
+  const T *x, *p0, *p1, *g, *v, *z;
+  T *out, *original;
+};
+
+template <typename T, int predictions, bool has_gradient, bool has_variance, bool has_noise, bool has_original>
+void step_run(const Coefficients<T>& coefficients, const Run<T>& run, int64_t count) {
+  const Coefficients<T> c = coefficients;
+  const Run<T> r = run;
+  // An output may be one of the inputs, element for element: no iteration reads what another writes.
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    T m = T(0);
+    if constexpr (predictions == 1) m = c.weight_sum * r.p0[i];
+    if constexpr (predictions == 2) m = guided_prediction(c, r.p0[i], r.p1[i]);
+    const StepResult<T> result = step_element<T, (predictions > 0), has_gradient, has_variance, has_noise>(
+        c, r.x[i], m, has_gradient ? r.g[i] : T(0), has_variance ? r.v[i] : T(0), has_noise ? r.z[i] : T(0));
+    r.out[i] = result.sample;
+    if constexpr (has_original) r.original[i] = result.original;
+  }
+}
+
+template <typename T>
+using StepRun = void (*)(const Coefficients<T>&, const Run<T>&, int64_t);
+
+template <typename T, int predictions>
+StepRun<T> choose_run(bool gradient, bool variance, bool noise, bool original) {
+  static constexpr StepRun<T> kRuns[16] = {
+      step_run<T, predictions, false, false, false, false>, step_run<T, predictions, false, false, false, true>,
+      step_run<T, predictions, false, false, true, false>,  step_run<T, predictions, false, false, true, true>,
+      step_run<T, predictions, false, true, false, false>,  step_run<T, predictions, false, true, false, true>,
+      step_run<T, predictions, false, true, true, false>,   step_run<T, predictions, false, true, true, true>,
+      step_run<T, predictions, true, false, false, false>,  step_run<T, predictions, true, false, false, true>,
+      step_run<T, predictions, true, false, true, false>,   step_run<T, predictions, true, false, true, true>,
+      step_run<T, predictions, true, true, false, false>,   step_run<T, predictions, true, true, false, true>,
+      step_run<T, predictions, true, true, true, false>,    step_run<T, predictions, true, true, true, true>,
+  };
+  return kRuns[8 * gradient + 4 * variance + 2 * noise + original];
+}
+
+// m of three and more predictions, into scratch.
+template <typename T>
+const T* combine(const StepArguments& a, const T* weights, int64_t sample, int64_t offset, int64_t count, T* m,
+                 T* first_scratch, T* scratch) {
+  const Input& first = a.predictions[0];
+  const T* p0 = load(first, sample * first.batch_stride + offset, count, first_scratch);
+  for (int64_t i = 0; i < count; ++i) m[i] = weights[0] * p0[i];
+  for (int k = 1; k < a.num_predictions; ++k) {
+    const Input& input = a.predictions[k];
+    const T weight = weights[k];
+    const T* p = load(input, sample * input.batch_stride + offset, count, scratch);
+    for (int64_t i = 0; i < count; ++i) m[i] += weight * (p[i] - p0[i]);
+  }
+  return m;
+}
+
+template <typename T>
+void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t end) {
+  const int64_t row = a.indices != nullptr ? a.indices[sample * a.indices_stride] : a.index;
+  const T* weights = static_cast<const T*>(a.weights) + row * a.weights_step_stride + sample * a.weights_batch_stride;
+  Coefficients<T> c = coefficients(static_cast<const T*>(a.rows) + row * num_columns, weights, a.num_predictions);
+
+  const bool gradient = a.gradient.data != nullptr, variance = a.variance.data != nullptr;
+  const bool noise = a.noise.data != nullptr, original = a.original.data != nullptr;
+  const bool many = a.num_predictions > 2;
+  const StepRun<T> step_run = a.num_predictions == 0   ? choose_run<T, 0>(gradient, variance, noise, original)
+                              : a.num_predictions == 2 ? choose_run<T, 2>(gradient, variance, noise, original)
+                                                       : choose_run<T, 1>(gradient, variance, noise, original);
+  if (many) c.weight_sum = T(1);  // m comes combined
+
+  bool in_place = !many && stored_as<T>(a.out.element) && stored_as<T>(a.sample.element) &&
+                  (!original || stored_as<T>(a.original.element)) && (!gradient || stored_as<T>(a.gradient.element)) &&
+                  (!variance || stored_as<T>(a.variance.element)) && (!noise || stored_as<T>(a.noise.element));
+  for (int k = 0; k < a.num_predictions; ++k) in_place = in_place && stored_as<T>(a.predictions[k].element);
+  const int64_t block = in_place ? end - begin : kBlock;  // nothing to convert: one run of all
+
+  alignas(64) T scratch[9][kBlock];
+  for (int64_t offset = begin; offset < end; offset += block) {
+    const int64_t count = end - offset < block ? end - offset : block;
+    const auto load_run = [&](const Input& input, T* into) {
+      return load(input, sample * input.batch_stride + offset, count, into);
+    };
+    Run<T> run{};
+    run.x = load_run(a.sample, scratch[0]);
+    if (many) {
+      run.p0 = combine(a, weights, sample, offset, count, scratch[1], scratch[7], scratch[8]);
+    } else {
+      if (a.num_predictions > 0) run.p0 = load_run(a.predictions[0], scratch[1]);
+      if (a.num_predictions > 1) run.p1 = load_run(a.predictions[1], scratch[2]);
+    }
+    if (gradient) run.g = load_run(a.gradient, scratch[3]);
+    if (variance) run.v = load_run(a.variance, scratch[4]);
+    if (noise) run.z = load_run(a.noise, scratch[5]);
+    const int64_t out_offset = sample * a.out.batch_stride + offset;
+    const int64_t original_offset = sample * a.original.batch_stride + offset;
+    const bool out_direct = stored_as<T>(a.out.element);
+    const bool original_direct = original && stored_as<T>(a.original.element);
+    run.out = out_direct ? static_cast<T*>(a.out.data) + out_offset : scratch[6];
+    run.original = original_direct ? static_cast<T*>(a.original.data) + original_offset : scratch[7];
+    step_run(c, run, count);
+    if (!out_direct) store(run.out, a.out, out_offset, count);
+    if (original && !original_direct) store(run.original, a.original, original_offset, count);
+  }
+}
+
+}  // namespace
+
+void step_range(const StepArguments& a, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const int64_t sample = begin / a.elements_per_sample;
+    const int64_t first = begin - sample * a.elements_per_sample;
+    const int64_t left = a.elements_per_sample - first;
+    const int64_t last = first + (end - begin < left ? end - begin : left);
+    if (a.double_precision) {
+      step_sample<double>(a, sample, first, last);
+    } else {
+      step_sample<float>(a, sample, first, last);
+    }
+    begin += last - first;
+  }
+}
+
+}  // namespace FASTGUIDE_ISA
+}  // namespace fastguide

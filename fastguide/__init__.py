@@ -1,0 +1,32 @@
+"""Guided diffusion sampling in one fused kernel: guidance is weights, a solver is a table of rows."""
+
+from . import backends as backends
+from ._version import __version__ as __version__
+from .forward import add_noise, convert_prediction
+from .guidance import Classifier, ClassifierFree, Composed, Guidance
+from .ops import guided_step
+from .sampler import Sampler
+from .schedule import NoiseSchedule
+from .solvers import ddim, ddpm
+from .table import ROW_COLUMNS, StepTable
+from .training import ConditionDropout, classifier_loss, denoising_loss, drop_condition
+
+__all__ = [
+    "ROW_COLUMNS",
+    "Classifier",
+    "ClassifierFree",
+    "Composed",
+    "ConditionDropout",
+    "Guidance",
+    "NoiseSchedule",
+    "Sampler",
+    "StepTable",
+    "add_noise",
+    "classifier_loss",
+    "convert_prediction",
+    "ddim",
+    "ddpm",
+    "denoising_loss",
+    "drop_condition",
+    "guided_step",
+]

@@ -1,0 +1,18 @@
+"""Implementations of the step, entered in order of preference: the first that serves a device is its default."""
+
+from __future__ import annotations
+
+from .. import reference
+from ..ops import Backend, register_backend
+from . import native
+
+register_backend(native.backend())
+register_backend(
+    Backend(
+        name="reference",
+        step=reference.guided_step,
+        devices=("cpu", "cuda", "mps", "xpu", "meta"),
+        default_for=("cpu", "cuda", "mps", "xpu", "meta"),
+        status="plain torch, the specification",
+    )
+)

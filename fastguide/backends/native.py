@@ -1,0 +1,72 @@
+"""The compiled backend: loads ``_native.so``, which implements the operator for CPU tensors, or says why it cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from ..ops import Backend
+
+LIBRARY = Path(__file__).parent.parent / "_native.so"
+NOT_BUILT_NOTE = LIBRARY.with_suffix(".txt")
+"""Written by ``setup.py`` instead of the library, with the reason."""
+
+CAPABILITIES = ("baseline", "avx2", "avx512")
+CAPABILITY_VARIABLE = "FASTGUIDE_CPU_CAPABILITY"
+
+_library: ctypes.CDLL | None = None
+
+
+def backend() -> Backend:
+    """The backend as this process has it: loads the library once."""
+    global _library
+    if not LIBRARY.exists():
+        reason = NOT_BUILT_NOTE.read_text().strip() if NOT_BUILT_NOTE.exists() else f"{LIBRARY.name} is not there"
+        return _unavailable(f"not built: {reason}")
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        reason = f"built, but torch {torch.__version__} cannot load it: {error}"
+        warnings.warn(f"fastguide: the native backend is {reason}; using the reference", stacklevel=2)
+        return _unavailable(reason)
+    _library = ctypes.CDLL(str(LIBRARY))
+    wanted = os.environ.get(CAPABILITY_VARIABLE)
+    if wanted is not None:
+        set_cpu_capability(wanted)
+    return Backend(
+        name="native",
+        step=torch.ops.fastguide.guided_step.default,
+        devices=("cpu",),
+        default_for=("cpu",),
+        status=f"C++, instruction set {cpu_capability()}"
+        + (f" (bounded by {CAPABILITY_VARIABLE}={wanted})" if wanted is not None else ""),
+    )
+
+
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernel uses: ``baseline``, ``avx2`` or ``avx512``."""
+    return CAPABILITIES[_loaded().fastguide_cpu_capability(-1)]
+
+
+def set_cpu_capability(capability: str) -> str:
+    """Choose an instruction set, at most what the processor has; returns the one in use. For tests and comparisons.
+
+    The environment variable ``FASTGUIDE_CPU_CAPABILITY`` does the same at import.
+    """
+    if capability not in CAPABILITIES:
+        raise ValueError(f"capability: expected one of {CAPABILITIES}, got {capability!r}")
+    return CAPABILITIES[_loaded().fastguide_cpu_capability(CAPABILITIES.index(capability))]
+
+
+def _loaded() -> ctypes.CDLL:
+    if _library is None:
+        raise RuntimeError("the native backend is not available; fastguide info says why")
+    return _library
+
+
+def _unavailable(status: str) -> Backend:
+    return Backend("native", torch.ops.fastguide.guided_step.default, (), (), status)

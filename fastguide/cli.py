@@ -1,0 +1,82 @@
+"""The command ``fastguide``: ``info`` says what this installation can do, ``demo`` shows it on real images."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .ops import BACKENDS, default_backend
+
+_OPTIONAL_PACKAGES = ("diffusers", "scikit-learn", "matplotlib", "tqdm", "safetensors", "triton")
+
+
+def info() -> str:
+    """Versions, which backends serve which devices and why others do not, and which optional packages are there."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    lines = [
+        f"fastguide {__version__}, torch {torch.__version__} ({torch.get_num_threads()} threads), "
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        "",
+        "backends:",
+    ]
+    for backend in BACKENDS.values():
+        served = ", ".join(d for d in devices if d in backend.devices) or "nothing here"
+        lines.append(f"  {backend.name:<10} serves {served}: {backend.status}")
+    lines += ["", "default:", *(f"  {device:<10} {default_backend(device)}" for device in devices)]
+    lines += ["", "optional packages:"]
+    for package in _OPTIONAL_PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        lines.append(f"  {package:<12} {version}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with the given arguments (those of the process by default); returns the exit status."""
+    parser = argparse.ArgumentParser(prog="fastguide", description="Guided diffusion sampling in one fused kernel.")
+    parser.add_argument("--version", action="version", version=f"fastguide {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, and which backends there are and why others are not")
+    demo = commands.add_parser("demo", help="train on scikit-learn's digits, sample every class with every guidance")
+    demo.add_argument("--quick", action="store_true", help="smaller models and fewer samples: half a minute")
+    demo.add_argument("--output", type=Path, default=Path("fastguide-demo"), metavar="DIR", help="default: %(default)s")
+    demo.add_argument("--retrain", action="store_true", help="train again, even if trained weights are in the cache")
+    demo.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: %(default)s)")
+    demo.add_argument("--backend", choices=tuple(BACKENDS), help="default: the best for the CPU")
+    options = parser.parse_args(arguments)
+
+    if options.command == "info":
+        print(info())
+        return 0
+    try:
+        from .demo.run import run
+    except ImportError as error:
+        print(f'fastguide: the demo needs more packages ({error}): pip install "fastguide[demo]"', file=sys.stderr)
+        return 1
+    if options.backend is not None and "cpu" not in BACKENDS[options.backend].devices:
+        print(f"fastguide: backend {options.backend}: {BACKENDS[options.backend].status}", file=sys.stderr)
+        return 1
+    if options.output.exists() and not options.output.is_dir():
+        print(f"fastguide: --output: expected a folder, got the file {options.output}", file=sys.stderr)
+        return 1
+    try:
+        run(
+            options.output,
+            quick=options.quick,
+            retrain=options.retrain,
+            seed=options.seed,
+            backend=options.backend,
+        )
+    except KeyboardInterrupt:
+        print("\nfastguide: interrupted; what is finished stays in the cache and the output folder", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,1 @@
+"""The demo: guided sampling of handwritten digits, from training to a picture, a plot and a table."""

@@ -1,0 +1,94 @@
+"""The ways of guidance that the demo compares, and sampling every class with each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..guidance import Classifier, ClassifierFree, Guidance
+from ..sampler import Sampler
+from ..schedule import NoiseSchedule
+from ..solvers import ddim, ddpm
+from ..table import StepTable
+from .digits import NUM_CLASSES, SHAPE
+from .models import NULL_CLASS, Denoiser, NoiseAwareClassifier
+
+Family = Literal["none", "classifier, epsilon form", "classifier, mean form", "classifier-free", "negative condition"]
+
+SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
+NEGATIVE_SCALE = 4.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to guide, under one solver."""
+
+    family: Family
+    scale: float | None
+    solver: Literal["ddpm", "ddim"]
+
+    @property
+    def name(self) -> str:
+        """For file names and tables."""
+        scale = "" if self.scale is None else f", scale {self.scale:g}"
+        return f"{self.solver}, {self.family}{scale}"
+
+
+def all_methods() -> list[Method]:
+    """Every method of the demo; the mean form needs a step with variance, which DDIM's is not."""
+    methods = []
+    for solver in ("ddpm", "ddim"):
+        methods.append(Method("none", None, solver))
+        methods += [Method("classifier, epsilon form", s, solver) for s in SCALES[1:]]
+        if solver == "ddpm":
+            methods += [Method("classifier, mean form", s, solver) for s in SCALES[1:]]
+        methods += [Method("classifier-free", s, solver) for s in SCALES]
+        methods.append(Method("negative condition", NEGATIVE_SCALE, solver))
+    return methods
+
+
+def step_tables(schedule: NoiseSchedule, *, quick: bool) -> dict[str, StepTable]:
+    """The two solvers; x_0 is clipped to the range of the images.
+
+    In DDIM the clip needs ``use_clipped_model_output``: strong guidance leaves the range at once, and a direction
+    that does not agree with the clipped x_0 ends in noise.
+    """
+    return {
+        "ddpm": ddpm(schedule, 100 if quick else 250, clip_sample_range=1.0),
+        "ddim": ddim(schedule, 25 if quick else 50, clip_sample_range=1.0, use_clipped_model_output=True),
+    }
+
+
+def labels_to_sample(per_class: int) -> Tensor:
+    """0, 0, ..., 9, 9: int64 of shape (10 * per_class,)."""
+    return torch.arange(NUM_CLASSES).repeat_interleave(per_class)
+
+
+def sample(
+    method: Method,
+    table: StepTable,
+    denoiser: Denoiser,
+    classifier: NoiseAwareClassifier,
+    labels: Tensor,
+    negative: Tensor,
+    seed: int,
+    backend: str | None,
+) -> Tensor:
+    """Images of the labels, shape (n, 1, 8, 8); every method starts from the same noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x_T = torch.randn(len(labels), *SHAPE, generator=generator)
+    null = torch.full_like(labels, NULL_CLASS)
+    scale = method.scale or 0.0
+    guidance: Guidance | None = None
+    cond, uncond, classes = null, None, None
+    if method.family.startswith("classifier, "):
+        guidance = Classifier(classifier, scale, "mean" if method.family == "classifier, mean form" else "epsilon")
+        classes = labels
+    elif method.family != "none":
+        guidance = ClassifierFree(scale)
+        cond, uncond = labels, null if method.family == "classifier-free" else negative[labels]
+    sampler = Sampler(denoiser, table, guidance, backend=backend)
+    return sampler(x_T, cond=cond, uncond=uncond, labels=classes, generator=generator)

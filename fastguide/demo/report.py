@@ -1,0 +1,137 @@
+"""What the demo leaves behind: a grid of images per method, a picture of all, the trade-off plot, a table, a JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no screen is needed
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .digits import NUM_CLASSES
+from .methods import Method
+
+_ENLARGED = 6
+_OVERVIEW_SCALES = (1.0, 4.0, 8.0)
+
+
+def mosaic(images: Tensor, columns: int) -> np.ndarray:
+    """Images of shape (n, 1, 8, 8) in rows of ``columns``, enlarged, with a line between."""
+    pixels = ((images.clamp(-1, 1) + 1) / 2).squeeze(1).numpy()
+    tiles = [np.pad(np.kron(p, np.ones((_ENLARGED, _ENLARGED))), 2, constant_values=0.35) for p in pixels]
+    rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+    stacked: np.ndarray = np.vstack(rows)
+    return stacked
+
+
+def save_grid(method: Method, images: Tensor, per_class: int, folder: Path) -> Path:
+    """One PNG: a row for each class."""
+    columns = min(per_class, 12)
+    shown = images.view(NUM_CLASSES, per_class, *images.shape[1:])[:, :columns].flatten(0, 1)
+    figure, axes = plt.subplots(figsize=(0.42 * columns + 0.6, 4.6), layout="constrained")
+    axes.imshow(mosaic(shown, columns), cmap="gray", vmin=0, vmax=1)
+    tile = 8 * _ENLARGED + 4
+    axes.set_yticks([tile * (c + 0.5) for c in range(NUM_CLASSES)], [str(c) for c in range(NUM_CLASSES)])
+    axes.set_xticks([])
+    axes.set_title(method.name, fontsize=9)
+    axes.tick_params(length=0)
+    file_name = "grid " + method.name.replace(", ", " ") + ".png"
+    return _save(figure, folder / file_name.replace(" ", "-"))
+
+
+def save_overview(samples: Mapping[Method, Tensor], per_class: int, folder: Path) -> Path:
+    """One PNG: a panel for each solver; a row for each guidance and scale, a column for each class."""
+    shown = [m for m in samples if m.scale in (None, *_OVERVIEW_SCALES)]
+    guidances = list(dict.fromkeys((m.family, m.scale) for m in shown))
+    solvers = list(dict.fromkeys(m.solver for m in shown))
+    tile = 8 * _ENLARGED + 4
+    figure, axes = plt.subplots(1, len(solvers), figsize=(12, 0.5 * len(guidances) + 0.7), layout="constrained")
+    for axis, solver in zip(axes, solvers, strict=True):
+        rows = []
+        for family, scale in guidances:
+            images = samples.get(Method(family, scale, solver))
+            rows.append(
+                np.ones((tile, tile * NUM_CLASSES))  # this guidance has no use under this solver
+                if images is None
+                else mosaic(images[::per_class], NUM_CLASSES)
+            )
+        axis.imshow(np.vstack(rows), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(solver.upper(), fontsize=10)
+        axis.set_xticks([tile * (c + 0.5) for c in range(NUM_CLASSES)], [str(c) for c in range(NUM_CLASSES)])
+        axis.xaxis.tick_top()
+        names = [family if scale is None else f"{family}, {scale:g}" for family, scale in guidances]
+        axis.set_yticks([tile * (r + 0.5) for r in range(len(names))], names if axis is axes[0] else [""] * len(names))
+        axis.tick_params(length=0, labelsize=8)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    return _save(figure, folder / "overview.png")
+
+
+def save_trade_off(rows: Iterable[Mapping[str, Any]], real: Mapping[str, float], folder: Path) -> Path:
+    """One PNG: agreement against diversity, a line over the scale for each family and solver."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    families: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        families.setdefault((row["family"], row["solver"]), []).append(row)
+    colours = {family: f"C{i}" for i, family in enumerate(dict.fromkeys(family for family, _ in families))}
+    for (family, solver), points in families.items():
+        x, y = [p["diversity"] for p in points], [p["agreement"] for p in points]
+        style = {"ddpm": "o-", "ddim": "s--"}[solver]
+        axes.plot(x, y, style, color=colours[family], label=f"{family} ({solver})", markersize=4, linewidth=1)
+        for point in points:
+            if point["scale"] is not None:
+                axes.annotate(f"{point['scale']:g}", (point["diversity"], point["agreement"]), fontsize=6)
+    axes.plot(1.0, real["agreement"], "k*", markersize=11, label="real digits, held out")
+    axes.set_xlabel("diversity: coverage of real digits held out (as many real digits: 1)")
+    axes.set_ylabel("agreement of an independent classifier")
+    axes.set_title("More guidance: surer classes, less variety (numbers: guidance scale)", fontsize=9)
+    axes.legend(fontsize=6)
+    axes.grid(alpha=0.3)
+    return _save(figure, folder / "trade-off.png")
+
+
+def quality_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The methods, one a line."""
+    lines = [f"{'solver':<7} {'guidance':<26} {'scale':>5} {'agreement':>10} {'diversity':>10} {'seconds':>8}"]
+    for row in rows:
+        scale = "-" if row["scale"] is None else f"{row['scale']:g}"
+        lines.append(
+            f"{row['solver']:<7} {row['family']:<26} {scale:>5} {row['agreement']:>10.1%} "
+            f"{row['diversity']:>10.2f} {row['seconds']:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def step_table_text(errors: Mapping[str, float], speeds: Mapping[str, Mapping[str, float]]) -> str:
+    """Error and time of the step itself."""
+    lines = ["error of a 50-step guided DDIM loop against the textbook in float64 (relative):"]
+    lines += [f"  {name:<34} {error:.1e}" for name, error in errors.items()]
+    lines += ["", "time of one guided step on the CPU (microseconds, median):"]
+    for name, times in speeds.items():
+        text = "  ".join(f"{who} {t:8.1f}" for who, t in times.items())
+        ratio = f"  {times['diffusers'] / times['fastguide']:6.1f}x" if "diffusers" in times else ""
+        lines.append(f"  {name:<24} {text}{ratio}")
+    if not any("diffusers" in times for times in speeds.values()):
+        lines.append('  (to compare with diffusers: pip install "fastguide[diffusers]")')
+    return "\n".join(lines)
+
+
+def save_json(results: Mapping[str, Any], folder: Path) -> Path:
+    """Everything that was printed, for machines."""
+    path = folder / "results.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    return path
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

@@ -1,0 +1,91 @@
+"""The specification: one guided step in plain torch, any device and dtype. Every other backend is tested against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .table import ROW_COLUMNS
+
+
+def guided_step(
+    out: Tensor,
+    original: Tensor | None,
+    sample: Tensor,
+    predictions: list[Tensor],
+    rows: Tensor,
+    weights: Tensor,
+    index: int,
+    indices: Tensor | None,
+    gradient: Tensor | None,
+    variance: Tensor | None,
+    noise: Tensor | None,
+) -> None:
+    """Write one step to ``out``, and the predicted original sample to ``original`` if given.
+
+    The arithmetic is in the dtype of ``rows`` (float32 or float64) and rounds once, at the end. ``indices``, int64 of
+    shape () or (batch,), takes the place of ``index``. The other arguments are those of ``fastguide.guided_step``.
+    """
+    batch = sample.shape[0]
+    dtype = rows.dtype
+    steps = torch.full((1,), index, device=rows.device) if indices is None else indices.reshape(-1)
+    if steps.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_indices(steps, rows.shape[0])
+    row = {name: _per_sample(rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
+    weight = [_per_sample(w, sample) for w in _selected(weights, steps, batch).unbind(-1)]
+    scale = weight[-1]
+
+    x = sample.to(dtype)
+    p = [prediction.to(dtype) for prediction in _split(predictions, batch)]
+    # m = sum_k w_k p_k, anchored at p_0: weight[0] is the sum of all w_k
+    m = weight[0] * p[0] if p else torch.zeros_like(x)
+    for k in range(1, len(p)):
+        m = m + weight[k] * (p[k] - p[0])
+
+    x0 = row["x0_sample"] * x + row["x0_pred"] * m
+    if gradient is not None:
+        x0 = x0 + row["x0_grad"] * scale * gradient.to(dtype)
+    x0 = row["x0_scale"] * x0
+    x0 = torch.minimum(torch.maximum(x0, -row["clip"]), row["clip"])
+
+    result = row["out_x0"] * x0 + row["out_sample"] * x + row["out_pred"] * m
+    shift, deviation = row["out_grad"], row["out_noise"]
+    if variance is not None:
+        log_variance = row["logvar_base"] + row["logvar_span"] * variance.to(dtype)
+        shift = shift + row["out_var_grad"] * torch.exp(log_variance)
+        deviation = deviation * torch.exp(0.5 * log_variance)
+    if gradient is not None:
+        result = result + shift * scale * gradient.to(dtype)
+    if noise is not None:
+        result = result + deviation * noise.to(dtype)
+
+    out.copy_(result)
+    if original is not None:
+        original.copy_(x0)
+
+
+def check_indices(indices: Tensor, steps: int) -> None:
+    """Refuse step indices, on the host, that are outside the table."""
+    low, high = indices.aminmax()
+    if int(low) < 0 or int(high) >= steps:
+        raise IndexError(f"index: expected values from 0 to {steps - 1}, got {int(low)} to {int(high)}")
+
+
+def _split(predictions: list[Tensor], batch: int) -> list[Tensor]:
+    """All predictions, also where one tensor holds them one after the other along the batch."""
+    if len(predictions) == 1 and predictions[0].shape[0] != batch:
+        return list(predictions[0].split(batch))
+    return predictions
+
+
+def _selected(weights: Tensor, steps: Tensor, batch: int) -> Tensor:
+    """The weights of each sample, shape (batch or 1, columns), from (steps or 1, batch or 1, columns)."""
+    if weights.shape[0] == 1:
+        return weights[0]
+    if steps.numel() == 1:
+        return weights.index_select(0, steps)[0]
+    return weights.expand(-1, batch, -1)[steps, torch.arange(batch, device=weights.device)]
+
+
+def _per_sample(values: Tensor, sample: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (sample.dim() - 1))

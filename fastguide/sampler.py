@@ -1,0 +1,223 @@
+"""The guided sampling loop: model, guidance and step, from x_T to x_0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .guidance import Guidance
+from .ops import guided_step
+from .table import StepTable
+
+Condition: TypeAlias = "Tensor | Mapping[str, Tensor]"
+"""What a model is conditioned on: a tensor with the batch in front, or several by the name of the model's argument."""
+
+
+class Sampler:
+    """Runs a step table over a model.
+
+    Args:
+        model: ``model(x, t)``, or ``model(x, t, condition)``; a condition that is a mapping is passed as keyword
+            arguments. t is an int64 tensor of shape (rows of x,). Returns a tensor of x's shape, or, with a learned
+            variance, of twice its channels: prediction, then variance.
+        table: from ``ddpm`` or ``ddim``; ``table[k:]`` starts at step k.
+        guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None``.
+        backend: as in ``guided_step``.
+
+    With weights for several predictions the model is called once a step, on a batch that holds the sample several
+    times: unconditional first, then each condition.
+
+    >>> from fastguide import ClassifierFree, NoiseSchedule, ddim
+    >>> sampler = Sampler(lambda x, t, y: 0.1 * x * y[:, None], ddim(NoiseSchedule.linear(), 5), ClassifierFree(3.0))
+    >>> sampler(torch.randn(2, 4), cond=torch.ones(2), uncond=torch.zeros(2)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        table: StepTable,
+        guidance: Guidance | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model: expected a callable, got {type(model).__name__}")
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise TypeError(f"guidance: expected a Guidance or None, got {type(guidance).__name__}")
+        self.model = model
+        self.table = table
+        self.guidance = guidance
+        self.backend = backend
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x_T: Tensor,
+        *,
+        cond: Condition | Sequence[Condition] | None = None,
+        uncond: Condition | None = None,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Sample from ``x_T``, which is left as it is, to x_0.
+
+        Args:
+            x_T: the starting noise, shape (batch, ...), of the dtype the state is to be kept in (float32).
+            cond: the condition, with the batch in front; with ``Composed``, a sequence of them, one for each scale.
+            uncond: the null condition, or a negative one. Required where the guidance weighs an unconditional
+                prediction.
+            labels: int64 of shape (batch,), for the classifier of ``Classifier``.
+            generator: draws the steps' noise; ``None``: torch's global generator.
+            callback: called after each step with the step, its timestep and the sample so far.
+            progress: show a progress bar (needs tqdm: ``pip install "fastguide[demo]"``).
+        """
+        table, guidance = self.table, self.guidance
+        if not isinstance(x_T, Tensor) or x_T.dim() == 0:
+            raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {x_T!r}")
+        copies = 1 if guidance is None else guidance.num_predictions
+        conditions = _conditions(cond, uncond, copies)
+        condition = _batched(conditions, x_T.shape[0])
+        classifier = None if guidance is None else guidance.classifier
+        if labels is not None and (classifier is None or not classifier.takes_labels):
+            raise ValueError("labels: expected None, as the guidance has no classifier to give them to")
+        if generator is None:
+            generator = _default_generator(x_T.device)
+
+        sample = x_T
+        steps = range(len(table))
+        for step in _progress_bar(steps) if progress else steps:
+            timestep = table.timesteps[step]
+            gradient = None
+            if classifier is not None:
+                gradient = classifier.gradient(sample, timestep.expand(x_T.shape[0]), labels)
+            output = self._predict(sample, timestep, condition, copies)
+            prediction, variance = _split_variance(output, sample, copies, table.learned_variance)
+            # A fresh output each time: the model, the callback or the caller may have kept the last sample.
+            sample = guided_step(
+                table,
+                step,
+                sample,
+                prediction,
+                guidance,
+                gradient=gradient,
+                variance=variance,
+                generator=generator,
+                backend=self.backend,
+            )
+            if callback is not None:
+                callback(step, table.host_timesteps[step], sample)
+        return sample
+
+    def _predict(self, sample: Tensor, timestep: Tensor, condition: Condition | None, copies: int) -> Tensor:
+        batched = sample if copies == 1 else torch.cat([sample] * copies)
+        timesteps = timestep.expand(batched.shape[0])
+        if condition is None:
+            output = self.model(batched, timesteps)
+        elif isinstance(condition, Mapping):
+            output = self.model(batched, timesteps, **condition)
+        else:
+            output = self.model(batched, timesteps, condition)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"model: expected it to return a tensor, got {type(output).__name__}")
+        return output
+
+
+def _conditions(cond: Condition | Sequence[Condition] | None, uncond: Condition | None, copies: int) -> list[Condition]:
+    """The condition of each prediction, in the order of the weights."""
+    several: list[Condition]
+    if isinstance(cond, (Tensor, Mapping)):
+        several = [cond]
+    elif cond is None or isinstance(cond, (list, tuple)):
+        several = list(cond or [])
+    else:
+        raise TypeError(f"cond: expected a tensor or a mapping of tensors, got {type(cond).__name__}")
+    if copies == 1:
+        if uncond is not None:
+            raise ValueError("uncond: expected None, as the guidance weighs no unconditional prediction")
+        if len(several) > 1:
+            raise ValueError(f"cond: expected one condition, got {len(several)}")
+        return several
+    if uncond is None:
+        raise ValueError("uncond: expected the null (or a negative) condition, as the guidance weighs it, got None")
+    if len(several) != copies - 1:
+        raise ValueError(f"cond: expected {copies - 1} condition(s) for this guidance, got {len(several)}")
+    return [uncond, *several]
+
+
+def _batched(conditions: list[Condition], batch: int) -> Condition | None:
+    """All conditions as one, along the batch."""
+    if not conditions:
+        return None
+    first = conditions[0]
+    if isinstance(first, Mapping):
+        merged = {}
+        for key in first:
+            parts = [c[key] for c in conditions if isinstance(c, Mapping) and c.keys() == first.keys()]
+            if len(parts) != len(conditions):
+                raise ValueError(f"cond: expected every condition to be a mapping with the keys {sorted(first)}")
+            merged[key] = _concatenated(parts, batch)
+        return merged
+    return _concatenated(conditions, batch)
+
+
+def _concatenated(parts: Sequence[Condition], batch: int) -> Tensor:
+    tensors = []
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(f"cond: expected a tensor or a mapping of tensors, got {type(part).__name__}")
+        if part.dim() == 0 or part.shape[0] != batch:
+            raise ValueError(f"cond: expected the batch of {batch} in front, got shape {tuple(part.shape)}")
+        tensors.append(part)
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _split_variance(
+    output: Tensor, sample: Tensor, copies: int, learned: bool
+) -> tuple[Tensor | list[Tensor], Tensor | None]:
+    """The predictions in the sample's layout, and the learned variance: that of the last, conditional one."""
+    batch, rest = sample.shape[0], sample.shape[1:]
+    expected = (copies * batch, *rest)
+    if learned:
+        if sample.dim() < 2:
+            raise ValueError("x_T: expected shape (batch, channels, ...) for a table of learned variance")
+        expected = (copies * batch, 2 * rest[0], *rest[1:])
+    if output.shape != expected:
+        raise ValueError(f"model: expected it to return shape {expected}, got {tuple(output.shape)}")
+    output = _in_layout_of(sample, output)
+    if not learned:
+        return output, None
+    parts = output.split(batch)
+    channels = rest[0]
+    return [part[:, :channels] for part in parts], parts[-1][:, channels:]
+
+
+def _in_layout_of(sample: Tensor, output: Tensor) -> Tensor:
+    """The model's output in the sample's memory format; copied only where a model changes it."""
+    if sample.is_contiguous():
+        return output.contiguous()
+    if sample.dim() == 4 and sample.is_contiguous(memory_format=torch.channels_last):
+        return output.contiguous(memory_format=torch.channels_last)
+    return output
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
+
+
+def _progress_bar(steps: range) -> Sequence[int]:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError('progress: expected tqdm to be installed: pip install "fastguide[demo]"') from error
+    bar: Sequence[int] = tqdm(steps, desc="sampling", unit="step")
+    return bar

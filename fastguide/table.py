@@ -1,0 +1,170 @@
+"""The step table: one row of coefficients per step, computed in float64, kept on the device in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+GradientForm: TypeAlias = Literal["epsilon", "epsilon_after_clip", "mean"]
+
+ROW_COLUMNS = (
+    "x0_scale",  # x0 = clip(x0_scale * (x0_sample * x + x0_pred * m + x0_grad * s * g))
+    "x0_sample",
+    "x0_pred",
+    "x0_grad",
+    "clip",  # x0 is clipped to [-clip, clip]; infinity: not at all
+    "out_x0",  # x' = out_x0 * x0 + out_sample * x + out_pred * m + (out_grad + out_var_grad * sigma^2) * s * g
+    "out_sample",  #  + out_noise * sigma * z
+    "out_pred",
+    "out_grad",
+    "out_var_grad",
+    "out_noise",
+    "logvar_base",  # sigma^2 = exp(logvar_base + logvar_span * v) with a learned variance v, else sigma = 1
+    "logvar_span",
+)
+"""Names of a row's coefficients, in the order in which every kernel reads them (``csrc/step.h`` repeats it)."""
+
+_GRADIENT_COLUMNS = ("x0_grad", "out_grad", "out_var_grad")
+_CLIP = ROW_COLUMNS.index("clip")
+_ROW_DTYPES = (torch.float32, torch.float64)
+
+
+class StepTable:
+    """All steps of a solver: their timesteps and their rows. Made by ``ddpm`` and ``ddim``; never changed in place.
+
+    ``len(table)`` is the number of steps, ``table.timesteps`` an int64 tensor of shape ``(steps,)`` on the table's
+    device, ``table.rows`` a float64 CPU tensor of shape ``(steps, len(ROW_COLUMNS))`` without any gradient.
+    A slice of consecutive steps is a table: ``table[k:]`` starts image-to-image at step k.
+
+    Arguments: ``columns`` maps names of ``ROW_COLUMNS`` to float64 tensors of shape ``(steps,)`` (absent: 0, and no
+    clip); ``gradients`` maps each ``GradientForm`` to its three gradient columns, or to the reason why it has none.
+    """
+
+    def __init__(
+        self,
+        timesteps: Tensor,
+        columns: Mapping[str, Tensor],
+        *,
+        gradients: Mapping[str, Mapping[str, Tensor] | str] | None = None,
+        learned_variance: bool = False,
+        name: str = "step table",
+    ) -> None:
+        rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64)
+        rows[:, _CLIP] = torch.inf
+        for column, values in columns.items():
+            rows[:, ROW_COLUMNS.index(column)] = values
+        undefined = rows.isnan().any(1) | rows.isinf().sum(1).gt(rows[:, _CLIP].isinf().long())
+        if bool(undefined.any()):
+            raise ValueError(
+                f"schedule: the row of {name} at timestep {int(timesteps[undefined][0])} is not finite: "
+                "the schedule has zero signal there"
+            )
+        forms: dict[str, Tensor | str] = {}
+        for form, gradient in (gradients or {}).items():
+            if isinstance(gradient, str):
+                forms[form] = gradient
+                continue
+            guided = forms[form] = rows.clone()
+            for column, values in gradient.items():
+                assert column in _GRADIENT_COLUMNS
+                guided[:, ROW_COLUMNS.index(column)] = values
+        self._assign(timesteps, rows, forms, learned_variance, name, torch.device("cpu"))
+
+    def _assign(
+        self,
+        timesteps: Tensor,
+        rows: Tensor,
+        forms: Mapping[str, Tensor | str],
+        learned_variance: bool,
+        name: str,
+        device: torch.device,
+    ) -> StepTable:
+        self.name = name
+        self.device = device
+        self.rows = rows
+        self.timesteps = timesteps.to(device)
+        self.learned_variance = learned_variance
+        self._forms = forms
+        # Host knowledge, so that no step has to ask the device.
+        self.host_timesteps: tuple[int, ...] = tuple(timesteps.tolist())
+        self.adds_noise: tuple[bool, ...] = tuple((rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
+        self.adds_noise_anywhere = any(self.adds_noise)
+        self.takes_predictions = bool(
+            (rows[:, [ROW_COLUMNS.index("x0_pred"), ROW_COLUMNS.index("out_pred")]] != 0).any()
+        )
+        self._device_rows = {
+            (form, dtype): values.to(device, dtype)
+            for form, values in [(None, rows), *forms.items()]
+            if isinstance(values, Tensor)
+            for dtype in _ROW_DTYPES
+        }
+        return self
+
+    def __len__(self) -> int:
+        return len(self.host_timesteps)
+
+    def __repr__(self) -> str:
+        ends = f"{self.host_timesteps[0]} .. {self.host_timesteps[-1]}"
+        return f"StepTable({self.name}, {len(self)} steps, timesteps {ends}, device={self.device})"
+
+    def __getitem__(self, steps: slice) -> StepTable:
+        if not isinstance(steps, slice):
+            raise TypeError(f"table: expected a slice such as table[k:], got {steps!r}")
+        start, stop, stride = steps.indices(len(self))
+        if stride != 1:
+            raise ValueError(f"table: a row leads to the next timestep, so slices have step 1; got {steps!r}")
+        if start >= stop:
+            raise ValueError(f"table: the slice {start}:{stop} of {len(self)} steps is empty")
+        kept = slice(start, stop)
+        forms = {form: v if isinstance(v, str) else v[kept] for form, v in self._forms.items()}
+        return StepTable.__new__(StepTable)._assign(
+            self.timesteps[kept].cpu(), self.rows[kept], forms, self.learned_variance, self.name, self.device
+        )
+
+    def to(self, device: torch.device | str) -> StepTable:
+        """The same table with its timesteps and rows on ``device`` (itself, if it is there already)."""
+        target = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if target == self.device:
+            return self
+        return StepTable.__new__(StepTable)._assign(
+            self.timesteps.cpu(), self.rows, self._forms, self.learned_variance, self.name, target
+        )
+
+    def index(self, timestep: int) -> int:
+        """The step at which the model is called with ``timestep``."""
+        try:
+            return self.host_timesteps.index(int(timestep))
+        except ValueError:
+            raise ValueError(
+                f"timestep: expected one of the {len(self)} timesteps of {self!r}, got {timestep}"
+            ) from None
+
+    def coefficients(self, form: GradientForm | None = None) -> dict[str, Tensor]:
+        """The rows by name, float64 on the host: each a tensor of shape ``(steps,)``."""
+        rows = self.rows if form is None else self._form(form)
+        return dict(zip(ROW_COLUMNS, rows.unbind(1), strict=True))
+
+    @property
+    def unused_forms(self) -> dict[str, str]:
+        """Forms in which a gradient has no use here, with the reason."""
+        return {form: reason for form, reason in self._forms.items() if isinstance(reason, str)}
+
+    def device_rows(self, form: GradientForm | None, dtype: torch.dtype) -> Tensor:
+        """The rows that a kernel reads: shape ``(steps, len(ROW_COLUMNS))``, on the table's device.
+
+        ``form`` says how a gradient enters (``None``: there is no gradient); ``dtype`` is float32 or float64, the
+        precision of the arithmetic.
+        """
+        rows = self._device_rows.get((form, dtype))
+        return rows if rows is not None else self._form(form).to(self.device, dtype)
+
+    def _form(self, form: str | None) -> Tensor:
+        values = self._forms.get(form) if form is not None else self.rows
+        if isinstance(values, Tensor):
+            return values
+        if form not in get_args(GradientForm):
+            raise ValueError(f"form: expected one of {get_args(GradientForm)}, got {form!r}")
+        raise ValueError(f"gradient: the form {form!r} has no use in {self.name}: {values or 'it takes no gradient'}")

@@ -1,0 +1,130 @@
+"""Builds csrc/ into fastguide/_native.so with ninja. Everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+TORCH_FLOOR = (2, 10)  # the oldest torch whose stable ABI has all that csrc/bind.cpp uses
+FLAGS = (
+    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra"
+)
+INSTRUCTION_SETS = {"baseline": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
+    INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+
+
+class BuildNative(build_ext):
+    """One shared library that depends on neither Python nor the version of torch."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return ext.export_symbols
+
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        note = library.with_suffix(".txt")
+        compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+        if compiler is None:
+            library.unlink(missing_ok=True)
+            note.write_text("no C++ compiler was found at install (g++, clang++ or $CXX); install one and reinstall\n")
+            announce(f"fastguide: native backend {note.read_text().strip()}; the slower reference backend works.")
+            return
+        note.unlink(missing_ok=True)
+        directory = Path(self.build_temp).resolve()
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "build.ninja").write_text(ninja_file(compiler, library))
+        subprocess.run([ninja(), "-C", str(directory)], check=True)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The library uses no Python API: one wheel serves every Python 3 on the platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+def ninja_file(compiler: str, library: Path) -> str:
+    """What to compile and how, for ninja."""
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(
+            "fastguide: building needs torch. Install it first and use --no-build-isolation:\n"
+            "    pip install torch setuptools ninja && pip install --no-build-isolation ."
+        ) from None
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < TORCH_FLOOR:
+        raise SystemExit(
+            f"fastguide: expected torch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or newer, got {torch.__version__}"
+        )
+    torch_root = Path(torch.__file__).parent
+    target = f"0x{TORCH_FLOOR[0]:02X}{TORCH_FLOOR[1]:02X}000000000000"
+    source = Path(__file__).resolve().parent / "csrc"
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {escape(compiler)}",
+        f"flags = {FLAGS}",
+        "rule compile",
+        "  command = $cxx $flags $extra -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared $in -o $out -L{escape(torch_root / 'lib')} $libraries",
+        f"build bind.o: compile {escape(source / 'bind.cpp')}",
+        f"  extra = -DTORCH_TARGET_VERSION={target} -isystem {escape(torch_root / 'include')} "
+        f"-ffile-prefix-map={escape(source)}=csrc",  # error messages name files; not where they were built
+    ]
+    for name, flags in INSTRUCTION_SETS.items():
+        lines += [
+            f"build step_{name}.o: compile {escape(source / 'step_cpu.cpp')}",
+            f"  extra = -DFASTGUIDE_ISA={name} {flags}",
+        ]
+    objects = " ".join(["bind.o", *(f"step_{name}.o" for name in INSTRUCTION_SETS)])
+    # torch loads the library itself: it must name libtorch, or its symbols are not found.
+    keep = "" if sys.platform == "darwin" else "-Wl,--no-as-needed "
+    lines += [f"build {escape(library)}: link {objects}", f"  libraries = {keep}-ltorch", ""]
+    return "\n".join(lines)
+
+
+def escape(path: str | Path) -> str:
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja() -> str:
+    """The ninja of the build environment, else the one on the PATH."""
+    beside = Path(sys.executable).parent / "ninja"
+    found = str(beside) if beside.exists() else shutil.which("ninja")
+    if found is None:
+        raise SystemExit("fastguide: building needs ninja: pip install ninja")
+    return found
+
+
+def announce(message: str) -> None:
+    """Say it where the person sees it: pip hides what a successful build prints, but not the terminal."""
+    print(message, file=sys.stderr)
+    if os.path.exists("/dev/tty"):
+        try:
+            with open("/dev/tty", "w") as terminal:
+                print(f"\n{message}", file=terminal)
+        except OSError:
+            print("fastguide: (no terminal to repeat this on)", file=sys.stderr)
+
+
+setup(
+    ext_modules=[Extension("fastguide._native", sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")))],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+)

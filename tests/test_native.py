@@ -1,0 +1,150 @@
+"""The native backend: where it is, that it is chosen, and what is said when it is not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import TABLES
+
+import fastguide
+from fastguide.backends import native
+from fastguide.cli import info
+from fastguide.ops import BACKENDS, default_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_native_is_built_wherever_there_is_a_compiler():
+    if shutil.which("g++") or shutil.which("clang++"):
+        assert BACKENDS["native"].devices == ("cpu",), BACKENDS["native"].status
+        assert default_backend("cpu") == "native"
+
+
+def test_capability_is_bounded_by_the_processor_and_kept():
+    before = native.cpu_capability()
+    try:
+        assert native.set_cpu_capability("baseline") == "baseline" == native.cpu_capability()
+        assert native.set_cpu_capability(before) == before
+        with pytest.raises(ValueError, match=r"capability: expected one of .* got 'sse9'"):
+            native.set_cpu_capability("sse9")
+    finally:
+        native.set_cpu_capability(before)
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=ROOT / "tests",
+    )
+
+
+def test_capability_variable_bounds_and_is_announced():
+    code = "from fastguide.cli import info; print(info())"
+    out = run_python(code, FASTGUIDE_CPU_CAPABILITY="baseline").stdout
+    assert "instruction set baseline (bounded by FASTGUIDE_CPU_CAPABILITY=baseline)" in out
+    assert "expected one of" in run_python(code, FASTGUIDE_CPU_CAPABILITY="fast").stderr
+
+
+def copied_package(folder: Path) -> None:
+    """The Python part of the package alone, as an installation without a compiler leaves it."""
+    shutil.copytree(ROOT / "fastguide", folder / "fastguide", ignore=shutil.ignore_patterns("_native.*", "__pycache__"))
+
+
+CODE = """
+import torch, fastguide
+from fastguide.cli import info
+print(fastguide.__file__)
+table = fastguide.ddim(fastguide.NoiseSchedule.linear(), 5)
+x = torch.ones(1, 2)
+print(fastguide.guided_step(table, 0, x, [x]).tolist())
+print(info())
+try:
+    fastguide.guided_step(table, 0, x, [x], backend="native")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_the_library_the_reference_works_and_info_says_why(tmp_path):
+    copied_package(tmp_path)
+    (tmp_path / "fastguide" / "_native.txt").write_text("no C++ compiler was found at install\n")
+    result = run_python(CODE, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path) in result.stdout
+    assert "native     serves nothing here: not built: no C++ compiler was found at install" in result.stdout
+    assert "cpu        reference" in result.stdout
+    assert "backend: 'native' does not serve a sample on 'cpu' here: not built" in result.stdout
+    x = torch.ones(1, 2)
+    table = fastguide.ddim(fastguide.NoiseSchedule.linear(), 5)
+    assert str(fastguide.guided_step(table, 0, x, [x], backend="reference").tolist()) in result.stdout
+
+
+def test_a_library_that_cannot_be_loaded_is_said_aloud(tmp_path):
+    copied_package(tmp_path)
+    (tmp_path / "fastguide" / "_native.so").write_bytes(b"not a library")
+    result = run_python(CODE, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "UserWarning: fastguide: the native backend is built, but torch" in result.stderr
+    assert "native     serves nothing here: built, but torch" in result.stdout
+
+
+def build(tmp_path, path, **environment):
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, **environment},
+    )
+
+
+def test_install_without_a_compiler_says_so_and_goes_on(tmp_path):
+    result = build(tmp_path, path=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "fastguide: native backend no C++ compiler was found at install (g++, clang++ or $CXX)" in result.stderr
+    assert "no C++ compiler was found" in (tmp_path / "fastguide" / "_native.txt").read_text()
+    assert not (tmp_path / "fastguide" / "_native.so").exists()
+
+
+def test_install_with_a_compiler_that_fails_fails(tmp_path):
+    """A compiler that is there and fails is an error: nobody gets the slow backend without being told."""
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho cannot compile >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    result = build(tmp_path, path=os.environ["PATH"], CXX=str(compiler))
+    assert result.returncode != 0
+    assert "cannot compile" in result.stdout + result.stderr
+
+
+def test_info_names_versions_backends_and_packages():
+    text = info()
+    for part in (
+        f"fastguide {fastguide.__version__}",
+        f"torch {torch.__version__}",
+        "native",
+        "reference",
+        "diffusers",
+    ):
+        assert part in text
+
+
+def test_threads_give_the_same_bits_as_one(generator):
+    table = TABLES["ddim"]
+    x, p = torch.randn(2, 3, 5, 100, 101, generator=generator)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(fastguide.guided_step(table, 2, x, [p]))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

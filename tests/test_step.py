@@ -1,0 +1,256 @@
+"""guided_step of every backend against float64 truth: no worse than twice plain torch's error in the same dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, FORMS, MIXED_DTYPES, SHAPES, TABLES
+from step_inputs import errors, make_guidance, make_inputs, textbook
+
+import fastguide
+
+
+def assert_accurate(name, table, step, inputs, form, result, original, plain_dtype):
+    """The rule of the house, for the root mean square error over the tensor.
+
+    Plain torch runs in the dtype of the inputs; its float64 error is taken from float32's. The largest error is a
+    noisy measure (a clip leaves few elements inexact), bounded loosely: it finds the single wrong element that a mean
+    would hide.
+    """
+    truths = textbook(name, table, step, inputs, form, torch.float64)
+    factor = 1.0
+    if plain_dtype == torch.float64:
+        plain_dtype = torch.float32
+        factor = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    plains = textbook(name, table, step, inputs, form, plain_dtype)
+    for got, plain, truth in zip((result, original), plains, truths, strict=True):
+        finite = plain.isfinite()  # x_0 of the first steps may overflow float16, plain and fused
+        mean, largest = errors(got[finite], truth[finite])
+        plain_mean, plain_largest = errors(plain[finite], truth[finite])
+        scale = truth[finite].abs().max().item() if finite.any() else 0.0
+        rounding = factor * torch.finfo(plain_dtype).eps * scale  # plain torch may be exact by luck: few elements, ...
+        few = result.numel() < 64
+        assert mean <= max(2 * factor * plain_mean, rounding if few else rounding / 2)
+        assert largest <= max(8 * factor * plain_largest, rounding)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(n, form) for n, table in TABLES.items() for form in (None, *FORMS) if form not in table.unused_forms],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_table_dtype_and_form(backend, dtype, name, form, generator):
+    table = TABLES[name]
+    for count in (1, 2, 3, 5):  # no scratch, fused pair, and the two ways of the combination of many
+        inputs = make_inputs(table, (2, 3, 17, 19), generator, count=count, gradient=form is not None, dtype=dtype)
+        for step in (0, 5, 9):
+            result, original = fastguide.guided_step(
+                table,
+                step,
+                inputs.sample,
+                inputs.predictions,
+                make_guidance(count, form),
+                gradient=inputs.gradient,
+                variance=inputs.variance,
+                noise=inputs.noise,
+                return_original=True,
+                backend=backend,
+            )
+            assert result.dtype == original.dtype == dtype
+            assert_accurate(name, table, step, inputs, form, result, original, dtype)
+
+
+@pytest.mark.parametrize(("shape", "branch"), SHAPES, ids=[branch for _, branch in SHAPES])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_shape(backend, dtype, shape, branch, generator):
+    table = TABLES["ddpm"]
+    inputs = make_inputs(table, shape, generator, dtype=dtype)
+    result, original = fastguide.guided_step(
+        table,
+        3,
+        inputs.sample,
+        inputs.predictions,
+        make_guidance(2, None),
+        noise=inputs.noise,
+        return_original=True,
+        backend=backend,
+    )
+    assert result.shape == original.shape == shape
+    assert_accurate("ddpm", table, 3, inputs, None, result, original, dtype)
+
+
+@pytest.mark.parametrize(("sample_dtype", "dtype"), MIXED_DTYPES)
+@pytest.mark.parametrize("name", ["ddim", "ddpm learned"])
+def test_state_and_model_may_differ_in_dtype(backend, name, sample_dtype, dtype, generator):
+    table = TABLES[name]
+    inputs = make_inputs(table, (3, 2, 33, 9), generator, gradient=True, dtype=dtype, sample_dtype=sample_dtype)
+    for out_dtype in DTYPES:
+        out = torch.full((3, 2, 33, 9), torch.nan, dtype=out_dtype)
+        _, original = fastguide.guided_step(
+            table,
+            4,
+            inputs.sample,
+            inputs.predictions,
+            make_guidance(2, "epsilon"),
+            gradient=inputs.gradient,
+            variance=inputs.variance,
+            noise=inputs.noise,
+            return_original=True,
+            out=out,
+            backend=backend,
+        )
+        # arithmetic in float32, or float64 with a float64 sample, and one rounding
+        coarsest = out_dtype if out_dtype.itemsize < sample_dtype.itemsize else sample_dtype
+        coarsest = torch.float32 if coarsest.itemsize < 4 and out_dtype.itemsize >= 4 else coarsest
+        assert_accurate(name, table, 4, inputs, "epsilon", out, original, coarsest)
+
+
+def test_bfloat16_output_is_the_rounded_float32_result(backend, generator):
+    """One rounding, at the end: what a float32 output holds, rounded, is the bfloat16 output to the bit."""
+    table = TABLES["ddpm"]
+    inputs = make_inputs(table, (4, 3, 25, 11), generator, dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16):
+        results = [
+            fastguide.guided_step(
+                table,
+                2,
+                inputs.sample,
+                inputs.predictions,
+                make_guidance(2, None),
+                noise=inputs.noise,
+                out=torch.empty(4, 3, 25, 11, dtype=out_dtype),
+                backend=backend,
+            )
+            for out_dtype in (torch.float32, dtype)
+        ]
+        assert torch.equal(results[0].to(dtype), results[1])
+
+
+def test_special_values_are_converted_as_torch_does(backend):
+    """NaN, subnormals, ties and overflow of the 16-bit dtypes, through a step that multiplies by one."""
+    one = torch.ones(1, dtype=torch.float64)
+    table = fastguide.StepTable(torch.zeros(1, dtype=torch.int64), {"out_sample": one, "out_pred": one})
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)  # every 16-bit pattern
+    zeros = torch.zeros(1, 2**16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = halves.view(dtype).reshape(1, -1)
+        values = torch.where(values.isinf(), 1, values)  # a row multiplies infinity by its zeros
+        out = fastguide.guided_step(table, 0, values, [zeros], out=torch.empty(1, 2**16), backend=backend)
+        assert torch.equal(
+            out.nan_to_num(7.0, torch.inf, -torch.inf), values.float().nan_to_num(7.0, torch.inf, -torch.inf)
+        )
+        assert torch.equal(out.isnan(), values.isnan())
+        wide = torch.cat([out, out.nextafter(torch.tensor(torch.inf)), out * (1 + 2**-9), out * 1e-3], 1)
+        wide = torch.where(wide.isinf(), 1, wide)
+        zeros_wide = torch.zeros_like(wide)
+        narrowed = torch.empty_like(wide, dtype=dtype)
+        fastguide.guided_step(table, 0, wide, [zeros_wide], out=narrowed, backend=backend)
+        assert torch.equal(
+            narrowed.nan_to_num(7.0, torch.inf, -torch.inf), wide.to(dtype).nan_to_num(7.0, torch.inf, -torch.inf)
+        )
+
+
+def test_exponential_of_the_learned_variance(backend):
+    """sigma against torch.exp over the whole range: overflow, subnormal results and NaN too."""
+    one = torch.ones(1, dtype=torch.float64)
+    table = fastguide.StepTable(
+        torch.zeros(1, dtype=torch.int64),
+        {"out_pred": one, "out_noise": one, "logvar_span": one},
+        learned_variance=True,
+    )
+    v = torch.cat([torch.linspace(-250, 200, 100_003), torch.tensor([torch.inf, -torch.inf, torch.nan])])[None]
+    zeros, ones = torch.zeros_like(v), torch.ones_like(v)
+    got = fastguide.guided_step(table, 0, zeros, [zeros], variance=v, noise=ones, backend=backend)
+    truth = torch.exp(v.double() / 2)
+    plain = torch.exp(v / 2)
+    assert torch.equal(got.isnan(), plain.isnan())
+    assert torch.equal(got.isinf(), plain.isinf())
+    finite = plain.isfinite()
+    relative = ((got.double() - truth).abs() / truth.clamp(min=torch.finfo(torch.float32).tiny))[finite]
+    plain_relative = ((plain.double() - truth).abs() / truth.clamp(min=torch.finfo(torch.float32).tiny))[finite]
+    assert relative.max() <= 2 * plain_relative.max()
+
+
+def test_nan_is_not_clipped_away(backend):
+    table = TABLES["ddpm"]
+    x = torch.randn(1, 40)
+    x[0, ::7] = torch.nan
+    out = fastguide.guided_step(table, 2, x, [torch.zeros_like(x)], noise=torch.zeros_like(x), backend=backend)
+    assert torch.equal(out.isnan(), x.isnan())
+
+
+def test_indices_and_scales_per_sample_are_each_sample_s_own_step(backend, generator):
+    """A batch whose samples differ in step, scale and gradient scale is the same bits as each sample alone."""
+    table = TABLES["ddpm"]
+    batch = 7
+    inputs = make_inputs(table, (batch, 3, 13, 5), generator, gradient=True)
+    index = torch.tensor([0, 9, 3, 3, 8, 1, 5])
+    scales, gradient_scales = torch.linspace(-1, 9, batch), torch.linspace(0, 2, batch)
+
+    def guidance(scale, gradient_scale):
+        return fastguide.ClassifierFree(scale) + fastguide.Classifier(None, gradient_scale)
+
+    whole = fastguide.guided_step(
+        table,
+        index,
+        inputs.sample,
+        inputs.predictions,
+        guidance(scales, gradient_scales),
+        gradient=inputs.gradient,
+        noise=inputs.noise,
+        backend=backend,
+    )
+    for b in range(batch):
+        alone = inputs.map(lambda t, b=b: t[b : b + 1])
+        single = fastguide.guided_step(
+            table,
+            int(index[b]),
+            alone.sample,
+            alone.predictions,
+            guidance(scales[b].item(), gradient_scales[b].item()),
+            gradient=alone.gradient,
+            noise=alone.noise,
+            backend=backend,
+        )
+        assert torch.equal(whole[b : b + 1], single)
+
+
+def test_scales_per_step_take_the_step_s_row(backend, generator):
+    table = TABLES["ddim"]
+    inputs = make_inputs(table, (3, 10), generator)
+    scales = torch.linspace(0, 5, 10)
+    both = torch.stack([scales, scales + 1, scales + 2], 1)
+    index = torch.tensor([7, 0, 7])
+    for guidance, expected in (
+        (fastguide.ClassifierFree.per_step(scales), scales[index]),
+        (fastguide.ClassifierFree(both), both[index, torch.arange(3)]),
+    ):
+        arguments = (inputs.sample, inputs.predictions)
+        got = fastguide.guided_step(table, index, *arguments, guidance, backend=backend)
+        want = fastguide.guided_step(table, index, *arguments, fastguide.ClassifierFree(expected), backend=backend)
+        assert torch.equal(got, want)
+        got = fastguide.guided_step(table, torch.tensor(7), *arguments, guidance, backend=backend)
+        per_sample = both[7] if guidance.batch == 3 else scales[7].item()
+        want = fastguide.guided_step(table, 7, *arguments, fastguide.ClassifierFree(per_sample), backend=backend)
+        assert torch.equal(got, want)
+
+
+def test_doubled_prediction_is_the_two_halves(backend, generator):
+    table = TABLES["ddim"]
+    for count in (2, 4):
+        inputs = make_inputs(table, (3, 5, 9), generator, count=count)
+        guidance = make_guidance(count, None)
+        together = torch.cat(inputs.predictions)
+        one = fastguide.guided_step(table, 1, inputs.sample, together, guidance, backend=backend)
+        many = fastguide.guided_step(table, 1, inputs.sample, inputs.predictions, guidance, backend=backend)
+        assert torch.equal(one, many)
+
+
+def test_native_is_the_default_and_agrees_with_the_reference(generator):
+    """Two ways through the same algebra: they differ by the rounding of a fused multiply-add at most."""
+    table = TABLES["ddim"]
+    inputs = make_inputs(table, (2, 3, 64, 64), generator)
+    arguments = (table, 5, inputs.sample, inputs.predictions, make_guidance(2, None))
+    torch.testing.assert_close(
+        fastguide.guided_step(*arguments), fastguide.guided_step(*arguments, backend="reference"), rtol=1e-5, atol=1e-5
+    )

@@ -1,0 +1,164 @@
+"""The architecture, enforced: imports go down, C++ floors too, names agree, and the README's commands are CI's."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastguide
+from fastguide.backends import native
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fastguide"
+
+FLOORS = [  # a module imports modules of lower floors only, or of its own floor further left
+    ["_version", "schedule", "predictions", "table", "solvers", "guidance", "reference"],
+    ["ops"],
+    ["backends.native", "backends"],
+    ["forward", "training", "sampler"],
+    [""],  # fastguide/__init__.py
+    [
+        "demo",
+        "demo.digits",
+        "demo.models",
+        "demo.weights",
+        "demo.methods",
+        "demo.checks",
+        "demo.report",
+        "demo.run",
+        "cli",
+        "__main__",
+    ],
+]
+ORDER = [name for floor in FLOORS for name in floor]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    package = list(path.relative_to(PACKAGE).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        base = package[: len(package) - (node.level - 1)] + (node.module.split(".") if node.module else [])
+        for alias in node.names:
+            candidate = ".".join([*base, alias.name])
+            found.add(candidate if candidate in ORDER else ".".join(base))
+    return found - {module_name(path)}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
+def test_imports_go_down(path):
+    name = module_name(path)
+    assert name in ORDER, f"{path}: which floor is it on?"
+    for imported in imported_modules(path):
+        assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}, which stands above it"
+
+
+def test_the_package_is_imported_relatively():
+    for path in PACKAGE.rglob("*.py"):
+        code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.S)
+        assert not re.search(r"^\s*(import fastguide|from fastguide)", code, re.M), path
+
+
+CPP_FLOORS = {  # what each file may include of this project; only bind.cpp knows torch
+    "step.h": set(),
+    "step_cpu.h": set(),
+    "convert.h": {"step.h", "step_cpu.h"},
+    "step_cpu.cpp": {"step_cpu.h", "convert.h", "step.h"},
+    "bind.cpp": {"step.h", "step_cpu.h"},
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda p: p.name)
+def test_cpp_floors(path):
+    text = path.read_text()
+    assert set(re.findall(r'#include "([^"]+)"', text)) <= CPP_FLOORS[path.name]
+    if path.name != "bind.cpp":
+        assert not re.search(r"#include <(torch|ATen|c10)/", text)
+
+
+def test_row_columns_are_the_same_in_cpp():
+    enum = re.search(r"enum Column : int \{(.*?)num_columns", (ROOT / "csrc/step.h").read_text(), re.S).group(1)
+    assert tuple(re.findall(r"\w+", enum)) == fastguide.ROW_COLUMNS
+
+
+def test_no_fast_math_anywhere():
+    for path in [ROOT / "setup.py", *(ROOT / "csrc").iterdir()]:
+        assert not re.search(r"-ffast-math|-Ofast|funsafe-math|use_fast_math", path.read_text()), path
+
+
+def test_every_file_says_its_job_in_its_first_lines():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+    for path in (ROOT / "csrc").iterdir():
+        assert path.read_text().startswith("// "), path
+
+
+def test_no_file_is_longer_than_500_lines():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROOT / "tests").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 500, path
+
+
+def test_readme_commands_are_the_ones_that_ci_runs():
+    demo, tests = re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S)[:2]
+    assert demo.endswith("fastguide demo")
+    assert tests.endswith("pytest")
+    assert "\n" not in demo
+    assert "\n" not in tests
+    assert f"\n{tests}\n" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_public_api_is_all_and_documented():
+    for name in fastguide.__all__:
+        value = getattr(fastguide, name)
+        assert value.__doc__ or isinstance(value, tuple), name
+
+
+def test_import_needs_torch_only():
+    """No optional package is imported by the library itself."""
+    code = (
+        "import sys, fastguide; "
+        "print([m for m in ('diffusers', 'sklearn', 'matplotlib', 'tqdm', 'triton') if m in sys.modules])"
+    )
+    before = "import sys, torch; print([m for m in ('tqdm', 'triton') if m in sys.modules])"
+    run = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        for c in (code, before)
+    ]
+    assert run[0] == run[1]
+
+
+def test_native_library_needs_no_python_and_no_unstable_torch():
+    """Its undefined symbols are libtorch's C shim and the system's: every Python and torch from 2.10."""
+    if not native.LIBRARY.exists():
+        pytest.skip("the native library is not built; fastguide info says why")
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(native.LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    names = [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
+    assert any(n.startswith("torch_") for n in names)
+    for name in names:
+        assert not name.startswith("Py"), name
+        assert not re.match(r"_ZN?K?\d*(2at|3c10|5torch)", name), name
+
+
+def test_native_library_exports_no_kernel_symbols():
+    """What it exports cannot clash with another library's."""
+    if not native.LIBRARY.exists():
+        pytest.skip("the native library is not built; fastguide info says why")
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", str(native.LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    ours = [line.split()[-1] for line in symbols.splitlines() if " T " in line]
+    assert ours == ["fastguide_cpu_capability"]

@@ -1,1 +1,1 @@
-"""Benchmarks: ``pytest benchmarks --benchmark-only`` for the tables, ``python -m benchmarks.compare`` for the ratios."""
+"""Benchmarks: ``pytest benchmarks --benchmark-only`` for tables, ``python -m benchmarks.compare`` for the ratios."""

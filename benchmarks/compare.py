@@ -1,6 +1,6 @@
 """The ratios that the README states: all contenders in turns, in one run, medians; a table, and JSON with --output.
 
-    python -m benchmarks.compare --output benchmarks/results/cpu.json
+python -m benchmarks.compare --output benchmarks/results/cpu.json
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastguide
 from fastguide.backends import native
@@ -117,6 +118,13 @@ def test_readme_commands_are_the_ones_that_ci_runs():
     assert "\n" not in demo
     assert "\n" not in tests
     assert f"\n{tests}\n" in (ROOT / ".ci/run").read_text()
+
+
+def test_readme_example_runs():
+    example = re.search(r"```python\n(import torch, fastguide.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    names = {"model": lambda x, t, condition: 0.1 * x + condition, "both_conditions": torch.zeros(8, 1, 1, 1)}
+    exec(example, names)
+    assert names["x"].isfinite().all()
 
 
 def test_the_public_api_is_all_and_documented():

@@ -124,7 +124,13 @@ def announce(message: str) -> None:
             print("fastguide: (no terminal to repeat this on)", file=sys.stderr)
 
 
+NATIVE = Extension(
+    "fastguide._native",
+    sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")),
+    depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
+)
+
 setup(
-    ext_modules=[Extension("fastguide._native", sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")))],
+    ext_modules=[NATIVE],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

@@ -121,7 +121,8 @@ int64_t check_layout(const char* name, const Tensor& tensor, const Layout& layou
                     ", got ", sizes[d]);
   }
   for (int64_t d = 1; d < layout.dim; ++d) {
-    STD_TORCH_CHECK(sizes[d] <= 1 || strides[d] == layout.strides[d], name, ": expected out's layout within a sample");
+    STD_TORCH_CHECK(sizes[d] <= 1 || strides[d] == layout.strides[d] || layout.elements_per_sample == 0, name,
+                    ": expected out's layout within a sample");
   }
   return strides[0];
 }

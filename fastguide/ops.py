@@ -323,7 +323,7 @@ def _check_operand(
         return
     _check_tensor(name, tensor, shape, device, grad_enabled)
     inner = tensor.stride()[1:]
-    if inner != strides[1:] and any(
+    if tensor.numel() and any(
         size > 1 and ours != theirs for size, ours, theirs in zip(shape[1:], inner, strides[1:], strict=True)
     ):
         raise ValueError(

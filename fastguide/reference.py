@@ -66,6 +66,8 @@ def guided_step(
 
 def check_indices(indices: Tensor, steps: int) -> None:
     """Refuse step indices, on the host, that are outside the table."""
+    if indices.numel() == 0:
+        return
     low, high = indices.aminmax()
     if int(low) < 0 or int(high) >= steps:
         raise IndexError(f"index: expected values from 0 to {steps - 1}, got {int(low)} to {int(high)}")

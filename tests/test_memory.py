@@ -157,23 +157,23 @@ def test_native_allocates_the_output_and_nothing_else(dtype, generator):
 
 
 def overlapping(case):
+    """A prediction, and an output that is partly the same memory."""
     buffer = torch.randn(200)
-    sample = torch.randn(2, 30)
     return {
         "shifted by one": (buffer[0:60].view(2, 30), buffer[1:61].view(2, 30)),
         "halfway": (buffer[0:60].view(2, 30), buffer[30:90].view(2, 30)),
-        "another dtype": (torch.randn(2, 60, dtype=torch.float64)[:, :30], None),
         "another batch stride": (buffer[0:60].view(2, 30), buffer[0:120].view(2, 60)[:, :30]),
-    }[case], sample
+        "another dtype": (buffer.view(torch.bfloat16)[:30].view(1, 30), buffer[:30].view(1, 30)),
+    }[case]
 
 
-@pytest.mark.parametrize("case", ["shifted by one", "halfway", "another batch stride"])
-def test_native_refuses_an_output_that_is_partly_an_input(case, generator):
-    (prediction, out), sample = overlapping(case)
-    before = prediction.clone()
+@pytest.mark.parametrize("case", ["shifted by one", "halfway", "another batch stride", "another dtype"])
+def test_native_refuses_an_output_that_is_partly_an_input(case):
+    prediction, out = overlapping(case)
+    sample, before = torch.randn(prediction.shape), prediction.clone()
     with pytest.raises(RuntimeError, match="out: expected memory that is predictions's, element for element, or apart"):
         fastguide.guided_step(TABLES["ddim"], 0, sample, [prediction], out=out, backend="native")
-    assert torch.equal(prediction, before)
+    assert torch.equal(prediction.view(torch.uint8), before.view(torch.uint8))
 
 
 def test_native_takes_an_output_interleaved_with_an_input(generator):

@@ -124,17 +124,18 @@ def test_compiled_loop_over_int_indices_is_one_graph(counter, generator):
     assert len(counter.graphs) == 1
 
 
-def test_int_index_as_an_argument_stops_recompiling(counter, generator):
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_int_index_as_an_argument_stops_recompiling(name, counter, generator):
     """Dynamo specialises on 0 and 1, as on every int, and then takes any int."""
-    table = TABLES["ddim"]
+    table = TABLES[name]
     x = torch.randn(2, 3, generator=generator)
 
-    def step(index, x):
-        return fastguide.guided_step(table, index, x, [x])
+    def step(index, x, z):
+        return fastguide.guided_step(table, index, x, [x], noise=z)
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for index in range(len(table)):
-        assert torch.equal(compiled(index, x), step(index, x))
+        assert torch.equal(compiled(index, x, x), step(index, x, x))
     assert len(counter.graphs) <= 3
 
 

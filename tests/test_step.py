@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, FORMS, MIXED_DTYPES, SHAPES, TABLES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from step_inputs import errors, make_guidance, make_inputs, textbook
 
 import fastguide
@@ -141,6 +143,9 @@ def test_special_values_are_converted_as_torch_does(backend):
         )
         assert torch.equal(out.isnan(), values.isnan())
         wide = torch.cat([out, out.nextafter(torch.tensor(torch.inf)), out * (1 + 2**-9), out * 1e-3], 1)
+        ties = (out[:, :-1] + out[:, 1:]) / 2  # halfway between neighbours
+        payload = torch.tensor([[0x7FFFFFFF, 0x7FC00001]], dtype=torch.int32).view(torch.float32)  # of NaN
+        wide = torch.cat([wide, ties, payload], 1)
         wide = torch.where(wide.isinf(), 1, wide)
         zeros_wide = torch.zeros_like(wide)
         narrowed = torch.empty_like(wide, dtype=dtype)
@@ -174,17 +179,22 @@ def test_exponential_of_the_learned_variance(backend):
 def test_nan_is_not_clipped_away(backend):
     table = TABLES["ddpm"]
     x = torch.randn(1, 40)
-    x[0, ::7] = torch.nan
-    out = fastguide.guided_step(table, 2, x, [torch.zeros_like(x)], noise=torch.zeros_like(x), backend=backend)
-    assert torch.equal(out.isnan(), x.isnan())
+    prediction = torch.zeros_like(x)
+    prediction[0, ::7] = torch.nan
+    out, original = fastguide.guided_step(
+        table, 2, x, [prediction], noise=torch.zeros_like(x), return_original=True, backend=backend
+    )
+    assert torch.equal(out.isnan(), prediction.isnan())
+    assert torch.equal(original.isnan(), prediction.isnan())
 
 
-def test_indices_and_scales_per_sample_are_each_sample_s_own_step(backend, generator):
+@pytest.mark.parametrize("shape", [(7, 3, 13, 5), (3, 1, 131, 127)])  # in one thread; threads that begin in a sample
+def test_indices_and_scales_per_sample_are_each_sample_s_own_step(backend, shape, generator):
     """A batch whose samples differ in step, scale and gradient scale is the same bits as each sample alone."""
     table = TABLES["ddpm"]
-    batch = 7
-    inputs = make_inputs(table, (batch, 3, 13, 5), generator, gradient=True)
-    index = torch.tensor([0, 9, 3, 3, 8, 1, 5])
+    batch = shape[0]
+    inputs = make_inputs(table, shape, generator, gradient=True)
+    index = torch.tensor([0, 9, 3, 3, 8, 1, 5])[:batch]
     scales, gradient_scales = torch.linspace(-1, 9, batch), torch.linspace(0, 2, batch)
 
     def guidance(scale, gradient_scale):
@@ -244,6 +254,66 @@ def test_doubled_prediction_is_the_two_halves(backend, generator):
         one = fastguide.guided_step(table, 1, inputs.sample, together, guidance, backend=backend)
         many = fastguide.guided_step(table, 1, inputs.sample, inputs.predictions, guidance, backend=backend)
         assert torch.equal(one, many)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    shape=st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple),
+    count=st.integers(1, 5),
+    name=st.sampled_from(sorted(TABLES)),
+    gradient=st.booleans(),
+    per_sample=st.booleans(),
+    per_step=st.booleans(),
+    tensor_index=st.sampled_from(["int", "one", "per sample"]),
+    seed=st.integers(0, 2**31),
+)
+def test_native_is_the_reference_in_float64(shape, count, name, gradient, per_sample, per_step, tensor_index, seed):
+    """Whatever the case, both compute the same algebra: float64 leaves no room for a wrong coefficient."""
+    table = TABLES[name]
+    generator = torch.Generator().manual_seed(seed)
+    inputs = make_inputs(table, shape, generator, count=count, gradient=gradient, dtype=torch.float64)
+    scale_shape = (len(table) if per_step else 1, shape[0] if per_sample and shape[0] else 1)
+    scales = [torch.randn(scale_shape, generator=generator) for _ in range(count)]
+    guidance = fastguide.Composed(scales[1:]) if count > 1 else None
+    if gradient:
+        classifier = fastguide.Classifier(None, scales[0])
+        guidance = classifier if guidance is None else guidance + classifier
+    index = {
+        "int": 3,
+        "one": torch.tensor(3),
+        "per sample": torch.randint(len(table), shape[:1], generator=generator),
+    }[tensor_index]
+    results = [
+        fastguide.guided_step(
+            table,
+            index,
+            inputs.sample,
+            inputs.predictions,
+            guidance,
+            gradient=inputs.gradient,
+            variance=inputs.variance,
+            noise=inputs.noise,
+            return_original=True,
+            backend=backend,
+        )
+        for backend in ("native", "reference")
+    ]
+    for native, reference in zip(*results, strict=True):
+        torch.testing.assert_close(native, reference, rtol=1e-11, atol=1e-11)
+
+
+def test_weights_need_not_sum_to_one(generator):
+    """At the operator, column 0 holds the sum: m = sum_k w_k p_k for any weights, in every way of combining."""
+    table = fastguide.StepTable(torch.zeros(1, dtype=torch.int64), {"out_pred": torch.ones(1, dtype=torch.float64)})
+    rows = table.device_rows(None, torch.float64)
+    for count in (1, 2, 3, 5):
+        w = torch.randn(count, dtype=torch.float64, generator=generator)
+        p = list(torch.randn(count, 2, 40, dtype=torch.float64, generator=generator))
+        weights = torch.cat([w.sum()[None], w[1:], torch.zeros(1)]).view(1, 1, -1)
+        out = torch.empty_like(p[0])
+        for step in (torch.ops.fastguide.guided_step.default, fastguide.reference.guided_step):
+            step(out, None, torch.zeros_like(out), p, rows, weights, 0, None, None, None, None)
+            torch.testing.assert_close(out, sum(w_k * p_k for w_k, p_k in zip(w, p, strict=True)))
 
 
 def test_native_is_the_default_and_agrees_with_the_reference(generator):

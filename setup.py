@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit('fastguide: building needs a newer setuptools: pip install "setuptools>=77"') from None
 
 TORCH_FLOOR = (2, 10)  # the oldest torch whose stable ABI has all that csrc/bind.cpp uses
 FLAGS = (
@@ -36,17 +41,28 @@ class BuildNative(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         note = library.with_suffix(".txt")
-        compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+        compiler = find_compiler()
         if compiler is None:
             library.unlink(missing_ok=True)
-            note.write_text("no C++ compiler was found at install (g++, clang++ or $CXX); install one and reinstall\n")
-            announce(f"fastguide: native backend {note.read_text().strip()}; the slower reference backend works.")
+            note.write_text(
+                "no C++ compiler was found at install (g++, c++, clang++ or $CXX); install one, reinstall\n"
+            )
+            announce(f"fastguide: native backend not built: {note.read_text().strip()}. The reference works, slower.")
             return
         note.unlink(missing_ok=True)
         directory = Path(self.build_temp).resolve()
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "build.ninja").write_text(ninja_file(compiler, library))
         subprocess.run([ninja(), "-C", str(directory)], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: the library, or the note why there is none, in place of what was there before."""
+        source = Path(__file__).resolve().parent / "fastguide"
+        for name in ("_native.so", "_native.txt"):
+            (source / name).unlink(missing_ok=True)
+            built = Path(self.build_lib) / "fastguide" / name
+            if built.exists():
+                self.copy_file(str(built), str(source / name))
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -56,6 +72,16 @@ class AnyPythonWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+def find_compiler() -> str | None:
+    """The command of $CXX, which must exist if it is set; else the first of the usual names."""
+    chosen = os.environ.get("CXX")
+    if chosen:
+        if shutil.which(shlex.split(chosen)[0]) is None:
+            raise SystemExit(f"fastguide: CXX: expected a compiler, got {chosen!r}, which is not there")
+        return chosen
+    return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+
+
 def ninja_file(compiler: str, library: Path) -> str:
     """What to compile and how, for ninja."""
     try:
@@ -63,7 +89,7 @@ def ninja_file(compiler: str, library: Path) -> str:
     except ImportError:
         raise SystemExit(
             "fastguide: building needs torch. Install it first and use --no-build-isolation:\n"
-            "    pip install torch setuptools ninja && pip install --no-build-isolation ."
+            "    pip install torch 'setuptools>=77' ninja && pip install --no-build-isolation ."
         ) from None
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if found < TORCH_FLOOR:
@@ -75,7 +101,7 @@ def ninja_file(compiler: str, library: Path) -> str:
     source = Path(__file__).resolve().parent / "csrc"
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {escape(compiler)}",
+        "cxx = " + compiler.replace("$", "$$"),
         f"flags = {FLAGS}",
         "rule compile",
         "  command = $cxx $flags $extra -MD -MF $out.d -c $in -o $out",

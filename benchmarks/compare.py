@@ -63,14 +63,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="per workload (default: %(default)s)")
     options = parser.parse_args()
     results = {}
-    for workload in WORKLOADS:
+    for make in WORKLOADS.values():
+        workload = make()
         medians = measure(workload, options.seconds)
         results[workload.name] = medians
         print(f"\n{workload.name}: {workload.bytes / 1e6:.1f} MB")
         for name, microseconds in medians.items():
             rate = workload.bytes / microseconds / 1e3
-            ratio = microseconds / medians["fastguide out="]
-            print(f"  {name:<24} {microseconds:10.1f} us  {rate:7.1f} GB/s  {ratio:6.2f} x fastguide out=")
+            ratio = microseconds / medians["fastguide out"]
+            print(f"  {name:<24} {microseconds:10.1f} us  {rate:7.1f} GB/s  {ratio:6.2f} x fastguide out")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         machine = {

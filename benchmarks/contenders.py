@@ -50,18 +50,16 @@ def diffusers_step(w: Workload) -> Call:
     return step
 
 
-def _formula(w: Workload) -> Callable[..., Tensor]:
-    """The same step in torch without synchronisation: coefficients in tensors, as a careful user writes it."""
-    c = {name: values[STEP].float() for name, values in w.table.coefficients().items()}
-    scale = torch.tensor(GUIDANCE_SCALE)
-    noisy = w.table.adds_noise[STEP]
+def _formula(noisy: bool) -> Callable[..., Tensor]:
+    """The same step in torch without synchronisation: coefficients in one tensor, as a careful user writes it."""
+    column = {name: i for i, name in enumerate(fastguide.ROW_COLUMNS)}
 
-    def formula(x: Tensor, uncond: Tensor, cond: Tensor, noise: Tensor | None) -> Tensor:
+    def formula(row: Tensor, scale: Tensor, x: Tensor, uncond: Tensor, cond: Tensor, noise: Tensor | None) -> Tensor:
         uncond, cond = uncond.float(), cond.float()
         m = uncond + scale * (cond - uncond)
-        x0 = c["x0_scale"] * (c["x0_sample"] * x + c["x0_pred"] * m)
-        result = c["out_x0"] * x0 + c["out_sample"] * x + c["out_pred"] * m
-        return result + c["out_noise"] * noise if noisy else result
+        x0 = row[column["x0_scale"]] * (row[column["x0_sample"]] * x + row[column["x0_pred"]] * m)
+        result = row[column["out_x0"]] * x0 + row[column["out_sample"]] * x + row[column["out_pred"]] * m
+        return result + row[column["out_noise"]] * noise if noisy else result
 
     return formula
 
@@ -69,30 +67,49 @@ def _formula(w: Workload) -> Callable[..., Tensor]:
 def _formula_step(w: Workload, formula: Callable[..., Tensor]) -> Call:
     generator = torch.Generator().manual_seed(0)
     noisy = w.table.adds_noise[STEP]
+    row = w.table.device_rows(None, torch.float32)[STEP].clone()
+    scale = torch.tensor(GUIDANCE_SCALE)
 
     def step() -> Tensor:
         noise = torch.randn(w.shape, generator=generator) if noisy else None
-        return formula(w.sample, w.uncond, w.cond, noise)
+        return formula(row, scale, w.sample, w.uncond, w.cond, noise)
 
     return step
 
 
 def torch_eager(w: Workload) -> Call:
     """Plain torch, an operation at a time."""
-    return _formula_step(w, _formula(w))
+    return _formula_step(w, _formula(w.table.adds_noise[STEP]))
 
 
 def torch_compiled(w: Workload) -> Call:
     """Plain torch under torch.compile: the competitor that fuses too. The noise is drawn outside, as it must be."""
-    return _formula_step(w, torch.compile(_formula(w), fullgraph=True))
+    return _formula_step(w, torch.compile(_formula(w.table.adds_noise[STEP]), fullgraph=True, dynamic=False))
+
+
+def torch_compiled_out(w: Workload) -> Call:
+    """The same, written into the caller's output, which the compiler does in place."""
+    formula = _formula(w.table.adds_noise[STEP])
+    out = torch.empty_like(w.sample)
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def into(out: Tensor, *arguments: Tensor | None) -> None:
+        out.copy_(formula(*arguments))
+
+    def step(*arguments: Tensor | None) -> Tensor:
+        into(out, *arguments)
+        return out
+
+    return _formula_step(w, step)
 
 
 CONTENDERS = {
     "fastguide": fastguide_step,
-    "fastguide out=": fastguide_out,
+    "fastguide out": fastguide_out,
     "diffusers": diffusers_step,
     "torch eager": torch_eager,
     "torch.compile": torch_compiled,
+    "torch.compile out": torch_compiled_out,
 }
 
 

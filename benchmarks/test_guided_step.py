@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from .contenders import CONTENDERS, check, copy_ceiling, randn_ceiling
-from .workloads import SMALL_NOISY, WORKLOADS
+from .workloads import WORKLOADS, Workload
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
-def test_guided_step(benchmark, workload, name):
-    check(workload, name)
-    benchmark.group = workload.name
+@functools.lru_cache(maxsize=1)
+def made(name: str) -> Workload:
+    return WORKLOADS[name]()
+
+
+@pytest.mark.parametrize("contender", [*CONTENDERS, "copy_ of the same bytes"])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_guided_step(benchmark, name, contender):
+    workload = made(name)
+    benchmark.group = f"{name}: {workload.name}"
     benchmark.extra_info["bytes"] = workload.bytes
-    benchmark(CONTENDERS[name](workload))
-
-
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
-def test_copy_of_the_same_bytes(benchmark, workload):
-    benchmark.group = workload.name
-    benchmark(copy_ceiling(workload))
+    if contender in CONTENDERS:
+        check(workload, contender)
+    benchmark(CONTENDERS.get(contender, copy_ceiling)(workload))
 
 
 def test_torch_randn_alone(benchmark):
-    benchmark.group = SMALL_NOISY.name
-    benchmark(randn_ceiling(SMALL_NOISY))
+    workload = made("small, with noise")
+    benchmark.group = f"small, with noise: {workload.name}"
+    benchmark(randn_ceiling(workload))

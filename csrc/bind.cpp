@@ -8,6 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <optional>
@@ -28,15 +32,22 @@ constexpr int64_t kGrain = 32768;  // elements per thread at least, as in torch'
 
 enum class Capability : int { baseline, avx2, avx512 };
 
+#if defined(__x86_64__)
+bool has_half_conversions() {  // "f16c" is no name for __builtin_cpu_supports in older compilers
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 Capability best_capability() {
 #if defined(__x86_64__)
+  __builtin_cpu_init();  // runs while the library is being loaded
+  if (!__builtin_cpu_supports("fma") || !has_half_conversions()) return Capability::baseline;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      __builtin_cpu_supports("avx512vl")) {
     return Capability::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return Capability::avx2;
-  }
+  if (__builtin_cpu_supports("avx2")) return Capability::avx2;
 #endif
   return Capability::baseline;
 }
@@ -168,7 +179,8 @@ void check_overlap(const char* name, const Output& out, const Input& input, cons
           distance >= (out_first ? out_run : input_run) && out_stride - distance >= (out_first ? input_run : out_run);
     }
   }
-  STD_TORCH_CHECK(fine, "out: expected memory that is ", name, "'s, element for element, or apart from it; got a part");
+  STD_TORCH_CHECK(fine, "out: expected memory apart from ", name,
+                  ", or the same element for element; got a part of it");
 }
 
 // ---- The operator ----

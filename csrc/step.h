@@ -88,11 +88,11 @@ FASTGUIDE_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  int32_t bits;
+  uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  const int32_t exponent = bits - 0x4B400000;  // the integer n
-  const int32_t half = exponent >> 1;          // 2^n in two factors, as n may be outside of float's exponents
-  const int32_t low = (half + 127) << 23, high = (exponent - half + 127) << 23;
+  const int32_t exponent = int32_t(bits - 0x4B400000u);  // the integer n; of NaN, any
+  const int32_t half = exponent >> 1;                    // 2^n in two factors, as n may be outside of float's exponents
+  const uint32_t low = uint32_t(half + 127) << 23, high = uint32_t(exponent - half + 127) << 23;
   float scale_low, scale_high;
   std::memcpy(&scale_low, &low, sizeof low);
   std::memcpy(&scale_high, &high, sizeof high);

@@ -2,7 +2,7 @@
 
 from . import backends as backends
 from ._version import __version__ as __version__
-from .forward import add_noise, convert_prediction
+from .forward import add_noise, convert_prediction, training_target
 from .guidance import Classifier, ClassifierFree, Composed, Guidance
 from .ops import guided_step
 from .sampler import Sampler
@@ -29,4 +29,5 @@ __all__ = [
     "denoising_loss",
     "drop_condition",
     "guided_step",
+    "training_target",
 ]

@@ -14,6 +14,7 @@ import torch
 from . import __version__
 from .ops import BACKENDS, default_backend
 
+_DEMO_MODULES = ("sklearn", "matplotlib", "tqdm", "safetensors", "numpy")
 _OPTIONAL_PACKAGES = ("diffusers", "scikit-learn", "matplotlib", "tqdm", "safetensors", "triton")
 
 
@@ -27,7 +28,7 @@ def info() -> str:
         "backends:",
     ]
     for backend in BACKENDS.values():
-        served = ", ".join(d for d in devices if d in backend.devices) or "nothing here"
+        served = ", ".join(d for d in devices if backend.serves(d)) or "nothing here"
         lines.append(f"  {backend.name:<10} serves {served}: {backend.status}")
     lines += ["", "default:", *(f"  {device:<10} {default_backend(device)}" for device in devices)]
     lines += ["", "optional packages:"]
@@ -59,10 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         from .demo.run import run
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _DEMO_MODULES:
+            raise
         print(f'fastguide: the demo needs more packages ({error}): pip install "fastguide[demo]"', file=sys.stderr)
         return 1
-    if options.backend is not None and "cpu" not in BACKENDS[options.backend].devices:
+    if options.backend is not None and not BACKENDS[options.backend].serves("cpu"):
         print(f"fastguide: backend {options.backend}: {BACKENDS[options.backend].status}", file=sys.stderr)
         return 1
     if options.output.exists() and not options.output.is_dir():

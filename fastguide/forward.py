@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .ops import guided_step
-from .predictions import PredictionType, check_prediction_type
+from .predictions import PredictionType, check_prediction_type, from_original_and_epsilon
 from .predictions import convert as conversion
 from .schedule import NoiseSchedule
 from .table import StepTable
@@ -35,7 +35,7 @@ def add_noise(
     >>> [f"{v:.4f}" for v in x.mean((1, 2, 3))]
     ['0.0100', '1.0000']
     """
-    table = _table(schedule, "original", "sample at t", _device_of("original", original))
+    table = _table(_NOISING, "", schedule, _device_of("original", original))
     return guided_step(
         table, _checked(timestep, table), original, [], noise=noise, generator=generator, out=out, backend=backend
     )
@@ -66,7 +66,8 @@ def convert_prediction(
         out, backend: as in ``guided_step``.
 
     Raises:
-        ValueError: the schedule has a timestep of zero signal, where ``source`` does not determine ``target``.
+        ValueError: the timestep has zero signal, where ``source`` does not determine ``target``; a timestep on another
+            device than the CPU is not looked at, and gives infinite or NaN values there.
 
     >>> schedule, x, epsilon = NoiseSchedule.cosine(), torch.randn(2, 3), torch.randn(2, 3)
     >>> v = convert_prediction(schedule, x, 500, epsilon, "epsilon", "v_prediction")
@@ -74,39 +75,72 @@ def convert_prediction(
     >>> torch.allclose(back, epsilon, atol=1e-5)
     True
     """
-    table = _table(schedule, source, target, _device_of("sample", sample))
+    check_prediction_type("source", source)
+    check_prediction_type("target", target)
+    table = _table(_CONVERSION, f"{source} to {target}", schedule, _device_of("sample", sample))
     return guided_step(table, _checked(timestep, table), sample, [prediction], out=out, backend=backend)
 
 
+def training_target(
+    schedule: NoiseSchedule,
+    original: Tensor,
+    timestep: int | Tensor,
+    noise: Tensor,
+    prediction_type: PredictionType,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What a model is trained to predict at x_t = ``add_noise(schedule, original, timestep, noise)``.
+
+    Computed from x_0 and the noise themselves, so that nothing is lost to the rounding of x_t, and defined where the
+    schedule has no signal. Arguments as in ``add_noise``; only ``"score"`` of abar = 1 would not be finite.
+
+    >>> x, z = torch.randn(2, 3), torch.randn(2, 3)
+    >>> torch.equal(training_target(NoiseSchedule.linear(), x, 7, z, "epsilon"), z)
+    True
+    """
+    check_prediction_type("prediction_type", prediction_type)
+    table = _table(_TARGET, prediction_type, schedule, _device_of("original", original))
+    return guided_step(table, _checked(timestep, table), original, [], noise=noise, out=out, backend=backend)
+
+
 # Tables over all training timesteps, the row being the timestep; one for each use, schedule and device.
-_tables: dict[tuple[NoiseSchedule, str, str, torch.device], StepTable] = {}
+_tables: dict[tuple[str, str, NoiseSchedule, torch.device], StepTable] = {}
 _MOST_TABLES = 64
+_NOISING, _TARGET, _CONVERSION = "add_noise", "training_target", "convert_prediction"
 
 
-def _table(schedule: NoiseSchedule, source: str, target: str, device: torch.device) -> StepTable:
-    table = _tables.get((schedule, source, target, device))
+def _table(use: str, kind: str, schedule: NoiseSchedule, device: torch.device) -> StepTable:
+    table = _tables.get((use, kind, schedule, device))
     if table is None:
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"torch.compile: expected the table of {source} to {target} for this schedule and device to exist; "
+                f"torch.compile: expected the table of {use} for this schedule and device to exist; "
                 "call the function once, with any sample, before compiling"
             )
         if len(_tables) >= _MOST_TABLES:
-            _tables.pop(next(iter(_tables)))
-        table = _tables[schedule, source, target, device] = _made_table(schedule, source, target).to(device)
+            _tables.pop(next(iter(_tables)), None)
+        table = _tables[use, kind, schedule, device] = _made_table(use, kind, schedule).to(device)
     return table
 
 
-def _made_table(schedule: NoiseSchedule, source: str, target: str) -> StepTable:
+def _made_table(use: str, kind: str, schedule: NoiseSchedule) -> StepTable:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: expected a NoiseSchedule, got {type(schedule).__name__}")
     abar = schedule.alphas_cumprod
-    if (source, target) == ("original", "sample at t"):
+    undefined = None
+    if use == _NOISING:
         columns = {"out_sample": abar.sqrt(), "out_noise": (1 - abar).sqrt()}
+    elif use == _TARGET:
+        of_original, of_noise = from_original_and_epsilon(kind, abar)
+        columns = {"out_sample": of_original, "out_noise": of_noise}
     else:
-        check_prediction_type("source", source)
-        check_prediction_type("target", target)
+        source, target = kind.split(" to ")
         part = conversion(source, target, abar)
         columns = {"out_sample": part.scale * part.sample, "out_pred": part.scale * part.pred}
-    return StepTable(torch.arange(len(schedule)), columns, name=f"conversion from {source} to {target}")
+        undefined = f"the schedule has zero signal there, where {source} does not determine {target}"
+    return StepTable(torch.arange(len(schedule)), columns, undefined=undefined, name=use)
 
 
 def _checked(timestep: int | Tensor, table: StepTable) -> int | Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, get_args
 
@@ -14,6 +13,7 @@ from .table import GradientForm
 Scale: TypeAlias = "float | Sequence[float] | Tensor"
 
 _HOST = torch.device("cpu")
+_LARGEST = torch.finfo(torch.float32).max  # the kernels compute in float32
 
 
 class Guidance:
@@ -116,7 +116,7 @@ class Composed(Guidance):
     """
 
     def __init__(self, guidance_scales: Sequence[Scale]) -> None:
-        if isinstance(guidance_scales, (int, float)) or len(guidance_scales) == 0:
+        if not isinstance(guidance_scales, (Sequence, Tensor)) or len(guidance_scales) == 0:
             raise ValueError(
                 f"guidance_scales: expected a sequence of scales, one a condition, got {guidance_scales!r}"
             )
@@ -186,61 +186,77 @@ class Classifier(Guidance):
         ``timestep`` and ``labels`` are int64 of shape ``(batch,)``. Neither the sample nor the classifier's
         parameters collect a gradient.
         """
-        if self._grad_fn is not None:
-            gradient = self._grad_fn(sample, timestep)
-        else:
-            gradient = self._log_probability_gradient(sample, timestep, labels)
+        # A sampling loop runs without gradients, or in inference mode; here they are needed all the same.
+        with torch.inference_mode(False), torch.enable_grad():
+            x, timestep = sample.detach().clone(), timestep.clone()
+            if self._grad_fn is not None:
+                gradient = self._grad_fn(x, timestep)
+            else:
+                gradient = self._log_probability_gradient(x.requires_grad_(True), timestep, labels)
+        if not isinstance(gradient, Tensor):
+            raise TypeError(f"gradient: expected a tensor, got {type(gradient).__name__}")
         if gradient.shape != sample.shape:
             raise ValueError(f"gradient: expected {_shape(sample)}, the sample's shape, got {_shape(gradient)}")
         return gradient.detach().to(sample.dtype)
 
-    def _log_probability_gradient(self, sample: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+    def _log_probability_gradient(self, x: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
         if self._classifier is None:
             raise ValueError("classifier: this Classifier has neither classifier nor grad_fn; pass gradient= instead")
-        batch = sample.shape[0]
+        batch = x.shape[0]
         if labels is None or labels.shape != (batch,) or labels.dtype != torch.int64:
             got = "None" if labels is None else f"{labels.dtype} of shape {_shape(labels)}"
             raise ValueError(f"labels: expected int64 of shape ({batch},), got {got}")
-        # A sampling loop runs without gradients, or in inference mode; here one is needed all the same.
-        with torch.inference_mode(False), torch.enable_grad():
-            x = sample.detach().clone().requires_grad_(True)
-            logits = self._classifier(x, timestep.clone())
-            if logits.dim() != 2 or logits.shape[0] != batch:
-                raise ValueError(f"classifier: expected logits of shape ({batch}, classes), got {_shape(logits)}")
-            if not logits.requires_grad:
-                raise ValueError("classifier: expected logits that depend on x by autograd, got a constant")
+        logits = self._classifier(x, timestep)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != batch:
+            got = _shape(logits) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"classifier: expected logits of shape ({batch}, classes), got {got}")
+        if labels.device == _HOST and not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
+            raise ValueError(
+                f"labels: expected 0 to {logits.shape[1] - 1}, the classifier's classes, got {labels.tolist()}"
+            )
+        gradient = None
+        if logits.requires_grad:
             log_probability = logits.log_softmax(-1).gather(1, labels.clone()[:, None])
-            return torch.autograd.grad(log_probability.sum(), x)[0]
+            (gradient,) = torch.autograd.grad(log_probability.sum(), x, allow_unused=True)
+        if gradient is None:
+            raise ValueError("classifier: expected logits that depend on x by autograd, got some that do not")
+        return gradient
 
 
 def _columns(*columns: float | Tensor) -> Tensor:
     """Weights of shape (steps or 1, batch or 1, columns) from numbers and scales of shape (steps or 1, batch or 1)."""
-    device = next((c.device for c in columns if isinstance(c, Tensor) and c.device != _HOST), _HOST)
-    if not any(isinstance(c, Tensor) for c in columns):  # cheap, as guidance may be made in the loop
+    scales = [c for c in columns if isinstance(c, Tensor)]
+    if not scales:  # cheap, as guidance may be made in the loop
         return torch.tensor([[columns]], dtype=torch.float64)
-    tensors = [torch.as_tensor(c, dtype=torch.float64, device=device) for c in columns]
-    return torch.stack(torch.broadcast_tensors(*tensors), -1)
+    like = next((scale for scale in scales if scale.device != _HOST), scales[0])
+    return torch.stack(torch.broadcast_tensors(*(torch.as_tensor(c).to(like) for c in columns)), -1)
 
 
 def _scale(name: str, value: Scale) -> float | Tensor:
-    """A scale as a number, or as a float64 tensor of shape (steps or 1, batch or 1)."""
+    """A scale as a number, or as a tensor of shape (steps or 1, batch or 1): float64 on the host, else float32."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value}")
+        if not abs(value) <= _LARGEST:
+            raise ValueError(f"{name}: expected a finite number (in float32), got {value}")
         return float(value)
     if isinstance(value, Tensor):
-        scale = value.detach().to(torch.float64)
+        if value.requires_grad or value.dtype == torch.bool or value.is_complex():
+            got = "one that requires grad" if value.requires_grad else f"one of {value.dtype}"
+            raise TypeError(f"{name}: expected a tensor of real numbers without grad, got {got}")
+        scale = value.to(torch.float64 if value.device == _HOST else torch.float32)
     elif not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {type(value).__name__}")
     else:
-        scale = torch.tensor(value, dtype=torch.float64)
+        try:
+            scale = torch.tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name}: expected a sequence of numbers, got {value!r}") from error
     if scale.dim() > 2 or scale.numel() == 0:
         raise ValueError(
             f"{name}: expected a number, shape (batch,), (steps, 1) or (steps, batch), got shape {_shape(scale)}"
         )
-    if scale.device == _HOST and not bool(scale.isfinite().all()):
-        bad = next(v for v in scale.flatten().tolist() if not math.isfinite(v))
-        raise ValueError(f"{name}: expected finite values, got {bad}")
+    if scale.device == _HOST and not bool((scale.abs() <= _LARGEST).all()):
+        bad = next(v for v in scale.flatten().tolist() if not abs(v) <= _LARGEST)
+        raise ValueError(f"{name}: expected finite values (in float32), got {bad}")
     return scale.reshape(1, -1) if scale.dim() < 2 else scale
 
 

@@ -1,4 +1,4 @@
-"""The step as a torch operator: schema, fake, checks, and ``guided_step``, the public function over it.
+"""The step as a torch operator: schema, fake, and ``guided_step``, the public function over it.
 
 ``torch.ops.fastguide.guided_step`` is defined here once; backends implement it and enter themselves in ``BACKENDS``.
 """
@@ -11,12 +11,9 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, reference
 from .guidance import Guidance
 from .table import StepTable
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Dtypes of samples, predictions, gradients, variances, noise and outputs, in any combination."""
 
 _library = torch.library.Library("fastguide", "DEF")
 _library.define(
@@ -40,15 +37,18 @@ StepFunction = Callable[..., None]
 class Backend(NamedTuple):
     """One implementation of the step.
 
-    ``devices`` are the device types that it serves here and now, the best choice for those in ``default_for``;
-    ``status`` says in a line what it is, or why it serves none.
+    ``devices`` are the device types that it serves here and now, ``None`` all; ``status`` says in a line what it is,
+    or why it serves none.
     """
 
     name: str
     step: StepFunction
-    devices: tuple[str, ...]
-    default_for: tuple[str, ...]
+    devices: tuple[str, ...] | None
     status: str
+
+    def serves(self, device: str) -> bool:
+        """Whether it serves a type of device here and now."""
+        return self.devices is None or device in self.devices
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -56,9 +56,9 @@ _default_steps: dict[str, StepFunction] = {}
 
 
 def register_backend(backend: Backend) -> None:
-    """Enter a backend; for each device type the first one that asks to be its default is."""
+    """Enter a backend: the default of those devices that none before it serves."""
     BACKENDS[backend.name] = backend
-    for device in backend.default_for:
+    for device in backend.devices or ():
         _default_steps.setdefault(device, backend.step)
 
 
@@ -140,7 +140,8 @@ def guided_step(
         noise: standard normal values. Where the row adds noise, either ``noise`` or ``generator`` is required.
         generator: draws the noise: the values of ``torch.randn(sample.shape, dtype=sample.dtype,
             generator=generator)``, and the generator is left as that leaves it. Nothing is drawn where an int index
-            names a row without noise. ``torch.default_generator`` is torch's global one.
+            names a row without noise. ``torch.default_generator`` is torch's global one. Not under torch.compile,
+            which takes no generators: pass ``noise``.
         return_original: also return the predicted (clipped) original sample x_0.
         out: where to write the next sample; it may be the sample itself. Otherwise a new tensor like the sample.
         backend: ``"native"`` or ``"reference"``; ``None``: the best for the device, see ``fastguide info``.
@@ -159,77 +160,53 @@ def guided_step(
     torch.Size([2, 3, 8, 8])
     """
     guidance = _UNGUIDED if guidance is None else guidance
-    inputs = [predictions] if isinstance(predictions, Tensor) else list(predictions)
-    _check_kinds(table, sample, inputs, guidance, out)
-    row, indices = _check_index(table, index, sample)
+    inputs = checks.listed(predictions)
+    together = checks.check_kinds(table, sample, inputs, guidance)
+    row, indices = checks.check_index(table, index, sample)
     adds_noise = _adds_noise(table, row, noise)
-    if not adds_noise:
-        noise = generator = None
-    _check_roles(table, guidance, inputs, sample, gradient, variance, noise, generator, adds_noise)
-    _check_layouts(sample, inputs, gradient, variance, noise, out)
+    checks.check_roles(table, guidance, sample, gradient, variance, noise, generator, adds_noise)
+    checks.check_layouts(sample, inputs, together, gradient, variance, noise, out)
     step = _step_function(backend, sample.device.type)
-
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
     rows = table.device_rows(guidance.form, dtype)
     weights = guidance.weights(sample.device, dtype)
-    fresh = out is None
+    if not adds_noise:
+        noise = generator = None
+
+    compiling = torch.compiler.is_compiling()
+    if compiling and generator is not None:
+        raise ValueError("generator: torch.compile takes none; expected noise=, such as torch.randn_like(sample)")
+    apart = out is None  # whether the output shares no memory with an input: then noise may be drawn into it
     if out is None:
-        out = torch.empty_like(sample, memory_format=torch.preserve_format)
+        out = _empty_like(sample)
+    elif not compiling:
+        if generator is not None or step is reference.guided_step:
+            apart = not checks.check_overlap(out, sample, inputs, gradient, variance, noise)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # autograd shall notice if it has saved this tensor
     original = torch.empty_like(out) if return_original else None
     if generator is not None:
-        noise = _draw_noise(generator, sample, out, fresh, [sample, *inputs, gradient, variance])
-    step(out, original, sample, inputs, rows, weights, row or 0, indices, gradient, variance, noise)
+        noise = _draw_noise(generator, sample, out if apart else None)
+    try:
+        step(out, original, sample, inputs, rows, weights, row or 0, indices, gradient, variance, noise)
+    except RuntimeError:
+        if not compiling:
+            checks.check_overlap(
+                out, sample, inputs, gradient, variance, noise
+            )  # the kernel has refused it before it wrote; this has the words
+        raise
     return out if original is None else (out, original)
 
 
-def _check_kinds(
-    table: StepTable, sample: Tensor, predictions: list[Tensor], guidance: Guidance, out: Tensor | None
-) -> None:
-    if not isinstance(table, StepTable):
-        raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
-    if not isinstance(guidance, Guidance):
-        raise TypeError(f"guidance: expected a Guidance such as ClassifierFree(7.5), got {type(guidance).__name__}")
-    if not isinstance(sample, Tensor):
-        raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
-    for k, prediction in enumerate(predictions):
-        if not isinstance(prediction, Tensor):
-            raise TypeError(f"predictions[{k}]: expected a tensor, got {type(prediction).__name__}")
-    if sample.dim() == 0:
-        raise ValueError("sample: expected shape (batch, ...), got a tensor without dimensions")
+def check_run(table: StepTable, name: str, sample: Tensor, guidance: Guidance | None, backend: str | None) -> None:
+    """Refuse, before a model is called, what ``guided_step`` would refuse after it; ``name`` is the sample's."""
+    guidance = _UNGUIDED if guidance is None else guidance
     if sample.device != table.device:
-        raise ValueError(f"table: expected it on {sample.device}, the sample's device, got {table.device}; use .to()")
-    batch, count = sample.shape[0], guidance.num_predictions
-    if not table.takes_predictions:
-        if predictions:
-            raise ValueError(f"predictions: {table.name} takes none, got {len(predictions)}")
-    elif len(predictions) != count and not (len(predictions) == 1 and predictions[0].shape[:1] == (batch * count,)):
-        raise ValueError(
-            f"predictions: expected {count}, one for each weight of the guidance, or one tensor of batch "
-            f"{batch} * {count}; got {len(predictions)} of shape {_shape(predictions[0]) if predictions else '-'}"
-        )
-    if guidance.batch not in (1, batch):
-        raise ValueError(f"guidance: expected scales for 1 or {batch} samples, got {guidance.batch}")
-    if guidance.steps not in (1, len(table)):
-        raise ValueError(
-            f"guidance: expected scales for 1 or {len(table)} steps, those of the table, got {guidance.steps}"
-        )
-
-
-def _check_index(table: StepTable, index: int | Tensor, sample: Tensor) -> tuple[int | None, Tensor | None]:
-    """The row as a host int, or the step indices as a tensor."""
-    if isinstance(index, Tensor):
-        if index.dtype != torch.int64:
-            raise TypeError(f"index: expected an int or an int64 tensor, got {index.dtype}")
-        if index.dim() > 1 or (index.dim() == 1 and index.shape[0] != sample.shape[0]):
-            raise ValueError(f"index: expected shape () or ({sample.shape[0]},), got {_shape(index)}")
-        if index.device != sample.device:
-            raise ValueError(f"index: expected it on {sample.device}, the sample's device, got {index.device}")
-        return None, index
-    if not isinstance(index, int) or isinstance(index, bool):
-        raise TypeError(f"index: expected an int or an int64 tensor, got {type(index).__name__}")
-    if not 0 <= index < len(table):
-        raise IndexError(f"index: expected 0 to {len(table) - 1} for a table of {len(table)} steps, got {index}")
-    return index, None
+        raise ValueError(f"table: expected it on {sample.device}, the device of {name}, got {table.device}; use .to()")
+    checks.check_guidance(table, guidance, sample.shape[0])
+    checks.check_sample(name, sample, torch.is_grad_enabled())
+    _step_function(backend, sample.device.type)
+    table.device_rows(guidance.form, torch.float32)
 
 
 def _adds_noise(table: StepTable, row: int | None, noise: Tensor | None) -> bool:
@@ -241,150 +218,28 @@ def _adds_noise(table: StepTable, row: int | None, noise: Tensor | None) -> bool
     return table.adds_noise[row]
 
 
-def _check_roles(
-    table: StepTable,
-    guidance: Guidance,
-    predictions: list[Tensor],
-    sample: Tensor,
-    gradient: Tensor | None,
-    variance: Tensor | None,
-    noise: Tensor | None,
-    generator: torch.Generator | None,
-    adds_noise: bool,
-) -> None:
-    """Each optional input is there exactly where the table and the guidance have a use for it."""
-    if gradient is None and guidance.form is not None:
-        raise ValueError("gradient: expected a tensor, as the guidance has a Classifier, got None")
-    if gradient is not None and guidance.form is None:
-        raise ValueError("gradient: expected None, as the guidance has no Classifier to say its scale and form")
-    if variance is None and table.learned_variance:
-        raise ValueError(f"variance: expected the model's variance output, as this {table.name} learns it, got None")
-    if variance is not None and not table.learned_variance:
-        raise ValueError(f"variance: expected None, as this {table.name} has a fixed variance")
-    if noise is not None and generator is not None:
-        raise ValueError("noise: expected either noise or a generator, got both")
-    if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-        if generator.device.type != sample.device.type:
-            raise ValueError(f"generator: expected one of {sample.device.type}, got one of {generator.device}")
-    elif noise is None and adds_noise:
-        raise ValueError(
-            "noise: this step adds noise; expected noise=, or generator= (torch.default_generator for the global one)"
-        )
-
-
-def _check_layouts(
-    sample: Tensor,
-    predictions: list[Tensor],
-    gradient: Tensor | None,
-    variance: Tensor | None,
-    noise: Tensor | None,
-    out: Tensor | None,
-) -> None:
-    shape, strides, device = sample.shape, sample.stride(), sample.device
-    grad_enabled = torch.is_grad_enabled()
-    _check_tensor("sample", sample, shape, device, grad_enabled)
-    if not (sample.is_contiguous() or _dense_within_sample(shape, strides)):
-        raise ValueError(
-            f"sample: expected it dense within a sample (contiguous, channels_last, ...), got strides {strides} "
-            f"for shape {tuple(shape)}; use .contiguous()"
-        )
-    if len(predictions) == 1 and predictions[0].shape[:1] != shape[:1]:  # all of them along the batch
-        _check_operand(
-            "predictions", predictions[0], (predictions[0].shape[0], *shape[1:]), strides, device, grad_enabled
-        )
-    else:
-        for k, prediction in enumerate(predictions):
-            _check_operand(f"predictions[{k}]", prediction, shape, strides, device, grad_enabled)
-    for name, tensor in (("gradient", gradient), ("variance", variance), ("noise", noise), ("out", out)):
-        if tensor is not None:
-            _check_operand(name, tensor, shape, strides, device, grad_enabled)
-    if out is not None and out.shape[0] > 1 and out.numel() and out.stride(0) < out.numel() // out.shape[0]:
-        raise ValueError(f"out: expected samples that do not overlap, got strides {out.stride()}")
-
-
-def _check_operand(
-    name: str,
-    tensor: Tensor,
-    shape: Sequence[int],
-    strides: tuple[int, ...],
-    device: torch.device,
-    grad_enabled: bool,
-) -> None:
-    if (  # nearly always; what follows finds the words for the rest
-        isinstance(tensor, Tensor)
-        and tensor.shape == shape
-        and tensor.stride() == strides
-        and tensor.dtype in DTYPES
-        and tensor.device == device
-        and not (grad_enabled and tensor.requires_grad)
-    ):
-        return
-    _check_tensor(name, tensor, shape, device, grad_enabled)
-    inner = tensor.stride()[1:]
-    if tensor.numel() and any(
-        size > 1 and ours != theirs for size, ours, theirs in zip(shape[1:], inner, strides[1:], strict=True)
-    ):
-        raise ValueError(
-            f"{name}: expected the sample's layout within a sample, strides {strides[1:]}, got {inner}; "
-            "use .contiguous() or .to(memory_format=...)"
-        )
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device, grad_enabled: bool) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {_shape(tensor)}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected it on {device}, the sample's device, got {tensor.device}")
-    if grad_enabled and tensor.requires_grad:
-        raise ValueError(
-            f"{name}: expected a tensor that requires no grad, as the step is not differentiable, got one that does; "
-            "sample under torch.no_grad() or detach it"
-        )
-
-
-def _dense_within_sample(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements of one sample fill one block of memory, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(strides[1:], shape[1:], strict=True)):
-        if size == 0:
-            return True
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
 def _step_function(backend: str | None, device: str) -> StepFunction:
     if backend is None:
         return _default_steps.get(device, reference.guided_step)
     chosen = BACKENDS.get(backend)
     if chosen is None:
         raise ValueError(f"backend: expected one of {tuple(BACKENDS)}, got {backend!r}")
-    if device not in chosen.devices:
+    if not chosen.serves(device):
         raise ValueError(f"backend: {backend!r} does not serve a sample on {device!r} here: {chosen.status}")
     return chosen.step
 
 
-def _draw_noise(
-    generator: torch.Generator, sample: Tensor, out: Tensor, fresh: bool, inputs: Sequence[Tensor | None]
-) -> Tensor:
-    """torch's own noise: in the output's memory if that may be overwritten, so that nothing is allocated."""
-    if out.dtype == sample.dtype and out.is_contiguous():
-        if not fresh:
-            place = out.untyped_storage().data_ptr()
-            fresh = all(t is None or t.untyped_storage().data_ptr() != place for t in inputs)
-        if fresh:
-            return out.normal_(generator=generator)
+def _empty_like(sample: Tensor) -> Tensor:
+    """A new tensor in the sample's layout within a sample, samples one after the other."""
+    if sample.is_contiguous():
+        return torch.empty_like(sample)
+    strides = (sample.numel() // max(sample.shape[0], 1), *sample.stride()[1:])
+    return torch.empty_strided(sample.shape, strides, dtype=sample.dtype, device=sample.device)
+
+
+def _draw_noise(generator: torch.Generator, sample: Tensor, place: Tensor | None) -> Tensor:
+    """torch's own noise: in a place that may be overwritten, if its values may stand there, else in new memory."""
+    if place is not None and place.dtype == sample.dtype and place.is_contiguous():
+        return place.normal_(generator=generator)
     noise = torch.randn(sample.shape, dtype=sample.dtype, device=sample.device, generator=generator)
-    return noise if sample.is_contiguous() else torch.empty_like(sample).copy_(noise)
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
+    return noise if sample.is_contiguous() else _empty_like(sample).copy_(noise)

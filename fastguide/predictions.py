@@ -59,6 +59,18 @@ def epsilon_from(prediction_type: str, abar: Tensor) -> Linear:
     return Linear(one, zero, -(1 - abar).sqrt())
 
 
+def from_original_and_epsilon(prediction_type: str, abar: Tensor) -> tuple[Tensor, Tensor]:
+    """What a perfect model predicts, as coefficients of x_0 and of epsilon: what a model is trained on."""
+    zero, one = torch.zeros_like(abar), torch.ones_like(abar)
+    if prediction_type == "epsilon":
+        return zero, one
+    if prediction_type == "sample":
+        return one, zero
+    if prediction_type == "v_prediction":
+        return -(1 - abar).sqrt(), abar.sqrt()
+    return zero, -(1 - abar).rsqrt()
+
+
 def convert(source: str, target: str, abar: Tensor) -> Linear:
     """One prediction type from another, both at the same x_t."""
     if source == target:  # exact, also where x_0 or the score cannot be formed

@@ -29,14 +29,13 @@ def guided_step(
     batch = sample.shape[0]
     dtype = rows.dtype
     steps = torch.full((1,), index, device=rows.device) if indices is None else indices.reshape(-1)
-    if steps.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_indices(steps, rows.shape[0])
+    steps = torch.where(steps < 0, rows.shape[0], steps)  # compiled code would count from the end; now it refuses
     row = {name: _per_sample(rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
     weight = [_per_sample(w, sample) for w in _selected(weights, steps, batch).unbind(-1)]
     scale = weight[-1]
 
     x = sample.to(dtype)
-    p = [prediction.to(dtype) for prediction in _split(predictions, batch)]
+    p = [prediction.to(dtype) for prediction in _split(predictions, weights.shape[-1] - 1, batch)]
     # m = sum_k w_k p_k, anchored at p_0: weight[0] is the sum of all w_k
     m = weight[0] * p[0] if p else torch.zeros_like(x)
     for k in range(1, len(p)):
@@ -64,19 +63,10 @@ def guided_step(
         original.copy_(x0)
 
 
-def check_indices(indices: Tensor, steps: int) -> None:
-    """Refuse step indices, on the host, that are outside the table."""
-    if indices.numel() == 0:
-        return
-    low, high = indices.aminmax()
-    if int(low) < 0 or int(high) >= steps:
-        raise IndexError(f"index: expected values from 0 to {steps - 1}, got {int(low)} to {int(high)}")
-
-
-def _split(predictions: list[Tensor], batch: int) -> list[Tensor]:
+def _split(predictions: list[Tensor], count: int, batch: int) -> list[Tensor]:
     """All predictions, also where one tensor holds them one after the other along the batch."""
-    if len(predictions) == 1 and predictions[0].shape[0] != batch:
-        return list(predictions[0].split(batch))
+    if len(predictions) == 1 and count > 1:
+        return list(predictions[0].unflatten(0, (count, batch)).unbind(0))
     return predictions
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .guidance import Guidance
-from .ops import guided_step
+from .ops import check_run, guided_step
 from .table import StepTable
 
 Condition: TypeAlias = "Tensor | Mapping[str, Tensor]"
@@ -25,10 +25,12 @@ class Sampler:
             variance, of twice its channels: prediction, then variance.
         table: from ``ddpm`` or ``ddim``; ``table[k:]`` starts at step k.
         guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None``.
+        dtype: what x is cast to for the model, such as ``torch.bfloat16``; ``None``: the state's own. The state keeps
+            the dtype of ``x_T``, best float32.
         backend: as in ``guided_step``.
 
-    With weights for several predictions the model is called once a step, on a batch that holds the sample several
-    times: unconditional first, then each condition.
+    The model must not write to x. With weights for several predictions it is called once a step, on a batch that holds
+    the sample several times: unconditional first, then each condition.
 
     >>> from fastguide import ClassifierFree, NoiseSchedule, ddim
     >>> sampler = Sampler(lambda x, t, y: 0.1 * x * y[:, None], ddim(NoiseSchedule.linear(), 5), ClassifierFree(3.0))
@@ -42,6 +44,7 @@ class Sampler:
         table: StepTable,
         guidance: Guidance | None = None,
         *,
+        dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
         if not callable(model):
@@ -52,7 +55,10 @@ class Sampler:
             raise TypeError(f"guidance: expected a Guidance or None, got {type(guidance).__name__}")
         self.model = model
         self.table = table
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
         self.guidance = guidance
+        self.dtype = dtype
         self.backend = backend
 
     @torch.no_grad()
@@ -82,13 +88,14 @@ class Sampler:
         table, guidance = self.table, self.guidance
         if not isinstance(x_T, Tensor) or x_T.dim() == 0:
             raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {x_T!r}")
+        check_run(table, "x_T", x_T, guidance, self.backend)
         copies = 1 if guidance is None else guidance.num_predictions
         conditions = _conditions(cond, uncond, copies)
         condition = _batched(conditions, x_T.shape[0])
         classifier = None if guidance is None else guidance.classifier
         if labels is not None and (classifier is None or not classifier.takes_labels):
             raise ValueError("labels: expected None, as the guidance has no classifier to give them to")
-        if generator is None:
+        if generator is None and table.adds_noise_anywhere:
             generator = _default_generator(x_T.device)
 
         sample = x_T
@@ -98,6 +105,7 @@ class Sampler:
             gradient = None
             if classifier is not None:
                 gradient = classifier.gradient(sample, timestep.expand(x_T.shape[0]), labels)
+                gradient = _in_layout_of(sample, gradient)
             output = self._predict(sample, timestep, condition, copies)
             prediction, variance = _split_variance(output, sample, copies, table.learned_variance)
             # A fresh output each time: the model, the callback or the caller may have kept the last sample.
@@ -118,6 +126,7 @@ class Sampler:
 
     def _predict(self, sample: Tensor, timestep: Tensor, condition: Condition | None, copies: int) -> Tensor:
         batched = sample if copies == 1 else torch.cat([sample] * copies)
+        batched = batched if self.dtype is None else batched.to(self.dtype)
         timesteps = timestep.expand(batched.shape[0])
         if condition is None:
             output = self.model(batched, timesteps)
@@ -130,13 +139,15 @@ class Sampler:
         return output
 
 
-def _conditions(cond: Condition | Sequence[Condition] | None, uncond: Condition | None, copies: int) -> list[Condition]:
-    """The condition of each prediction, in the order of the weights."""
-    several: list[Condition]
+def _conditions(
+    cond: Condition | Sequence[Condition] | None, uncond: Condition | None, copies: int
+) -> list[tuple[str, Condition]]:
+    """The condition of each prediction, with its argument's name, in the order of the weights."""
+    several: list[tuple[str, Condition]]
     if isinstance(cond, (Tensor, Mapping)):
-        several = [cond]
+        several = [("cond", cond)]
     elif cond is None or isinstance(cond, (list, tuple)):
-        several = list(cond or [])
+        several = [(f"cond[{i}]", c) for i, c in enumerate(cond or [])]
     else:
         raise TypeError(f"cond: expected a tensor or a mapping of tensors, got {type(cond).__name__}")
     if copies == 1:
@@ -149,32 +160,32 @@ def _conditions(cond: Condition | Sequence[Condition] | None, uncond: Condition 
         raise ValueError("uncond: expected the null (or a negative) condition, as the guidance weighs it, got None")
     if len(several) != copies - 1:
         raise ValueError(f"cond: expected {copies - 1} condition(s) for this guidance, got {len(several)}")
-    return [uncond, *several]
+    return [("uncond", uncond), *several]
 
 
-def _batched(conditions: list[Condition], batch: int) -> Condition | None:
+def _batched(conditions: list[tuple[str, Condition]], batch: int) -> Condition | None:
     """All conditions as one, along the batch."""
     if not conditions:
         return None
-    first = conditions[0]
-    if isinstance(first, Mapping):
-        merged = {}
-        for key in first:
-            parts = [c[key] for c in conditions if isinstance(c, Mapping) and c.keys() == first.keys()]
-            if len(parts) != len(conditions):
-                raise ValueError(f"cond: expected every condition to be a mapping with the keys {sorted(first)}")
-            merged[key] = _concatenated(parts, batch)
-        return merged
-    return _concatenated(conditions, batch)
+    first = conditions[-1][1]
+    if not isinstance(first, Mapping):
+        return _concatenated(conditions, batch)
+    for name, condition in conditions:
+        if not isinstance(condition, Mapping) or condition.keys() != first.keys():
+            raise ValueError(f"{name}: expected a mapping with the keys {sorted(first)}, as the other conditions have")
+    return {
+        key: _concatenated([(f"{name}[{key!r}]", c[key]) for name, c in conditions if isinstance(c, Mapping)], batch)
+        for key in first
+    }
 
 
-def _concatenated(parts: Sequence[Condition], batch: int) -> Tensor:
+def _concatenated(parts: Sequence[tuple[str, Condition]], batch: int) -> Tensor:
     tensors = []
-    for part in parts:
+    for name, part in parts:
         if not isinstance(part, Tensor):
-            raise TypeError(f"cond: expected a tensor or a mapping of tensors, got {type(part).__name__}")
+            raise TypeError(f"{name}: expected a tensor or a mapping of tensors, got {type(part).__name__}")
         if part.dim() == 0 or part.shape[0] != batch:
-            raise ValueError(f"cond: expected the batch of {batch} in front, got shape {tuple(part.shape)}")
+            raise ValueError(f"{name}: expected the batch of {batch} in front, got shape {tuple(part.shape)}")
         tensors.append(part)
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
@@ -191,26 +202,28 @@ def _split_variance(
         expected = (copies * batch, 2 * rest[0], *rest[1:])
     if output.shape != expected:
         raise ValueError(f"model: expected it to return shape {expected}, got {tuple(output.shape)}")
-    output = _in_layout_of(sample, output)
+    if not learned and output.stride()[1:] == sample.stride()[1:]:
+        return output, None  # all predictions in one tensor, as they came
+    parts = [output[k * batch : (k + 1) * batch] for k in range(copies)]
     if not learned:
-        return output, None
-    parts = output.split(batch)
+        return [_in_layout_of(sample, part) for part in parts], None
     channels = rest[0]
-    return [part[:, :channels] for part in parts], parts[-1][:, channels:]
+    predictions = [_in_layout_of(sample, part[:, :channels]) for part in parts]
+    return predictions, _in_layout_of(sample, parts[-1][:, channels:])
 
 
-def _in_layout_of(sample: Tensor, output: Tensor) -> Tensor:
-    """The model's output in the sample's memory format; copied only where a model changes it."""
-    if sample.is_contiguous():
-        return output.contiguous()
-    if sample.dim() == 4 and sample.is_contiguous(memory_format=torch.channels_last):
-        return output.contiguous(memory_format=torch.channels_last)
-    return output
+def _in_layout_of(sample: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor in the sample's layout; copied only where a model or classifier returns another."""
+    if tensor.stride()[1:] == sample.stride()[1:]:
+        return tensor
+    return torch.empty_like(sample, dtype=tensor.dtype).copy_(tensor)
 
 
 def _default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index]
+    if device.type != "cpu":
+        raise ValueError(f"generator: expected one for {device.type}, as torch names no global one there, got None")
     return torch.default_generator
 
 

@@ -32,7 +32,7 @@ class NoiseSchedule:
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor | Sequence[float]) -> NoiseSchedule:
         """A schedule from abar_t itself: one dimension, falling (ties allowed), every value in [0, 1)."""
-        values = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64, copy=True)
+        values = _as_tensor("alphas_cumprod", alphas_cumprod).detach().to("cpu", torch.float64, copy=True)
         if values.dim() != 1 or values.numel() == 0:
             raise ValueError(
                 f"alphas_cumprod: expected one dimension and at least one value, got {tuple(values.shape)}"
@@ -52,7 +52,7 @@ class NoiseSchedule:
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
         """A schedule from the forward variances beta_t: one dimension, every value in (0, 1]."""
-        values = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+        values = _as_tensor("betas", betas).detach().to("cpu", torch.float64)
         if values.dim() != 1 or values.numel() == 0:
             raise ValueError(f"betas: expected one dimension and at least one value, got {tuple(values.shape)}")
         if not bool(((values > 0) & (values <= 1)).all()):
@@ -132,6 +132,8 @@ class NoiseSchedule:
         [999, 799, 599, 399, 199]
         """
         _check_count("num_inference_steps", num_inference_steps)
+        if not isinstance(steps_offset, int) or isinstance(steps_offset, bool):
+            raise TypeError(f"steps_offset: expected an integer, got {steps_offset!r}")
         total = self.num_train_timesteps
         if num_inference_steps > total:
             raise ValueError(
@@ -153,7 +155,7 @@ class NoiseSchedule:
 
     def check_timesteps(self, timesteps: Tensor | Sequence[int]) -> Tensor:
         """An explicit list of timesteps as an int64 CPU tensor; refused unless it falls strictly in the schedule."""
-        steps = torch.as_tensor(timesteps)
+        steps = _as_tensor("timesteps", timesteps)
         if steps.dim() != 1 or steps.numel() == 0:
             raise ValueError(f"timesteps: expected one dimension and at least one value, got {tuple(steps.shape)}")
         if steps.dtype.is_floating_point or steps.dtype == torch.bool:
@@ -167,6 +169,13 @@ class NoiseSchedule:
         if bool((steps.diff() >= 0).any()):
             raise ValueError(f"timesteps: expected strictly falling values, got {steps.tolist()}")
         return steps
+
+
+def _as_tensor(name: str, values: object) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a tensor or a sequence of numbers, got {values!r}") from error
 
 
 def _check_count(name: str, value: int) -> None:

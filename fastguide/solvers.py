@@ -52,6 +52,7 @@ def ddpm(
     >>> ddpm(NoiseSchedule.linear(), 50)
     StepTable(ddpm, 50 steps, timesteps 980 .. 0, device=cpu)
     """
+    _check_schedule(schedule)
     if variance_type not in get_args(VarianceType):
         raise ValueError(f"variance_type: expected one of {get_args(VarianceType)}, got {variance_type!r}")
     if num_inference_steps is None and timesteps is None:
@@ -128,7 +129,8 @@ def ddim(
     >>> ddim(NoiseSchedule.scaled_linear(), 20, set_alpha_to_one=False, steps_offset=1)
     StepTable(ddim, 20 steps, timesteps 951 .. 1, device=cpu)
     """
-    if not 0.0 <= eta <= 1.0:
+    _check_schedule(schedule)
+    if not isinstance(eta, (int, float)) or not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta: expected a number from 0 to 1, got {eta!r}")
     steps = _visited(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps)
     a = schedule.alphas_cumprod[steps]
@@ -167,6 +169,11 @@ def ddim(
     )
 
 
+def _check_schedule(schedule: NoiseSchedule) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: expected a NoiseSchedule, got {type(schedule).__name__}")
+
+
 def _visited(
     schedule: NoiseSchedule,
     num_inference_steps: int | None,
@@ -190,7 +197,7 @@ def _original_columns(
     prediction_type: PredictionType, a: Tensor, clip_sample_range: float | None, steps: Tensor
 ) -> dict[str, Tensor]:
     check_prediction_type("prediction_type", prediction_type)
-    if clip_sample_range is not None and not clip_sample_range > 0:
+    if clip_sample_range is not None and (not isinstance(clip_sample_range, (int, float)) or not clip_sample_range > 0):
         raise ValueError(f"clip_sample_range: expected a positive number or None, got {clip_sample_range!r}")
     original = original_from(prediction_type, a)
     if not bool(torch.isfinite(original.scale).all()):

@@ -29,7 +29,6 @@ ROW_COLUMNS = (
 
 _GRADIENT_COLUMNS = ("x0_grad", "out_grad", "out_var_grad")
 _CLIP = ROW_COLUMNS.index("clip")
-_ROW_DTYPES = (torch.float32, torch.float64)
 
 
 class StepTable:
@@ -39,8 +38,14 @@ class StepTable:
     device, ``table.rows`` a float64 CPU tensor of shape ``(steps, len(ROW_COLUMNS))`` without any gradient.
     A slice of consecutive steps is a table: ``table[k:]`` starts image-to-image at step k.
 
-    Arguments: ``columns`` maps names of ``ROW_COLUMNS`` to float64 tensors of shape ``(steps,)`` (absent: 0, and no
-    clip); ``gradients`` maps each ``GradientForm`` to its three gradient columns, or to the reason why it has none.
+    Args:
+        timesteps: int64 of shape ``(steps,)``.
+        columns: names of ``ROW_COLUMNS`` to float64 tensors of shape ``(steps,)``; absent: 0, and no clip.
+        gradients: each ``GradientForm`` to its gradient columns, or to the reason why it has none.
+        learned_variance: whether a step takes the model's variance output.
+        undefined: why some rows may be infinite; ``None``: all must be finite. A step at such a row is refused as far
+            as the host knows the index.
+        name: for messages.
     """
 
     def __init__(
@@ -50,28 +55,32 @@ class StepTable:
         *,
         gradients: Mapping[str, Mapping[str, Tensor] | str] | None = None,
         learned_variance: bool = False,
+        undefined: str | None = None,
         name: str = "step table",
     ) -> None:
+        if timesteps.dim() != 1 or len(timesteps) == 0 or timesteps.dtype != torch.int64:
+            raise ValueError(
+                f"timesteps: expected int64 of shape (steps,), got {timesteps.dtype} of {tuple(timesteps.shape)}"
+            )
         rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64)
         rows[:, _CLIP] = torch.inf
-        for column, values in columns.items():
-            rows[:, ROW_COLUMNS.index(column)] = values
-        undefined = rows.isnan().any(1) | rows.isinf().sum(1).gt(rows[:, _CLIP].isinf().long())
-        if bool(undefined.any()):
-            raise ValueError(
-                f"schedule: the row of {name} at timestep {int(timesteps[undefined][0])} is not finite: "
-                "the schedule has zero signal there"
-            )
+        _set_columns(rows, columns, ROW_COLUMNS)
+        if not bool((rows[:, _CLIP] > 0).all()):
+            raise ValueError("columns: expected positive values in 'clip'")
         forms: dict[str, Tensor | str] = {}
         for form, gradient in (gradients or {}).items():
+            if form not in get_args(GradientForm):
+                raise ValueError(f"gradients: expected the forms {get_args(GradientForm)}, got {form!r}")
             if isinstance(gradient, str):
                 forms[form] = gradient
                 continue
             guided = forms[form] = rows.clone()
-            for column, values in gradient.items():
-                assert column in _GRADIENT_COLUMNS
-                guided[:, ROW_COLUMNS.index(column)] = values
-        self._assign(timesteps, rows, forms, learned_variance, name, torch.device("cpu"))
+            _set_columns(guided, gradient, _GRADIENT_COLUMNS)
+        bad = [~_finite_rows(values) for values in (rows, *forms.values()) if isinstance(values, Tensor)]
+        bad_rows = torch.stack(bad).any(0)
+        if undefined is None and bool(bad_rows.any()):
+            raise ValueError(f"columns: expected finite rows, got others at timestep {int(timesteps[bad_rows][0])}")
+        self._assign(timesteps, rows, forms, learned_variance, undefined, name, torch.device("cpu"))
 
     def _assign(
         self,
@@ -79,10 +88,12 @@ class StepTable:
         rows: Tensor,
         forms: Mapping[str, Tensor | str],
         learned_variance: bool,
+        undefined: str | None,
         name: str,
         device: torch.device,
     ) -> StepTable:
         self.name = name
+        self.undefined = undefined
         self.device = device
         self.rows = rows
         self.timesteps = timesteps.to(device)
@@ -91,6 +102,7 @@ class StepTable:
         # Host knowledge, so that no step has to ask the device.
         self.host_timesteps: tuple[int, ...] = tuple(timesteps.tolist())
         self.adds_noise: tuple[bool, ...] = tuple((rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
+        self.undefined_rows = frozenset((~_finite_rows(rows)).nonzero().flatten().tolist())
         self.adds_noise_anywhere = any(self.adds_noise)
         self.takes_predictions = bool(
             (rows[:, [ROW_COLUMNS.index("x0_pred"), ROW_COLUMNS.index("out_pred")]] != 0).any()
@@ -99,7 +111,7 @@ class StepTable:
             (form, dtype): values.to(device, dtype)
             for form, values in [(None, rows), *forms.items()]
             if isinstance(values, Tensor)
-            for dtype in _ROW_DTYPES
+            for dtype in ((torch.float32, torch.float64) if device.type == "cpu" else (torch.float32,))
         }
         return self
 
@@ -111,7 +123,7 @@ class StepTable:
         return f"StepTable({self.name}, {len(self)} steps, timesteps {ends}, device={self.device})"
 
     def __getitem__(self, steps: slice) -> StepTable:
-        if not isinstance(steps, slice):
+        if not isinstance(steps, slice):  # also ends the iteration that __getitem__ would otherwise invite
             raise TypeError(f"table: expected a slice such as table[k:], got {steps!r}")
         start, stop, stride = steps.indices(len(self))
         if stride != 1:
@@ -121,7 +133,13 @@ class StepTable:
         kept = slice(start, stop)
         forms = {form: v if isinstance(v, str) else v[kept] for form, v in self._forms.items()}
         return StepTable.__new__(StepTable)._assign(
-            self.timesteps[kept].cpu(), self.rows[kept], forms, self.learned_variance, self.name, self.device
+            self.timesteps[kept].cpu(),
+            self.rows[kept],
+            forms,
+            self.learned_variance,
+            self.undefined,
+            self.name,
+            self.device,
         )
 
     def to(self, device: torch.device | str) -> StepTable:
@@ -130,7 +148,7 @@ class StepTable:
         if target == self.device:
             return self
         return StepTable.__new__(StepTable)._assign(
-            self.timesteps.cpu(), self.rows, self._forms, self.learned_variance, self.name, target
+            self.timesteps.cpu(), self.rows, self._forms, self.learned_variance, self.undefined, self.name, target
         )
 
     def index(self, timestep: int) -> int:
@@ -168,3 +186,17 @@ class StepTable:
         if form not in get_args(GradientForm):
             raise ValueError(f"form: expected one of {get_args(GradientForm)}, got {form!r}")
         raise ValueError(f"gradient: the form {form!r} has no use in {self.name}: {values or 'it takes no gradient'}")
+
+
+def _set_columns(rows: Tensor, columns: Mapping[str, Tensor], allowed: tuple[str, ...]) -> None:
+    for column, values in columns.items():
+        if column not in allowed:
+            raise ValueError(f"columns: expected some of {allowed}, got {column!r}")
+        rows[:, ROW_COLUMNS.index(column)] = values
+
+
+def _finite_rows(rows: Tensor) -> Tensor:
+    """Which rows are finite; an infinite clip is none."""
+    others = [i for i in range(len(ROW_COLUMNS)) if i != _CLIP]
+    finite: Tensor = rows[:, others].isfinite().all(1) & ~rows[:, _CLIP].isnan()
+    return finite

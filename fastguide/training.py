@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .forward import add_noise, convert_prediction
+from .forward import add_noise, training_target
 from .predictions import PredictionType
 from .schedule import NoiseSchedule
 
@@ -29,10 +29,18 @@ def drop_condition(
     """
     if not 0.0 <= p_uncond <= 1.0:
         raise ValueError(f"p_uncond: expected a probability, got {p_uncond!r}")
+    for name, tensor in (("condition", condition), ("null_condition", null_condition)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if null_condition.is_floating_point() and not condition.is_floating_point():
+        raise TypeError(
+            f"null_condition: expected {condition.dtype}, the condition's dtype, got {null_condition.dtype}"
+        )
     if condition.dim() == 0:
         raise ValueError("condition: expected shape (batch, ...), got a tensor without dimensions")
     dropped = torch.rand(condition.shape[0], device=condition.device, generator=generator) < p_uncond
-    return torch.where(dropped.view(-1, *[1] * (condition.dim() - 1)), null_condition, condition)
+    mask = dropped.view(-1, *[1] * (condition.dim() - 1))
+    return torch.where(mask, null_condition.to(condition.dtype), condition)
 
 
 class ConditionDropout(nn.Module):
@@ -81,7 +89,7 @@ def denoising_loss(
         generator: draws timesteps and noise; ``None``: torch's global generator.
     """
     noisy, timestep, noise = _noised(schedule, original, generator)
-    target = convert_prediction(schedule, noisy, timestep, noise, "epsilon", prediction_type)
+    target = training_target(schedule, original, timestep, noise, prediction_type)
     return nn.functional.mse_loss(model(noisy, timestep), target)
 
 

@@ -56,12 +56,19 @@ STEP_ERRORS = [
     (lambda: step(index=True), TypeError, "index: expected an int"),
     (lambda: step(index=torch.tensor(1.0)), TypeError, "index: expected an int or an int64 tensor, got torch.float32"),
     (lambda: step(index=torch.tensor([1, 2, 3])), ValueError, r"index: expected shape \(\) or \(2,\), got \(3,\)"),
-    (lambda: step(index=torch.tensor([1, 10])), (IndexError, RuntimeError), "index: expected values from 0 to 9, got 10"),
-    (lambda: step(index=torch.tensor([1, 10]), backend="reference"), IndexError, "index: expected values from 0 to 9, got 1 to 10"),
+    (lambda: step(index=torch.tensor([1, 10])), IndexError, "index: expected 0 to 9 for a table of 10 steps, got 10"),
+    (lambda: step(index=torch.tensor([1, 10]), backend="reference"), IndexError, "index: expected 0 to 9 for a table of 10 steps, got 10$"),
     (lambda: DDIM.index(5), ValueError, "timestep: expected one of the 10 timesteps .* got 5"),
     # guidance
     (lambda: step(guidance=ClassifierFree(2.0)), ValueError, r"predictions: expected 2, one for each weight of the guidance.*got 1 of shape \(2, 3, 4\)"),
     (lambda: step(predictions=[X, X]), ValueError, "predictions: expected 1, one for each weight"),
+    (lambda: step(predictions=3), TypeError, "predictions: expected a tensor or a sequence of them, got int"),
+    (lambda: step(predictions=[X[:1]]), ValueError, r"predictions\[0\]: expected shape \(2, 3, 4\), got \(1, 3, 4\)"),
+    (lambda: step(predictions=torch.cat([X, X])), ValueError, r"predictions\[0\]: expected shape \(2, 3, 4\), got \(4, 3, 4\)"),
+    (lambda: step(predictions=torch.cat([X, X]), guidance=Classifier(), gradient=X, backend="reference"), ValueError, r"predictions\[0\]: expected shape"),
+    (lambda: step(predictions=torch.cat([X, X, X]), guidance=ClassifierFree(2)), ValueError, r"predictions: expected 2, .* got 1 of shape \(6, 3, 4\)"),
+    (lambda: step(noise=X[:1]), ValueError, "noise: expected shape"),
+    (lambda: step(generator="seed"), TypeError, "generator: expected a torch.Generator, got str"),
     (lambda: step(predictions=[]), ValueError, "predictions: expected 1.* got 0"),
     (lambda: step(guidance=Composed([1, 2]), predictions=[X, X]), ValueError, "predictions: expected 3"),
     (lambda: step(guidance=ClassifierFree([1, 2, 3]), predictions=[X, X]), ValueError, "guidance: expected scales for 1 or 2 samples, got 3"),
@@ -94,7 +101,16 @@ def test_nothing_is_written_or_drawn_when_input_is_refused():
     out = torch.full_like(X, 7.0)
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    for arguments in ({"predictions": [X.int()]}, {"index": 10}, {"backend": "none"}, {"variance": X}):
+    for arguments in (
+        {"predictions": [X.int()]},
+        {"index": 10},
+        {"index": torch.tensor(10)},
+        {"index": torch.tensor([0, 10])},
+        {"backend": "none"},
+        {"variance": X},
+        {"predictions": [torch.zeros(6, 3, 4)]},
+        {"sample": out.view(-1)[:12].view(1, 3, 4).expand(2, 3, 4)},  # partly out
+    ):
         with pytest.raises((ValueError, TypeError, IndexError)):
             step(table=DDPM, generator=generator, out=out, **arguments)
     assert (out == 7.0).all()
@@ -102,18 +118,25 @@ def test_nothing_is_written_or_drawn_when_input_is_refused():
 
 
 GUIDANCE_ERRORS = [
-    (lambda: ClassifierFree(math.nan), ValueError, "guidance_scale: expected a finite number, got nan"),
-    (lambda: ClassifierFree([1.0, math.inf]), ValueError, "guidance_scale: expected finite values, got inf"),
+    (lambda: ClassifierFree(math.nan), ValueError, "guidance_scale: expected a finite number .in float32., got nan"),
+    (lambda: ClassifierFree([1.0, math.inf]), ValueError, "guidance_scale: expected finite values .in float32., got inf"),
+    (lambda: ClassifierFree(1e39), ValueError, "guidance_scale: expected a finite number .in float32., got 1e"),
+    (lambda: Classifier(None, torch.tensor([1e39], dtype=torch.float64)), ValueError, "guidance_scale: expected finite values"),
+    (lambda: ClassifierFree(torch.tensor([True])), TypeError, "guidance_scale: expected a tensor of real numbers without grad, got one of torch.bool"),
+    (lambda: ClassifierFree(torch.ones(2, requires_grad=True)), TypeError, "guidance_scale: .* got one that requires grad"),
+    (lambda: ClassifierFree([[1, 2], [3]]), TypeError, "guidance_scale: expected a sequence of numbers, got"),
+    (lambda: ClassifierFree(["a"]), TypeError, "guidance_scale: expected a sequence of numbers, got"),
+    (lambda: Composed(None), ValueError, "guidance_scales: expected a sequence of scales, .* got None"),
     (lambda: ClassifierFree("7.5"), TypeError, "guidance_scale: expected a number, .* got str"),
     (lambda: ClassifierFree(None), TypeError, "guidance_scale: expected a number, .* got NoneType"),
     (lambda: ClassifierFree(True), TypeError, "guidance_scale: expected a number, .* got bool"),
     (lambda: ClassifierFree(torch.zeros(2, 2, 2)), ValueError, r"guidance_scale: expected a number, shape .* got shape \(2, 2, 2\)"),
     (lambda: ClassifierFree([]), ValueError, r"guidance_scale: .* got shape \(0,\)"),
-    (lambda: ClassifierFree.original(math.inf), ValueError, "w: expected a finite number, got inf"),
+    (lambda: ClassifierFree.original(math.inf), ValueError, "w: expected a finite number .in float32., got inf"),
     (lambda: ClassifierFree.per_step(3.0), ValueError, "guidance_scale: expected one number a step"),
     (lambda: Composed(3.0), ValueError, "guidance_scales: expected a sequence of scales"),
     (lambda: Composed([]), ValueError, "guidance_scales: expected a sequence of scales"),
-    (lambda: Composed([1.0, math.nan]), ValueError, r"guidance_scales\[1\]: expected a finite number, got nan"),
+    (lambda: Composed([1.0, math.nan]), ValueError, r"guidance_scales\[1\]: expected a finite number .in float32., got nan"),
     (lambda: Classifier(form="score"), ValueError, "form: expected one of .* got 'score'"),
     (lambda: Classifier(3.0), TypeError, "classifier: expected a callable, got float"),
     (lambda: Classifier(abs, grad_fn=abs), ValueError, "grad_fn: expected either a classifier or a grad_fn, got both"),
@@ -132,6 +155,23 @@ def test_guidance_refuses(call, kind, message):
 
 ZERO_SNR = SCHEDULE.rescale_zero_terminal_snr()
 SOLVER_ERRORS = [
+    (lambda: ddpm("linear", 5), TypeError, "schedule: expected a NoiseSchedule, got str"),
+    (lambda: ddim("linear", 5), TypeError, "schedule: expected a NoiseSchedule, got str"),
+    (lambda: ddim(SCHEDULE, 5, eta="1"), ValueError, "eta: expected a number from 0 to 1, got '1'"),
+    (lambda: ddim(SCHEDULE, 5, clip_sample_range="1"), ValueError, "clip_sample_range: expected a positive number or None, got '1'"),
+    (lambda: ddim(SCHEDULE, timesteps="abc"), TypeError, "timesteps: expected a tensor or a sequence of numbers, got 'abc'"),
+    (lambda: ddim(SCHEDULE, 5, steps_offset=0.5), TypeError, "steps_offset: expected an integer, got 0.5"),
+    (lambda: fastguide.StepTable(torch.zeros(1), {}), ValueError, "timesteps: expected int64 of shape"),
+    (lambda: fastguide.StepTable(torch.zeros(0, dtype=torch.int64), {}), ValueError, "timesteps: expected int64 of shape"),
+    (lambda: fastguide.StepTable(torch.tensor([3]), {"out": torch.ones(1)}), ValueError, "columns: expected some of .* got 'out'"),
+    (lambda: fastguide.StepTable(torch.tensor([3]), {"clip": torch.zeros(1)}), ValueError, "columns: expected positive values in 'clip'"),
+    (lambda: fastguide.StepTable(torch.tensor([3]), {"out_x0": torch.tensor([math.nan])}), ValueError, "columns: expected finite rows, got others at timestep 3"),
+    (lambda: fastguide.StepTable(torch.tensor([3]), {}, gradients={"mean": {"out_grad": torch.tensor([math.inf])}}), ValueError, "columns: expected finite rows"),
+    (lambda: fastguide.StepTable(torch.tensor([3]), {}, gradients={"middle": {}}), ValueError, "gradients: expected the forms .* got 'middle'"),
+    (lambda: fastguide.convert_prediction(None, X, 3, X, "epsilon", "sample"), TypeError, "schedule: expected a NoiseSchedule, got NoneType"),
+    (lambda: fastguide.convert_prediction(SCHEDULE, X, 3, X, "", "epsilon"), ValueError, "source: expected one of"),
+    (lambda: fastguide.drop_condition([1, 2], torch.tensor(0)), TypeError, "condition: expected a tensor, got list"),
+    (lambda: fastguide.drop_condition(torch.tensor([1, 2]), torch.tensor(0.5)), TypeError, "null_condition: expected torch.int64, the condition's dtype, got torch.float32"),
     (lambda: ddpm(SCHEDULE, 0), ValueError, "num_inference_steps: expected a positive integer, got 0"),
     (lambda: ddim(SCHEDULE), ValueError, "num_inference_steps: expected a number, or timesteps=, got None"),
     (lambda: ddim(SCHEDULE, 3, timesteps=[5, 1]), ValueError, "num_inference_steps: expected 2, the length of timesteps, got 3"),
@@ -146,7 +186,7 @@ SOLVER_ERRORS = [
     (lambda: DDIM[10:], ValueError, "table: the slice 10:10 of 10 steps is empty"),
     (lambda: DDIM[0], TypeError, r"table: expected a slice such as table\[k:\], got 0"),
     (lambda: ddim(ZERO_SNR, 5, timestep_spacing="trailing", prediction_type="v_prediction").device_rows("epsilon", torch.float32), ValueError, "gradient: the form 'epsilon' has no use in ddim: the schedule has zero signal at timestep 999"),
-    (lambda: fastguide.convert_prediction(ZERO_SNR, X, 3, X, "epsilon", "sample"), ValueError, "schedule: the row of conversion from epsilon to sample at timestep 999 is not finite"),
+    (lambda: fastguide.convert_prediction(ZERO_SNR, X, 999, X, "epsilon", "sample"), ValueError, "index: expected a step at which convert_prediction is defined, got 999: the schedule has zero signal there"),
     (lambda: fastguide.convert_prediction(SCHEDULE, X, 3, X, "epsilon", "flow"), ValueError, "target: expected one of"),
     (lambda: fastguide.add_noise(SCHEDULE, X, 1000, X), ValueError, "timestep: expected 0 to 999, got 1000"),
     (lambda: fastguide.add_noise(SCHEDULE, X, 5), ValueError, "noise: this step adds noise"),
@@ -167,6 +207,10 @@ def model(x, t, *condition):
     return 0.1 * x
 
 
+def never(*arguments):
+    pytest.fail("the model was called before the arguments were checked")
+
+
 COND = torch.zeros(2, 5)
 LOGITS = Classifier(lambda x, t: x.flatten(1))
 SAMPLER_ERRORS = [
@@ -181,7 +225,7 @@ SAMPLER_ERRORS = [
     (lambda: Sampler(model, DDIM, Composed([1, 2]))(X, cond=COND, uncond=COND), ValueError, r"cond: expected 2 condition\(s\)"),
     (lambda: Sampler(model, DDIM)(X, cond=COND[:1]), ValueError, r"cond: expected the batch of 2 in front, got shape \(1, 5\)"),
     (lambda: Sampler(model, DDIM)(X, cond="a cat"), TypeError, "cond: expected a tensor or a mapping of tensors, got str"),
-    (lambda: Sampler(model, DDIM, ClassifierFree(2))(X, cond={"y": COND}, uncond={"z": COND}), ValueError, "cond: expected every condition to be a mapping with the keys"),
+    (lambda: Sampler(model, DDIM, ClassifierFree(2))(X, cond={"y": COND}, uncond={"z": COND}), ValueError, "uncond: expected a mapping with the keys"),
     (lambda: Sampler(lambda x, t: x[:1], DDIM)(X), ValueError, r"model: expected it to return shape \(2, 3, 4\), got \(1, 3, 4\)"),
     (lambda: Sampler(lambda x, t: x, LEARNED)(X), ValueError, r"model: expected it to return shape \(2, 6, 4\), got \(2, 3, 4\)"),
     (lambda: Sampler(lambda x, t: None, DDIM)(X), TypeError, "model: expected it to return a tensor, got NoneType"),
@@ -191,6 +235,18 @@ SAMPLER_ERRORS = [
     (lambda: Sampler(model, DDIM, Classifier(lambda x, t: x))(X, labels=torch.tensor([0, 1])), ValueError, r"classifier: expected logits of shape \(2, classes\), got \(2, 3, 4\)"),
     (lambda: Sampler(model, DDIM, Classifier(lambda x, t: torch.zeros(2, 5)))(X, labels=torch.tensor([0, 1])), ValueError, "classifier: expected logits that depend on x by autograd"),
     (lambda: Sampler(model, DDIM, Classifier(grad_fn=lambda x, t: x[:1]))(X), ValueError, r"gradient: expected \(2, 3, 4\), the sample's shape"),
+    (lambda: Sampler(model, DDIM, LOGITS)(X, labels=torch.tensor([0, 12])), ValueError, r"labels: expected 0 to 11, the classifier's classes, got \[0, 12\]"),
+    (lambda: Sampler(model, DDIM, Classifier(lambda x, t: torch.nn.Linear(3, 5)(torch.zeros(2, 3))))(X, labels=torch.tensor([0, 1])), ValueError, "classifier: expected logits that depend on x by autograd"),
+    (lambda: Sampler(model, DDIM, Classifier(grad_fn=lambda x, t: None))(X), TypeError, "gradient: expected a tensor, got NoneType"),
+    (lambda: Sampler(never, DDIM, ClassifierFree.per_step([1, 2]))(X, cond=COND, uncond=COND), ValueError, "guidance: expected scales for 1 or 10 steps"),
+    (lambda: Sampler(never, DDIM, ClassifierFree([1, 2, 3]))(X, cond=COND, uncond=COND), ValueError, "guidance: expected scales for 1 or 2 samples"),
+    (lambda: Sampler(never, DDIM, backend="magic")(X), ValueError, "backend: expected one of"),
+    (lambda: Sampler(never, DDIM)(X.int()), TypeError, "x_T: expected float32, bfloat16, float16 or float64, got torch.int32"),
+    (lambda: Sampler(never, DDIM)(torch.zeros(2, 3, 8)[..., ::2]), ValueError, "x_T: expected it dense within a sample"),
+    (lambda: Sampler(never, DDIM.to("meta"))(X), ValueError, "table: expected it on cpu, the device of x_T, got meta"),
+    (lambda: Sampler(never, DDIM, Classifier(form="mean"))(X), ValueError, "gradient: the form 'mean' has no use in ddim"),
+    (lambda: Sampler(model, DDIM, dtype="bfloat16"), TypeError, "dtype: expected a floating-point torch.dtype or None, got 'bfloat16'"),
+    (lambda: Sampler(model, DDIM, ClassifierFree(2))(X, cond=COND, uncond=COND[:1]), ValueError, "uncond: expected the batch of 2 in front"),
     (lambda: Sampler(model, DDIM, Classifier())(X), ValueError, "classifier: this Classifier has neither classifier nor grad_fn"),
 ]  # fmt: skip
 

@@ -65,6 +65,35 @@ def test_conversions_at_zero_signal_that_are_defined(data):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_conversions_of_a_schedule_with_zero_signal_work_where_there_is_signal(data):
+    schedule = SCHEDULE.rescale_zero_terminal_snr()
+    original, noise = data
+    x = fastguide.add_noise(schedule, original, 500, noise)
+    back = fastguide.convert_prediction(schedule, x, 500, noise, "epsilon", "sample")
+    torch.testing.assert_close(back, original, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="got 999: the schedule has zero signal there, where epsilon does not"):
+        fastguide.convert_prediction(schedule, x, torch.tensor([0, 1, 2, 999]), noise, "epsilon", "sample")
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("schedule", [SCHEDULE, SCHEDULE.rescale_zero_terminal_snr()])
+def test_training_target_is_the_prediction_of_a_perfect_model(schedule, prediction_type, data, backend):
+    original, noise = data
+    timesteps = torch.tensor([0, 20, 500, 999])
+    a = schedule.alphas_cumprod[timesteps].reshape(-1, 1, 1)
+    got = fastguide.training_target(schedule, original, timesteps, noise, prediction_type, backend=backend)
+    expected = all_predictions(None, original, noise, a)[prediction_type]
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_training_target_loses_nothing_in_low_precision(data):
+    """x_0 is x_0: not what is left of it after noising and dividing by sqrt(abar)."""
+    original, noise = (d.bfloat16() for d in data)
+    timesteps = torch.tensor([0, 20, 500, 999])
+    assert torch.equal(fastguide.training_target(SCHEDULE, original, timesteps, noise, "sample"), original)
+    assert torch.equal(fastguide.training_target(SCHEDULE, original, timesteps, noise, "epsilon"), noise)
+
+
 def test_noising_a_prediction_of_the_noise_gives_the_original_back(data):
     original, noise = data
     for t in (0, 400, 999):

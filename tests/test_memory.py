@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from cases import TABLES
+from cases import DTYPES, TABLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_inputs import make_guidance, make_inputs
@@ -75,14 +76,15 @@ def every_other_sample(t):
 
 @pytest.mark.parametrize("layout", [channels_last, transposed, channel_split, every_other_sample])
 @pytest.mark.parametrize("shape", [(3, 4, 9, 5), (3, 1, 9, 5), (1, 4, 1, 5), (3, 4, 1, 1)])
-def test_layouts_give_the_same_bits(backend, layout, shape, generator):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_give_the_same_bits(backend, dtype, layout, shape, generator):
     table = TABLES["ddpm learned"]
-    inputs = make_inputs(table, shape, generator, gradient=True)
+    inputs = make_inputs(table, shape, generator, gradient=True, dtype=dtype)
     expected = step(inputs, table, backend, "mean")
     laid_out = inputs.map(layout)
     got = step(laid_out, table, backend, "mean")
     assert torch.equal(got, expected)
-    out = layout(torch.full(shape, torch.nan))
+    out = layout(torch.full(shape, torch.nan, dtype=dtype))
     assert torch.equal(step(laid_out, table, backend, "mean", out=out), expected)
 
 
@@ -171,8 +173,12 @@ def overlapping(case):
 def test_native_refuses_an_output_that_is_partly_an_input(case):
     prediction, out = overlapping(case)
     sample, before = torch.randn(prediction.shape), prediction.clone()
-    with pytest.raises(RuntimeError, match="out: expected memory that is predictions's, element for element, or apart"):
-        fastguide.guided_step(TABLES["ddim"], 0, sample, [prediction], out=out, backend="native")
+    for name in ("native", "reference"):
+        with pytest.raises(ValueError, match=r"out: expected memory apart from predictions\[0\], or the same element"):
+            fastguide.guided_step(TABLES["ddim"], 0, sample, [prediction], out=out, backend=name)
+    rows, weights = TABLES["ddim"].device_rows(None, torch.float32), torch.tensor([[[1.0, 0.0]]])
+    with pytest.raises(RuntimeError, match="out: expected memory apart from predictions, or the same element"):
+        torch.ops.fastguide.guided_step(out, None, sample, [prediction], rows, weights, 0, None, None, None, None)
     assert torch.equal(prediction.view(torch.uint8), before.view(torch.uint8))
 
 
@@ -183,6 +189,40 @@ def test_native_takes_an_output_interleaved_with_an_input(generator):
     expected = fastguide.guided_step(TABLES["ddim"], 0, sample, [prediction])
     fastguide.guided_step(TABLES["ddim"], 0, sample, [prediction], out=out)
     assert torch.equal(out, expected)
+
+
+def test_an_expanded_sample_is_an_input_like_any_other(backend, generator):
+    table = TABLES["ddim"]
+    one, prediction = torch.randn(1, 3, 8, 8, generator=generator), torch.randn(4, 3, 8, 8, generator=generator)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        sample = one.contiguous(memory_format=layout).expand(4, 3, 8, 8)
+        predictions = [prediction.contiguous(memory_format=layout)]
+        got = fastguide.guided_step(table, 0, sample, predictions, backend=backend)
+        assert torch.equal(got, fastguide.guided_step(table, 0, sample.contiguous(), [prediction], backend=backend))
+
+
+def test_noise_is_not_drawn_over_an_input_that_another_storage_holds(backend):
+    """The same memory through numpy: another storage, another start of it."""
+    table = TABLES["ddpm"]
+    memory = np.random.default_rng(0).standard_normal(200).astype(np.float32)
+    sample, out = torch.from_numpy(memory)[80:200].view(3, 40), torch.from_numpy(memory[80:]).view(3, 40)
+    prediction = torch.randn(3, 40)
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    expected = fastguide.guided_step(table, 2, sample, [prediction], generator=draws[0], backend=backend)
+    got = fastguide.guided_step(table, 2, sample, [prediction], generator=draws[1], out=out, backend=backend)
+    assert torch.equal(got, expected)
+
+
+def test_autograd_notices_that_out_was_written(backend, generator):
+    x = torch.randn(2, 3, generator=generator, requires_grad=True)
+    hidden = x * 2
+    loss = (hidden * hidden).sum()
+    with torch.no_grad():
+        fastguide.guided_step(
+            TABLES["ddim"], 0, hidden.detach(), [torch.zeros(2, 3)], out=hidden.detach(), backend=backend
+        )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @settings(deadline=None, max_examples=60)

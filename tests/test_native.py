@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_capability_variable_bounds_and_is_announced():
     code = "from fastguide.cli import info; print(info())"
     out = run_python(code, FASTGUIDE_CPU_CAPABILITY="baseline").stdout
     assert "instruction set baseline (bounded by FASTGUIDE_CPU_CAPABILITY=baseline)" in out
-    assert "expected one of" in run_python(code, FASTGUIDE_CPU_CAPABILITY="fast").stderr
+    assert "FASTGUIDE_CPU_CAPABILITY: expected one of" in run_python(code, FASTGUIDE_CPU_CAPABILITY="fast").stderr
 
 
 def copied_package(folder: Path) -> None:
@@ -110,9 +111,66 @@ def build(tmp_path, path, **environment):
 def test_install_without_a_compiler_says_so_and_goes_on(tmp_path):
     result = build(tmp_path, path=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "fastguide: native backend no C++ compiler was found at install (g++, clang++ or $CXX)" in result.stderr
+    assert "fastguide: native backend not built: no C++ compiler was found at install" in result.stderr
     assert "no C++ compiler was found" in (tmp_path / "fastguide" / "_native.txt").read_text()
     assert not (tmp_path / "fastguide" / "_native.so").exists()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What a clone holds that an install reads."""
+    for folder in ("csrc", "fastguide"):
+        ignored = shutil.ignore_patterns("_native.*", "__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / "clone" / folder, ignore=ignored)
+    for file in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
+        shutil.copy(ROOT / file, tmp_path / "clone" / file)
+    return tmp_path / "clone"
+
+
+def test_editable_install_without_a_compiler_replaces_what_was_there(checkout, tmp_path):
+    """What pip install -e calls, on a machine without a compiler: it succeeds, and says why the step is slow."""
+    (checkout / "fastguide" / "_native.so").write_bytes(b"of an earlier install")
+    environment = {**os.environ, "PATH": str(Path(sys.executable).parent), "CXX": ""}
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not (checkout / "fastguide" / "_native.so").exists()
+    assert "no C++ compiler was found" in (checkout / "fastguide" / "_native.txt").read_text()
+    assert "not built: no C++ compiler" in run_python(CODE, PYTHONPATH=str(checkout)).stdout
+
+
+def test_the_sdist_builds_a_wheel_for_any_python(checkout, tmp_path):
+    """From the source distribution, as a packager does: headers are in it, and the wheel's tag is py3-none."""
+    shutil.copytree(ROOT / "tests", checkout / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from setuptools import build_meta; print(build_meta.{}('dist'))"
+    subprocess.run([sys.executable, "-c", code.format("build_sdist")], check=True, cwd=checkout, capture_output=True)
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    assert (source / "tests" / "cases.py").exists()
+    result = subprocess.run(
+        [sys.executable, "-c", code.format("build_wheel")], cwd=source, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = (source / "dist").glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "fastguide/_native.so" in names
+    assert "fastguide/demo/run.py" in names
+    assert "fastguide/py.typed" in names
+
+
+@pytest.mark.parametrize("cxx", ["no-such-compiler", "no-such-wrapper g++"])
+def test_a_cxx_that_is_not_there_is_an_error(tmp_path, cxx):
+    result = build(tmp_path, path=os.environ["PATH"], CXX=cxx)
+    assert result.returncode != 0
+    assert f"fastguide: CXX: expected a compiler, got '{cxx}', which is not there" in result.stderr
+
+
+def test_a_cxx_of_several_words_is_used(tmp_path):
+    assert build(tmp_path, path=os.environ["PATH"], CXX="g++ -pipe").returncode == 0
+    assert (tmp_path / "fastguide" / "_native.so").exists()
 
 
 def test_install_with_a_compiler_that_fails_fails(tmp_path):

@@ -139,6 +139,31 @@ def test_int_index_as_an_argument_stops_recompiling(name, counter, generator):
     assert len(counter.graphs) <= 3
 
 
+def test_generator_is_refused_with_words_under_compile(counter, generator):
+    table = TABLES["ddpm"]
+    x = torch.randn(2, 3)
+
+    def step(x):
+        return fastguide.guided_step(table, 0, x, [x], generator=torch.default_generator)
+
+    with pytest.raises(Exception, match=r"generator: torch\.compile takes none; expected noise="):
+        torch.compile(step, fullgraph=True, backend=counter)(x)
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_compiled_reference_refuses_an_index_outside_the_table(index):
+    """Compiled, nobody looks at the value beforehand: the generated code's own check stops it, below zero too."""
+    torch._dynamo.reset()
+    table, x = TABLES["ddim"], torch.randn(2, 3)
+
+    def step(index, x):
+        return fastguide.guided_step(table, index, x, [x], backend="reference")
+
+    with pytest.raises((RuntimeError, IndexError), match="index out of"):
+        torch.compile(step, fullgraph=True)(torch.tensor(index), x)
+    torch._dynamo.reset()
+
+
 def test_inductor_runs_the_operator(generator):
     """The real compiler, out= included: functionalised, and written in place again."""
     torch._dynamo.reset()

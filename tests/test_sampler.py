@@ -166,6 +166,55 @@ def test_channels_last_state_is_kept_whatever_the_model_returns(x_T):
         assert torch.equal(got, expected)
 
 
+def layouts():
+    return {
+        "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+        "permuted": lambda t: t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    }
+
+
+@pytest.mark.parametrize("layout", [None, "channels_last", "permuted"])
+def test_outputs_and_gradients_may_come_in_any_layout(layout, x_T):
+    """Contiguous outputs and gradients, expanded gradients, and channel splits, for a state laid out otherwise."""
+    laid_out = x_T if layout is None else layouts()[layout](x_T)
+    labels = torch.tensor([0, 1, 0])
+    weight = torch.randn(32, 5, generator=torch.Generator().manual_seed(2))
+
+    def learned(x, t):
+        return torch.cat([0.1 * x, torch.tanh(x)], 1)
+
+    clipped_ddim = fastguide.ddim(SCHEDULE, 4, clip_sample_range=1.0)
+    clipped_ddpm = fastguide.ddpm(SCHEDULE, 4, variance_type="learned_range", clip_sample_range=1.0)
+    for table, net, classifier in (
+        (clipped_ddim, lambda x, t: (0.1 * x).contiguous(), lambda x, t: x.flatten(1) @ weight),
+        (clipped_ddim, lambda x, t: 0.1 * x, lambda x, t: x.sum((2, 3))),  # an expanded gradient
+        (clipped_ddpm, learned, lambda x, t: x.flatten(1) @ weight),
+    ):
+        results = [
+            Sampler(net, table, Classifier(classifier))(x, labels=labels, generator=torch.Generator().manual_seed(0))
+            for x in (x_T, laid_out)
+        ]
+        assert results[1].stride() == laid_out.stride()
+        torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_bfloat16_model_with_a_float32_state(x_T):
+    net = torch.nn.Conv2d(2, 2, 3, padding=1).bfloat16()
+    out = Sampler(lambda x, t: net(x), fastguide.ddim(SCHEDULE, 4), dtype=torch.bfloat16)(x_T)
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
+
+
+def test_grad_fn_may_use_autograd(x_T):
+    def grad_fn(x, t):
+        x = x.requires_grad_(True)
+        return torch.autograd.grad(-0.5 * x.square().sum(), x)[0]
+
+    table = fastguide.ddim(SCHEDULE, 4)
+    got = Sampler(lambda x, t: 0.1 * x, table, Classifier(grad_fn=grad_fn))(x_T)
+    assert torch.equal(got, Sampler(lambda x, t: 0.1 * x, table, Classifier(grad_fn=lambda x, t: -x))(x_T))
+
+
 def test_progress_draws_a_bar(x_T, capsys):
     Sampler(model, fastguide.ddim(SCHEDULE, 4))(x_T, cond=COND, progress=True)
     assert "4/4" in capsys.readouterr().err

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fastguide"
 
 FLOORS = [  # a module imports modules of lower floors only, or of its own floor further left
     ["_version", "schedule", "predictions", "table", "solvers", "guidance", "reference"],
-    ["ops"],
+    ["checks", "ops"],
     ["backends.native", "backends"],
     ["forward", "training", "sampler"],
     [""],  # fastguide/__init__.py

@@ -60,6 +60,16 @@ def test_denoising_loss_is_zero_for_the_true_prediction(prediction_type):
     assert loss.item() < 1e-18
 
 
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_denoising_loss_serves_a_schedule_with_zero_terminal_signal(prediction_type):
+    schedule = SCHEDULE.rescale_zero_terminal_snr()
+    original = torch.randn(2000, 3)
+    loss = fastguide.denoising_loss(
+        lambda x, t: torch.zeros_like(x), schedule, original, prediction_type=prediction_type
+    )
+    assert loss.item() == pytest.approx(1.0, abs=0.1)
+
+
 def test_denoising_loss_of_nothing_is_the_noise_s_variance(generator):
     loss = fastguide.denoising_loss(
         lambda x, t: torch.zeros_like(x), SCHEDULE, torch.ones(1000, 50), generator=generator

@@ -36,12 +36,13 @@ def backend() -> Backend:
     _library = ctypes.CDLL(str(LIBRARY))
     wanted = os.environ.get(CAPABILITY_VARIABLE)
     if wanted is not None:
+        if wanted not in CAPABILITIES:
+            raise ValueError(f"{CAPABILITY_VARIABLE}: expected one of {CAPABILITIES}, got {wanted!r}")
         set_cpu_capability(wanted)
     return Backend(
         name="native",
         step=torch.ops.fastguide.guided_step.default,
         devices=("cpu",),
-        default_for=("cpu",),
         status=f"C++, instruction set {cpu_capability()}"
         + (f" (bounded by {CAPABILITY_VARIABLE}={wanted})" if wanted is not None else ""),
     )
@@ -69,4 +70,4 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _unavailable(status: str) -> Backend:
-    return Backend("native", torch.ops.fastguide.guided_step.default, (), (), status)
+    return Backend("native", torch.ops.fastguide.guided_step.default, (), status)

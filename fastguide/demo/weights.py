@@ -70,7 +70,10 @@ def _trained(
         except (SafetensorError, RuntimeError) as error:
             print(f"{name}: {path} cannot be used ({error}); training again")
     model = _train(model, loss, train, steps, name)
-    save(model.state_dict(), path)
+    try:
+        save(model.state_dict(), path)
+    except OSError as error:
+        print(f"{name}: not kept, as {path} cannot be written ({error})")
     return model
 
 

@@ -1,0 +1,277 @@
+"""What ``guided_step`` refuses: every message names the argument, what was expected and what came.
+
+Nothing here reads a device value on the host; index values and memory are looked at where they are on the host already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .guidance import Guidance
+from .table import StepTable
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of samples, predictions, gradients, variances, noise and outputs, in any combination."""
+
+
+def listed(predictions: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The predictions as a list of tensors."""
+    if isinstance(predictions, Tensor):
+        return [predictions]
+    if not isinstance(predictions, Sequence):
+        raise TypeError(f"predictions: expected a tensor or a sequence of them, got {type(predictions).__name__}")
+    for k, prediction in enumerate(predictions):
+        if not isinstance(prediction, Tensor):
+            raise TypeError(f"predictions[{k}]: expected a tensor, got {type(prediction).__name__}")
+    return list(predictions)
+
+
+def check_kinds(table: StepTable, sample: Tensor, predictions: list[Tensor], guidance: Guidance) -> bool:
+    """Whether one tensor holds all predictions along its batch; refused if they fit in neither way."""
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
+    if not isinstance(guidance, Guidance):
+        raise TypeError(f"guidance: expected a Guidance such as ClassifierFree(7.5), got {type(guidance).__name__}")
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
+    if sample.dim() == 0:
+        raise ValueError("sample: expected shape (batch, ...), got a tensor without dimensions")
+    if sample.device != table.device:
+        raise ValueError(f"table: expected it on {sample.device}, the sample's device, got {table.device}; use .to()")
+    batch, count = sample.shape[0], guidance.num_predictions
+    check_guidance(table, guidance, batch)
+    if not table.takes_predictions:
+        if predictions:
+            raise ValueError(f"predictions: {table.name} takes none, got {len(predictions)}")
+        return False
+    if len(predictions) == count:
+        return False
+    if len(predictions) == 1 and predictions[0].shape[:1] == (batch * count,):
+        return True
+    raise ValueError(
+        f"predictions: expected {count}, one for each weight of the guidance, or one tensor of batch "
+        f"{batch} * {count}; got {len(predictions)} of shape {_shape(predictions[0]) if predictions else '-'}"
+    )
+
+
+def check_guidance(table: StepTable, guidance: Guidance, batch: int) -> None:
+    """Scales fit the batch and the table."""
+    if guidance.batch not in (1, batch):
+        raise ValueError(f"guidance: expected scales for 1 or {batch} samples, got {guidance.batch}")
+    if guidance.steps not in (1, len(table)):
+        raise ValueError(
+            f"guidance: expected scales for 1 or {len(table)} steps, those of the table, got {guidance.steps}"
+        )
+
+
+def check_index(table: StepTable, index: int | Tensor, sample: Tensor) -> tuple[int | None, Tensor | None]:
+    """The row as a host int, or the step indices as a tensor."""
+    if isinstance(index, Tensor):
+        if index.dtype != torch.int64:
+            raise TypeError(f"index: expected an int or an int64 tensor, got {index.dtype}")
+        if index.dim() > 1 or (index.dim() == 1 and index.shape[0] != sample.shape[0]):
+            raise ValueError(f"index: expected shape () or ({sample.shape[0]},), got {_shape(index)}")
+        if index.device != sample.device:
+            raise ValueError(f"index: expected it on {sample.device}, the sample's device, got {index.device}")
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():  # on the host: nothing waits
+            for value in index.reshape(-1).tolist():
+                _check_row(table, value)
+        return None, index
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise TypeError(f"index: expected an int or an int64 tensor, got {type(index).__name__}")
+    _check_row(table, index)
+    return index, None
+
+
+def _check_row(table: StepTable, index: int) -> None:
+    if not 0 <= index < len(table):
+        raise IndexError(f"index: expected 0 to {len(table) - 1} for a table of {len(table)} steps, got {index}")
+    if table.undefined_rows and index in table.undefined_rows:
+        raise ValueError(f"index: expected a step at which {table.name} is defined, got {index}: {table.undefined}")
+
+
+def check_roles(
+    table: StepTable,
+    guidance: Guidance,
+    sample: Tensor,
+    gradient: Tensor | None,
+    variance: Tensor | None,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    adds_noise: bool,
+) -> None:
+    """Each optional input is there exactly where the table and the guidance have a use for it."""
+    if gradient is None and guidance.form is not None:
+        raise ValueError("gradient: expected a tensor, as the guidance has a Classifier, got None")
+    if gradient is not None and guidance.form is None:
+        raise ValueError("gradient: expected None, as the guidance has no Classifier to say its scale and form")
+    if variance is None and table.learned_variance:
+        raise ValueError(f"variance: expected the model's variance output, as this {table.name} learns it, got None")
+    if variance is not None and not table.learned_variance:
+        raise ValueError(f"variance: expected None, as this {table.name} has a fixed variance")
+    if noise is not None and generator is not None:
+        raise ValueError("noise: expected either noise or a generator, got both")
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+        if generator.device.type != sample.device.type:
+            raise ValueError(f"generator: expected one of {sample.device.type}, got one of {generator.device}")
+    elif noise is None and adds_noise:
+        raise ValueError(
+            "noise: this step adds noise; expected noise=, or generator= (torch.default_generator for the global one)"
+        )
+
+
+def check_layouts(
+    sample: Tensor,
+    predictions: list[Tensor],
+    together: bool,
+    gradient: Tensor | None,
+    variance: Tensor | None,
+    noise: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """Shapes, dtypes, devices, layouts and autograd of all tensors."""
+    shape, strides, device = sample.shape, sample.stride(), sample.device
+    grad_enabled = torch.is_grad_enabled()
+    check_sample("sample", sample, grad_enabled)
+    if together:
+        whole = (predictions[0].shape[0], *shape[1:])
+        _check_operand("predictions", predictions[0], whole, strides, device, grad_enabled)
+    else:
+        for k, prediction in enumerate(predictions):
+            _check_operand(f"predictions[{k}]", prediction, shape, strides, device, grad_enabled)
+    for name, tensor in (("gradient", gradient), ("variance", variance), ("noise", noise), ("out", out)):
+        if tensor is not None:
+            _check_operand(name, tensor, shape, strides, device, grad_enabled)
+    if out is not None and out.shape[0] > 1 and out.numel() and out.stride(0) < out.numel() // out.shape[0]:
+        raise ValueError(f"out: expected samples that do not overlap, got strides {out.stride()}")
+
+
+def check_sample(name: str, sample: Tensor, grad_enabled: bool) -> None:
+    """The sample's own dtype, layout and autograd."""
+    if sample.dtype not in DTYPES or (grad_enabled and sample.requires_grad):
+        _check_tensor(name, sample, sample.shape, sample.device, grad_enabled)
+    if not (sample.is_contiguous() or _dense_within_sample(sample.shape, sample.stride())):
+        raise ValueError(
+            f"{name}: expected it dense within a sample (contiguous, channels_last, ...), got strides "
+            f"{sample.stride()} for shape {_shape(sample)}; use .contiguous()"
+        )
+
+
+def _check_operand(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    strides: tuple[int, ...],
+    device: torch.device,
+    grad_enabled: bool,
+) -> None:
+    if (  # nearly always; what follows finds the words for the rest
+        isinstance(tensor, Tensor)
+        and tensor.shape == shape
+        and tensor.stride() == strides
+        and tensor.dtype in DTYPES
+        and tensor.device == device
+        and not (grad_enabled and tensor.requires_grad)
+    ):
+        return
+    _check_tensor(name, tensor, shape, device, grad_enabled)
+    inner = tensor.stride()[1:]
+    if tensor.numel() and any(
+        size > 1 and ours != theirs for size, ours, theirs in zip(shape[1:], inner, strides[1:], strict=True)
+    ):
+        raise ValueError(
+            f"{name}: expected the sample's layout within a sample, strides {strides[1:]}, got {inner}; "
+            "use .contiguous() or .to(memory_format=...)"
+        )
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int], device: torch.device, grad_enabled: bool) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {_shape(tensor)}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected it on {device}, the sample's device, got {tensor.device}")
+    if grad_enabled and tensor.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor that requires no grad, as the step is not differentiable, got one that does; "
+            "sample under torch.no_grad() or detach it"
+        )
+
+
+def _dense_within_sample(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements of one sample fill one block of memory, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(strides[1:], shape[1:], strict=True)):
+        if size == 0:
+            return True
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def check_overlap(
+    out: Tensor,
+    sample: Tensor,
+    predictions: list[Tensor],
+    gradient: Tensor | None,
+    variance: Tensor | None,
+    noise: Tensor | None,
+) -> bool:
+    """Whether the output meets an input at all; refused unless it is that input, element for element.
+
+    Anything else would let the step read what it has already written.
+    """
+    inputs = [("sample", sample), ("gradient", gradient), ("variance", variance), ("noise", noise)]
+    inputs += [(f"predictions[{k}]", prediction) for k, prediction in enumerate(predictions)]
+    begin = out.data_ptr()
+    end = begin + _extent(out)
+    meets = False
+    for name, tensor in inputs:
+        if tensor is None:
+            continue
+        place = tensor.data_ptr()
+        if place >= end or place + _extent(tensor) <= begin:
+            continue
+        if not _overlap_is_fine(out, tensor):
+            raise ValueError(
+                f"out: expected memory apart from {name}, or the same element for element; got a part of it"
+            )
+        meets = True
+    return meets
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (1 + last) * tensor.itemsize if tensor.numel() else 0
+
+
+def _overlap_is_fine(out: Tensor, tensor: Tensor) -> bool:
+    if out.data_ptr() == 0:  # without memory: meta tensors
+        return True
+    batch = out.shape[0]
+    run, other_run = (out.numel() // batch * t.itemsize for t in (out, tensor))
+    stride, other_stride = (t.stride(0) * t.itemsize if batch > 1 else 0 for t in (out, tensor))
+    distance = tensor.data_ptr() - out.data_ptr()
+    if stride != other_stride or tensor.shape != out.shape:
+        return False
+    if distance == 0:
+        return out.itemsize == tensor.itemsize
+    # else interleaved, as two channel groups of one tensor are
+    return stride > 0 and distance % stride >= run and stride - distance % stride >= other_run
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

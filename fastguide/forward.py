@@ -144,9 +144,19 @@ def _made_table(use: str, kind: str, schedule: NoiseSchedule) -> StepTable:
 
 
 def _checked(timestep: int | Tensor, table: StepTable) -> int | Tensor:
-    """The timestep, which is the row; an error of a number speaks of the timestep."""
-    if isinstance(timestep, int) and not 0 <= timestep < len(table):
-        raise ValueError(f"timestep: expected 0 to {len(table) - 1}, got {timestep}")
+    """The timestep, which is the row; what the host sees of it is checked here, as the caller knows no index."""
+    values: list[int] = []
+    if isinstance(timestep, int):
+        values = [timestep]
+    elif isinstance(timestep, Tensor) and timestep.device.type == "cpu" and not torch.compiler.is_compiling():
+        if timestep.dtype != torch.int64:
+            raise TypeError(f"timestep: expected an int or an int64 tensor, got {timestep.dtype}")
+        values = timestep.reshape(-1).tolist()
+    for value in values:
+        if not 0 <= value < len(table):
+            raise ValueError(f"timestep: expected 0 to {len(table) - 1}, got {value}")
+        if value in table.undefined_rows:
+            raise ValueError(f"timestep: expected one at which {table.name} is defined, got {value}: {table.undefined}")
     return timestep
 
 

@@ -184,16 +184,14 @@ def guided_step(
             apart = not checks.check_overlap(out, sample, inputs, gradient, variance, noise)
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)  # autograd shall notice if it has saved this tensor
-    original = torch.empty_like(out) if return_original else None
+    original = _empty_like(out) if return_original else None
     if generator is not None:
         noise = _draw_noise(generator, sample, out if apart else None)
     try:
         step(out, original, sample, inputs, rows, weights, row or 0, indices, gradient, variance, noise)
     except RuntimeError:
-        if not compiling:
-            checks.check_overlap(
-                out, sample, inputs, gradient, variance, noise
-            )  # the kernel has refused it before it wrote; this has the words
+        if not compiling:  # the kernel refuses overlaps before it writes; here are the words for it
+            checks.check_overlap(out, sample, inputs, gradient, variance, noise)
         raise
     return out if original is None else (out, original)
 

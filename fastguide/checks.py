@@ -54,6 +54,7 @@ def check_kinds(table: StepTable, sample: Tensor, predictions: list[Tensor], gui
     raise ValueError(
         f"predictions: expected {count}, one for each weight of the guidance, or one tensor of batch "
         f"{batch} * {count}; got {len(predictions)} of shape {_shape(predictions[0]) if predictions else '-'}"
+        + ("; several need guidance=, such as ClassifierFree(7.5)" if count == 1 and len(predictions) > 1 else "")
     )
 
 
@@ -107,11 +108,13 @@ def check_roles(
     if gradient is None and guidance.form is not None:
         raise ValueError("gradient: expected a tensor, as the guidance has a Classifier, got None")
     if gradient is not None and guidance.form is None:
-        raise ValueError("gradient: expected None, as the guidance has no Classifier to say its scale and form")
+        raise ValueError(
+            "gradient: expected None, as no Classifier in the guidance says its scale and form, got a tensor"
+        )
     if variance is None and table.learned_variance:
         raise ValueError(f"variance: expected the model's variance output, as this {table.name} learns it, got None")
     if variance is not None and not table.learned_variance:
-        raise ValueError(f"variance: expected None, as this {table.name} has a fixed variance")
+        raise ValueError(f"variance: expected None, as this {table.name} has a fixed variance, got a tensor")
     if noise is not None and generator is not None:
         raise ValueError("noise: expected either noise or a generator, got both")
     if generator is not None:
@@ -121,7 +124,7 @@ def check_roles(
             raise ValueError(f"generator: expected one of {sample.device.type}, got one of {generator.device}")
     elif noise is None and adds_noise:
         raise ValueError(
-            "noise: this step adds noise; expected noise=, or generator= (torch.default_generator for the global one)"
+            "noise: this step adds noise; expected noise=, or generator= (the global one is torch.default_generator), got none"
         )
 
 
@@ -195,6 +198,8 @@ def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int], device: torch
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {_shape(tensor)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if tensor.device != device:

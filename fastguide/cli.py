@@ -68,8 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.backend is not None and not BACKENDS[options.backend].serves("cpu"):
         print(f"fastguide: backend {options.backend}: {BACKENDS[options.backend].status}", file=sys.stderr)
         return 1
-    if options.output.exists() and not options.output.is_dir():
-        print(f"fastguide: --output: expected a folder, got the file {options.output}", file=sys.stderr)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"fastguide: --output: expected a folder that can be written, got {error}", file=sys.stderr)
         return 1
     try:
         run(

@@ -146,8 +146,10 @@ def _made_table(use: str, kind: str, schedule: NoiseSchedule) -> StepTable:
 def _checked(timestep: int | Tensor, table: StepTable) -> int | Tensor:
     """The timestep, which is the row; what the host sees of it is checked here, as the caller knows no index."""
     values: list[int] = []
-    if isinstance(timestep, int):
+    if isinstance(timestep, int) and not isinstance(timestep, bool):
         values = [timestep]
+    elif not isinstance(timestep, Tensor):
+        raise TypeError(f"timestep: expected an int or an int64 tensor, got {type(timestep).__name__}")
     elif isinstance(timestep, Tensor) and timestep.device.type == "cpu" and not torch.compiler.is_compiling():
         if timestep.dtype != torch.int64:
             raise TypeError(f"timestep: expected an int or an int64 tensor, got {timestep.dtype}")
@@ -161,6 +163,7 @@ def _checked(timestep: int | Tensor, table: StepTable) -> int | Tensor:
 
 
 def _device_of(name: str, tensor: Tensor) -> torch.device:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a tensor of floating-point numbers, got {got}")
     return tensor.device

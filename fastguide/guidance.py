@@ -56,6 +56,7 @@ class Guidance:
         return weights
 
     def __add__(self, other: Guidance) -> Guidance:
+        """Both: prediction weights of the one, a classifier's gradient of the other (then ``.classifier``)."""
         if not isinstance(other, Guidance):
             return NotImplemented
         if self.classifier is not None and other.classifier is not None:
@@ -83,7 +84,8 @@ class ClassifierFree(Guidance):
 
     Args:
         guidance_scale: a number; or one per sample, a sequence or tensor of shape ``(batch,)``; or one per step, a
-            tensor of shape ``(steps, 1)``, or ``(steps, batch)`` for both. A guidance interval is a column of scales
+            tensor of shape ``(steps, 1)``, or ``(steps, batch)`` for both; for a sliced table, those of its steps. A
+            guidance interval is a column of scales
             that are 1 (or 0) outside of it. A tensor may live on the device; its values are then not checked, as that
             would wait for the device.
 
@@ -229,6 +231,10 @@ def _columns(*columns: float | Tensor) -> Tensor:
     if not scales:  # cheap, as guidance may be made in the loop
         return torch.tensor([[columns]], dtype=torch.float64)
     like = next((scale for scale in scales if scale.device != _HOST), scales[0])
+    for what, dim in (("steps", 0), ("samples", 1)):
+        sizes = {scale.shape[dim] for scale in scales} - {1}
+        if len(sizes) > 1:
+            raise ValueError(f"guidance_scales: expected scales for as many {what} everywhere, got {sorted(sizes)}")
     return torch.stack(torch.broadcast_tensors(*(torch.as_tensor(c).to(like) for c in columns)), -1)
 
 

@@ -129,21 +129,24 @@ def guided_step(
     Args:
         table: from ``ddpm`` or ``ddim``, on the sample's device.
         index: the step, 0 to ``len(table) - 1``: an int, or an int64 tensor on the sample's device, of shape () or,
-            one per sample, (batch,). A tensor's value is never read on the host.
+            one per sample, (batch,). The host never waits for a device to read it; on the CPU it is checked.
         sample: x_t, shape (batch, ...), dense within a sample (contiguous, channels_last, ...), any batch stride.
-        predictions: what the model returned, one tensor of the sample's shape for each weight of the guidance, laid
+        predictions: what the model returned (without autograd, as under ``torch.no_grad()``: the step is not
+            differentiable), one tensor of the sample's shape for each weight of the guidance, laid
             out within a sample as the sample is; or one tensor with all of them along the batch,
             ``cat([unconditional, conditional])``.
         guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None`` for one prediction.
         gradient: ``grad_x log p(y | x_t)``, required with a ``Classifier``; see ``Classifier.gradient``.
-        variance: the model's variance output, required by tables of ``learned`` and ``learned_range``.
-        noise: standard normal values. Where the row adds noise, either ``noise`` or ``generator`` is required.
+        variance: the model's variance output, required by tables of ``learned`` and ``learned_range``; with several
+            conditions usually that of the conditional prediction.
+        noise: standard normal values. Where the row adds noise, either ``noise`` or ``generator`` is required; where
+            it adds none, neither is read.
         generator: draws the noise: the values of ``torch.randn(sample.shape, dtype=sample.dtype,
             generator=generator)``, and the generator is left as that leaves it. Nothing is drawn where an int index
             names a row without noise. ``torch.default_generator`` is torch's global one. Not under torch.compile,
             which takes no generators: pass ``noise``.
         return_original: also return the predicted (clipped) original sample x_0.
-        out: where to write the next sample; it may be the sample itself. Otherwise a new tensor like the sample.
+        out: where to write the next sample; it may be one of the inputs, whole. Otherwise a new tensor like the sample.
         backend: ``"native"`` or ``"reference"``; ``None``: the best for the device, see ``fastguide info``.
 
     Returns:

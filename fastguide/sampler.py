@@ -30,7 +30,8 @@ class Sampler:
         backend: as in ``guided_step``.
 
     The model must not write to x. With weights for several predictions it is called once a step, on a batch that holds
-    the sample several times: unconditional first, then each condition.
+    the sample several times: unconditional first, then each condition. With a learned variance, the last (conditional)
+    prediction's is used.
 
     >>> from fastguide import ClassifierFree, NoiseSchedule, ddim
     >>> sampler = Sampler(lambda x, t, y: 0.1 * x * y[:, None], ddim(NoiseSchedule.linear(), 5), ClassifierFree(3.0))
@@ -88,13 +89,15 @@ class Sampler:
         table, guidance = self.table, self.guidance
         if not isinstance(x_T, Tensor) or x_T.dim() == 0:
             raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {x_T!r}")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
         check_run(table, "x_T", x_T, guidance, self.backend)
         copies = 1 if guidance is None else guidance.num_predictions
         conditions = _conditions(cond, uncond, copies)
         condition = _batched(conditions, x_T.shape[0])
         classifier = None if guidance is None else guidance.classifier
         if labels is not None and (classifier is None or not classifier.takes_labels):
-            raise ValueError("labels: expected None, as the guidance has no classifier to give them to")
+            raise ValueError("labels: expected None, as the guidance has no classifier to give them to, got some")
         if generator is None and table.adds_noise_anywhere:
             generator = _default_generator(x_T.device)
 

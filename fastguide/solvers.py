@@ -130,7 +130,7 @@ def ddim(
     StepTable(ddim, 20 steps, timesteps 951 .. 1, device=cpu)
     """
     _check_schedule(schedule)
-    if not isinstance(eta, (int, float)) or not 0.0 <= eta <= 1.0:
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta: expected a number from 0 to 1, got {eta!r}")
     steps = _visited(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps)
     a = schedule.alphas_cumprod[steps]
@@ -197,7 +197,8 @@ def _original_columns(
     prediction_type: PredictionType, a: Tensor, clip_sample_range: float | None, steps: Tensor
 ) -> dict[str, Tensor]:
     check_prediction_type("prediction_type", prediction_type)
-    if clip_sample_range is not None and (not isinstance(clip_sample_range, (int, float)) or not clip_sample_range > 0):
+    number = isinstance(clip_sample_range, (int, float)) and not isinstance(clip_sample_range, bool)
+    if clip_sample_range is not None and not (number and clip_sample_range > 0):
         raise ValueError(f"clip_sample_range: expected a positive number or None, got {clip_sample_range!r}")
     original = original_from(prediction_type, a)
     if not bool(torch.isfinite(original.scale).all()):

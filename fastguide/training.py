@@ -57,6 +57,8 @@ class ConditionDropout(nn.Module):
 
     def __init__(self, condition_shape: tuple[int, ...], p_uncond: float = 0.1) -> None:
         super().__init__()
+        if not isinstance(condition_shape, (tuple, list)):
+            raise TypeError(f"condition_shape: expected a tuple, got {type(condition_shape).__name__}")
         if not 0.0 <= p_uncond <= 1.0:
             raise ValueError(f"p_uncond: expected a probability, got {p_uncond!r}")
         self.p_uncond = p_uncond

@@ -91,7 +91,7 @@ def test_bad_arguments_are_refused(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
     assert cli.main(["demo", "--output", str(file)]) == 1
-    assert "--output: expected a folder, got the file" in capsys.readouterr().err
+    assert "--output: expected a folder that can be written, got" in capsys.readouterr().err
     for arguments in (["demo", "--seed", "x"], ["demo", "--backend", "magic"], []):
         with pytest.raises(SystemExit):
             cli.main(arguments)

@@ -36,15 +36,17 @@ def backend() -> Backend:
     _library = ctypes.CDLL(str(LIBRARY))
     wanted = os.environ.get(CAPABILITY_VARIABLE)
     if wanted is not None:
-        if wanted not in CAPABILITIES:
-            raise ValueError(f"{CAPABILITY_VARIABLE}: expected one of {CAPABILITIES}, got {wanted!r}")
-        set_cpu_capability(wanted)
+        if wanted in CAPABILITIES:
+            set_cpu_capability(wanted)
+        else:
+            message = f"{CAPABILITY_VARIABLE}: expected one of {CAPABILITIES}, got {wanted!r}; nothing is bounded"
+            warnings.warn(f"fastguide: {message}", stacklevel=2)
     return Backend(
         name="native",
         step=torch.ops.fastguide.guided_step.default,
         devices=("cpu",),
         status=f"C++, instruction set {cpu_capability()}"
-        + (f" (bounded by {CAPABILITY_VARIABLE}={wanted})" if wanted is not None else ""),
+        + (f" (bounded by {CAPABILITY_VARIABLE}={wanted})" if wanted in CAPABILITIES else ""),
     )
 
 

@@ -20,7 +20,7 @@ from .digits import NUM_CLASSES
 from .methods import Method
 
 _ENLARGED = 6
-_OVERVIEW_SCALES = (1.0, 4.0, 8.0)
+_OVERVIEW_SCALES = (1.0, 2.0, 4.0, 8.0)
 
 
 def mosaic(images: Tensor, columns: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def save_overview(samples: Mapping[Method, Tensor], per_class: int, folder: Path
     guidances = list(dict.fromkeys((m.family, m.scale) for m in shown))
     solvers = list(dict.fromkeys(m.solver for m in shown))
     tile = 8 * _ENLARGED + 4
-    figure, axes = plt.subplots(1, len(solvers), figsize=(12, 0.5 * len(guidances) + 0.7), layout="constrained")
+    figure, axes = plt.subplots(1, len(solvers), figsize=(12, 0.46 * len(guidances) + 0.7), layout="constrained")
     for axis, solver in zip(axes, solvers, strict=True):
         rows = []
         for family, scale in guidances:
@@ -64,10 +64,17 @@ def save_overview(samples: Mapping[Method, Tensor], per_class: int, folder: Path
                 else mosaic(images[::per_class], NUM_CLASSES)
             )
         axis.imshow(np.vstack(rows), cmap="gray", vmin=0, vmax=1)
+        absent = [r for r, (family, scale) in enumerate(guidances) if Method(family, scale, solver) not in samples]
+        if absent:
+            middle = tile * (sum(absent) / len(absent) + 0.5)
+            axis.text(tile * 5, middle, "needs steps with variance", ha="center", va="center", fontsize=9)
         axis.set_title(solver.upper(), fontsize=10)
         axis.set_xticks([tile * (c + 0.5) for c in range(NUM_CLASSES)], [str(c) for c in range(NUM_CLASSES)])
         axis.xaxis.tick_top()
-        names = [family if scale is None else f"{family}, {scale:g}" for family, scale in guidances]
+        names = [
+            "no guidance" if family == "none" else family if scale is None else f"{family}, {scale:g}"
+            for family, scale in guidances
+        ]
         axis.set_yticks([tile * (r + 0.5) for r in range(len(names))], names if axis is axes[0] else [""] * len(names))
         axis.tick_params(length=0, labelsize=8)
         for side in axis.spines.values():
@@ -85,14 +92,17 @@ def save_trade_off(rows: Iterable[Mapping[str, Any]], real: Mapping[str, float],
     for (family, solver), points in families.items():
         x, y = [p["diversity"] for p in points], [p["agreement"] for p in points]
         style = {"ddpm": "o-", "ddim": "s--"}[solver]
-        axes.plot(x, y, style, color=colours[family], label=f"{family} ({solver})", markersize=4, linewidth=1)
+        size = 10 if len(points) == 1 else 4  # a single point shall be seen below others
+        axes.plot(
+            x, y, style, color=colours[family], label=f"{family} ({solver})", markersize=size, linewidth=1, alpha=0.8
+        )
         for point in points:
             if point["scale"] is not None:
                 axes.annotate(f"{point['scale']:g}", (point["diversity"], point["agreement"]), fontsize=6)
     axes.plot(1.0, real["agreement"], "k*", markersize=11, label="real digits, held out")
     axes.set_xlabel("diversity: coverage of real digits held out (as many real digits: 1)")
     axes.set_ylabel("agreement of an independent classifier")
-    axes.set_title("More guidance: surer classes, less variety (numbers: guidance scale)", fontsize=9)
+    axes.set_title("Quality and diversity of the ways to sample digits (numbers: guidance scale)", fontsize=9)
     axes.legend(fontsize=6)
     axes.grid(alpha=0.3)
     return _save(figure, folder / "trade-off.png")

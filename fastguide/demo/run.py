@@ -23,7 +23,6 @@ from .models import NULL_CLASS
 def run(output: Path, *, quick: bool, retrain: bool, seed: int, backend: str | None) -> dict[str, Any]:
     """Train or load, sample with every method, measure, and write everything to ``output``; returns the results."""
     begin = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
     chosen = backend or default_backend("cpu")
     print(f"backend: {chosen} ({BACKENDS[chosen].status})")
     if chosen != "native" and backend is None:
@@ -85,7 +84,8 @@ def run(output: Path, *, quick: bool, retrain: bool, seed: int, backend: str | N
     print(report.quality_table(rows))
     print(
         f"(agreement: with an independent classifier, which knows {judge.accuracy:.1%} of real digits held out;\n "
-        "diversity: coverage of real digits held out, relative to as many other real digits)"
+        "diversity: coverage of real digits held out, relative to as many other real digits: 1 is as varied;\n "
+        "a negative condition is the class whose mean image is nearest)"
     )
     print()
     print(report.step_table_text(errors, speeds))

@@ -124,7 +124,7 @@ def check_roles(
             raise ValueError(f"generator: expected one of {sample.device.type}, got one of {generator.device}")
     elif noise is None and adds_noise:
         raise ValueError(
-            "noise: this step adds noise; expected noise=, or generator= (the global one is torch.default_generator), got none"
+            "noise: this step adds noise; expected noise=, or generator= (torch.default_generator is global), got none"
         )
 
 

@@ -133,7 +133,7 @@ class StepTable:
         kept = slice(start, stop)
         forms = {form: v if isinstance(v, str) else v[kept] for form, v in self._forms.items()}
         return StepTable.__new__(StepTable)._assign(
-            self.timesteps[kept].cpu(),
+            torch.tensor(self.host_timesteps[kept]),  # not from the device: nothing waits
             self.rows[kept],
             forms,
             self.learned_variance,
@@ -148,7 +148,13 @@ class StepTable:
         if target == self.device:
             return self
         return StepTable.__new__(StepTable)._assign(
-            self.timesteps.cpu(), self.rows, self._forms, self.learned_variance, self.undefined, self.name, target
+            torch.tensor(self.host_timesteps),
+            self.rows,
+            self._forms,
+            self.learned_variance,
+            self.undefined,
+            self.name,
+            target,
         )
 
     def index(self, timestep: int) -> int:

@@ -12,6 +12,9 @@ import fastguide
 from fastguide import Classifier, ClassifierFree, Composed, Sampler, ddim, ddpm
 
 X = torch.zeros(2, 3, 4)
+UNDEFINED = fastguide.StepTable(
+    torch.tensor([5, 3]), {"out_pred": torch.tensor([1.0, math.inf])}, undefined="because", name="half a table"
+)
 DDIM, DDPM, LEARNED = TABLES["ddim"], TABLES["ddpm"], TABLES["ddpm learned"]
 
 
@@ -58,6 +61,8 @@ STEP_ERRORS = [
     (lambda: step(index=torch.tensor([1, 2, 3])), ValueError, r"index: expected shape \(\) or \(2,\), got \(3,\)"),
     (lambda: step(index=torch.tensor([1, 10])), IndexError, "index: expected 0 to 9 for a table of 10 steps, got 10"),
     (lambda: step(index=torch.tensor([1, 10]), backend="reference"), IndexError, "index: expected 0 to 9 for a table of 10 steps, got 10$"),
+    (lambda: step(table=UNDEFINED, index=1), ValueError, "index: expected a step at which half a table is defined, got 1: because"),
+    (lambda: step(table=UNDEFINED, index=torch.tensor([0, 1])), ValueError, "index: expected a step at which half a table is defined, got 1: because"),
     (lambda: DDIM.index(5), ValueError, "timestep: expected one of the 10 timesteps .* got 5"),
     # guidance
     (lambda: step(guidance=ClassifierFree(2.0)), ValueError, r"predictions: expected 2, one for each weight of the guidance.*got 1 of shape \(2, 3, 4\)"),

@@ -204,6 +204,16 @@ def test_an_expanded_sample_is_an_input_like_any_other(backend, generator):
         assert torch.equal(got, fastguide.guided_step(table, 0, sample.contiguous(), [prediction], backend=backend))
 
 
+def test_overlapping_samples_are_inputs_like_any_other(backend, generator):
+    """Sliding windows over one run of memory; the output gets a place of its own for each sample."""
+    windows = torch.randn(64, generator=generator).as_strided((5, 8), (1, 1))
+    prediction = torch.randn(5, 8, generator=generator)
+    got = fastguide.guided_step(TABLES["ddim"], 0, windows, [prediction], backend=backend)
+    assert torch.equal(
+        got, fastguide.guided_step(TABLES["ddim"], 0, windows.contiguous(), [prediction], backend=backend)
+    )
+
+
 def test_noise_is_not_drawn_over_an_input_that_another_storage_holds(backend):
     """The same memory through numpy: another storage, another start of it."""
     table = TABLES["ddpm"]

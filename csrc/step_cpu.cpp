@@ -7,6 +7,12 @@
 #include "convert.h"
 #include "step.h"
 
+#if defined(__clang__)
+#define FASTGUIDE_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FASTGUIDE_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
+#endif
+
 namespace fastguide {
 namespace FASTGUIDE_ISA {
 namespace {
@@ -25,7 +31,7 @@ void step_run(const Coefficients<T>& coefficients, const Run<T>& run, int64_t co
   const Coefficients<T> c = coefficients;
   const Run<T> r = run;
   // An output may be one of the inputs, element for element: no iteration reads what another writes.
-#pragma GCC ivdep
+  FASTGUIDE_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < count; ++i) {
     T m = T(0);
     if constexpr (predictions == 1) m = c.weight_sum * r.p0[i];

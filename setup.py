@@ -1,9 +1,15 @@
-"""Builds csrc/ into fastguide/_native.so with ninja. Everything else about the package is in pyproject.toml."""
+"""Builds csrc/ into fastguide/_native.so with ninja. Everything else about the package is in pyproject.toml.
+
+Environment: ``CXX`` names the C++ compiler. With nvcc (``CUDA_HOME``, or on the PATH) the GPU kernels are built too;
+``FASTGUIDE_CUDA=0`` leaves them out, ``FASTGUIDE_CUDA=1`` makes a missing nvcc an error. ``TORCH_CUDA_ARCH_LIST``
+chooses their architectures, such as ``"8.0+PTX;9.0"``.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,6 +32,9 @@ INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+
+CUDA_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # the PTX serves every other GPU from 8.0 on
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden --threads=2 -Xfatbin=-compress-all"
 
 
 class BuildNative(build_ext):
@@ -82,6 +91,38 @@ def find_compiler() -> str | None:
     return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
 
 
+def find_nvcc() -> Path | None:
+    """nvcc, unless FASTGUIDE_CUDA=0; an error if it is asked for and not there."""
+    wanted = os.environ.get("FASTGUIDE_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"fastguide: FASTGUIDE_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if found is None and wanted == "1":
+        place = f"CUDA_HOME={home}" if home else "the PATH"
+        raise SystemExit(f"fastguide: FASTGUIDE_CUDA=1: expected nvcc, which is not in {place}")
+    return Path(found) if found else None
+
+
+def cuda_architectures(nvcc: Path) -> list[tuple[str, bool]]:
+    """What to compile for: ("90", with PTX). Those of the default that an older nvcc does not know are left out."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    architectures = []
+    for entry in (asked or CUDA_ARCHITECTURES).replace(";", " ").split():
+        version, plus, ptx = entry.partition("+")
+        name = version.replace(".", "")
+        if not name.rstrip("af").isdigit() or ptx not in ("", "PTX") or (plus and not ptx):
+            raise SystemExit(f"fastguide: TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 9.0+PTX, got {entry!r}")
+        if f"compute_{name.rstrip('af')}" in known:
+            architectures.append((name, bool(ptx)))
+        elif asked:
+            raise SystemExit(f"fastguide: TORCH_CUDA_ARCH_LIST: {nvcc} has no code for {entry!r}; it knows {known}")
+    return architectures
+
+
 def ninja_file(compiler: str, library: Path) -> str:
     """What to compile and how, for ninja."""
     try:
@@ -99,6 +140,16 @@ def ninja_file(compiler: str, library: Path) -> str:
     torch_root = Path(torch.__file__).parent
     target = f"0x{TORCH_FLOOR[0]:02X}{TORCH_FLOOR[1]:02X}000000000000"
     source = Path(__file__).resolve().parent / "csrc"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        architectures = []
+        code = "none: FASTGUIDE_CUDA was 0" if os.environ.get("FASTGUIDE_CUDA") == "0" else "none: no nvcc was found"
+    else:
+        architectures = cuda_architectures(nvcc)
+        names = [f"sm_{name}" for name, _ in architectures]
+        code = " ".join([*names, *(f"PTX {name}" for name, ptx in architectures if ptx)])
+    # torch loads the library itself: it must name libtorch, or its symbols are not found.
+    keep = "" if sys.platform == "darwin" else "-Wl,--no-as-needed "
     lines = [
         "ninja_required_version = 1.5",
         "cxx = " + compiler.replace("$", "$$"),
@@ -111,18 +162,49 @@ def ninja_file(compiler: str, library: Path) -> str:
         f"  command = $cxx -shared $in -o $out -L{escape(torch_root / 'lib')} $libraries",
         f"build bind.o: compile {escape(source / 'bind.cpp')}",
         f"  extra = -DTORCH_TARGET_VERSION={target} -isystem {escape(torch_root / 'include')} "
-        f"-ffile-prefix-map={escape(source)}=csrc",  # error messages name files; not where they were built
+        f"-ffile-prefix-map={escape(source)}=csrc "  # error messages name files; not where they were built
+        f"'-DFASTGUIDE_CUDA_CODE=\"{code}\"'" + (" -DFASTGUIDE_CUDA" if nvcc else ""),
     ]
+    objects = ["bind.o"]
     for name, flags in INSTRUCTION_SETS.items():
+        # The portable noise stream is the same everywhere only if nothing is contracted: csrc/philox.h.
+        for file, more in (("step", ""), ("noise", "-ffp-contract=off")):
+            objects.append(f"{file}_{name}.o")
+            lines += [
+                f"build {file}_{name}.o: compile {escape(source / f'{file}_cpu.cpp')}",
+                f"  extra = -DFASTGUIDE_ISA={name} {flags} {more}",
+            ]
+    libraries = f"{keep}-ltorch"
+    if nvcc is not None:
+        words = [word for word in shlex.split(compiler) if not word.startswith("-")]
+        generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name, _ in architectures]
+        generate += [f"-gencode=arch=compute_{name},code=compute_{name}" for name, ptx in architectures if ptx]
+        objects.append("step_cuda.o")
         lines += [
-            f"build step_{name}.o: compile {escape(source / 'step_cpu.cpp')}",
-            f"  extra = -DFASTGUIDE_ISA={name} {flags}",
+            "rule compile_cuda",
+            f"  command = {escape(nvcc)} -ccbin {escape(words[-1])} {CUDA_FLAGS} $extra -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"build step_cuda.o: compile_cuda {escape(source / 'step_cuda.cu')}",
+            f"  extra = {' '.join(generate)}",
         ]
-    objects = " ".join(["bind.o", *(f"step_{name}.o" for name in INSTRUCTION_SETS)])
-    # torch loads the library itself: it must name libtorch, or its symbols are not found.
-    keep = "" if sys.platform == "darwin" else "-Wl,--no-as-needed "
-    lines += [f"build {escape(library)}: link {objects}", f"  libraries = {keep}-ltorch", ""]
+        # The runtime is linked in: the library then needs no CUDA to be loaded. Its symbols are kept inside.
+        libraries += f" {cudart(nvcc)} -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"
+    lines += [f"build {escape(library)}: link {' '.join(objects)}", f"  libraries = {libraries}", ""]
     return "\n".join(lines)
+
+
+def cudart(nvcc: Path) -> str:
+    """The static CUDA runtime of an nvcc's toolkit; nvcc itself says where that is, as it may be called by a script."""
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    root = re.search(r"\bTOP=(\S+)", plan.stderr)
+    if root is None:
+        raise SystemExit(f"fastguide: {nvcc} --dryrun does not say where its toolkit is:\n{plan.stderr}")
+    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+        library = Path(root[1]) / folder / "libcudart_static.a"
+        if library.exists():
+            return escape(library.resolve())
+    raise SystemExit(f"fastguide: expected libcudart_static.a in {root[1]}; FASTGUIDE_CUDA=0 builds without CUDA")
 
 
 def escape(path: str | Path) -> str:
@@ -152,7 +234,7 @@ def announce(message: str) -> None:
 
 NATIVE = Extension(
     "fastguide._native",
-    sources=sorted(str(p) for p in Path("csrc").glob("*.cpp")),
+    sources=sorted(str(p) for p in Path("csrc").glob("*.c*")),
     depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
 )
 

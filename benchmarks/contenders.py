@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastguide
 
+from .formula import formula_of
 from .workloads import GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP, Workload
 
 Call = Callable[[], Tensor]
@@ -50,20 +51,6 @@ def diffusers_step(w: Workload) -> Call:
     return step
 
 
-def _formula(noisy: bool) -> Callable[..., Tensor]:
-    """The same step in torch without synchronisation: coefficients in one tensor, as a careful user writes it."""
-    column = {name: i for i, name in enumerate(fastguide.ROW_COLUMNS)}
-
-    def formula(row: Tensor, scale: Tensor, x: Tensor, uncond: Tensor, cond: Tensor, noise: Tensor | None) -> Tensor:
-        uncond, cond = uncond.float(), cond.float()
-        m = uncond + scale * (cond - uncond)
-        x0 = row[column["x0_scale"]] * (row[column["x0_sample"]] * x + row[column["x0_pred"]] * m)
-        result = row[column["out_x0"]] * x0 + row[column["out_sample"]] * x + row[column["out_pred"]] * m
-        return result + row[column["out_noise"]] * noise if noisy else result
-
-    return formula
-
-
 def _formula_step(w: Workload, formula: Callable[..., Tensor]) -> Call:
     generator = torch.Generator().manual_seed(0)
     noisy = w.table.adds_noise[STEP]
@@ -79,17 +66,17 @@ def _formula_step(w: Workload, formula: Callable[..., Tensor]) -> Call:
 
 def torch_eager(w: Workload) -> Call:
     """Plain torch, an operation at a time."""
-    return _formula_step(w, _formula(w.table.adds_noise[STEP]))
+    return _formula_step(w, formula_of(w.table.adds_noise[STEP]))
 
 
 def torch_compiled(w: Workload) -> Call:
     """Plain torch under torch.compile: the competitor that fuses too. The noise is drawn outside, as it must be."""
-    return _formula_step(w, torch.compile(_formula(w.table.adds_noise[STEP]), fullgraph=True, dynamic=False))
+    return _formula_step(w, torch.compile(formula_of(w.table.adds_noise[STEP]), fullgraph=True, dynamic=False))
 
 
 def torch_compiled_out(w: Workload) -> Call:
     """The same, written into the caller's output, which the compiler does in place."""
-    formula = _formula(w.table.adds_noise[STEP])
+    formula = formula_of(w.table.adds_noise[STEP])
     out = torch.empty_like(w.sample)
 
     @torch.compile(fullgraph=True, dynamic=False)

@@ -1,7 +1,10 @@
-// The only file that knows torch: implements fastguide::guided_step for CPU tensors on libtorch's stable ABI.
+// The only file that knows torch: implements fastguide::guided_step for CPU and CUDA tensors on libtorch's stable ABI.
 //
 // fastguide/ops.py has checked the arguments and says what is wrong with them; the checks here keep a direct call of
 // the operator from reading or writing memory that is not its own.
+#if defined(FASTGUIDE_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,8 +20,16 @@
 #include <optional>
 #include <vector>
 
+#include "arguments.h"
+#include "element.h"
 #include "step.h"
 #include "step_cpu.h"
+#if defined(FASTGUIDE_CUDA)
+#include "step_cuda.h"
+
+// In libtorch_cuda, which torch for the CPU does not have: weak, so that one library loads with every torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
 
 namespace fastguide {
 namespace {
@@ -84,12 +95,12 @@ Element element_of(const char* name, const Tensor& tensor) {
   }
 }
 
-int64_t element_bytes(Element element) { return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2; }
-
-// Shape and inner strides that all tensors of one step share.
+// Shape, inner strides and device that all tensors of one step share.
 struct Layout {
   const int64_t *sizes, *strides;
   int64_t dim, batch, elements_per_sample;
+  bool is_cpu;
+  int32_t device;
 };
 
 bool dense_within_sample(const Layout& layout) {
@@ -111,7 +122,7 @@ bool dense_within_sample(const Layout& layout) {
 }
 
 Layout layout_of(const Tensor& out) {
-  Layout layout{out.sizes().data(), out.strides().data(), out.dim(), 0, 1};
+  Layout layout{out.sizes().data(), out.strides().data(), out.dim(), 0, 1, out.is_cpu(), out.get_device_index()};
   STD_TORCH_CHECK(layout.dim > 0, "out: expected shape (batch, ...), got a tensor without dimensions");
   layout.batch = layout.sizes[0];
   for (int64_t d = 1; d < layout.dim; ++d) layout.elements_per_sample *= layout.sizes[d];
@@ -120,9 +131,14 @@ Layout layout_of(const Tensor& out) {
   return layout;
 }
 
+void check_device(const char* name, const Tensor& tensor, const Layout& layout) {
+  STD_TORCH_CHECK(tensor.is_cpu() == layout.is_cpu && (layout.is_cpu || tensor.get_device_index() == layout.device),
+                  name, ": expected a tensor on the device of out");
+}
+
 // Returns the batch stride; `samples` is the expected first size.
 int64_t check_layout(const char* name, const Tensor& tensor, const Layout& layout, int64_t samples) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  check_device(name, tensor, layout);
   STD_TORCH_CHECK(tensor.dim() == layout.dim, name, ": expected ", layout.dim, " dimensions, got ", tensor.dim());
   const int64_t* sizes = tensor.sizes().data();
   const int64_t* strides = tensor.strides().data();
@@ -183,12 +199,104 @@ void check_overlap(const char* name, const Output& out, const Input& input, cons
                   ", or the same element for element; got a part of it");
 }
 
+// Nothing else may touch the staged input: its samples are written while others' inputs are still to be read.
+void check_apart(const Output& staged, int64_t staged_samples, const char* name, const void* data, int64_t batch_stride,
+                 Element element, const Layout& layout) {
+  if (staged.data == nullptr || data == nullptr || layout.batch == 0) return;
+  const int64_t begin = reinterpret_cast<int64_t>(staged.data), other_begin = reinterpret_cast<int64_t>(data);
+  const int64_t size = (staged_samples - 1) * staged.batch_stride + layout.elements_per_sample;
+  const int64_t other_size = (layout.batch - 1) * batch_stride + layout.elements_per_sample;
+  STD_TORCH_CHECK(begin + size * element_bytes(staged.element) <= other_begin ||
+                      other_begin + other_size * element_bytes(element) <= begin,
+                  "staged: expected memory apart from ", name);
+}
+
+// Streams of noise count elements as a contiguous sample holds them; see StepArguments::channels.
+int64_t counted_channels(const Layout& layout) {
+  int64_t expected = 1;
+  bool contiguous = true, channels_last = layout.dim > 2;
+  for (int64_t d = layout.dim - 1; d > 0; --d) {
+    contiguous = contiguous && (layout.sizes[d] <= 1 || layout.strides[d] == expected);
+    expected *= layout.sizes[d];
+  }
+  if (contiguous) return 1;
+  expected = channels_last ? layout.sizes[1] : 0;
+  for (int64_t d = layout.dim - 1; d > 1; --d) {
+    channels_last = channels_last && (layout.sizes[d] <= 1 || layout.strides[d] == expected);
+    expected *= layout.sizes[d];
+  }
+  STD_TORCH_CHECK(channels_last && (layout.sizes[1] <= 1 || layout.strides[1] == 1),
+                  "seeds, philox: expected a sample that is contiguous or channels_last");
+  return layout.sizes[1];
+}
+
 // ---- The operator ----
 
-void guided_step(const Tensor& out, const std::optional<Tensor>& original, const Tensor& sample,
-                 const std::vector<Tensor>& predictions, const Tensor& rows, const Tensor& weights, int64_t index,
-                 const std::optional<Tensor>& indices, const std::optional<Tensor>& gradient,
-                 const std::optional<Tensor>& variance, const std::optional<Tensor>& noise) {
+// An int64 tensor of shape () or (batch,) on the step's device: its values, and 0 or their stride.
+const int64_t* per_sample(const char* name, const Tensor& tensor, const Layout& layout, int64_t* stride) {
+  check_device(name, tensor, layout);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long &&
+                      (tensor.dim() == 0 || (tensor.dim() == 1 && tensor.sizes()[0] == layout.batch)),
+                  name, ": expected int64 of shape () or (", layout.batch, ",)");
+  *stride = tensor.dim() == 0 ? 0 : tensor.strides()[0];
+  return static_cast<const int64_t*>(tensor.const_data_ptr());
+}
+
+TorchStream torch_stream_of(const Tensor& philox, int64_t threads, const Layout& layout) {
+  STD_TORCH_CHECK(!layout.is_cpu, "philox: torch's CUDA stream is drawn on a GPU, and out is a CPU tensor");
+  STD_TORCH_CHECK(threads > 0 && threads <= INT32_MAX, "philox_threads: expected more than 0, got ", threads);
+  const int64_t values = philox.is_cpu() ? 2 : 3;
+  STD_TORCH_CHECK(philox.scalar_type() == ScalarType::Long && philox.dim() == 1 && philox.sizes()[0] == values &&
+                      philox.is_contiguous(),
+                  "philox: expected int64: seed and offset on the CPU, or seed, offset and 0 on the device of out");
+  TorchStream stream;
+  stream.threads = static_cast<uint32_t>(threads);
+  if (philox.is_cpu()) {
+    const int64_t* state = static_cast<const int64_t*>(philox.const_data_ptr());
+    stream.seed = static_cast<uint64_t>(state[0]);
+    stream.offset = static_cast<uint64_t>(state[1]);
+  } else {
+    check_device("philox", philox, layout);
+    stream.state = static_cast<int64_t*>(philox.mutable_data_ptr());
+  }
+  return stream;
+}
+
+void run_on_cpu(const StepArguments& a) {
+  const int64_t total = a.batch * a.elements_per_sample;
+  const StepRange step_range = selected_step_range();
+  if (total <= kGrain) {
+    step_range(a, 0, total);
+  } else {
+    torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) { step_range(a, begin, end); });
+  }
+}
+
+void run_on_gpu(const StepArguments& a, int32_t device) {
+#if defined(FASTGUIDE_CUDA)
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "out: expected a CPU tensor, as this torch has no CUDA");
+  STD_TORCH_CHECK(a.num_predictions <= cuda::max_predictions(), "predictions: expected at most ",
+                  cuda::max_predictions(), " on a GPU, got ", a.num_predictions);
+  STD_TORCH_CHECK(!a.double_precision, "sample: expected float32, bfloat16 or float16 on a GPU, got float64");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "out: torch names no current stream on its device");
+  const char* error = cuda::launch_step(a, device, stream);
+  STD_TORCH_CHECK(error == nullptr, "the CUDA kernel could not be started: ", error);
+#else
+  (void)a, (void)device;
+  STD_TORCH_CHECK(false, "out: expected a CPU tensor, as fastguide was built without CUDA");
+#endif
+}
+
+void guided_step(const Tensor& out, const std::optional<Tensor>& original, const std::optional<Tensor>& staged,
+                 const Tensor& sample, const std::vector<Tensor>& predictions, const Tensor& rows,
+                 const Tensor& weights, int64_t index, const std::optional<Tensor>& indices,
+                 const std::optional<Tensor>& gradient, const std::optional<Tensor>& variance,
+                 const std::optional<Tensor>& noise, const std::optional<Tensor>& seeds,
+                 const std::optional<Tensor>& philox, int64_t philox_threads) {
   const Layout layout = layout_of(out);
   StepArguments a{};
   a.batch = layout.batch;
@@ -200,7 +308,8 @@ void guided_step(const Tensor& out, const std::optional<Tensor>& original, const
   a.variance = input_of("variance", variance, layout);
   a.noise = input_of("noise", noise, layout);
 
-  STD_TORCH_CHECK(weights.dim() == 3 && weights.is_cpu(), "weights: expected three dimensions, on the CPU");
+  STD_TORCH_CHECK(weights.dim() == 3, "weights: expected three dimensions");
+  check_device("weights", weights, layout);
   const int64_t weight_columns = weights.sizes()[2];
   std::vector<Input> inputs;
   const int64_t together = weight_columns - 1;  // how many predictions one tensor may hold along its batch
@@ -220,15 +329,16 @@ void guided_step(const Tensor& out, const std::optional<Tensor>& original, const
                   std::max(a.num_predictions, 1) + 1, " columns for ", a.num_predictions, " predictions, got ",
                   weight_columns);
 
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.sizes()[1] == num_columns && rows.is_contiguous() && rows.is_cpu(),
-                  "rows: expected shape (steps, ", int(num_columns), "), contiguous, on the CPU");
-  const int64_t steps = rows.sizes()[0];
+  check_device("rows", rows, layout);
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.sizes()[1] == num_columns && rows.is_contiguous(),
+                  "rows: expected shape (steps, ", int(num_columns), "), contiguous");
+  a.steps = rows.sizes()[0];
   const Element arithmetic = element_of("rows", rows);
   STD_TORCH_CHECK(element_bytes(arithmetic) >= 4 && element_of("weights", weights) == arithmetic,
                   "rows, weights: expected both float32 or both float64");
-  STD_TORCH_CHECK((weights.sizes()[0] == steps || weights.sizes()[0] == 1) &&
+  STD_TORCH_CHECK((weights.sizes()[0] == a.steps || weights.sizes()[0] == 1) &&
                       (weights.sizes()[1] == layout.batch || weights.sizes()[1] == 1) && weights.strides()[2] == 1,
-                  "weights: expected shape (", steps, " or 1, ", layout.batch, " or 1, columns), dense columns");
+                  "weights: expected shape (", a.steps, " or 1, ", layout.batch, " or 1, columns), dense columns");
   a.double_precision = arithmetic == Element::float64;
   a.rows = rows.const_data_ptr();
   a.weights = weights.const_data_ptr();
@@ -236,17 +346,27 @@ void guided_step(const Tensor& out, const std::optional<Tensor>& original, const
   a.weights_batch_stride = weights.sizes()[1] > 1 ? weights.strides()[1] : 0;
 
   a.index = index;
-  if (indices.has_value()) {
-    STD_TORCH_CHECK(indices->is_cpu() && indices->scalar_type() == ScalarType::Long &&
-                        (indices->dim() == 0 || (indices->dim() == 1 && indices->sizes()[0] == layout.batch)),
-                    "index: expected int64 of shape () or (", layout.batch, ",), on the CPU");
-    a.indices = static_cast<const int64_t*>(indices->const_data_ptr());
-    a.indices_stride = indices->dim() == 0 ? 0 : indices->strides()[0];
-  }
-  const int64_t count = a.indices == nullptr || indices->dim() == 0 ? 1 : layout.batch;
-  for (int64_t b = 0; b < count; ++b) {
+  if (indices.has_value()) a.indices = per_sample("index", *indices, layout, &a.indices_stride);
+  // On a GPU nothing waits for indices: the kernel looks at them.
+  const int64_t known = a.indices == nullptr ? 1 : !layout.is_cpu ? 0 : indices->dim() == 0 ? 1 : layout.batch;
+  for (int64_t b = 0; b < known; ++b) {
     const int64_t row = a.indices == nullptr ? index : a.indices[b * a.indices_stride];
-    STD_TORCH_CHECK(row >= 0 && row < steps, "index: expected values from 0 to ", steps - 1, ", got ", row);
+    STD_TORCH_CHECK(row >= 0 && row < a.steps, "index: expected values from 0 to ", a.steps - 1, ", got ", row);
+  }
+
+  STD_TORCH_CHECK(noise.has_value() + seeds.has_value() + philox.has_value() <= 1,
+                  "noise: expected at most one of noise, seeds and philox");
+  a.channels = 1;
+  if (noise.has_value()) a.noise_kind = Noise::given;
+  if (seeds.has_value()) {
+    a.noise_kind = Noise::portable;
+    a.seeds = per_sample("seeds", *seeds, layout, &a.seeds_stride);
+    a.channels = counted_channels(layout);
+  }
+  if (philox.has_value()) {
+    a.noise_kind = Noise::torch_stream;
+    a.torch_stream = torch_stream_of(*philox, philox_threads, layout);
+    a.channels = counted_channels(layout);
   }
 
   for (const Output* output : {&a.out, &a.original}) {
@@ -259,13 +379,42 @@ void guided_step(const Tensor& out, const std::optional<Tensor>& original, const
   check_overlap("original", a.out, {a.original.data, a.original.batch_stride, a.original.element}, layout);
   STD_TORCH_CHECK(a.out.data != a.original.data || a.out.data == nullptr, "original: expected other memory than out's");
 
-  const int64_t total = layout.batch * layout.elements_per_sample;
-  if (total == 0) return;
-  const StepRange step_range = selected_step_range();
-  if (total <= kGrain) {
-    step_range(a, 0, total);
+  if (staged.has_value()) {
+    const int64_t samples = staged->dim() > 0 ? staged->sizes()[0] : 0;
+    STD_TORCH_CHECK(layout.batch > 0 ? samples > 0 && samples % layout.batch == 0 : samples == 0,
+                    "staged: expected a multiple of ", layout.batch, " samples, got ", samples);
+    a.staged_copies = layout.batch > 0 ? static_cast<int>(samples / layout.batch) : 0;
+    a.staged.batch_stride = check_layout("staged", *staged, layout, samples);
+    STD_TORCH_CHECK(samples <= 1 || a.staged.batch_stride >= layout.elements_per_sample,
+                    "staged: expected samples that do not overlap");
+    a.staged.data = staged->mutable_data_ptr();
+    a.staged.element = element_of("staged", *staged);
+    const auto check = [&](const char* name, const void* data, int64_t batch_stride, Element element) {
+      check_apart(a.staged, samples, name, data, batch_stride, element, layout);
+    };
+    check("out", a.out.data, a.out.batch_stride, a.out.element);
+    check("original", a.original.data, a.original.batch_stride, a.original.element);
+    check("sample", a.sample.data, a.sample.batch_stride, a.sample.element);
+    for (const Input& prediction : inputs) {
+      check("predictions", prediction.data, prediction.batch_stride, prediction.element);
+    }
+    check("gradient", a.gradient.data, a.gradient.batch_stride, a.gradient.element);
+    check("variance", a.variance.data, a.variance.batch_stride, a.variance.element);
+    check("noise", a.noise.data, a.noise.batch_stride, a.noise.element);
+  }
+
+  if (layout.batch * layout.elements_per_sample == 0) return;
+  if (!layout.is_cpu) {
+    for (const Element element : {a.out.element, a.original.element, a.staged.element, a.sample.element,
+                                  a.gradient.element, a.variance.element, a.noise.element}) {
+      STD_TORCH_CHECK(element != Element::float64, "sample: expected no float64 tensors on a GPU");
+    }
+    for (const Input& prediction : inputs) {
+      STD_TORCH_CHECK(prediction.element != Element::float64, "predictions: expected no float64 tensors on a GPU");
+    }
+    run_on_gpu(a, layout.device);
   } else {
-    torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) { step_range(a, begin, end); });
+    run_on_cpu(a);
   }
 }
 
@@ -283,4 +432,11 @@ extern "C" __attribute__((visibility("default"))) int fastguide_cpu_capability(i
   return static_cast<int>(fastguide::selected_capability.load(std::memory_order_relaxed));
 }
 
+// What the GPU kernels were compiled for, or "none: " and the reason.
+extern "C" __attribute__((visibility("default"))) const char* fastguide_cuda_code() { return FASTGUIDE_CUDA_CODE; }
+
 STABLE_TORCH_LIBRARY_IMPL(fastguide, CPU, m) { m.impl("guided_step", TORCH_BOX(&fastguide::guided_step)); }
+
+#if defined(FASTGUIDE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastguide, CUDA, m) { m.impl("guided_step", TORCH_BOX(&fastguide::guided_step)); }
+#endif

@@ -5,19 +5,14 @@
 //   x'  = out_x0*x0 + out_sample*x + out_pred*m
 //       + (out_grad + out_var_grad*sigma^2)*s*g + out_noise*sigma*z
 //   sigma = exp((logvar_base + logvar_span*v) / 2) with a learned variance v, else 1
+//   in_scale*x' is the input of the next model call, if it is asked for
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-// Internal linkage throughout: this header is compiled for several instruction sets into one library, and the linker
-// must not share a function between them.
-#if defined(__CUDACC__)
-#define FASTGUIDE_INLINE static __host__ __device__ __forceinline__
-#else
-#define FASTGUIDE_INLINE static inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace fastguide {
 
@@ -36,6 +31,7 @@ enum Column : int {
   out_noise,
   logvar_base,
   logvar_span,
+  in_scale,
   num_columns,
 };
 
@@ -44,7 +40,7 @@ template <typename T>
 struct Coefficients {
   T x0_scale, x0_sample, x0_pred, x0_grad, clip;
   T out_x0, out_sample, out_pred, out_grad, out_var_grad, out_noise;
-  T logvar_base, logvar_span;
+  T logvar_base, logvar_span, in_scale;
   T weight_sum, weight_1;  // of the first two predictions; more are combined beforehand
 };
 
@@ -66,6 +62,7 @@ FASTGUIDE_INLINE Coefficients<T> coefficients(const T* row, const T* weights, in
   c.out_noise = row[Column::out_noise];
   c.logvar_base = row[Column::logvar_base];
   c.logvar_span = row[Column::logvar_span];
+  c.in_scale = row[Column::in_scale];
   c.weight_sum = weights[0];
   c.weight_1 = num_predictions > 1 ? weights[1] : T(0);
   return c;

@@ -17,9 +17,6 @@ namespace fastguide {
 namespace FASTGUIDE_ISA {
 namespace {
 
-// Elements converted at a time: up to seven runs of them, 4 bytes each, fit the first-level cache.
-constexpr int64_t kBlock = 512;
-
 template <typename T>
 struct Run {  // where the elements of one block are, as T
   const T *x, *p0, *p1, *g, *v, *z;
@@ -78,22 +75,36 @@ const T* combine(const StepArguments& a, const T* weights, int64_t sample, int64
 }
 
 template <typename T>
+const T* draw(const StepArguments& a, int64_t sample, uint32_t step, int64_t offset, int64_t count, T* z) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    portable_noise(a, sample, step, offset, count, z);
+  } else {
+    float values[kBlock];
+    portable_noise(a, sample, step, offset, count, values);
+    for (int64_t i = 0; i < count; ++i) z[i] = T(values[i]);
+  }
+  return z;
+}
+
+template <typename T>
 void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t end) {
   const int64_t row = a.indices != nullptr ? a.indices[sample * a.indices_stride] : a.index;
   const T* weights = static_cast<const T*>(a.weights) + row * a.weights_step_stride + sample * a.weights_batch_stride;
   Coefficients<T> c = coefficients(static_cast<const T*>(a.rows) + row * num_columns, weights, a.num_predictions);
 
   const bool gradient = a.gradient.data != nullptr, variance = a.variance.data != nullptr;
-  const bool noise = a.noise.data != nullptr, original = a.original.data != nullptr;
+  const bool noise = a.noise_kind != Noise::none, original = a.original.data != nullptr;
+  const bool drawn = a.noise_kind == Noise::portable, staged = a.staged.data != nullptr;
   const bool many = a.num_predictions > 2;
   const StepRun<T> step_run = a.num_predictions == 0   ? choose_run<T, 0>(gradient, variance, noise, original)
                               : a.num_predictions == 2 ? choose_run<T, 2>(gradient, variance, noise, original)
                                                        : choose_run<T, 1>(gradient, variance, noise, original);
   if (many) c.weight_sum = T(1);  // m comes combined
 
-  bool in_place = !many && stored_as<T>(a.out.element) && stored_as<T>(a.sample.element) &&
+  bool in_place = !many && !drawn && !staged && stored_as<T>(a.out.element) && stored_as<T>(a.sample.element) &&
                   (!original || stored_as<T>(a.original.element)) && (!gradient || stored_as<T>(a.gradient.element)) &&
-                  (!variance || stored_as<T>(a.variance.element)) && (!noise || stored_as<T>(a.noise.element));
+                  (!variance || stored_as<T>(a.variance.element)) &&
+                  (a.noise.data == nullptr || stored_as<T>(a.noise.element));
   for (int k = 0; k < a.num_predictions; ++k) in_place = in_place && stored_as<T>(a.predictions[k].element);
   const int64_t block = in_place ? end - begin : kBlock;  // nothing to convert: one run of all
 
@@ -113,7 +124,11 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
     }
     if (gradient) run.g = load_run(a.gradient, scratch[3]);
     if (variance) run.v = load_run(a.variance, scratch[4]);
-    if (noise) run.z = load_run(a.noise, scratch[5]);
+    if (drawn) {
+      run.z = draw(a, sample, uint32_t(row), offset, count, scratch[5]);
+    } else if (noise) {
+      run.z = load_run(a.noise, scratch[5]);
+    }
     const int64_t out_offset = sample * a.out.batch_stride + offset;
     const int64_t original_offset = sample * a.original.batch_stride + offset;
     const bool out_direct = stored_as<T>(a.out.element);
@@ -123,6 +138,12 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
     step_run(c, run, count);
     if (!out_direct) store(run.out, a.out, out_offset, count);
     if (original && !original_direct) store(run.original, a.original, original_offset, count);
+    if (staged) {
+      for (int64_t i = 0; i < count; ++i) scratch[8][i] = c.in_scale * run.out[i];
+      for (int k = 0; k < a.staged_copies; ++k) {
+        store(scratch[8], a.staged, (k * a.batch + sample) * a.staged.batch_stride + offset, count);
+      }
+    }
   }
 }
 

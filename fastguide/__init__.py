@@ -4,6 +4,7 @@ from . import backends as backends
 from ._version import __version__ as __version__
 from .forward import add_noise, convert_prediction, training_target
 from .guidance import Classifier, ClassifierFree, Composed, Guidance
+from .noise import DeviceGenerator, portable_noise
 from .ops import guided_step
 from .sampler import Sampler
 from .schedule import NoiseSchedule
@@ -17,6 +18,7 @@ __all__ = [
     "ClassifierFree",
     "Composed",
     "ConditionDropout",
+    "DeviceGenerator",
     "Guidance",
     "NoiseSchedule",
     "Sampler",
@@ -29,5 +31,6 @@ __all__ = [
     "denoising_loss",
     "drop_condition",
     "guided_step",
+    "portable_noise",
     "training_target",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .guidance import Guidance
+from .noise import DeviceGenerator
 from .table import StepTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -101,7 +102,8 @@ def check_roles(
     gradient: Tensor | None,
     variance: Tensor | None,
     noise: Tensor | None,
-    generator: torch.Generator | None,
+    generator: torch.Generator | DeviceGenerator | None,
+    seeds: Tensor | None,
     adds_noise: bool,
 ) -> None:
     """Each optional input is there exactly where the table and the guidance have a use for it."""
@@ -115,17 +117,70 @@ def check_roles(
         raise ValueError(f"variance: expected the model's variance output, as this {table.name} learns it, got None")
     if variance is not None and not table.learned_variance:
         raise ValueError(f"variance: expected None, as this {table.name} has a fixed variance, got a tensor")
-    if noise is not None and generator is not None:
-        raise ValueError("noise: expected either noise or a generator, got both")
+    if (noise is not None) + (generator is not None) + (seeds is not None) > 1:
+        given = [k for k, v in (("noise", noise), ("generator", generator), ("seeds", seeds)) if v is not None]
+        raise ValueError(f"noise: expected one of noise, generator and seeds, got {' and '.join(given)}")
     if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-        if generator.device.type != sample.device.type:
-            raise ValueError(f"generator: expected one of {sample.device.type}, got one of {generator.device}")
+        _check_generator(generator, sample)
+    elif seeds is not None:
+        _check_seeds(seeds, sample)
     elif noise is None and adds_noise:
         raise ValueError(
-            "noise: this step adds noise; expected noise=, or generator= (torch.default_generator is global), got none"
+            "noise: this step adds noise; expected noise=, generator= (torch.default_generator is global) or seeds=, "
+            "got none"
         )
+
+
+def _check_generator(generator: torch.Generator | DeviceGenerator, sample: Tensor) -> None:
+    if not isinstance(generator, (torch.Generator, DeviceGenerator)):
+        raise TypeError(f"generator: expected a torch.Generator or a DeviceGenerator, got {type(generator).__name__}")
+    device, expected = generator.device, sample.device
+    current = device.type == expected.type and device.index is None  # torch takes it for the current device
+    drawn_and_copied = isinstance(generator, torch.Generator) and device.type == "cpu" and expected.type == "cuda"
+    if not (device == expected or current or drawn_and_copied):
+        raise ValueError(f"generator: expected one of {expected}, the sample's device, got one of {device}")
+
+
+def _check_seeds(seeds: Tensor, sample: Tensor) -> None:
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+        got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise TypeError(f"seeds: expected an int64 tensor, got {got}")
+    if seeds.dim() > 1 or (seeds.dim() == 1 and seeds.shape[0] != sample.shape[0]):
+        raise ValueError(f"seeds: expected shape () or ({sample.shape[0]},), got {_shape(seeds)}")
+    if seeds.device != sample.device:
+        raise ValueError(f"seeds: expected it on {sample.device}, the sample's device, got {seeds.device}")
+    if not counted_layout(sample):
+        raise ValueError(f"sample: seeds expect it contiguous or channels_last, got strides {sample.stride()}")
+
+
+def check_device_generator(backend: str, torch_stream: bool, sample: Tensor) -> None:
+    """What a DeviceGenerator cannot serve: nothing but a kernel on a GPU can draw from it."""
+    if not torch_stream or sample.device.type != "cuda":
+        raise ValueError(f"generator: the backend {backend!r} takes no DeviceGenerator for a sample on {sample.device}")
+    if sample.dtype == torch.float64 or sample.nbytes >= 2**31 or not counted_layout(sample):
+        raise ValueError(
+            "generator: a DeviceGenerator expects a sample of float32, bfloat16 or float16, contiguous or "
+            f"channels_last, below 2 GiB; got {sample.dtype}, strides {sample.stride()}, {sample.nbytes} bytes"
+        )
+
+
+def counted_layout(sample: Tensor) -> bool:
+    """Whether streams of noise can count its elements: each sample is contiguous or channels_last."""
+    if sample.is_contiguous():
+        return True
+    shape, strides = sample.shape[1:], sample.stride()[1:]
+    if _dense_in_order(shape, strides):
+        return True
+    return len(shape) > 1 and _dense_in_order((*shape[1:], shape[0]), (*strides[1:], strides[0]))
+
+
+def _dense_in_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def check_layouts(
@@ -136,6 +191,7 @@ def check_layouts(
     variance: Tensor | None,
     noise: Tensor | None,
     out: Tensor | None,
+    staged: Tensor | None,
 ) -> None:
     """Shapes, dtypes, devices, layouts and autograd of all tensors."""
     shape, strides, device = sample.shape, sample.stride(), sample.device
@@ -152,6 +208,16 @@ def check_layouts(
             _check_operand(name, tensor, shape, strides, device, grad_enabled)
     if out is not None and out.shape[0] > 1 and out.numel() and out.stride(0) < out.numel() // out.shape[0]:
         raise ValueError(f"out: expected samples that do not overlap, got strides {out.stride()}")
+    if staged is not None:
+        batch = shape[0]
+        if not isinstance(staged, Tensor):
+            raise TypeError(f"staged: expected a tensor, got {type(staged).__name__}")
+        copies = staged.shape[0] // batch if batch and staged.dim() else 1
+        if copies == 0 or staged.dim() == 0 or staged.shape[0] != copies * batch:
+            raise ValueError(f"staged: expected shape (a multiple of {batch}, ...), got {_shape(staged)}")
+        _check_operand("staged", staged, (copies * batch, *shape[1:]), strides, device, grad_enabled)
+        if staged.shape[0] > 1 and staged.numel() and staged.stride(0) < staged.numel() // staged.shape[0]:
+            raise ValueError(f"staged: expected samples that do not overlap, got strides {staged.stride()}")
 
 
 def check_sample(name: str, sample: Tensor, grad_enabled: bool) -> None:
@@ -253,6 +319,18 @@ def check_overlap(
             )
         meets = True
     return meets
+
+
+def check_apart(staged: Tensor, out: Tensor, sample: Tensor, predictions: list[Tensor], *others: Tensor | None) -> None:
+    """The staged input meets no other tensor: it is written while others are still to be read."""
+    begin, end = staged.data_ptr(), staged.data_ptr() + _extent(staged)
+    if begin == 0:  # without memory: meta tensors
+        return
+    names = ["out", "sample", *(f"predictions[{k}]" for k in range(len(predictions)))]
+    names += ["gradient", "variance", "noise", "index", "seeds"]
+    for name, tensor in zip(names, (out, sample, *predictions, *others), strict=True):
+        if tensor is not None and tensor.data_ptr() < end and begin < tensor.data_ptr() + _extent(tensor):
+            raise ValueError(f"staged: expected memory apart from {name}, got an overlap")
 
 
 def _extent(tensor: Tensor) -> int:

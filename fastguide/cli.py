@@ -30,7 +30,7 @@ def info() -> str:
     for backend in BACKENDS.values():
         served = ", ".join(d for d in devices if backend.serves(d)) or "nothing here"
         lines.append(f"  {backend.name:<10} serves {served}: {backend.status}")
-    lines += ["", "default:", *(f"  {device:<10} {default_backend(device)}" for device in devices)]
+    lines += ["", "default:", *(f"  {device:<10} {_default(device)}" for device in devices)]
     lines += ["", "optional packages:"]
     for package in _OPTIONAL_PACKAGES:
         try:
@@ -39,6 +39,13 @@ def info() -> str:
             version = "not installed"
         lines.append(f"  {package:<12} {version}")
     return "\n".join(lines)
+
+
+def _default(device: str) -> str:
+    try:
+        return default_backend(device)
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

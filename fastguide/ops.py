@@ -11,24 +11,31 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, drawing, reference
 from .guidance import Guidance
+from .noise import DeviceGenerator, signed_word
 from .table import StepTable
 
 _library = torch.library.Library("fastguide", "DEF")
-_library.define(
-    "guided_step(Tensor(a!) out, Tensor(b!)? original, Tensor sample, Tensor[] predictions, Tensor rows, "
-    "Tensor weights, SymInt index, Tensor? indices, Tensor? gradient, Tensor? variance, Tensor? noise) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+SCHEMA = (
+    "(Tensor(a!) out, Tensor(b!)? original, Tensor(c!)? staged, Tensor sample, Tensor[] predictions, Tensor rows, "
+    "Tensor weights, SymInt index, Tensor? indices, Tensor? gradient, Tensor? variance, Tensor? noise, Tensor? seeds, "
+    "Tensor(d!)? philox, SymInt philox_threads) -> ()"
 )
+"""Of the operator, and of a backend's that has one of its own.
+
+``philox`` stands for torch's CUDA stream, drawn inside the kernel for a grid of ``philox_threads``: int64, either seed
+and offset on the CPU, or ``DeviceGenerator.state``, which the kernel moves on.
+"""
+_library.define("guided_step" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("guided_step", reference.guided_step, "CompositeExplicitAutograd")
 
 
-def _guided_step_fake(*_arguments: object) -> None:
-    """Writes to ``out`` and ``original``, whose shapes the caller has set: nothing is left to infer."""
+def guided_step_fake(*_arguments: object) -> None:
+    """Writes to tensors whose shapes the caller has set: nothing is left to infer."""
 
 
-torch.library.register_fake("fastguide::guided_step", _guided_step_fake, lib=_library)
+torch.library.register_fake("fastguide::guided_step", guided_step_fake, lib=_library)
 
 
 StepFunction = Callable[..., None]
@@ -38,13 +45,14 @@ class Backend(NamedTuple):
     """One implementation of the step.
 
     ``devices`` are the device types that it serves here and now, ``None`` all; ``status`` says in a line what it is,
-    or why it serves none.
+    or why it serves none; ``torch_stream`` whether its kernel on a GPU draws torch's noise itself.
     """
 
     name: str
     step: StepFunction
     devices: tuple[str, ...] | None
     status: str
+    torch_stream: bool = False
 
     def serves(self, device: str) -> bool:
         """Whether it serves a type of device here and now."""
@@ -52,20 +60,23 @@ class Backend(NamedTuple):
 
 
 BACKENDS: dict[str, Backend] = {}
-_default_steps: dict[str, StepFunction] = {}
+_defaults: dict[str, Backend] = {}
 
 
-def register_backend(backend: Backend) -> None:
-    """Enter a backend: the default of those devices that none before it serves."""
+def register_backend(backend: Backend, *, default: bool = True) -> None:
+    """Enter a backend: the default of those devices that none before it serves, unless it is only to be named."""
     BACKENDS[backend.name] = backend
-    for device in backend.devices or ():
-        _default_steps.setdefault(device, backend.step)
+    for device in (backend.devices or ()) if default else ():
+        _defaults.setdefault(device, backend)
 
 
 def default_backend(device: torch.device | str) -> str:
-    """Name of the backend that serves a device when none is named."""
-    step = _default_steps.get(torch.device(device).type, reference.guided_step)
-    return next(name for name, backend in BACKENDS.items() if backend.step is step)
+    """Name of the backend that serves a device when none is named.
+
+    Raises:
+        ValueError: it is a GPU, and no backend for GPUs is there; ``backend="reference"`` has to be asked for.
+    """
+    return _backend_for(None, torch.device(device).type).name
 
 
 _UNGUIDED = Guidance(torch.tensor([[[1.0, 0.0]]], dtype=torch.float64), None)
@@ -82,9 +93,11 @@ def guided_step(
     gradient: Tensor | None = None,
     variance: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | DeviceGenerator | None = None,
+    seeds: Tensor | None = None,
     return_original: Literal[False] = False,
     out: Tensor | None = None,
+    staged: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -100,9 +113,11 @@ def guided_step(
     gradient: Tensor | None = None,
     variance: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | DeviceGenerator | None = None,
+    seeds: Tensor | None = None,
     return_original: Literal[True],
     out: Tensor | None = None,
+    staged: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -117,9 +132,11 @@ def guided_step(
     gradient: Tensor | None = None,
     variance: Tensor | None = None,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | DeviceGenerator | None = None,
+    seeds: Tensor | None = None,
     return_original: bool = False,
     out: Tensor | None = None,
+    staged: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One step of guided sampling: combine the predictions, add the gradient, apply the solver's row, add the noise.
@@ -139,22 +156,32 @@ def guided_step(
         gradient: ``grad_x log p(y | x_t)``, required with a ``Classifier``; see ``Classifier.gradient``.
         variance: the model's variance output, required by tables of ``learned`` and ``learned_range``; with several
             conditions usually that of the conditional prediction.
-        noise: standard normal values. Where the row adds noise, either ``noise`` or ``generator`` is required; where
-            it adds none, neither is read.
+        noise: standard normal values. Where the row adds noise, one of ``noise``, ``generator`` and ``seeds`` is
+            required; where it adds none, nothing is read or drawn (with a tensor index, drawn for every step).
         generator: draws the noise: the values of ``torch.randn(sample.shape, dtype=sample.dtype,
-            generator=generator)``, and the generator is left as that leaves it. Nothing is drawn where an int index
-            names a row without noise. ``torch.default_generator`` is torch's global one. Not under torch.compile,
-            which takes no generators: pass ``noise``.
+            generator=generator)``, and the generator is left as that leaves it. On a GPU they are made inside of the
+            kernel (but by ``torch.randn`` for tensors beyond 2 GiB, and within captures); a CPU generator draws on the
+            CPU, and the noise is copied. ``torch.default_generator`` is torch's global one. Not under torch.compile,
+            which takes no generators. A ``DeviceGenerator`` keeps its state on the GPU, for captured graphs.
+        seeds: draws the noise from the portable stream: int64 on the sample's device, of shape () or, one per sample,
+            (batch,). The values of ``portable_noise(seeds, sample.shape, step=index)``, the same to the bit on every
+            device and in every batch. The sample is contiguous or channels_last.
         return_original: also return the predicted (clipped) original sample x_0.
         out: where to write the next sample; it may be one of the inputs, whole. Otherwise a new tensor like the sample.
-        backend: ``"native"`` or ``"reference"``; ``None``: the best for the device, see ``fastguide info``.
+        staged: where to write the next model input as well: the next sample times the row's ``in_scale`` (1 in DDPM
+            and DDIM), rounded once to this tensor's dtype, as often as its batch is a multiple of the sample's. Laid
+            out within a sample as the sample is; it shares no memory with any other argument, nor with the gaps between
+            another's samples.
+        backend: ``"native"``, ``"triton"`` or ``"reference"``; ``None``: the best for the device, see ``fastguide
+            info``.
 
     Returns:
         x_{t-1}, or ``(x_{t-1}, x_0)`` with ``return_original=True``, both of ``out``'s dtype (the sample's).
 
     Raises:
         TypeError, ValueError, IndexError: an argument is not as described; the message names it, what was expected
-            and what came. Nothing has been computed then, and no noise drawn.
+            and what came. Nothing has been computed then, and no noise drawn. Only an index on a GPU is looked at by
+            the kernel: out of range, it makes the sample NaN.
 
     >>> from fastguide import ClassifierFree, NoiseSchedule, ddim
     >>> table, x = ddim(NoiseSchedule.linear(), 50), torch.randn(2, 3, 8, 8)
@@ -167,35 +194,64 @@ def guided_step(
     together = checks.check_kinds(table, sample, inputs, guidance)
     row, indices = checks.check_index(table, index, sample)
     adds_noise = _adds_noise(table, row, noise)
-    checks.check_roles(table, guidance, sample, gradient, variance, noise, generator, adds_noise)
-    checks.check_layouts(sample, inputs, together, gradient, variance, noise, out)
-    step = _step_function(backend, sample.device.type)
+    checks.check_roles(table, guidance, sample, gradient, variance, noise, generator, seeds, adds_noise)
+    checks.check_layouts(sample, inputs, together, gradient, variance, noise, out, staged)
+    chosen = _backend_for(backend, sample.device.type)
+    step = chosen.step
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
     rows = table.device_rows(guidance.form, dtype)
     weights = guidance.weights(sample.device, dtype)
     if not adds_noise:
-        noise = generator = None
+        noise = generator = seeds = None
 
     compiling = torch.compiler.is_compiling()
-    if compiling and generator is not None:
-        raise ValueError("generator: torch.compile takes none; expected noise=, such as torch.randn_like(sample)")
+    if compiling and isinstance(generator, torch.Generator):
+        raise ValueError("generator: torch.compile takes none; expected noise= or seeds=")
     apart = out is None  # whether the output shares no memory with an input: then noise may be drawn into it
     if out is None:
-        out = _empty_like(sample)
+        out = drawing.empty_like(sample)
     elif not compiling:
         if generator is not None or step is reference.guided_step:
             apart = not checks.check_overlap(out, sample, inputs, gradient, variance, noise)
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # autograd shall notice if it has saved this tensor
-    original = _empty_like(out) if return_original else None
-    if generator is not None:
-        noise = _draw_noise(generator, sample, out if apart else None)
+        _bump_version(out)
+    original = drawing.empty_like(out) if return_original else None
+    if staged is not None and not compiling:
+        checks.check_apart(staged, out, sample, inputs, gradient, variance, noise, indices, seeds)
+        _bump_version(staged)
+    philox, grid = None, drawing.NO_GRID
+    if isinstance(generator, DeviceGenerator):
+        checks.check_device_generator(chosen.name, chosen.torch_stream, sample)
+        philox, grid = generator.state, drawing.torch_grid(sample.device, sample.numel())
+    elif generator is not None:
+        if chosen.torch_stream and drawing.draws_in_kernel(generator, sample):
+            offset, grid = generator.get_offset(), drawing.torch_grid(sample.device, sample.numel())
+            philox = torch.tensor((signed_word(generator.initial_seed()), offset))
+        else:
+            noise = drawing.draw_noise(generator, sample, out if apart else None)
     try:
-        step(out, original, sample, inputs, rows, weights, row or 0, indices, gradient, variance, noise)
+        step(
+            out,
+            original,
+            staged,
+            sample,
+            inputs,
+            rows,
+            weights,
+            row or 0,
+            indices,
+            gradient,
+            variance,
+            noise,
+            seeds,
+            philox,
+            grid.threads,
+        )
     except RuntimeError:
         if not compiling:  # the kernel refuses overlaps before it writes; here are the words for it
             checks.check_overlap(out, sample, inputs, gradient, variance, noise)
         raise
+    if philox is not None and isinstance(generator, torch.Generator):
+        generator.set_offset(offset + grid.increment)
     return out if original is None else (out, original)
 
 
@@ -206,7 +262,7 @@ def check_run(table: StepTable, name: str, sample: Tensor, guidance: Guidance | 
         raise ValueError(f"table: expected it on {sample.device}, the device of {name}, got {table.device}; use .to()")
     checks.check_guidance(table, guidance, sample.shape[0])
     checks.check_sample(name, sample, torch.is_grad_enabled())
-    _step_function(backend, sample.device.type)
+    _backend_for(backend, sample.device.type)
     table.device_rows(guidance.form, torch.float32)
 
 
@@ -219,28 +275,24 @@ def _adds_noise(table: StepTable, row: int | None, noise: Tensor | None) -> bool
     return table.adds_noise[row]
 
 
-def _step_function(backend: str | None, device: str) -> StepFunction:
-    if backend is None:
-        return _default_steps.get(device, reference.guided_step)
-    chosen = BACKENDS.get(backend)
+def _backend_for(name: str | None, device: str) -> Backend:
+    if name is None:
+        default = _defaults.get(device)
+        if default is None:
+            if device == "cuda":  # the reference would be a hundred times slower than what was asked for
+                reasons = "; ".join(f"{b.name}: {b.status}" for b in BACKENDS.values() if b.devices is not None)
+                raise ValueError(f"backend: none for a sample on a GPU is there ({reasons}); 'reference' is, if named")
+            return BACKENDS["reference"]
+        return default
+    chosen = BACKENDS.get(name)
     if chosen is None:
-        raise ValueError(f"backend: expected one of {tuple(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"backend: expected one of {tuple(BACKENDS)}, got {name!r}")
     if not chosen.serves(device):
-        raise ValueError(f"backend: {backend!r} does not serve a sample on {device!r} here: {chosen.status}")
-    return chosen.step
+        raise ValueError(f"backend: {name!r} does not serve a sample on {device!r} here: {chosen.status}")
+    return chosen
 
 
-def _empty_like(sample: Tensor) -> Tensor:
-    """A new tensor in the sample's layout within a sample, samples one after the other."""
-    if sample.is_contiguous():
-        return torch.empty_like(sample)
-    strides = (sample.numel() // max(sample.shape[0], 1), *sample.stride()[1:])
-    return torch.empty_strided(sample.shape, strides, dtype=sample.dtype, device=sample.device)
-
-
-def _draw_noise(generator: torch.Generator, sample: Tensor, place: Tensor | None) -> Tensor:
-    """torch's own noise: in a place that may be overwritten, if its values may stand there, else in new memory."""
-    if place is not None and place.dtype == sample.dtype and place.is_contiguous():
-        return place.normal_(generator=generator)
-    noise = torch.randn(sample.shape, dtype=sample.dtype, device=sample.device, generator=generator)
-    return noise if sample.is_contiguous() else _empty_like(sample).copy_(noise)
+def _bump_version(tensor: Tensor) -> None:
+    """Autograd shall notice that a tensor is written, if it has saved it."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)

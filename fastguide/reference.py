@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .noise import portable_noise
 from .table import ROW_COLUMNS
 
 
 def guided_step(
     out: Tensor,
     original: Tensor | None,
+    staged: Tensor | None,
     sample: Tensor,
     predictions: list[Tensor],
     rows: Tensor,
@@ -20,12 +22,18 @@ def guided_step(
     gradient: Tensor | None,
     variance: Tensor | None,
     noise: Tensor | None,
+    seeds: Tensor | None = None,
+    philox: Tensor | None = None,
+    philox_threads: int = 0,
 ) -> None:
-    """Write one step to ``out``, and the predicted original sample to ``original`` if given.
+    """Write one step to ``out``, the predicted original sample to ``original`` and the next model input to ``staged``.
 
     The arithmetic is in the dtype of ``rows`` (float32 or float64) and rounds once, at the end. ``indices``, int64 of
-    shape () or (batch,), takes the place of ``index``. The other arguments are those of ``fastguide.guided_step``.
+    shape () or (batch,), takes the place of ``index``. The other arguments are those of ``fastguide.guided_step``;
+    ``philox``, torch's CUDA stream inside a kernel, is refused: plain torch draws by ``torch.randn``.
     """
+    if philox is not None:
+        raise ValueError("generator: the reference takes a torch.Generator, and no DeviceGenerator")
     batch = sample.shape[0]
     dtype = rows.dtype
     steps = torch.full((1,), index, device=rows.device) if indices is None else indices.reshape(-1)
@@ -55,9 +63,14 @@ def guided_step(
         deviation = deviation * torch.exp(0.5 * log_variance)
     if gradient is not None:
         result = result + shift * scale * gradient.to(dtype)
+    if seeds is not None:
+        noise = portable_noise(seeds, sample.shape, step=steps if len(steps) != 1 else steps[0])
     if noise is not None:
         result = result + deviation * noise.to(dtype)
 
+    if staged is not None:
+        for start in range(0, staged.shape[0], batch or 1):
+            staged[start : start + batch].copy_(row["in_scale"] * result)
     out.copy_(result)
     if original is not None:
         original.copy_(x0)

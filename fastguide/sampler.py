@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .guidance import Guidance
+from .noise import DeviceGenerator, seeds_tensor
 from .ops import check_run, guided_step
 from .table import StepTable
 
@@ -70,7 +71,8 @@ class Sampler:
         cond: Condition | Sequence[Condition] | None = None,
         uncond: Condition | None = None,
         labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | DeviceGenerator | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
         callback: Callable[[int, int, Tensor], None] | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -83,6 +85,9 @@ class Sampler:
                 prediction.
             labels: int64 of shape (batch,), for the classifier of ``Classifier``.
             generator: draws the steps' noise; ``None``: torch's global generator.
+            seeds: one for each sample, instead of a generator: the steps' noise is of the portable stream, so that a
+                sample depends on its seed and not on the batch it is in. ``portable_noise(seeds, shape)`` is an
+                ``x_T`` of the same kind.
             callback: called after each step with the step, its timestep and the sample so far.
             progress: show a progress bar (needs tqdm: ``pip install "fastguide[demo]"``).
         """
@@ -98,7 +103,13 @@ class Sampler:
         classifier = None if guidance is None else guidance.classifier
         if labels is not None and (classifier is None or not classifier.takes_labels):
             raise ValueError("labels: expected None, as the guidance has no classifier to give them to, got some")
-        if generator is None and table.adds_noise_anywhere:
+        if seeds is not None:
+            if generator is not None:
+                raise ValueError("seeds: expected either seeds or a generator, got both")
+            seeds = seeds_tensor(seeds, x_T.device)
+            if seeds.shape != x_T.shape[:1]:
+                raise ValueError(f"seeds: expected {x_T.shape[0]}, one for each sample, got shape {tuple(seeds.shape)}")
+        elif generator is None and table.adds_noise_anywhere:
             generator = _default_generator(x_T.device)
 
         sample = x_T
@@ -121,6 +132,7 @@ class Sampler:
                 gradient=gradient,
                 variance=variance,
                 generator=generator,
+                seeds=seeds,
                 backend=self.backend,
             )
             if callback is not None:

@@ -24,11 +24,12 @@ ROW_COLUMNS = (
     "out_noise",
     "logvar_base",  # sigma^2 = exp(logvar_base + logvar_span * v) with a learned variance v, else sigma = 1
     "logvar_span",
+    "in_scale",  # in_scale * x' is the input of the next model call
 )
 """Names of a row's coefficients, in the order in which every kernel reads them (``csrc/step.h`` repeats it)."""
 
 _GRADIENT_COLUMNS = ("x0_grad", "out_grad", "out_var_grad")
-_CLIP = ROW_COLUMNS.index("clip")
+_CLIP, _IN_SCALE = ROW_COLUMNS.index("clip"), ROW_COLUMNS.index("in_scale")
 
 
 class StepTable:
@@ -40,7 +41,7 @@ class StepTable:
 
     Args:
         timesteps: int64 of shape ``(steps,)``.
-        columns: names of ``ROW_COLUMNS`` to float64 tensors of shape ``(steps,)``; absent: 0, and no clip.
+        columns: names of ``ROW_COLUMNS`` to float64 tensors of shape ``(steps,)``; absent: 0, no clip, in_scale 1.
         gradients: each ``GradientForm`` to its gradient columns, or to the reason why it has none.
         learned_variance: whether a step takes the model's variance output.
         undefined: why some rows may be infinite; ``None``: all must be finite. A step at such a row is refused as far
@@ -64,6 +65,7 @@ class StepTable:
             )
         rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64)
         rows[:, _CLIP] = torch.inf
+        rows[:, _IN_SCALE] = 1.0
         _set_columns(rows, columns, ROW_COLUMNS)
         if not bool((rows[:, _CLIP] > 0).all()):
             raise ValueError("columns: expected positive values in 'clip'")

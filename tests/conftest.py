@@ -1,14 +1,22 @@
-"""Fixtures: a seeded generator, and each backend at each instruction set of this machine."""
+"""Fixtures: a seeded generator, and each backend: at each instruction set of this machine, and the GPU's code on it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import device_code
+import on_gpu
 import pytest
 import torch
+import triton_interpreter
 
-from fastguide.backends import native
-from fastguide.ops import BACKENDS
+triton_interpreter.start()
+
+from fastguide.backends import native  # noqa: E402
+from fastguide.ops import BACKENDS, Backend  # noqa: E402
+
+DEVICE_CODE = "cuda on the host"
+ON_GPU = [pytest.param(f"{name} on the gpu", marks=pytest.mark.gpu) for name in ("native", "triton")]
 
 
 @pytest.fixture
@@ -16,8 +24,45 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture(params=["reference", *(f"native {level}" for level in native.CAPABILITIES)])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def step_of_triton(*arguments: object) -> None:
+    tensors = [tensor for a in arguments for tensor in (a if isinstance(a, list) else [a])]
+    if any(isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 for tensor in tensors):
+        pytest.skip("the Triton kernel takes no float64")
+    torch.ops.fastguide.guided_step_triton.default(*arguments)
+
+
+def step_of_device_code(*arguments: object) -> None:
+    try:
+        device_code.guided_step(*arguments)
+    except device_code.Float64Error as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(
+    params=["reference", *(f"native {level}" for level in native.CAPABILITIES), DEVICE_CODE, "triton", *ON_GPU]
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == DEVICE_CODE:
+        if device_code.why_not() is not None:
+            pytest.skip(f"the GPU's code cannot be compiled for the host: {device_code.why_not()}")
+        entry = Backend(DEVICE_CODE, step_of_device_code, ("cpu",), "for tests; never a default")
+        monkeypatch.setitem(BACKENDS, DEVICE_CODE, entry)
+        yield DEVICE_CODE
+        return
+    if request.param.endswith("on the gpu"):
+        name = request.param.partition(" ")[0]
+        if on_gpu.NO_GPU is not None or not BACKENDS[name].serves("cuda"):
+            pytest.skip(on_gpu.NO_GPU or f"{name}: {BACKENDS[name].status}")
+        entry = Backend(request.param, on_gpu.StepOnGpu(BACKENDS[name].step), ("cpu",), "for tests; never a default")
+        monkeypatch.setitem(BACKENDS, request.param, entry)
+        yield request.param
+        return
+    if request.param == "triton":
+        if not BACKENDS["triton"].serves("cpu"):
+            pytest.skip(f"Triton is not interpreted in this process: {BACKENDS['triton'].status}")
+        monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(step=step_of_triton))
+        yield "triton"
+        return
     name, _, level = request.param.partition(" ")
     if name == "reference":
         yield name

@@ -9,9 +9,11 @@ import torch
 from cases import SCHEDULE, TABLES
 
 import fastguide
-from fastguide import Classifier, ClassifierFree, Composed, Sampler, ddim, ddpm
+from fastguide import Classifier, ClassifierFree, Composed, DeviceGenerator, Sampler, ddim, ddpm, portable_noise
 
 X = torch.zeros(2, 3, 4)
+SEEDS = torch.tensor([1, 2])
+TRANSPOSED = torch.zeros(2, 4, 3, 5).transpose(1, 2)
 UNDEFINED = fastguide.StepTable(
     torch.tensor([5, 3]), {"out_pred": torch.tensor([1.0, math.inf])}, undefined="because", name="half a table"
 )
@@ -31,7 +33,7 @@ STEP_ERRORS = [
     (lambda: step(guidance=7.5), TypeError, r"guidance: expected a Guidance such as ClassifierFree\(7.5\), got float"),
     (lambda: step(predictions=[None]), TypeError, r"predictions\[0\]: expected a tensor, got NoneType"),
     (lambda: step(sample=torch.zeros(())), ValueError, r"sample: expected shape \(batch, ...\)"),
-    (lambda: step(generator=1, table=DDPM), TypeError, "generator: expected a torch.Generator, got int"),
+    (lambda: step(generator=1, table=DDPM), TypeError, "generator: expected a torch.Generator or a DeviceGenerator, got int"),
     # shapes
     (lambda: step(predictions=[torch.zeros(2, 3, 5)]), ValueError, r"predictions\[0\]: expected shape \(2, 3, 4\), got \(2, 3, 5\)"),
     (lambda: step(guidance=ClassifierFree(2), predictions=[X, X[:1]]), ValueError, r"predictions\[1\]: expected shape"),
@@ -74,15 +76,34 @@ STEP_ERRORS = [
     (lambda: step(predictions=torch.cat([X, X]), guidance=Classifier(), gradient=X, backend="reference"), ValueError, r"predictions\[0\]: expected shape"),
     (lambda: step(predictions=torch.cat([X, X, X]), guidance=ClassifierFree(2)), ValueError, r"predictions: expected 2, .* got 1 of shape \(6, 3, 4\)"),
     (lambda: step(noise=X[:1]), ValueError, "noise: expected shape"),
-    (lambda: step(generator="seed"), TypeError, "generator: expected a torch.Generator, got str"),
+    (lambda: step(generator="seed"), TypeError, "generator: expected a torch.Generator or a DeviceGenerator, got str"),
     (lambda: step(predictions=[]), ValueError, "predictions: expected 1.* got 0"),
     (lambda: step(guidance=Composed([1, 2]), predictions=[X, X]), ValueError, "predictions: expected 3"),
     (lambda: step(guidance=ClassifierFree([1, 2, 3]), predictions=[X, X]), ValueError, "guidance: expected scales for 1 or 2 samples, got 3"),
     (lambda: step(guidance=ClassifierFree.per_step([1, 2]), predictions=[X, X]), ValueError, "guidance: expected scales for 1 or 10 steps, those of the table, got 2"),
     # roles
-    (lambda: step(table=DDPM), ValueError, "noise: this step adds noise; expected noise=, or generator="),
+    (lambda: step(table=DDPM), ValueError, r"noise: this step adds noise; expected noise=, generator= \(torch.default_generator is global\) or seeds=, got none"),
     (lambda: step(table=DDPM, index=torch.tensor(9)), ValueError, "noise: this step adds noise"),
-    (lambda: step(table=DDPM, noise=X, generator=torch.Generator()), ValueError, "noise: expected either noise or a generator, got both"),
+    (lambda: step(table=DDPM, noise=X, generator=torch.Generator()), ValueError, "noise: expected one of noise, generator and seeds, got noise and generator"),
+    (lambda: step(table=DDPM, noise=X, seeds=SEEDS), ValueError, "noise: expected one of noise, generator and seeds, got noise and seeds"),
+    (lambda: step(table=DDPM, generator=torch.Generator(), seeds=SEEDS), ValueError, "noise: expected one of .* got generator and seeds"),
+    (lambda: step(noise=X, generator=torch.Generator(), seeds=SEEDS), ValueError, "noise: expected one of .* got noise and generator and seeds"),
+    # seeds
+    (lambda: step(table=DDPM, seeds=7), TypeError, "seeds: expected an int64 tensor, got int"),
+    (lambda: step(table=DDPM, seeds=[7, 8]), TypeError, "seeds: expected an int64 tensor, got list"),
+    (lambda: step(table=DDPM, seeds=SEEDS.int()), TypeError, "seeds: expected an int64 tensor, got torch.int32"),
+    (lambda: step(table=DDPM, seeds=SEEDS.double()), TypeError, "seeds: expected an int64 tensor, got torch.float64"),
+    (lambda: step(table=DDPM, seeds=SEEDS[:1]), ValueError, r"seeds: expected shape \(\) or \(2,\), got \(1,\)"),
+    (lambda: step(table=DDPM, seeds=SEEDS[:, None]), ValueError, r"seeds: expected shape \(\) or \(2,\), got \(2, 1\)"),
+    (lambda: step(table=DDPM, seeds=SEEDS.to("meta")), ValueError, "seeds: expected it on cpu, the sample's device, got meta"),
+    (lambda: step(seeds=SEEDS.int()), TypeError, "seeds: expected an int64 tensor, got torch.int32"),
+    (lambda: step(table=DDPM, sample=TRANSPOSED, predictions=[TRANSPOSED], seeds=SEEDS), ValueError, r"sample: seeds expect it contiguous or channels_last, got strides \(60, 5, 15, 1\)"),
+    (lambda: step(table=DDPM, sample=TRANSPOSED, predictions=[TRANSPOSED], seeds=SEEDS, backend="reference"), ValueError, "sample: seeds expect it contiguous"),
+    # DeviceGenerator
+    (lambda: step(table=DDPM, generator=DeviceGenerator), TypeError, "generator: expected a torch.Generator or a DeviceGenerator, got type"),
+    (lambda: step(table=DDPM, generator=DeviceGenerator(1, device="cpu")), ValueError, "generator: the backend 'native' takes no DeviceGenerator for a sample on cpu"),
+    (lambda: step(table=DDPM, generator=DeviceGenerator(1, device="cpu"), backend="reference"), ValueError, "generator: the backend 'reference' takes no DeviceGenerator for a sample on cpu"),
+    (lambda: step(table=DDPM, generator=DeviceGenerator(1, device="meta")), ValueError, "generator: expected one of cpu, the sample's device, got one of meta"),
     (lambda: step(gradient=X), ValueError, "gradient: expected None, as no Classifier in the guidance says its scale and form, got a tensor"),
     (lambda: step(guidance=Classifier()), ValueError, "gradient: expected a tensor, as the guidance has a Classifier, got None"),
     (lambda: step(guidance=Classifier(form="mean"), gradient=X), ValueError, "gradient: the form 'mean' has no use in ddim: its steps have no variance"),
@@ -92,7 +113,7 @@ STEP_ERRORS = [
     (lambda: step(sample=X.clone().requires_grad_()), ValueError, "sample: expected a tensor that requires no grad"),
     (lambda: step(predictions=[X.clone().requires_grad_()]), ValueError, r"predictions\[0\]: expected a tensor that requires no grad"),
     # backend
-    (lambda: step(backend="cuda"), ValueError, r"backend: expected one of \('native', 'reference'\), got 'cuda'"),
+    (lambda: step(backend="cuda"), ValueError, r"backend: expected one of \('native', 'triton', 'reference'\), got 'cuda'"),
     (lambda: fastguide.guided_step(DDIM.to("meta"), 0, X.to("meta"), [X.to("meta")], backend="native"), ValueError, "backend: 'native' does not serve a sample on 'meta' here"),
 ]  # fmt: skip
 
@@ -121,6 +142,34 @@ def test_nothing_is_written_or_drawn_when_input_is_refused():
             step(table=DDPM, generator=generator, out=out, **arguments)
     assert (out == 7.0).all()
     assert torch.equal(generator.get_state(), before)
+
+
+NOISE_ERRORS = [
+    (lambda: portable_noise(1, ()), ValueError, r"shape: expected \(batch, ...\), got \(\)"),
+    (lambda: portable_noise(1, (2, 3), dtype=torch.int32), TypeError, "dtype: expected a floating-point torch.dtype, got torch.int32"),
+    (lambda: portable_noise([1, 2, 3], (2, 4)), ValueError, r"seeds: expected shape \(\) or \(2,\), got \(3,\)"),
+    (lambda: portable_noise(torch.tensor([[1], [2]]), (2, 4)), ValueError, r"seeds: expected shape \(\) or \(2,\), got \(2, 1\)"),
+    (lambda: portable_noise(torch.tensor([1.0, 2.0]), (2, 4)), TypeError, "seeds: expected int64, got torch.float32"),
+    (lambda: portable_noise(torch.tensor([1, 2], dtype=torch.int32), (2, 4)), TypeError, "seeds: expected int64, got torch.int32"),
+    (lambda: portable_noise(1, (2, 4), step=torch.tensor([1, 2, 3])), ValueError, r"step: expected shape \(\) or \(2,\), got \(3,\)"),
+    (lambda: portable_noise(1, (2, 4), step=1.5), TypeError, "step: expected an int, a sequence of them or an int64 tensor, got 1.5"),
+    (lambda: portable_noise(1, (2, 4), step=torch.tensor(1.7)), TypeError, "step: expected int64, got torch.float32"),
+    (lambda: portable_noise([1.5, 2.5], (2, 4)), TypeError, r"seeds: expected an int, .* got \[1.5, 2.5\]"),
+    (lambda: portable_noise("12", (2, 4)), TypeError, "seeds: expected an int, .* got '12'"),
+    (lambda: portable_noise(1, (2, 4), dtype="float32"), TypeError, "dtype: expected a floating-point torch.dtype, got 'float32'"),
+    (lambda: DeviceGenerator(1, 3, device="cpu"), ValueError, "offset: expected a multiple of 4 from 0 on, as torch's are, got 3"),
+    (lambda: DeviceGenerator(1, -4, device="cpu"), ValueError, "offset: expected a multiple of 4 from 0 on, as torch's are, got -4"),
+    (lambda: DeviceGenerator(1, device="cpu").set(1, 2), ValueError, "offset: expected a multiple of 4"),
+    (lambda: DeviceGenerator.from_generator(torch.Generator()), ValueError, "generator: expected a torch.Generator of a CUDA device, got cpu"),
+    (lambda: DeviceGenerator.from_generator(5), ValueError, "generator: expected a torch.Generator of a CUDA device, got int"),
+    (lambda: DeviceGenerator.from_generator(DeviceGenerator(1, device="cpu")), ValueError, "generator: expected a torch.Generator of a CUDA device, got cpu"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), NOISE_ERRORS, ids=[m for _, _, m in NOISE_ERRORS])
+def test_streams_of_noise_refuse(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
 
 
 GUIDANCE_ERRORS = [
@@ -173,6 +222,8 @@ SOLVER_ERRORS = [
     (lambda: fastguide.StepTable(torch.tensor([3]), {"out": torch.ones(1)}), ValueError, "columns: expected some of .* got 'out'"),
     (lambda: fastguide.StepTable(torch.tensor([3]), {"clip": torch.zeros(1)}), ValueError, "columns: expected positive values in 'clip'"),
     (lambda: fastguide.StepTable(torch.tensor([3]), {"out_x0": torch.tensor([math.nan])}), ValueError, "columns: expected finite rows, got others at timestep 3"),
+    (lambda: fastguide.StepTable(torch.tensor([3]), {"in_scale": torch.tensor([math.inf])}), ValueError, "columns: expected finite rows, got others at timestep 3"),
+    (lambda: fastguide.StepTable(torch.tensor([3]), {}, gradients={"mean": {"in_scale": torch.ones(1)}}), ValueError, "columns: expected some of .* got 'in_scale'"),
     (lambda: fastguide.StepTable(torch.tensor([3]), {}, gradients={"mean": {"out_grad": torch.tensor([math.inf])}}), ValueError, "columns: expected finite rows"),
     (lambda: fastguide.StepTable(torch.tensor([3]), {}, gradients={"middle": {}}), ValueError, "gradients: expected the forms .* got 'middle'"),
     (lambda: fastguide.convert_prediction(None, X, 3, X, "epsilon", "sample"), TypeError, "schedule: expected a NoiseSchedule, got NoneType"),

@@ -181,7 +181,7 @@ def test_native_refuses_an_output_that_is_partly_an_input(case):
             fastguide.guided_step(TABLES["ddim"], 0, sample, [prediction], out=out, backend=name)
     rows, weights = TABLES["ddim"].device_rows(None, torch.float32), torch.tensor([[[1.0, 0.0]]])
     with pytest.raises(RuntimeError, match="out: expected memory apart from predictions, or the same element"):
-        torch.ops.fastguide.guided_step(out, None, sample, [prediction], rows, weights, 0, None, None, None, None)
+        torch.ops.fastguide.guided_step(out, None, None, sample, [prediction], rows, weights, 0, *[None] * 6, 0)
     assert torch.equal(prediction.view(torch.uint8), before.view(torch.uint8))
 
 

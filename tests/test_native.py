@@ -23,8 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_native_is_built_wherever_there_is_a_compiler():
     if shutil.which("g++") or shutil.which("clang++"):
-        assert BACKENDS["native"].devices == ("cpu",), BACKENDS["native"].status
+        assert BACKENDS["native"].serves("cpu"), BACKENDS["native"].status
         assert default_backend("cpu") == "native"
+
+
+def test_gpus_are_served_wherever_there_is_nvcc_too():
+    if native.cuda_code().startswith("none"):
+        pytest.skip(f"the native library holds no CUDA code: {native.cuda_code()}")
+    assert BACKENDS["native"].serves("cuda")
+    assert BACKENDS["native"].torch_stream
+    assert default_backend("cuda") == "native"
 
 
 def test_capability_is_bounded_by_the_processor_and_kept():
@@ -99,6 +107,8 @@ def test_a_library_that_cannot_be_loaded_is_said_aloud(tmp_path):
 
 
 def build(tmp_path, path, **environment):
+    """Without CUDA, unless it is asked for: that takes half a minute."""
+    environment = {"FASTGUIDE_CUDA": "0", **environment}
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp")],
         capture_output=True,
@@ -130,7 +140,7 @@ def checkout(tmp_path):
 def test_editable_install_without_a_compiler_replaces_what_was_there(checkout, tmp_path):
     """What pip install -e calls, on a machine without a compiler: it succeeds, and says why the step is slow."""
     (checkout / "fastguide" / "_native.so").write_bytes(b"of an earlier install")
-    environment = {**os.environ, "PATH": str(Path(sys.executable).parent), "CXX": ""}
+    environment = {**os.environ, "PATH": str(Path(sys.executable).parent), "CXX": "", "FASTGUIDE_CUDA": "0"}
     code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout)
@@ -149,9 +159,9 @@ def test_the_sdist_builds_a_wheel_for_any_python(checkout, tmp_path):
     shutil.unpack_archive(archive, tmp_path / "unpacked")
     (source,) = (tmp_path / "unpacked").iterdir()
     assert (source / "tests" / "cases.py").exists()
-    result = subprocess.run(
-        [sys.executable, "-c", code.format("build_wheel")], cwd=source, capture_output=True, text=True
-    )
+    environment = {**os.environ, "FASTGUIDE_CUDA": "0"}
+    command = [sys.executable, "-c", code.format("build_wheel")]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = (source / "dist").glob("*.whl")
     assert "-py3-none-" in wheel.name
@@ -181,6 +191,58 @@ def test_install_with_a_compiler_that_fails_fails(tmp_path):
     result = build(tmp_path, path=os.environ["PATH"], CXX=str(compiler))
     assert result.returncode != 0
     assert "cannot compile" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FASTGUIDE_CUDA": "yes"}, "FASTGUIDE_CUDA: expected 0, 1 or nothing, got 'yes'"),
+        (
+            {"FASTGUIDE_CUDA": "1", "CUDA_HOME": "/nowhere"},
+            "FASTGUIDE_CUDA=1: expected nvcc, which is not in CUDA_HOME=/nowhere",
+        ),
+    ],
+)
+def test_what_is_asked_of_cuda_and_cannot_be_is_an_error(tmp_path, environment, message):
+    result = build(tmp_path, path=os.environ["PATH"], **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("architectures", "message"),
+    [
+        ("9.0;hopper", "TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 9.0+PTX, got 'hopper'"),
+        ("9.0+SASS", "TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 9.0+PTX, got '9.0+SASS'"),
+        ("1.0", "has no code for '1.0'; it knows"),
+    ],
+)
+def test_architectures_that_cannot_be_are_an_error(tmp_path, architectures, message):
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    environment = {"FASTGUIDE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
+    result = build(tmp_path, path=os.environ["PATH"], **environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_without_cuda_code_a_gpu_s_sample_is_refused_with_the_reasons(tmp_path):
+    """Nobody gets the reference, a hundred times slower, without asking for it."""
+    assert build(tmp_path, path=os.environ["PATH"]).returncode == 0
+    copied_package(tmp_path / "copy")
+    shutil.copy(tmp_path / "fastguide" / "_native.so", tmp_path / "copy" / "fastguide")
+    code = (
+        "import fastguide, sys, importlib.util; from fastguide.backends import native, triton\n"
+        "print(fastguide.__file__, native.cuda_code())\n"
+        "from fastguide.ops import BACKENDS, _defaults, default_backend\n"
+        "BACKENDS['triton'] = BACKENDS['triton']._replace(devices=(), status='not installed: pip install triton')\n"
+        "_defaults.pop('cuda', None)\n"
+        "default_backend('cuda')"
+    )
+    result = run_python(code, PYTHONPATH=str(tmp_path / "copy"))
+    assert result.stdout.endswith("none: FASTGUIDE_CUDA was 0\n")
+    assert "ValueError: backend: none for a sample on a GPU is there (native: C++" in result.stderr
+    assert "triton: not installed: pip install triton); 'reference' is, if named" in result.stderr
 
 
 def test_info_names_versions_backends_and_packages():

@@ -13,7 +13,22 @@ op = torch.ops.fastguide.guided_step.default
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def operator_arguments(name, shape, generator, *, count=2, form=None, original=True, dtype=torch.float32, indices=None):
+PLACE = {a.name: k for k, a in enumerate(op._schema.arguments)}
+
+
+def operator_arguments(
+    name,
+    shape,
+    generator,
+    *,
+    count=2,
+    form=None,
+    original=True,
+    dtype=torch.float32,
+    indices=None,
+    copies=0,
+    seeds=None,
+):
     table = TABLES[name]
     i = make_inputs(table, shape, generator, count=count, gradient=form is not None, dtype=dtype)
     guidance = make_guidance(count, form) or fastguide.ops._UNGUIDED
@@ -21,6 +36,7 @@ def operator_arguments(name, shape, generator, *, count=2, form=None, original=T
     return (
         torch.empty_like(i.sample),
         torch.empty_like(i.sample) if original else None,
+        torch.empty(copies * shape[0], *shape[1:], dtype=torch.bfloat16) if copies else None,
         i.sample,
         i.predictions,
         table.device_rows(form, arithmetic),
@@ -29,7 +45,10 @@ def operator_arguments(name, shape, generator, *, count=2, form=None, original=T
         indices,
         i.gradient,
         i.variance,
-        i.noise,
+        i.noise if seeds is None else None,
+        seeds,
+        None,
+        0,
     )
 
 
@@ -52,10 +71,25 @@ def test_opcheck_over_indices_and_many_predictions(indices, generator):
     torch.library.opcheck(op, arguments, test_utils=OPCHECKS)
 
 
+@pytest.mark.parametrize("seeds", [torch.tensor(-4), torch.tensor([4, 2**62])])
+@pytest.mark.parametrize("indices", [None, torch.tensor(4), torch.tensor([4, 0])])
+def test_opcheck_over_seeds(seeds, indices, generator):
+    arguments = operator_arguments("ddpm learned", (2, 3, 5), generator, indices=indices, seeds=seeds)
+    torch.library.opcheck(op, arguments, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("seeds", [None, torch.tensor([4, 5])])
+def test_opcheck_over_staged_inputs(copies, seeds, generator):
+    """The operator writes to up to three tensors, each in its dtype."""
+    arguments = operator_arguments("ddpm", (2, 3, 5), generator, count=1, copies=copies, seeds=seeds)
+    torch.library.opcheck(op, arguments, test_utils=OPCHECKS)
+
+
 def test_meta_tensors_pass_through_the_public_function():
-    table = TABLES["ddim"].to("meta")
-    x = torch.empty(2, 3, 8, device="meta")
-    out, original = fastguide.guided_step(table, 0, x, [x], return_original=True)
+    table = TABLES["ddpm"].to("meta")
+    x, seeds = torch.empty(2, 3, 8, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    out, original = fastguide.guided_step(table, 0, x, [x], seeds=seeds, return_original=True)
     assert out.shape == original.shape == x.shape
     assert out.device.type == "meta"
 
@@ -106,6 +140,41 @@ def test_compile_is_one_graph_for_all_steps(name, compiled_backend, counter, gen
         for got, expected in zip(compiled(*arguments), step(*arguments), strict=True):
             assert torch.equal(got, expected)
     assert len(counter.graphs) == 1
+
+
+@pytest.mark.parametrize("compiled_backend", ["native", "reference"])
+def test_compile_with_seeds_and_staged_inputs_is_one_graph(compiled_backend, counter, generator):
+    """Noise from seeds needs no generator, which torch.compile would not take."""
+    table, seeds = TABLES["ddpm"], torch.tensor([7, -8])
+
+    def step(index, x, prediction, seeds):
+        staged = x.new_zeros(4, 3, 40)
+        out = fastguide.guided_step(table, index, x, [prediction], seeds=seeds, staged=staged, backend=compiled_backend)
+        return out, staged
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for index in [*range(len(table)), [2, 9]]:
+        i = make_inputs(table, (2, 3, 40), generator, count=1)
+        arguments = (torch.tensor(index), i.sample, *i.predictions, seeds)
+        for got, expected in zip(compiled(*arguments), step(*arguments), strict=True):
+            assert torch.equal(got, expected)
+    assert len(counter.graphs) == 2  # of an index for all, and of one for each sample
+
+
+def test_inductor_runs_a_step_with_seeds(generator):
+    """The real compiler; the portable stream's bits survive it, as the operator is a kernel of its own there."""
+    torch._dynamo.reset()
+    table, seeds = TABLES["ddpm"], torch.tensor([7, -8])
+
+    def step(index, x, prediction, seeds):
+        staged = x.new_zeros(4, 3, 40)
+        return fastguide.guided_step(table, index, x * 1, [prediction], seeds=seeds, staged=staged) + 1, staged
+
+    i = make_inputs(table, (2, 3, 40), generator, count=1)
+    arguments = (torch.tensor(3), i.sample, *i.predictions, seeds)
+    for got, expected in zip(torch.compile(step, fullgraph=True)(*arguments), step(*arguments), strict=True):
+        assert torch.equal(got, expected)
+    torch._dynamo.reset()
 
 
 def test_compiled_loop_over_int_indices_is_one_graph(counter, generator):
@@ -201,27 +270,60 @@ def test_default_implementation_serves_devices_without_a_backend(generator):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: torch.empty(2, 3, 4)}, "sample: expected size 4 in dimension 2, got 5"),
-        ({2: torch.empty(2, 3)}, "sample: expected 3 dimensions, got 2"),
-        ({2: torch.empty(3, 3, 5)}, "sample: expected size 2 in dimension 0, got 3"),
-        ({2: torch.empty(2, 5, 3).transpose(1, 2)}, "sample: expected out's layout"),
-        ({0: torch.empty(2, 3, 10)[..., ::2]}, "out: expected it dense within a sample"),
-        ({0: torch.empty(1, 3, 5).expand(2, 3, 5)}, "out: expected samples that do not overlap"),
-        ({2: torch.empty(2, 3, 5, dtype=torch.int32)}, "sample: expected float32, bfloat16, float16 or float64"),
-        ({3: [torch.empty(2, 3, 5)] * 3}, "weights: expected 4 columns for 3 predictions, got 3"),
-        ({4: torch.empty(10, 5)}, r"rows: expected shape \(steps, 13\)"),
-        ({4: torch.empty(10, 13, dtype=torch.float64)}, "rows, weights: expected both float32 or both float64"),
-        ({5: torch.empty(3, 1, 3)}, r"weights: expected shape \(10 or 1, 2 or 1"),
-        ({6: 10}, "index: expected values from 0 to 9, got 10"),
-        ({6: -1}, "index: expected values from 0 to 9, got -1"),
-        ({7: torch.tensor([0, 10])}, "index: expected values from 0 to 9, got 10"),
-        ({7: torch.tensor([0, 1, 2])}, r"index: expected int64 of shape \(\) or \(2,\)"),
-        ({7: torch.tensor(1.0)}, "index: expected int64"),
+        ({"out": torch.empty(2, 3, 4)}, "sample: expected size 4 in dimension 2, got 5"),
+        ({"sample": torch.empty(2, 3)}, "sample: expected 3 dimensions, got 2"),
+        ({"sample": torch.empty(3, 3, 5)}, "sample: expected size 2 in dimension 0, got 3"),
+        ({"sample": torch.empty(2, 5, 3).transpose(1, 2)}, "sample: expected out's layout"),
+        ({"out": torch.empty(2, 3, 10)[..., ::2]}, "out: expected it dense within a sample"),
+        ({"out": torch.empty(1, 3, 5).expand(2, 3, 5)}, "out: expected samples that do not overlap"),
+        ({"sample": torch.empty(2, 3, 5, dtype=torch.int32)}, "sample: expected float32, bfloat16, float16 or float64"),
+        ({"predictions": [torch.empty(2, 3, 5)] * 3}, "weights: expected 4 columns for 3 predictions, got 3"),
+        ({"rows": torch.empty(10, 5)}, r"rows: expected shape \(steps, 14\)"),
+        ({"rows": torch.empty(10, 14, dtype=torch.float64)}, "rows, weights: expected both float32 or both float64"),
+        ({"weights": torch.empty(3, 1, 3)}, r"weights: expected shape \(10 or 1, 2 or 1"),
+        ({"index": 10}, "index: expected values from 0 to 9, got 10"),
+        ({"index": -1}, "index: expected values from 0 to 9, got -1"),
+        ({"indices": torch.tensor([0, 10])}, "index: expected values from 0 to 9, got 10"),
+        ({"indices": torch.tensor([0, 1, 2])}, r"index: expected int64 of shape \(\) or \(2,\)"),
+        ({"indices": torch.tensor(1.0)}, "index: expected int64"),
+        (
+            {"noise": torch.empty(2, 3, 5), "seeds": torch.tensor(1)},
+            "noise: expected at most one of noise, seeds and philox",
+        ),
+        ({"seeds": torch.tensor(1.0)}, r"seeds: expected int64 of shape \(\) or \(2,\)"),
+        ({"seeds": torch.tensor([1, 2, 3])}, r"seeds: expected int64 of shape \(\) or \(2,\)"),
+        ({"seeds": torch.tensor([[1], [2]])}, r"seeds: expected int64 of shape \(\) or \(2,\)"),
+        (
+            {name: torch.empty(2, 4, 3, 5).transpose(1, 2) for name in ("out", "sample")}
+            | {"predictions": [torch.empty(2, 4, 3, 5).transpose(1, 2)] * 2, "seeds": torch.tensor(1)},
+            "seeds, philox: expected a sample that is contiguous or channels_last",
+        ),
+        ({"philox": torch.tensor([1, 0]), "philox_threads": 256}, "philox: torch's CUDA stream is drawn on a GPU"),
+        ({"staged": torch.empty(3, 3, 5)}, "staged: expected a multiple of 2 samples, got 3"),
+        ({"staged": torch.empty(0, 3, 5)}, "staged: expected a multiple of 2 samples, got 0"),
+        ({"staged": torch.empty(())}, "staged: expected a multiple of 2 samples, got 0"),
+        ({"staged": torch.empty(4, 3, 6)}, "staged: expected size 5 in dimension 2, got 6"),
+        ({"staged": torch.empty(4, 15)}, "staged: expected 3 dimensions, got 2"),
+        ({"staged": torch.empty(4, 5, 3).mT}, "staged: expected out's layout"),
+        ({"staged": torch.empty(1, 3, 5).expand(4, 3, 5)}, "staged: expected samples that do not overlap"),
+        ({"staged": torch.empty(4, 3, 5, dtype=torch.int32)}, "staged: expected float32, bfloat16, float16 or float64"),
     ],
 )
 def test_direct_calls_cannot_leave_their_memory(change, message, generator):
     arguments = list(operator_arguments("ddim", (2, 3, 5), generator, original=False))
-    for place, value in change.items():
-        arguments[place] = value
+    for name, value in change.items():
+        arguments[PLACE[name]] = value
     with pytest.raises(RuntimeError, match=message):
         op(*arguments)
+
+
+@pytest.mark.parametrize("name", ["out", "original", "sample", "predictions", "gradient", "variance", "noise"])
+def test_direct_calls_cannot_stage_over_another_argument(name, generator):
+    memory = torch.full((75,), 3.0)
+    other, staged = memory[:30].view(2, 3, 5), memory[29:59].view(2, 3, 5)
+    arguments = list(operator_arguments("ddpm learned", (2, 3, 5), generator, form="epsilon"))
+    arguments[PLACE[name]] = [arguments[PLACE[name]][0], other] if name == "predictions" else other
+    arguments[PLACE["staged"]] = staged
+    with pytest.raises(RuntimeError, match=f"staged: expected memory apart from {name}"):
+        op(*arguments)
+    assert (memory == 3.0).all()

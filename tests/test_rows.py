@@ -22,7 +22,7 @@ def apply_row(table, step, x, m, form=None, g=None, v=None, z=None):
     out = torch.empty_like(x)
     weights = _UNGUIDED.weights(x.device, torch.float64).clone()
     weights[..., -1] = SCALE
-    reference.guided_step(out, None, x, [m], table.device_rows(form, torch.float64), weights, step, None, g, v, z)
+    reference.guided_step(out, None, None, x, [m], table.device_rows(form, torch.float64), weights, step, None, g, v, z)
     return out
 
 
@@ -206,3 +206,24 @@ def test_rows_in_float32_are_the_rounded_float64_rows():
     table = fastguide.ddim(SCHEDULE, 10)
     assert table.rows.dtype == torch.float64
     assert torch.equal(table.device_rows(None, torch.float32), table.rows.float())
+
+
+def test_the_next_input_is_the_sample_itself_in_ddpm_and_ddim():
+    for table in (
+        fastguide.ddpm(SCHEDULE, 5),
+        fastguide.ddim(SCHEDULE, 5)[2:],
+        fastguide.ddim(SCHEDULE, eta=0.5, timesteps=[9]),
+    ):
+        assert torch.equal(table.coefficients()["in_scale"], torch.ones(len(table), dtype=torch.float64))
+    assert fastguide.StepTable(torch.tensor([4, 1]), {}).rows[:, -1].tolist() == [1.0, 1.0]
+
+
+def test_in_scale_is_a_row_s_last_column_whatever_the_gradient():
+    scales = torch.tensor([0.25, 3.0, -1.5], dtype=torch.float64)
+    gradients = {"mean": {"out_grad": torch.ones(3)}, "epsilon": "because"}
+    table = fastguide.StepTable(torch.tensor([7, 4, 1]), {"in_scale": scales}, gradients=gradients)
+    assert fastguide.ROW_COLUMNS[-1] == "in_scale"
+    for form in (None, "mean"):
+        assert torch.equal(table.coefficients(form)["in_scale"], scales)
+        assert torch.equal(table.device_rows(form, torch.float32)[:, -1], scales.float())
+        assert torch.equal(table[1:].device_rows(form, torch.float64)[:, -1], scales[1:])

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastguide"
 
 FLOORS = [  # a module imports modules of lower floors only, or of its own floor further left
-    ["_version", "schedule", "predictions", "table", "solvers", "guidance", "reference"],
-    ["checks", "ops"],
-    ["backends.native", "backends"],
+    ["_version", "schedule", "predictions", "table", "solvers", "guidance", "noise", "reference"],
+    ["checks", "drawing", "ops"],
+    ["backends.native", "backends.triton_kernel", "backends.triton", "backends"],
     ["forward", "training", "sampler"],
     [""],  # fastguide/__init__.py
     [
@@ -72,21 +72,30 @@ def test_the_package_is_imported_relatively():
         assert not re.search(r"^\s*(import fastguide|from fastguide)", code, re.M), path
 
 
-CPP_FLOORS = {  # what each file may include of this project; only bind.cpp knows torch
-    "step.h": set(),
-    "step_cpu.h": set(),
-    "convert.h": {"step.h", "step_cpu.h"},
-    "step_cpu.cpp": {"step_cpu.h", "convert.h", "step.h"},
-    "bind.cpp": {"step.h", "step_cpu.h"},
-}
+CPP_FLOORS = [  # mathematics, kernels, binding: a file includes files of the lines above it; only bind.cpp knows torch
+    ["inline.h", "arguments.h"],
+    ["step.h", "philox.h", "element.h"],
+    ["vector.h", "convert.h"],
+    ["step_cpu.h", "step_gpu.h", "step_cuda.h"],
+    ["noise_cpu.cpp", "step_cpu.cpp", "step_cuda.cu"],
+    ["bind.cpp"],
+]
+CPP_FLOOR = {name: height for height, names in enumerate(CPP_FLOORS) for name in names}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda p: p.name)
 def test_cpp_floors(path):
     text = path.read_text()
-    assert set(re.findall(r'#include "([^"]+)"', text)) <= CPP_FLOORS[path.name]
+    for included in re.findall(r'#include "([^"]+)"', text):
+        assert CPP_FLOOR[included] < CPP_FLOOR[path.name], f"{path.name} includes {included}"
     if path.name != "bind.cpp":
         assert not re.search(r"#include <(torch|ATen|c10)/", text)
+
+
+def test_the_gpu_s_code_is_kept_from_what_it_does_not_need():
+    """The kernel's threads compile for the host and the device; only element.h and the .cu file know CUDA."""
+    for name in set(CPP_FLOOR) - {"element.h", "step_cuda.cu"}:
+        assert not re.search(r"#include <cu", (ROOT / "csrc" / name).read_text()), name
 
 
 def test_row_columns_are_the_same_in_cpp():
@@ -169,4 +178,4 @@ def test_native_library_exports_no_kernel_symbols():
         ["nm", "-D", "--defined-only", str(native.LIBRARY)], capture_output=True, text=True, check=True
     ).stdout
     ours = [line.split()[-1] for line in symbols.splitlines() if " T " in line]
-    assert ours == ["fastguide_cpu_capability"]
+    assert ours == ["fastguide_cpu_capability", "fastguide_cuda_code"]

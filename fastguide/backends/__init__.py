@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .. import reference
 from ..ops import Backend, register_backend
-from . import native
+from . import native, triton
 
 register_backend(native.backend())
+register_backend(triton.backend(), default=not triton.INTERPRETED)
 register_backend(
     Backend(
         name="reference",

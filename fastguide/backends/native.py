@@ -1,4 +1,4 @@
-"""The compiled backend: loads ``_native.so``, which implements the operator for CPU tensors, or says why it cannot."""
+"""The compiled backend: loads ``_native.so``, the operator for the CPU and for GPUs, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def backend() -> Backend:
         warnings.warn(f"fastguide: the native backend is {reason}; using the reference", stacklevel=2)
         return _unavailable(reason)
     _library = ctypes.CDLL(str(LIBRARY))
+    _library.fastguide_cuda_code.restype = ctypes.c_char_p
     wanted = os.environ.get(CAPABILITY_VARIABLE)
     if wanted is not None:
         if wanted in CAPABILITIES:
@@ -41,13 +42,22 @@ def backend() -> Backend:
         else:
             message = f"{CAPABILITY_VARIABLE}: expected one of {CAPABILITIES}, got {wanted!r}; nothing is bounded"
             warnings.warn(f"fastguide: {message}", stacklevel=2)
+    bound = f" (bounded by {CAPABILITY_VARIABLE}={wanted})" if wanted in CAPABILITIES else ""
+    code = cuda_code()
+    on_gpus = not code.startswith("none") and torch.version.hip is None
     return Backend(
         name="native",
         step=torch.ops.fastguide.guided_step.default,
-        devices=("cpu",),
-        status=f"C++, instruction set {cpu_capability()}"
-        + (f" (bounded by {CAPABILITY_VARIABLE}={wanted})" if wanted in CAPABILITIES else ""),
+        devices=("cpu", "cuda") if on_gpus else ("cpu",),
+        status=f"C++, instruction set {cpu_capability()}{bound}; CUDA code: {code}",
+        torch_stream=on_gpus,
     )
+
+
+def cuda_code() -> str:
+    """What the library's GPU kernels were compiled for, such as ``sm_80 sm_90 PTX 80``; or ``none``, and why."""
+    code: bytes = _loaded().fastguide_cuda_code()
+    return code.decode()
 
 
 def cpu_capability() -> str:

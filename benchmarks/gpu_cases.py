@@ -1,0 +1,90 @@
+"""A few steps of every kind on a GPU, checked against the reference: small enough to run under compute-sanitizer."""
+
+from __future__ import annotations
+
+import torch
+
+import fastguide
+from fastguide.ops import BACKENDS
+
+from .workloads import SCHEDULE
+
+SHAPES = [(1, 5), (2, 3, 17, 19), (2, 4, 32, 32), (3, 1, 1031)]
+
+
+def cases(device: str) -> int:
+    """Run them; returns how many."""
+    guidances = [None, fastguide.ClassifierFree(3.0), fastguide.Composed([2.0, -1.0]) + fastguide.Classifier(None, 1.0)]
+    ran = 0
+    for backend in ("native", "triton"):
+        if not BACKENDS[backend].serves(device):
+            print(f"{backend}: {BACKENDS[backend].status}")
+            continue
+        for table in (fastguide.ddim(SCHEDULE, 10), fastguide.ddpm(SCHEDULE, 10, variance_type="learned_range")):
+            there = table.to(device)
+            for shape in SHAPES:
+                for dtype in (torch.float32, torch.bfloat16):
+                    for guidance in guidances:
+                        step(there, shape, dtype, guidance, backend, device)
+                        ran += 1
+    return ran
+
+
+def step(
+    table: fastguide.StepTable,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    guidance: fastguide.Guidance | None,
+    backend: str,
+    device: str,
+) -> None:
+    """One case with every source of noise, against the reference."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x, predictions = draw(), [draw() for _ in range(1 if guidance is None else guidance.num_predictions)]
+    gradient = draw() if guidance is not None and guidance.form is not None else None
+    variance = draw().clamp(-1, 1) if table.learned_variance else None
+    noises: list[dict[str, object]] = [{"noise": draw()}]
+    noises += [{"seeds": torch.arange(shape[0], device=device)}] if table.adds_noise_anywhere else []
+    for noise in noises:
+        results = [
+            fastguide.guided_step(
+                table,
+                3,
+                x,
+                predictions,
+                guidance,
+                gradient=gradient,
+                variance=variance,
+                return_original=True,
+                staged=torch.empty(2 * shape[0], *shape[1:], device=device, dtype=dtype),
+                backend=name,
+                **noise,
+            )
+            for name in (backend, "reference")
+        ]
+        for got, expected in zip(*results, strict=True):
+            tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    if device == "cuda" and table.adds_noise_anywhere:
+        for source in (fastguide.DeviceGenerator(1), torch.Generator("cuda").manual_seed(1)):
+            fastguide.guided_step(
+                table,
+                3,
+                x,
+                predictions,
+                guidance,
+                gradient=gradient,
+                variance=variance,
+                generator=source,
+                backend=backend,
+            )
+
+
+if __name__ == "__main__":
+    count = cases("cuda")
+    torch.cuda.synchronize()
+    print(f"{count} cases")

@@ -1,0 +1,176 @@
+"""Times guided steps on a GPU against ceilings and competitors of the same run: bandwidth, small steps, host time.
+
+GPU times are of CUDA graphs of several steps, between two events: launches cost the host nothing there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import fastguide
+from fastguide.ops import BACKENDS
+
+from .formula import formula_of
+from .workloads import GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP
+
+LARGE = (64, 4, 512, 512)  # 268 MB of float32: beyond any cache, alone
+SMALL = [(1, 4, 64, 64), (1, 16, 128, 128)]
+NOISES = ("none", "given", "torch", "portable")
+
+
+class GpuStep:
+    """One guided step on the GPU: classifier-free guidance, DDIM without noise, DDPM with."""
+
+    def __init__(self, shape: tuple[int, ...], state: torch.dtype, model: torch.dtype, noise: str) -> None:
+        solver = fastguide.ddim if noise == "none" else fastguide.ddpm
+        self.table = solver(SCHEDULE, NUM_STEPS).to("cuda")
+        self.noise = noise
+        self.sample = torch.randn(shape, device="cuda").to(state)
+        self.uncond, self.cond = (torch.randn(shape, device="cuda").to(model) for _ in range(2))
+        self.out = torch.empty_like(self.sample)
+        self.index = torch.tensor(STEP, device="cuda")
+        self.guidance = fastguide.ClassifierFree(GUIDANCE_SCALE)
+        self.given = torch.randn(shape, device="cuda").to(state) if noise == "given" else None
+        self.source = {
+            "none": {},
+            "given": {"noise": self.given},
+            "torch": {"generator": fastguide.DeviceGenerator(0)},
+            "portable": {"seeds": torch.arange(shape[0], device="cuda")},
+        }[noise]
+
+    @property
+    def bytes(self) -> int:
+        """Each input read once, the output written once."""
+        tensors = (self.sample, self.uncond, self.cond, self.out, self.given)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def fastguide(self, backend: str) -> Callable[[], object]:
+        """The step into ``out``, by a backend."""
+        predictions = [self.uncond, self.cond]
+        return lambda: fastguide.guided_step(
+            self.table,
+            self.index,
+            self.sample,
+            predictions,
+            self.guidance,
+            out=self.out,
+            backend=backend,
+            **self.source,
+        )
+
+    def compiled(self) -> Callable[[], object]:
+        """The formula under torch.compile into ``out``; noise, where the step draws it, by torch.randn_like."""
+        noisy, drawn = self.noise != "none", self.noise in ("torch", "portable")
+        formula, given, out = formula_of(noisy), self.given, self.out
+        row = self.table.device_rows(None, torch.float32)[STEP].clone()
+        scale = torch.tensor(GUIDANCE_SCALE, device="cuda")
+
+        @torch.compile(fullgraph=True, dynamic=False)
+        def step(x: Tensor, uncond: Tensor, cond: Tensor) -> None:
+            noise = torch.randn_like(x) if drawn else given
+            out.copy_(formula(row, scale, x, uncond, cond, noise))
+
+        return lambda: step(self.sample, self.uncond, self.cond)
+
+
+def plain_triton(s: GpuStep) -> Callable[[], object] | None:
+    """A Triton kernel for the same bytes as a DDIM step, as short as can be; None without Triton."""
+    if not BACKENDS["triton"].serves("cuda"):
+        return None
+    from .plain_triton import plain_step
+
+    return lambda: plain_step(s.out, s.sample, s.uncond, s.cond, GUIDANCE_SCALE)
+
+
+def gpu_microseconds(call: Callable[[], object], repeats: int, replays: int = 11) -> float:
+    """Median GPU time of one call, among ``repeats`` in a captured graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    times = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / repeats)
+    return statistics.median(times[1:])
+
+
+def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
+    """Median time after which the host goes on, with the GPU never behind by much."""
+    times = []
+    for i in range(calls):
+        if i % 20 == 0:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return statistics.median(times[20:]) * 1e6
+
+
+def copy_rate() -> float:
+    """GB/s of a device-to-device copy, bytes read and written: the ceiling."""
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / gpu_microseconds(lambda: target.copy_(source), 5) / 1e3
+
+
+def backends() -> list[str]:
+    """Those that serve a GPU here with a kernel of their own."""
+    return [name for name in ("native", "triton") if BACKENDS[name].serves("cuda")]
+
+
+def measure_large() -> Iterator[dict[str, object]]:
+    """Share of the copy's bandwidth at more than 256 MB of traffic."""
+    for state, model in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2):
+        for noise in NOISES:
+            ceiling = copy_rate()
+            s = GpuStep(LARGE, state, model, noise)
+            calls = {name: s.fastguide(name) for name in backends()}
+            calls["torch.compile"] = s.compiled()
+            plain = plain_triton(s) if noise == "none" else None
+            if plain is not None:
+                calls["plain triton"] = plain
+            times = {name: gpu_microseconds(call, 5) for name, call in calls.items()}
+            yield {
+                "state": str(state),
+                "model": str(model),
+                "noise": noise,
+                "bytes": s.bytes,
+                "copy_gb_per_s": ceiling,
+                "microseconds": times,
+                "share_of_copy": {name: s.bytes / t / 1e3 / ceiling for name, t in times.items()},
+            }
+
+
+def measure_small() -> Iterator[dict[str, object]]:
+    """GPU time of a step in a graph, and host time of an eager one."""
+    for shape in SMALL:
+        for noise in NOISES:
+            s = GpuStep(shape, torch.float32, torch.bfloat16, noise)
+            calls = {name: s.fastguide(name) for name in backends()}
+            calls["torch.compile"] = s.compiled()
+            times = {name: gpu_microseconds(call, 50) for name, call in calls.items()}
+            hosts: dict[str, float] = {name: host_microseconds(call) for name, call in calls.items()}
+            yield {"shape": shape, "noise": noise, "gpu_microseconds": times, "host_microseconds": hosts}
+
+
+def measure_torch_generator() -> dict[str, float]:
+    """Host time of a step with a torch.Generator, whose noise the kernel draws."""
+    s = GpuStep(SMALL[0], torch.float32, torch.bfloat16, "torch")
+    s.source = {"generator": torch.Generator("cuda").manual_seed(0)}
+    return {name: host_microseconds(s.fastguide(name)) for name in backends()}

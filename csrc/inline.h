@@ -1,0 +1,15 @@
+// How functions in headers are compiled: for the host, and by nvcc for the device as well.
+//
+// Internal linkage throughout: headers are compiled for several instruction sets into one library, and the linker must
+// not share a function between them.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTGUIDE_INLINE static __host__ __device__ __forceinline__
+#define FASTGUIDE_UNROLL _Pragma("unroll")
+#define FASTGUIDE_ROLL _Pragma("unroll 1")
+#else
+#define FASTGUIDE_INLINE static inline __attribute__((always_inline))
+#define FASTGUIDE_UNROLL
+#define FASTGUIDE_ROLL
+#endif

@@ -1,0 +1,60 @@
+"""Reads the GPU kernels' machine code with cuobjdump, which the Triton wheel or the CUDA toolkit brings."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
+    tool = str(bundled) if bundled is not None and bundled.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        pytest.skip("there is no cuobjdump: neither Triton nor a CUDA toolkit that has it is installed")
+    return subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
+def demangled(names: list[str]) -> list[str]:
+    """Without namespaces; what c++filt does not know stays as it is."""
+    out = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"fastguide::|cuda::|\(anonymous namespace\)::|^void ", "", name) for name in out.splitlines()]
+
+
+class Usage(NamedTuple):
+    registers: int
+    stack: int
+    local: int
+
+
+def resource_usage(file: Path) -> list[tuple[str, str, Usage]]:
+    """Of each kernel in each architecture's code: architecture, name, registers and memory of its own."""
+    found, architecture, names = [], "", []
+    for line in cuobjdump("-res-usage", file).splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            names.append(match[1])
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            found.append((architecture, Usage(*map(int, match.groups()))))
+    return [(arch, name, usage) for (arch, usage), name in zip(found, demangled(names), strict=True)]
+
+
+def instructions(file: Path, architecture: str | None = None) -> dict[str, Counter[str]]:
+    """How often each kernel has each instruction, with its suffixes and without its operands."""
+    code = cuobjdump(*(("-arch", architecture) if architecture else ()), "-sass", file)
+    counts: dict[str, Counter[str]] = {}
+    current: Counter[str] = Counter()
+    for line in code.splitlines():
+        if match := re.match(r"\s+Function : (\S+)", line):
+            current = counts.setdefault(match[1], Counter())
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.a-z]+)", line):
+            current[match[1]] += 1
+    return dict(zip(demangled(list(counts)), counts.values(), strict=True))

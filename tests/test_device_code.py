@@ -233,3 +233,18 @@ def portable_values(seed: int, step: int, places: torch.Tensor) -> torch.Tensor:
     words = _philox((block & 0xFFFFFFFF, block >> 32, torch.full_like(block, step), torch.zeros_like(block)), key)
     values = torch.stack((*_normals(words[0], words[1]), *_normals(words[2], words[3])), -1)
     return values.gather(1, (places % 4)[:, None]).T
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(1, "the library has no code for this GPU"), (2, "has no code"), (3, "another error")]
+)
+def test_a_launch_that_fails_says_why(error, message):
+    """1 and 2 are what CUDA answers on an architecture that the library was not compiled for."""
+    x = torch.zeros(1, 9)
+    inputs = [rows(), torch.tensor([[[1.0, 0.0]]]), 1, None, None, None]
+    device_code.module().refuse(error)
+    try:
+        with pytest.raises(RuntimeError, match=message):
+            device_code.guided_step(torch.empty_like(x), None, None, x, [x], *inputs)
+    finally:
+        device_code.module().refuse(0)

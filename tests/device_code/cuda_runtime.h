@@ -31,6 +31,8 @@ static unsigned long long atomicAdd(unsigned long long* to, unsigned long long v
 enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorUnsupportedPtxVersion };
 using cudaStream_t = void*;
 
+static cudaError_t refusal = cudaSuccess;  // of the next launches
+
 static cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 static const char* cudaGetErrorString(cudaError_t) { return "another error"; }
 static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 threads, void** parameters, size_t shared,

@@ -31,9 +31,10 @@ enum class Noise : int {
 // The stream of torch's CUDA generator, from a state on the host or on the device.
 struct TorchStream {
   uint64_t seed = 0, offset = 0;
-  // Unless null: seed, offset and the number of blocks that are done; the kernel moves the offset on at its end.
+  // Unless null: seed, offset and how many blocks have read them; the last one moves the offset on.
   int64_t* state = nullptr;
-  uint32_t threads = 0;  // of torch's own kernel for a tensor of this size
+  uint32_t threads = 0;    // of torch's own kernel for a tensor of this size
+  uint64_t increment = 0;  // by how much that kernel moves the offset; the launch knows
 };
 
 struct StepArguments {

@@ -5,7 +5,7 @@
 // it is made of integer operations and of single float operations that every device rounds alike. Therefore
 //   - no two of them may be contracted into a fused multiply-add: files for the host that include this one and use the
 //     portable stream are compiled with -ffp-contract=off, and on a device the intrinsics forbid it;
-//   - fastguide/reference.py and fastguide/backends/triton_kernel.py hold the same operations in the same order.
+//   - fastguide/noise.py and fastguide/backends/triton_kernel.py hold the same operations in the same order.
 #pragma once
 
 #include <cmath>

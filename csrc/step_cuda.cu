@@ -10,18 +10,25 @@ namespace {
 
 constexpr int kBlocks = 4;  // on a multiprocessor at least: 128 registers a thread, which all variants do with
 
-// The last block to get here moves the offset on for the next step: all blocks have read it by then.
-__device__ void advance(const StepArguments& a) {
-  int64_t* state = a.torch_stream.state;
-  if (state == nullptr) return;
+// Seed and offset, where they are on the device. The last block to have read them moves the offset on for the next
+// step; at the kernel's beginning, so that its end does not wait for that.
+__device__ TorchStream read_torch_stream(const StepArguments& a) {
+  TorchStream stream = a.torch_stream;
+  int64_t* state = stream.state;
+  if (state == nullptr) return stream;
+  stream.seed = uint64_t(state[0]);
+  stream.offset = uint64_t(state[1]);
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  __threadfence();
-  const unsigned long long done = atomicAdd(reinterpret_cast<unsigned long long*>(state + 2), 1ull);
-  if (done == gridDim.x - 1) {
-    state[1] += int64_t(torch_increment(uint64_t(a.batch * a.elements_per_sample), a.torch_stream.threads));
-    state[2] = 0;
+  if (threadIdx.x == 0) {
+    __threadfence();  // what the block has read comes before its count, and all counts before the writing
+    const unsigned long long done = atomicAdd(reinterpret_cast<unsigned long long*>(state + 2), 1ull);
+    if (done == gridDim.x - 1) {
+      __threadfence();
+      state[1] = int64_t(stream.offset + stream.increment);
+      state[2] = 0;
+    }
   }
+  return stream;
 }
 
 template <typename V>
@@ -31,15 +38,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step_kernel(const __grid_co
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) torch_single_kernel(const __grid_constant__ GpuStep s) {
-  torch_single_tile<V>(s, blockIdx.x, threadIdx.x);
-  advance(s.a);
+  torch_single_tile<V>(s, read_torch_stream(s.a), blockIdx.x, threadIdx.x);
 }
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) torch_vector_kernel(const __grid_constant__ GpuStep s) {
   __shared__ float shared[kTorchValues * kVector * kThreads];
-  torch_vector_tile<V>(s, blockIdx.x, threadIdx.x, shared);
-  advance(s.a);
+  torch_vector_tile<V>(s, read_torch_stream(s.a), blockIdx.x, threadIdx.x, shared);
 }
 
 using Kernel = void (*)(GpuStep);
@@ -103,6 +108,10 @@ const char* text_of(cudaError_t error) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorUnsupportedPtxVersion:
       return "the library has no code for this GPU; fastguide info says which it has";
+    case cudaErrorInsufficientDriver:
+      return "the driver is older than the CUDA runtime that this library was built with; update it, or build "
+             "fastguide "
+             "from source with an older toolkit";
     default:
       return cudaGetErrorString(error);
   }

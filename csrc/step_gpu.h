@@ -70,15 +70,6 @@ FASTGUIDE_INLINE SampleRow row_of(const GpuStep& s, int64_t sample) {
   return r;
 }
 
-FASTGUIDE_INLINE TorchStream torch_stream_of(const GpuStep& s) {
-  TorchStream stream = s.a.torch_stream;
-  if (stream.state != nullptr) {
-    stream.seed = uint64_t(stream.state[0]);
-    stream.offset = uint64_t(stream.state[1]);
-  }
-  return stream;
-}
-
 // ---- Noise ----
 
 // torch.randn of a 16-bit dtype is float32's, rounded.
@@ -92,20 +83,16 @@ template <typename V>
 FASTGUIDE_INLINE float draw_one(const GpuStep& s, const TorchStream& stream, uint32_t step, int64_t sample,
                                 int64_t place) {
   const StepArguments& a = s.a;
-  if constexpr (V::noise == Noise::given) {
-    return a.noise.data != nullptr ? load_one(a.noise, sample, place) : 0.0f;
+  const int64_t counted = counted_place(place, a.channels, a.elements_per_sample);
+  if constexpr (V::noise == Noise::portable) {
+    return portable_normal_of(uint64_t(a.seeds[sample * a.seeds_stride]), step, uint64_t(counted));
   } else {
-    const int64_t counted = counted_place(place, a.channels, a.elements_per_sample);
-    if constexpr (V::noise == Noise::portable) {
-      return portable_normal_of(uint64_t(a.seeds[sample * a.seeds_stride]), step, uint64_t(counted));
-    } else {
-      const uint64_t element = uint64_t(sample * a.elements_per_sample + counted);
-      return rounded_as(a.sample.element, torch_normal(stream.seed, stream.offset, element, stream.threads));
-    }
+    const uint64_t element = uint64_t(sample * a.elements_per_sample + counted);
+    return rounded_as(a.sample.element, torch_normal(stream.seed, stream.offset, element, stream.threads));
   }
 }
 
-// Of the portable stream, where a vector is what two Philox calls give; see vectors_fit.
+// Of the portable stream, where a vector is what two Philox calls give; head_of sees to that.
 FASTGUIDE_INLINE void draw_vector(const GpuStep& s, uint32_t step, int64_t sample, int64_t place, float (&z)[kVector]) {
   const uint64_t seed = uint64_t(s.a.seeds[sample * s.a.seeds_stride]);
   FASTGUIDE_UNROLL
@@ -135,23 +122,37 @@ FASTGUIDE_INLINE void step_one(const GpuStep& s, const SampleRow& r, const Torch
                                int64_t place) {
   const StepArguments& a = s.a;
   const int count = V::predictions > 0 ? V::predictions : a.num_predictions;
+  const bool gradient = V::extras && a.gradient.data != nullptr, variance = V::extras && a.variance.data != nullptr;
+  const bool given = V::noise == Noise::given && a.noise.data != nullptr;
+  const uint32_t sample_bits = load_bits(a.sample, sample, place);
+  const uint32_t first_bits = count > 0 ? load_bits(s.predictions[0], sample, place) : 0;
+  const uint32_t second_bits = V::predictions == 2 ? load_bits(s.predictions[1], sample, place) : 0;
+  const uint32_t gradient_bits = gradient ? load_bits(a.gradient, sample, place) : 0;
+  const uint32_t variance_bits = variance ? load_bits(a.variance, sample, place) : 0;
+  const uint32_t noise_bits = given ? load_bits(a.noise, sample, place) : 0;
+  float z = 0.0f;
+  if constexpr (V::noise != Noise::given) z = draw_one<V>(s, stream, r.step, sample, place);
+  if (given) z = value_of(noise_bits, a.noise.element);
+
   float m = 0.0f;
   if (count > 0) {
-    const float p0 = load_one(s.predictions[0], sample, place);
+    const float p0 = value_of(first_bits, s.predictions[0].element);
     if (V::predictions == 2) {
-      m = guided_prediction(r.c, p0, load_one(s.predictions[1], sample, place));
+      m = guided_prediction(r.c, p0, value_of(second_bits, s.predictions[1].element));
     } else {
       m = r.weights[0] * p0;
       if (V::predictions == 0) {
         FASTGUIDE_ROLL
-        for (int k = 1; k < count; ++k) m += r.weights[k] * (load_one(s.predictions[k], sample, place) - p0);
+        for (int k = 1; k < count; ++k) {
+          m += r.weights[k] * (value_of(load_bits(s.predictions[k], sample, place), s.predictions[k].element) - p0);
+        }
       }
     }
   }
-  const float g = V::extras && a.gradient.data != nullptr ? load_one(a.gradient, sample, place) : 0.0f;
-  const float v = V::extras && a.variance.data != nullptr ? load_one(a.variance, sample, place) : 0.0f;
-  const float z = draw_one<V>(s, stream, r.step, sample, place);
-  const StepResult<float> result = step_extras<V>(a, r.c, load_one(a.sample, sample, place), m, g, v, z);
+  const float x = value_of(sample_bits, a.sample.element);
+  const float g = gradient ? value_of(gradient_bits, a.gradient.element) : 0.0f;
+  const float v = variance ? value_of(variance_bits, a.variance.element) : 0.0f;
+  const StepResult<float> result = step_extras<V>(a, r.c, x, m, g, v, z);
   store_one(result.sample, a.out, sample, place);
   if constexpr (V::original) store_one(result.original, a.original, sample, place);
   if constexpr (V::staged) {
@@ -302,11 +303,11 @@ FASTGUIDE_INLINE void step_tile(const GpuStep& s, uint32_t tile, int thread) {
 
 // The torch stream for any tensor, one element a thread: at most torch's grid, and then there is no more to share.
 template <typename V>
-FASTGUIDE_INLINE void torch_single_tile(const GpuStep& s, uint32_t tile, int thread) {
+FASTGUIDE_INLINE void torch_single_tile(const GpuStep& s, const TorchStream& stream, uint32_t tile, int thread) {
   const int64_t sample = tile / s.tiles_per_sample;
   const int64_t place = int64_t(tile % s.tiles_per_sample) * kThreads + thread;
   if (place >= s.a.elements_per_sample) return;
-  step_one<V>(s, row_of<V>(s, sample), torch_stream_of(s), sample, place);
+  step_one<V>(s, row_of<V>(s, sample), stream, sample, place);
 }
 
 // The torch stream for tensors larger than torch's grid: a thread computes the four vectors whose values come of the
@@ -324,9 +325,9 @@ FASTGUIDE_INLINE uint32_t torch_units(const StepArguments& a) {  // how many thr
 
 // shared: kTorchValues * kVector * kThreads floats of the block, of which each thread uses its own.
 template <typename V>
-FASTGUIDE_INLINE void torch_vector_tile(const GpuStep& s, uint32_t tile, int thread, float* shared) {
+FASTGUIDE_INLINE void torch_vector_tile(const GpuStep& s, const TorchStream& stream, uint32_t tile, int thread,
+                                        float* shared) {
   const StepArguments& a = s.a;
-  const TorchStream stream = torch_stream_of(s);
   const uint32_t unit = tile * kThreads + thread, units_per_call = stream.threads / kVector;
   const uint32_t call = unit / units_per_call, torch_thread = (unit - call * units_per_call) * kVector;
   float* z = shared + thread;
@@ -388,6 +389,9 @@ inline GpuStep gpu_step(const StepArguments& a) {
   consider(a.staged.data, a.batch * a.staged_copies, a.staged.batch_stride, a.staged.element);
 
   const int64_t size = a.elements_per_sample;
+  if (a.noise_kind == Noise::torch_stream) {
+    s.a.torch_stream.increment = torch_increment(uint64_t(a.batch * size), a.torch_stream.threads);
+  }
   int64_t tiles_per_sample = (size + kThreads - 1) / kThreads;
   if (a.noise_kind != Noise::torch_stream) {
     const int64_t vector_tiles = (size + kTile - 1) / kTile;

@@ -109,11 +109,16 @@ FASTGUIDE_INLINE void store_vector(const float (&values)[kVector], const Output&
   }
 }
 
-FASTGUIDE_INLINE float load_one(const Input& input, int64_t sample, int64_t place) {
+// One element as it is stored: again, all tensors' loads come before the first value is made of one.
+FASTGUIDE_INLINE uint32_t load_bits(const Input& input, int64_t sample, int64_t place) {
   const char* from = address(input, sample, place);
-  if (input.element == Element::float32) return *reinterpret_cast<const float*>(from);
-  const uint16_t bits = *reinterpret_cast<const uint16_t*>(from);
-  return input.element == Element::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
+  if (input.element == Element::float32) return *reinterpret_cast<const uint32_t*>(from);
+  return *reinterpret_cast<const uint16_t*>(from);
+}
+
+FASTGUIDE_INLINE float value_of(uint32_t bits, Element element) {
+  if (element == Element::float32) return float_of(bits);
+  return element == Element::bfloat16 ? from_bfloat16(uint16_t(bits)) : from_float16(uint16_t(bits));
 }
 
 FASTGUIDE_INLINE void store_one(float value, const Output& output, int64_t sample, int64_t place) {

@@ -12,6 +12,9 @@ from torch import Tensor
 STARTING_NOISE = -1
 """The step number under which ``portable_noise`` draws x_T: no step of a table has it."""
 
+SOURCES = ("none", "given", "torch_stream", "portable")
+"""Where a step's noise may come from: ``enum class Noise`` in csrc/arguments.h."""
+
 _WORD = 0xFFFFFFFF
 
 
@@ -147,11 +150,14 @@ class TorchGrid(NamedTuple):
     @classmethod
     def of(cls, elements: int, multiprocessors: int, threads_per_multiprocessor: int) -> TorchGrid:
         """Threads, and by how much the generator's offset moves on, for a tensor of so many elements."""
-        if elements == 0:
-            return cls(256, 0)
         blocks = min(multiprocessors * (threads_per_multiprocessor // 256), (elements + 255) // 256)
-        threads = 256 * blocks
-        return cls(threads, ((elements - 1) // (threads * 4) + 1) * 4)
+        threads = 256 * max(blocks, 1)
+        return cls(threads, torch_increment(elements, threads))
+
+
+def torch_increment(elements: int, threads: int) -> int:
+    """By how much torch's kernel of so many threads moves the generator's offset: torch_increment in csrc/philox.h."""
+    return ((elements - 1) // (threads * 4) + 1) * 4 if elements else 0
 
 
 class DeviceGenerator:
@@ -169,7 +175,7 @@ class DeviceGenerator:
 
     def __init__(self, seed: int, offset: int = 0, *, device: torch.device | str = "cuda") -> None:
         self.state = torch.zeros(3, dtype=torch.int64, device=device)
-        """int64 on the device: seed, offset, and how many blocks of the kernel under way are done."""
+        """int64 on the device: seed, offset, and how many blocks of the kernel under way have read them."""
         self.set(seed, offset)
 
     @classmethod
@@ -184,8 +190,8 @@ class DeviceGenerator:
         """Rewrite the state, without waiting for the device: what is under way or captured goes on from there."""
         if offset < 0 or offset % 4:
             raise ValueError(f"offset: expected a multiple of 4 from 0 on, as torch's are, got {offset}")
-        self.state[0].fill_(signed_word(seed))
-        self.state[1].fill_(offset)
+        for value, place in zip((signed_word(seed), offset, 0), self.state, strict=True):
+            place.fill_(value)
         return self
 
     @property

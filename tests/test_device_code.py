@@ -236,7 +236,13 @@ def portable_values(seed: int, step: int, places: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("error", "message"), [(1, "the library has no code for this GPU"), (2, "has no code"), (3, "another error")]
+    ("error", "message"),
+    [
+        (1, "the library has no code for this GPU"),
+        (2, "has no code"),
+        (3, "the driver is older than the CUDA runtime"),
+        (4, "another error"),
+    ],
 )
 def test_a_launch_that_fails_says_why(error, message):
     """1 and 2 are what CUDA answers on an architecture that the library was not compiled for."""

@@ -67,7 +67,9 @@ def test_set_rewrites_the_state_in_its_place():
     assert generator.state is state
     assert state.data_ptr() == address
     assert generator.get_state() == (9, 12)
+    state[2] = 5  # as a kernel that was killed leaves it
     assert generator.set(2**63).get_state() == (2**63, 0)
+    assert state[2] == 0
     assert generator.device == torch.device("cpu")
     assert repr(generator) == "DeviceGenerator(device=cpu)"
 

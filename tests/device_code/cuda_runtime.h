@@ -28,7 +28,13 @@ static unsigned long long atomicAdd(unsigned long long* to, unsigned long long v
   return before;
 }
 
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorUnsupportedPtxVersion };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorUnsupportedPtxVersion,
+  cudaErrorInsufficientDriver,
+  cudaErrorUnknown,
+};
 using cudaStream_t = void*;
 
 static cudaError_t refusal = cudaSuccess;  // of the next launches

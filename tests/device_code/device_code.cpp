@@ -200,7 +200,8 @@ static std::vector<int> shared_of_thread(const py::dict& d, unsigned tile, int t
   know_all(arguments);
   const GpuStep s = gpu_step(arguments.a);
   std::vector<float> shared(kTorchValues * kVector * kThreads, NAN);
-  torch_vector_tile<Variant<1, false, Noise::torch_stream, false, false>>(s, tile, thread, shared.data());
+  torch_vector_tile<Variant<1, false, Noise::torch_stream, false, false>>(s, s.a.torch_stream, tile, thread,
+                                                                          shared.data());
   std::vector<int> written;
   for (int i = 0; i < int(shared.size()); ++i) {
     if (shared[i] == shared[i]) written.push_back(i);

@@ -54,13 +54,10 @@ def compiled(target, *, NOISE, K=2, EVEN=True, SHARED=False, state="fp32", model
             signature[name], constexprs[(i,)] = "constexpr", None
         else:
             signature[name] = "i32"
-            if name in ("size", "threads") or re.fullmatch("(?!indices|seeds).*_stride", name):
+            if name in ("size", "threads") or re.fullmatch("(?!weights|indices|seeds).*_stride", name):
                 attributes[(i,)] = aligned
     code = ASTSource(fn=kernels.step_kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": backend.WARPS}
-    if "seeds" in source:
-        options["enable_fp_fusion"] = False
-    return triton.compile(code, target=target, options=options)
+    return triton.compile(code, target=target, options={"num_warps": backend.WARPS, **backend.OPTIONS})
 
 
 def main(folder: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import sys
+import types
 
 import pytest
 import torch
@@ -130,24 +133,144 @@ def test_it_serves_gpus_and_draws_torch_s_stream_on_nvidia_s(monkeypatch, hip):
     assert backend.torch_stream == (hip is None)
 
 
-def test_a_kernel_that_is_not_compiled_is_refused_inside_a_capture(monkeypatch):
-    """Of every kind of arguments that Triton compiles anew for: dtype, alignment, width, and what is 1."""
-    monkeypatch.setattr(triton, "_launched", set())
-    capturing = False
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    x, constants = torch.zeros(100), {"K": 1}
-    known = (x, (x, None), 48, 17, 2**31)
-    triton._refuse_cold_capture(x, known, constants)
-    capturing = True
-    triton._refuse_cold_capture(x, (torch.ones(100), (x, None), 32, 18, 2**31 + 16), constants)
-    for arguments, others in [
-        ((x.half(), *known[1:]), constants),
-        ((x[1:], *known[1:]), constants),
-        ((x, (x, x), *known[2:]), constants),
-        ((*known[:2], 47, *known[3:]), constants),
-        ((*known[:3], 1, 2**31), constants),
-        ((*known[:4], 2**31 - 1), constants),
-        (known, {"K": 2}),
-    ]:
-        with pytest.raises(RuntimeError, match="not compiled yet, and cannot be during a capture; run the step once"):
-            triton._refuse_cold_capture(x, arguments, others)
+def test_a_triton_of_another_name_is_found(monkeypatch):
+    """As AMD's and older builds are named; where no name is known, the package itself is asked."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    installed = {"pytorch-triton-rocm": "3.6.0+git1"}
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert "triton 3.6.0+git1" in triton.backend().status
+    installed.clear()
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.5.0"))
+    assert triton.backend().status == "triton 3.5.0 is too old: expected 3.6 or newer"
+
+
+X = torch.zeros(100)
+TENSORS = (X, None, None, X, (X, X[4:]), X, X, None, None, None, None, None, None)
+SPECIALIZED = (48, 0, 0, 17, (16, 32), 0, 0, 0, 160, 256)
+OTHERS = (1, 2, 3)
+
+
+class Launches:
+    """Stands in for Triton's kernel: what was compiled, and how often each was launched."""
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.compiled.append((grid, arguments, options))
+            return self.Kernel(self.launched)
+
+        return run
+
+    class Kernel:
+        def __init__(self, launched):
+            self.launched = launched
+
+        def __getitem__(self, grid):
+            return lambda *arguments: self.launched.append((grid, arguments))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU as far as the launch needs one; ``capturing`` says whether its stream is."""
+    kernels = pytest.importorskip("fastguide.backends.triton_kernel")
+    state = types.SimpleNamespace(launches=Launches(), capturing=False)
+    monkeypatch.setattr(kernels, "step_kernel", state.launches)
+    monkeypatch.setattr(triton, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    return state
+
+
+def launch(tensors=TENSORS, specialized=SPECIALIZED, others=OTHERS, constants=(1, 2, True, True, False, 1024), index=0):
+    triton._launch(7, tensors, specialized, others, constants, torch.device("cuda", index))
+
+
+def changed(values, **at):
+    """With values in other places: ``changed(t, _3=x)``."""
+    return tuple(at.get(f"_{i}", value) for i, value in enumerate(values))
+
+
+SAME = {
+    "other numbers of no consequence": {"others": (16, 2**31 - 1, -5)},
+    "another tensor of the kind": {"tensors": changed(TENSORS, _0=torch.ones(100))},
+    "another multiple of 16": {"specialized": changed(SPECIALIZED, _0=32)},
+    "another number that is none": {"specialized": changed(SPECIALIZED, _3=18)},
+}
+ANOTHER = {
+    "dtype": {"tensors": changed(TENSORS, _0=X.half())},
+    "alignment": {"tensors": changed(TENSORS, _0=X[1:])},
+    "a prediction's alignment": {"tensors": changed(TENSORS, _4=(X, X[1:]))},
+    "an optional tensor": {"tensors": changed(TENSORS, _12=X)},
+    "a stride's divisibility": {"specialized": changed(SPECIALIZED, _0=47)},
+    "a stride of 1": {"specialized": changed(SPECIALIZED, _3=1)},
+    "a prediction's stride": {"specialized": changed(SPECIALIZED, _4=(16, 33))},
+    "a size of 64 bits": {"specialized": changed(SPECIALIZED, _8=2**31)},
+    "a number of 64 bits": {"others": (1, 2**31, 3)},
+    "constants": {"constants": (1, 2, True, True, False, 512)},
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_compiled_kernel_is_launched_with_the_same_arguments(gpu, name):
+    launch()
+    ((grid, arguments, options),) = gpu.launches.compiled
+    assert options == {"num_warps": 4, "enable_fp_fusion": False}
+    assert gpu.launches.launched == []
+    gpu.capturing = True
+    launch()
+    assert gpu.launches.launched == [(grid, arguments)]
+    launch(**SAME[name])
+    assert len(gpu.launches.launched) == 2
+    assert len(gpu.launches.compiled) == 1
+
+
+@pytest.mark.parametrize("name", ANOTHER)
+def test_what_triton_compiles_anew_is_refused_inside_a_capture(gpu, name):
+    launch()
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match="not compiled yet, and cannot be during a capture; run the step once"):
+        launch(**ANOTHER[name])
+    gpu.capturing = False
+    launch(**ANOTHER[name])
+    assert len(gpu.launches.compiled) == 2
+
+
+def test_amd_s_compiler_tells_large_tensors_apart(gpu, monkeypatch):
+    """Meta tensors have a size and no memory."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for elements in (2**29 - 1, 2**29):
+        for _ in range(2):
+            launch(changed(TENSORS, _0=torch.empty(elements, device="meta")))
+    assert len(gpu.launches.compiled) == len(gpu.launches.launched) == 2
+
+
+def test_another_gpu_has_kernels_of_its_own(gpu, monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        entered.append(wanted)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: wanted.index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launch()
+    launch(index=1)
+    assert entered == [torch.device("cuda", 1)]
+    assert len(gpu.launches.compiled) == 2
+
+
+def test_a_launch_that_failed_is_not_taken_for_a_compiled_one(gpu, monkeypatch):
+    kernels = pytest.importorskip("fastguide.backends.triton_kernel")
+    monkeypatch.setattr(kernels, "step_kernel", {})  # has no such grid
+    with pytest.raises(KeyError):
+        launch()
+    assert triton._compiled == {}

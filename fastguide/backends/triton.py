@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from ..checks import counted_layout
+from ..noise import SOURCES, torch_increment
 from ..ops import SCHEMA, Backend, guided_step_fake
 from ..table import ROW_COLUMNS
 
 FLOOR = (3, 6)
 """The oldest Triton that the tests have run with; torch 2.10 brings it."""
+
+DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "triton-windows")
+"""Names under which the package ``triton`` is installed."""
 
 WARPS = 4
 VECTOR = 8  # elements of a thread: 16 bytes of a 16-bit dtype
@@ -29,8 +33,14 @@ _library = torch.library.Library("fastguide", "FRAGMENT")
 _library.define("guided_step_triton" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("fastguide::guided_step_triton", guided_step_fake, lib=_library)
 
-_launched: set[tuple[Any, ...]] = set()
-"""Kinds of launches that have been compiled and loaded: others cannot be captured."""
+_NONE, _GIVEN, _TORCH_STREAM, _PORTABLE = range(len(SOURCES))
+
+OPTIONS = {"enable_fp_fusion": False}
+"""Of every compilation: products and sums are not joined, so that a step's bits do not depend on its variant, nor the
+portable stream's on the device."""
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""Triton's kernels by what each was compiled for. Triton finds them too, but takes longer than a small step."""
 
 
 def backend() -> Backend:
@@ -38,13 +48,24 @@ def backend() -> Backend:
     step = torch.ops.fastguide.guided_step_triton.default
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", step, (), "not installed: pip install triton")
-    version = importlib.metadata.version("triton")
+    version = _version()
     if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
         return Backend("triton", step, (), f"triton {version} is too old: expected {FLOOR[0]}.{FLOOR[1]} or newer")
     if INTERPRETED:
         return Backend("triton", step, ("cpu",), f"triton {version}, interpreted on the CPU (TRITON_INTERPRET=1)")
     # torch's stream on AMD is another one: there torch draws it.
     return Backend("triton", step, ("cuda",), f"triton {version}, on GPUs", torch_stream=torch.version.hip is None)
+
+
+def _version() -> str:
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import triton  # slower, and always right
+
+    return str(triton.__version__)
 
 
 def guided_step(
@@ -65,13 +86,12 @@ def guided_step(
     philox_threads: int,
 ) -> None:
     """Launch one step; the arguments are the operator's, and ``fastguide/ops.py`` has checked them."""
-    from . import triton_kernel as kernels
-
-    batch, size = sample.shape[0], sample.numel() // max(sample.shape[0], 1)
-    if batch * size == 0:
+    total, batch = sample.numel(), sample.shape[0]
+    if total == 0:
         return
-    tensors = (out, original, staged, sample, *predictions, gradient, variance, noise, rows)
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+    size = total // batch
+    floats = (out, original, staged, sample, *predictions, gradient, variance, noise, rows)
+    if torch.float64 in [tensor.dtype for tensor in floats if tensor is not None]:
         raise RuntimeError("sample: expected no float64 tensors in Triton; the native and reference backends take them")
     if rows.shape[1] != len(ROW_COLUMNS) or not rows.is_contiguous():
         raise RuntimeError(f"rows: expected shape (steps, {len(ROW_COLUMNS)}), contiguous, got {tuple(rows.shape)}")
@@ -79,31 +99,30 @@ def guided_step(
     if len(predictions) == 1 and count > 1:
         predictions = list(predictions[0].unflatten(0, (count, batch)).unbind(0))
 
-    kind, channels, block = kernels.NONE, 1, BLOCK
+    kind, channels, block = _NONE, 1, BLOCK
     seed = offset = (0, 0)
     increment, shared, state = 0, False, None
     if seeds is not None or philox is not None:
-        kind, channels = kernels.PORTABLE, _channels(sample)
+        kind, channels = _PORTABLE, _channels(sample)
     elif noise is not None:
-        kind = kernels.GIVEN
+        kind = _GIVEN
     if philox is not None:
-        kind = kernels.TORCH_STREAM
-        increment = ((batch * size - 1) // (philox_threads * 4) + 1) * 4
+        kind = _TORCH_STREAM
+        increment = torch_increment(total, philox_threads)
         if philox.numel() == 3:
             state = philox
         else:
             seed, offset = (_words(value) for value in philox.tolist())
         fitting = (b for b in (BLOCK, 512, 256) if size % b == 0 and philox_threads % b == 0)
         block = next(fitting, 0)
-        shared = bool(block) and channels == 1 and batch * size > philox_threads
+        shared = bool(block) and channels == 1 and total > philox_threads
         block = block if shared else _SMALL_BLOCK
     even = size % block == 0
+    programs = batch * -(-size // block)
     if shared:
-        programs = -(-batch * size // (philox_threads * 4)) * (philox_threads // block)
-    else:
-        programs = batch * -(-size // block)
+        programs = -(-total // (philox_threads * 4)) * (philox_threads // block)
 
-    arguments = (
+    tensors = (
         out,
         original,
         staged,
@@ -117,6 +136,8 @@ def guided_step(
         noise,
         seeds,
         state,
+    )
+    specialized = (
         _stride(out),
         _stride(original),
         _stride(staged),
@@ -125,6 +146,10 @@ def guided_step(
         _stride(gradient),
         _stride(variance),
         _stride(noise),
+        size,
+        philox_threads,
+    )
+    others = (
         weights.stride(0) if weights.shape[0] > 1 else 0,
         weights.stride(1) if weights.shape[1] > 1 else 0,
         indices.stride(0) if indices is not None and indices.dim() else 0,
@@ -133,54 +158,69 @@ def guided_step(
         rows.shape[0],
         staged.shape[0] // batch if staged is not None else 0,
         batch,
-        size,
         channels,
         *seed,
         *offset,
-        philox_threads,
         increment,
     )
-    constants = {
-        "NOISE": kind,
-        "K": len(predictions),
-        "EVEN": even,
-        "COUNTED": channels == 1,
-        "SHARED": shared,
-        "BLOCK": block,
-        "num_warps": block * WARPS // BLOCK,
-    }
-    if kind == kernels.PORTABLE:
-        constants["enable_fp_fusion"] = False  # or the stream's bits would not be the CPU's
-    if sample.device.type == "cuda":
-        _refuse_cold_capture(sample, arguments, constants)
-        with torch.cuda.device(sample.device):
-            kernels.step_kernel[(programs,)](*arguments, **constants)
-    else:
-        kernels.step_kernel[(programs,)](*arguments, **constants)
+    constants = (kind, len(predictions), even, channels == 1, shared, block)
+    _launch(programs, tensors, specialized, others, constants, sample.device)
 
 
-def _refuse_cold_capture(sample: Tensor, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Compiling and loading are not allowed while a stream is captured: the step must have run before."""
-    key = (sample.device, *(_specialization(a) for a in arguments), *constants.values())
-    if key in _launched:
+def _launch(
+    programs: int,
+    tensors: tuple[Any, ...],
+    specialized: tuple[Any, ...],
+    others: tuple[int, ...],
+    constants: tuple[Any, ...],
+    device: torch.device,
+) -> None:
+    """The kernel's parameters in their order: Triton compiles anew for other kinds of all but ``others``."""
+    arguments = (*tensors, *specialized, *others, *constants)
+    if device.type != "cuda":
+        _compile_and_launch(programs, arguments)
+        return
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(programs, tensors, specialized, others, constants, device)
+        return
+    key = kind_of_launch(device, tensors, specialized, others, constants)
+    kernel = _compiled.get(key)
+    if kernel is not None:
+        kernel[programs, 1, 1](*arguments)
         return
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend: the Triton kernel for these arguments is not compiled yet, and cannot be during a capture; run "
             "the step once before"
         )
-    _launched.add(key)
+    _compiled[key] = _compile_and_launch(programs, arguments)
 
 
-def _specialization(argument: Any) -> Any:
-    """What Triton compiles a kernel of its own for."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, tuple):
-        return tuple(_specialization(a) for a in argument)
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument >= 2**31
-    return argument
+def _compile_and_launch(programs: int, arguments: tuple[Any, ...]) -> Any:
+    from . import triton_kernel as kernels
+
+    warps = arguments[-1] * WARPS // BLOCK
+    return kernels.step_kernel[(programs, 1, 1)](*arguments, num_warps=warps, **OPTIONS)
+
+
+def kind_of_launch(
+    device: torch.device,
+    tensors: tuple[Any, ...],
+    specialized: tuple[Any, ...],
+    others: tuple[int, ...],
+    constants: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """All that Triton compiles a kernel of its own for."""
+    flat = [*tensors[:4], *tensors[4], *tensors[5:]]
+    key: list[Any] = [device, constants]
+    key += [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in flat]
+    if torch.version.hip is not None:  # there, also for tensors whose offsets fit 32 bits
+        key += [tensor is not None and tensor.untyped_storage().nbytes() < 2**31 for tensor in flat]
+    numbers = (*specialized[:4], *specialized[4], *specialized[5:])
+    key += [(n == 1) + 2 * (n % 16 == 0) + 4 * (n >= 2**31) for n in numbers]
+    key += [-(2**31) <= n < 2**31 for n in others]
+    return tuple(key)
 
 
 def _stride(tensor: Tensor | None) -> int:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from ..noise import SOURCES
 from ..table import ROW_COLUMNS
 
 # Triton runs this file in its interpreter, on the CPU: it has no libdevice.
@@ -29,11 +30,10 @@ LOGVAR_BASE = tl.constexpr(ROW_COLUMNS.index("logvar_base"))
 LOGVAR_SPAN = tl.constexpr(ROW_COLUMNS.index("logvar_span"))
 IN_SCALE = tl.constexpr(ROW_COLUMNS.index("in_scale"))
 
-# Where the noise comes from: csrc/arguments.h, enum class Noise.
-NONE = tl.constexpr(0)
-GIVEN = tl.constexpr(1)
-TORCH_STREAM = tl.constexpr(2)
-PORTABLE = tl.constexpr(3)
+NONE = tl.constexpr(SOURCES.index("none"))
+GIVEN = tl.constexpr(SOURCES.index("given"))
+TORCH_STREAM = tl.constexpr(SOURCES.index("torch_stream"))
+PORTABLE = tl.constexpr(SOURCES.index("portable"))
 
 
 @triton.jit
@@ -121,13 +121,19 @@ def _draw_portable(seed, step, first, size, channels, COUNTED: tl.constexpr, BLO
 
 
 @triton.jit
-def _draw_torch(seed, offset, call, thread):
-    """The four values of one call in one thread of torch's kernel."""
+def _torch_call(seed, offset, call, thread):
+    """The four words of one call in one thread of torch's kernel."""
     counter = (offset >> 2) + call
     zero = thread * 0
-    words = tl.philox(
+    return tl.philox(
         seed, zero + counter.to(tl.uint32), zero + (counter >> 32).to(tl.uint32), thread, zero, n_rounds=10
     )
+
+
+@triton.jit
+def _draw_torch(seed, offset, call, thread):
+    """And the four values that are made of them."""
+    words = _torch_call(seed, offset, call, thread)
     z0, z1 = _torch_normals(words[0], words[1])
     z2, z3 = _torch_normals(words[2], words[3])
     return z0, z1, z2, z3
@@ -224,14 +230,18 @@ def _row_of(sample, index, indices, indices_stride, steps):
     return tl.where(in_table, row, 0), in_table
 
 
-# These change from call to call; a kernel of their own for 1 or for multiples of 16 gains nothing.
-@triton.jit(do_not_specialize=["index", "steps", "seed_low", "seed_high", "offset_low", "offset_high", "increment"])
+# Others than these decide how wide the accesses are; a kernel of their own for 1 or for multiples of 16 gains nothing.
+_NOT_SPECIALIZED = ["weights_step_stride", "weights_batch_stride", "indices_stride", "seeds_stride", "index", "steps"]
+_NOT_SPECIALIZED += ["copies", "batch", "channels", "seed_low", "seed_high", "offset_low", "offset_high", "increment"]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def step_kernel(
     out, original, staged, x, predictions, rows, weights, indices, gradient, variance, noise, seeds, state,
     out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
-    noise_stride, weights_step_stride, weights_batch_stride, indices_stride, seeds_stride,
-    index, steps, copies, batch, size, channels,
-    seed_low, seed_high, offset_low, offset_high, threads, increment,
+    noise_stride, size, threads,
+    weights_step_stride, weights_batch_stride, indices_stride, seeds_stride, index, steps, copies, batch, channels,
+    seed_low, seed_high, offset_low, offset_high, increment,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -269,7 +279,7 @@ def step_kernel(
                     sample, tl.multiple_of(element % size, BLOCK), size, row, in_table, z, NOISE, K, True, BLOCK,
                 )  # fmt: skip
     else:
-        tiles = tl.cdiv(size, BLOCK)
+        tiles = (size - 1) // BLOCK + 1  # tl.cdiv adds first, which overflows near 2^31
         sample = (tl.program_id(0) // tiles).to(tl.int64)
         first = (tl.program_id(0) % tiles) * BLOCK
         row, in_table = _row_of(sample, index, indices, indices_stride, steps)
@@ -281,10 +291,10 @@ def step_kernel(
             place = _counted(first + tl.arange(0, BLOCK), channels, size, COUNTED)
             element = (sample * size).to(tl.uint32) + place.to(tl.uint32)
             dealt = element // threads.to(tl.uint32)
-            values = _draw_torch(seed, offset, (dealt // 4).to(tl.uint64), element % threads.to(tl.uint32))
-            low = tl.where(dealt % 2 == 0, values[0], values[1])
-            high = tl.where(dealt % 2 == 0, values[2], values[3])
-            z = tl.where(dealt % 4 < 2, low, high).to(x.dtype.element_ty).to(tl.float32)
+            words = _torch_call(seed, offset, (dealt // 4).to(tl.uint64), element % threads.to(tl.uint32))
+            low = dealt % 4 < 2
+            z0, z1 = _torch_normals(tl.where(low, words[0], words[2]), tl.where(low, words[1], words[3]))
+            z = tl.where(dealt % 2 == 0, z0, z1).to(x.dtype.element_ty).to(tl.float32)
         _step_tile(
             out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
             out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride,

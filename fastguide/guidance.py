@@ -52,7 +52,13 @@ class Guidance:
         """The weights on a device, float32 or float64; kept, so that only the first call moves anything."""
         weights = self._weights.get((device, dtype))
         if weights is None:
-            weights = self._weights[device, dtype] = self._source.to(device, dtype)
+            if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"guidance: its weights are not on {device} yet, and cannot be copied there during a capture; run "
+                    "the step once before, or give the scale as a tensor there"
+                )
+            # The host does not wait: torch has read the few numbers when this returns.
+            weights = self._weights[device, dtype] = self._source.to(dtype).to(device, non_blocking=True)
         return weights
 
     def __add__(self, other: Guidance) -> Guidance:

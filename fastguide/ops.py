@@ -205,7 +205,7 @@ def guided_step(
         noise = generator = seeds = None
 
     compiling = torch.compiler.is_compiling()
-    if compiling and isinstance(generator, torch.Generator):
+    if compiling and generator is not None:
         raise ValueError("generator: torch.compile takes none; expected noise= or seeds=")
     apart = out is None  # whether the output shares no memory with an input: then noise may be drawn into it
     if out is None:

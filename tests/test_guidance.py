@@ -166,3 +166,9 @@ def test_gradient_scale_0_leaves_the_step_alone(backend, generator):
             TABLES["ddpm"], 3, x, [p], Classifier(None, 0.0, form), gradient=g, noise=z, backend=backend
         )
         torch.testing.assert_close(guided, plain)
+
+
+def test_weights_are_not_copied_to_a_gpu_within_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"guidance: its weights are not on cuda:0 yet, .* run the step once before"):
+        fastguide.ClassifierFree(7.5).weights(torch.device("cuda", 0), torch.float32)

@@ -208,12 +208,13 @@ def test_int_index_as_an_argument_stops_recompiling(name, counter, generator):
     assert len(counter.graphs) <= 3
 
 
-def test_generator_is_refused_with_words_under_compile(counter, generator):
+@pytest.mark.parametrize("source", [torch.default_generator, fastguide.DeviceGenerator(1, device="cpu")], ids=repr)
+def test_generators_are_refused_with_words_under_compile(counter, source):
     table = TABLES["ddpm"]
     x = torch.randn(2, 3)
 
     def step(x):
-        return fastguide.guided_step(table, 0, x, [x], generator=torch.default_generator)
+        return fastguide.guided_step(table, 0, x, [x], generator=source)
 
     with pytest.raises(Exception, match=r"generator: torch\.compile takes none; expected noise="):
         torch.compile(step, fullgraph=True, backend=counter)(x)

@@ -9,7 +9,14 @@ from fastguide.ops import BACKENDS
 
 from .workloads import SCHEDULE
 
-SHAPES = [(1, 5), (2, 3, 17, 19), (2, 4, 32, 32), (3, 1, 1031)]
+SHAPES = [
+    (1, 5),
+    (2, 3, 17, 19),
+    (2, 4, 32, 32),
+    (3, 1, 1031),
+    (2, 4, 256, 256),  # these two are beyond one grid of torch's kernel: as vectors, and
+    (3, 5, 191, 193),  # one by one
+]
 
 
 def cases(device: str) -> int:

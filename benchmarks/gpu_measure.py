@@ -65,6 +65,7 @@ class GpuStep:
 
     def compiled(self) -> Callable[[], object]:
         """The formula under torch.compile into ``out``; noise, where the step draws it, by torch.randn_like."""
+        torch._dynamo.reset()  # or the eighth of these, a function of the same code, would run eagerly
         noisy, drawn = self.noise != "none", self.noise in ("torch", "portable")
         formula, given, out = formula_of(noisy), self.given, self.out
         row = self.table.device_rows(None, torch.float32)[STEP].clone()

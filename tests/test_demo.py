@@ -7,11 +7,15 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from fastguide import cli
-from fastguide.demo import digits, methods, weights
-from fastguide.demo import run as demo_run
+for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
+    pytest.importorskip(package)
+
+from safetensors.torch import load_file  # noqa: E402
+
+from fastguide import cli  # noqa: E402
+from fastguide.demo import digits, methods, weights  # noqa: E402
+from fastguide.demo import run as demo_run  # noqa: E402
 
 
 @pytest.fixture

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import diffusers
 import pytest
 import torch
 from textbook import ddim_step, ddpm_step
 
 import fastguide
+
+diffusers = pytest.importorskip("diffusers")
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 20

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import TABLES
@@ -156,6 +159,8 @@ def test_a_step_is_one_launch_and_waits_for_nothing(gpu_backend, noise):
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
+        guidance = fastguide.ClassifierFree(3.0)  # whose weights have yet to be copied
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -182,7 +187,7 @@ def test_a_captured_step_is_right_at_every_replay(gpu_backend, noise):
         guidance.weights(torch.device("cuda", 0), torch.float32)[:, :, 1] = float(at)
         i.sample.normal_()
         graph.replay()
-        expected = step(at, fastguide.ClassifierFree(float(at)), **reference_source)
+        expected = step(torch.tensor(at, device="cuda"), fastguide.ClassifierFree(float(at)), **reference_source)
         assert torch.equal(out, expected)
 
 
@@ -218,12 +223,42 @@ def test_triton_refuses_to_compile_inside_a_capture():
 
     if not BACKENDS["triton"].serves("cuda"):
         pytest.skip(BACKENDS["triton"].status)
-    triton._launched.clear()
+    triton._compiled.clear()
     x = torch.zeros(2, 71, device="cuda")
     table = pure_noise()
-    fastguide.guided_step(table, 0, x, [], noise=x)
+    fastguide.guided_step(table, 0, x, [], noise=x, backend="reference")  # copies the weights
     with pytest.raises(RuntimeError, match="not compiled yet"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         fastguide.guided_step(table, 0, x, [], noise=x, backend="triton")
+
+
+FIRST_STEP_CAPTURED = """
+import torch, fastguide
+x = torch.randn(2, 71, device="cuda")
+table = fastguide.ddim(fastguide.NoiseSchedule.linear(), 10).to("cuda")
+expected = fastguide.guided_step(table, 3, x, [x], backend="reference")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    out = fastguide.guided_step(table, 3, x, [x], backend="native")
+graph.replay()
+torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_the_first_native_step_may_be_captured():
+    """The CUDA kernels are loaded within the capture, then."""
+    if not BACKENDS["native"].serves("cuda"):
+        pytest.skip(BACKENDS["native"].status)
+    result = subprocess.run([sys.executable, "-c", FIRST_STEP_CAPTURED], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_weights_that_are_not_on_the_gpu_are_refused_inside_a_capture(gpu_backend):
+    x = torch.zeros(2, 70, device="cuda")
+    table, guidance = pure_noise(), fastguide.ClassifierFree(3.0)
+    fastguide.guided_step(table, 0, x, [x, x], fastguide.ClassifierFree(2.0), noise=x, backend=gpu_backend)
+    refused = pytest.raises(RuntimeError, match="guidance: its weights are not on cuda:0 yet")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fastguide.guided_step(table, 0, x, [x, x], guidance, noise=x, backend=gpu_backend)
 
 
 def test_an_index_outside_of_the_table_makes_its_sample_nan(gpu_backend):
@@ -234,29 +269,34 @@ def test_an_index_outside_of_the_table_makes_its_sample_nan(gpu_backend):
     assert out[::2].isfinite().all()
 
 
+NOISE_ARGUMENTS = {  # noise, seeds, philox, philox_threads
+    "given": lambda i: (i.noise, None, None, 0),
+    "seeds": lambda i: (None, torch.tensor([3, 4], device="cuda"), None, 0),
+    "torch's": lambda i: (None, None, torch.tensor([3, 4]), 256),
+    "torch's on the device": lambda i: (None, None, fastguide.DeviceGenerator(3).state, 256),
+}
+
+
 @pytest.mark.parametrize("name", ["ddim", "ddpm learned"])
+@pytest.mark.parametrize("noise", NOISE_ARGUMENTS)
 @pytest.mark.parametrize("operator", ["guided_step", "guided_step_triton"])
-def test_opcheck(operator, name):
+def test_opcheck(operator, noise, name):
     if operator == "guided_step_triton" and not BACKENDS["triton"].serves("cuda"):
         pytest.skip(BACKENDS["triton"].status)
     table, i, guidance = on_gpu(name, (2, 3, 40), form="mean" if "ddpm" in name else None)
-    form = guidance.form
     arguments = (
         torch.empty_like(i.sample),
-        None,
+        torch.empty_like(i.sample),
         torch.empty(4, 3, 40, device="cuda", dtype=torch.float16),
         i.sample,
         i.predictions,
-        table.device_rows(form, torch.float32),
+        table.device_rows(guidance.form, torch.float32),
         guidance.weights(i.sample.device, torch.float32),
         3,
         None,
         i.gradient,
         i.variance,
-        i.noise,
-        None,
-        None,
-        0,
+        *NOISE_ARGUMENTS[noise](i),
     )
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.fastguide, operator).default, arguments, test_utils=tests)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 
 from fastguide import NoiseSchedule
+
+diffusers = pytest.importorskip("diffusers")
 
 
 def test_linear_and_scaled_linear_and_sigmoid_betas():

@@ -35,7 +35,8 @@ TORCH_STREAM = ("torch's noise, one by one", "torch's noise, shared")
 def compiled(target, *, NOISE, K=2, EVEN=True, SHARED=False, state="fp32", model="bf16", optional=()):  # noqa: N803
     """The kernel for aligned tensors whose strides are multiples of 16, as Triton's own launcher would ask for it."""
     block = backend.VECTOR * backend.WARPS * target.warp_size
-    constants = {"NOISE": NOISE, "K": K, "EVEN": EVEN, "COUNTED": True, "SHARED": SHARED, "BLOCK": block}
+    constants = {"NOISE": NOISE, "K": K, "EVEN": EVEN, "COUNTED": True, "SHARED": SHARED}
+    constants |= {"PTX": target.backend == "cuda", "BLOCK": block}
     pointers = {"out": state, "x": state, "rows": "fp32", "weights": "fp32", "indices": "i64"}
     dtypes = {"original": state, "staged": model, "gradient": model, "variance": model, "noise": state, "seeds": "i64"}
     source = {kernels.GIVEN.value: ["noise"], kernels.PORTABLE.value: ["seeds"]}.get(NOISE, [])

@@ -154,6 +154,7 @@ X = torch.zeros(100)
 TENSORS = (X, None, None, X, (X, X[4:]), X, X, None, None, None, None, None, None)
 SPECIALIZED = (48, 0, 0, 17, (16, 32), 0, 0, 0, 160, 256)
 OTHERS = (1, 2, 3)
+CONSTANTS = (1, 2, True, True, False, True, 1024)
 
 
 class Launches:
@@ -189,7 +190,7 @@ def gpu(monkeypatch):
     return state
 
 
-def launch(tensors=TENSORS, specialized=SPECIALIZED, others=OTHERS, constants=(1, 2, True, True, False, 1024), index=0):
+def launch(tensors=TENSORS, specialized=SPECIALIZED, others=OTHERS, constants=CONSTANTS, index=0):
     triton._launch(7, tensors, specialized, others, constants, torch.device("cuda", index))
 
 
@@ -214,7 +215,7 @@ ANOTHER = {
     "a prediction's stride": {"specialized": changed(SPECIALIZED, _4=(16, 33))},
     "a size of 64 bits": {"specialized": changed(SPECIALIZED, _8=2**31)},
     "a number of 64 bits": {"others": (1, 2**31, 3)},
-    "constants": {"constants": (1, 2, True, True, False, 512)},
+    "constants": {"constants": (*CONSTANTS[:-1], 512)},
 }
 
 

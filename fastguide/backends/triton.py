@@ -29,6 +29,8 @@ _SMALL_BLOCK = 256  # where noise is drawn one element at a time, of small tenso
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton runs kernels in its interpreter, on the CPU: for debugging and tests."""
 
+_PTX = torch.version.hip is None and not INTERPRETED
+
 _library = torch.library.Library("fastguide", "FRAGMENT")
 _library.define("guided_step_triton" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("fastguide::guided_step_triton", guided_step_fake, lib=_library)
@@ -163,7 +165,7 @@ def guided_step(
         *offset,
         increment,
     )
-    constants = (kind, len(predictions), even, channels == 1, shared, block)
+    constants = (kind, len(predictions), even, channels == 1, shared, _PTX, block)
     _launch(programs, tensors, specialized, others, constants, sample.device)
 
 

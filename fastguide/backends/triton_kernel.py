@@ -37,6 +37,15 @@ PORTABLE = tl.constexpr(SOURCES.index("portable"))
 
 
 @triton.jit
+def _add(a, b, PTX: tl.constexpr):
+    """Rounded on its own: ptxas up to 13.0 joins products and sums that LLVM has packed in pairs, whatever it is told."""
+    if PTX:
+        return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
+    else:
+        return a + b
+
+
+@triton.jit
 def _exp(x):
     """To 1 or 2 units in the last place; tl.exp is the hardware's approximation."""
     return tl.exp(x) if _INTERPRETED else libdevice.exp(x)
@@ -57,28 +66,28 @@ def _torch_normals(a, b):
 
 
 @triton.jit
-def _portable_normals(a, b):
-    """portable_normal in csrc/philox.h: the same bits, if nothing is contracted (enable_fp_fusion=False)."""
-    u = a.to(tl.float32) * 2.3283064e-10 + 1.1641532e-10
+def _portable_normals(a, b, PTX: tl.constexpr):
+    """portable_normal in csrc/philox.h: the same bits, as nothing is contracted."""
+    u = _add(a.to(tl.float32) * 2.3283064e-10, 1.1641532e-10, PTX)
     shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
     exponent = (shifted >> 23).to(tl.float32)
-    f = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    p = f * 0.20164758 + -0.32361004
-    p = p * f + 0.34486449
-    p = p * f + -0.39813766
-    p = p * f + 0.49942458
-    p = p * f + -0.66669428
-    p = p * f + 1.0000064
-    radius = tl.sqrt_rn(exponent * -1.3862944 + (f * -2.0 + f * f * p))
+    f = _add(((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True), -1.0, PTX)
+    p = _add(f * 0.20164758, -0.32361004, PTX)
+    p = _add(p * f, 0.34486449, PTX)
+    p = _add(p * f, -0.39813766, PTX)
+    p = _add(p * f, 0.49942458, PTX)
+    p = _add(p * f, -0.66669428, PTX)
+    p = _add(p * f, 1.0000064, PTX)
+    radius = tl.sqrt_rn(_add(exponent * -1.3862944, _add(f * -2.0, f * f * p, PTX), PTX))
     quarter = ((b + 0x20000000) >> 30).to(tl.int32)
     y = (b.to(tl.int32, bitcast=True) - (quarter << 30)).to(tl.float32) * 1.8626451e-09
     y2 = y * y
-    sine = y2 * -3.5950452e-05 + 0.0024900010
-    sine = sine * y2 + -0.080745436
-    sine = (sine * y2 + 0.78539819) * y
-    cosine = y2 * -0.00031902004 + 0.015850201
-    cosine = cosine * y2 + -0.30842441
-    cosine = cosine * y2 + 1.0
+    sine = _add(y2 * -3.5950452e-05, 0.0024900010, PTX)
+    sine = _add(sine * y2, -0.080745436, PTX)
+    sine = _add(sine * y2, 0.78539819, PTX) * y
+    cosine = _add(y2 * -0.00031902004, 0.015850201, PTX)
+    cosine = _add(cosine * y2, -0.30842441, PTX)
+    cosine = _add(cosine * y2, 1.0, PTX)
     odd = (quarter & 1) != 0
     first = tl.where(odd, sine, cosine)
     second = tl.where(odd, cosine, sine)
@@ -102,21 +111,23 @@ def _word64(low, high):
 
 
 @triton.jit
-def _draw_portable(seed, step, first, size, channels, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
+def _draw_portable(
+    seed, step, first, size, channels, COUNTED: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
     """The values of a tile that begins at the element `first` of its sample."""
     step = step.to(tl.uint32)
     zero = step * 0
     if COUNTED:
         call = first // 4 + tl.arange(0, BLOCK // 4)
         words = tl.philox(seed, call.to(tl.uint32), (call.to(tl.int64) >> 32).to(tl.uint32), step, zero, n_rounds=10)
-        z0, z1 = _portable_normals(words[0], words[1])
-        z2, z3 = _portable_normals(words[2], words[3])
+        z0, z1 = _portable_normals(words[0], words[1], PTX)
+        z2, z3 = _portable_normals(words[2], words[3], PTX)
         return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
     element = _counted(first + tl.arange(0, BLOCK), channels, size, COUNTED)
     call = element // 4
     words = tl.philox(seed, call.to(tl.uint32), (call.to(tl.int64) >> 32).to(tl.uint32), step, zero, n_rounds=10)
     low = element % 4 < 2
-    z0, z1 = _portable_normals(tl.where(low, words[0], words[2]), tl.where(low, words[1], words[3]))
+    z0, z1 = _portable_normals(tl.where(low, words[0], words[2]), tl.where(low, words[1], words[3]), PTX)
     return tl.where(element % 2 == 0, z0, z1)
 
 
@@ -164,7 +175,7 @@ def _step_tile(
     out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
     out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
     noise_stride, weights_step_stride, weights_batch_stride, copies, batch, sample, first, size, row, in_table, z,
-    NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """csrc/step.h on the elements first .. first + BLOCK of a sample; z is the noise, unless it is given."""
     inside = tl.arange(0, BLOCK) < size - first
@@ -177,35 +188,36 @@ def _step_tile(
         guided = tl.load(w) * p0
         for k in tl.static_range(1, K):
             p = _load(_place(predictions[k], prediction_strides[k], sample, first, BLOCK), inside, EVEN)
-            guided += tl.load(w + k) * (p - p0)
+            guided = _add(guided, tl.load(w + k) * (p - p0), PTX)
     if NOISE == GIVEN:
         z = _load(_place(noise, noise_stride, sample, first, BLOCK), inside, EVEN)
 
     r = rows + row * NUM_COLUMNS
-    x0 = tl.load(r + X0_SAMPLE) * values + tl.load(r + X0_PRED) * guided
+    x0 = _add(tl.load(r + X0_SAMPLE) * values, tl.load(r + X0_PRED) * guided, PTX)
     if gradient is not None:
         scale = tl.load(w + (K if K > 0 else 1))
         g = scale * _load(_place(gradient, gradient_stride, sample, first, BLOCK), inside, EVEN)
-        x0 += tl.load(r + X0_GRAD) * g
+        x0 = _add(x0, tl.load(r + X0_GRAD) * g, PTX)
     x0 *= tl.load(r + X0_SCALE)  # after the cancellation of sample and prediction, not before
     clip = tl.load(r + CLIP)
     x0 = tl.where(-clip > x0, -clip, x0)  # comparisons in this order let NaN through
     x0 = tl.where(clip < x0, clip, x0)
 
-    result = tl.load(r + OUT_X0) * x0 + tl.load(r + OUT_SAMPLE) * values + tl.load(r + OUT_PRED) * guided
+    result = _add(tl.load(r + OUT_X0) * x0, tl.load(r + OUT_SAMPLE) * values, PTX)
+    result = _add(result, tl.load(r + OUT_PRED) * guided, PTX)
     shift, deviation = tl.load(r + OUT_GRAD), tl.load(r + OUT_NOISE)
     if variance is not None:
         v = _load(_place(variance, variance_stride, sample, first, BLOCK), inside, EVEN)
-        log_variance = tl.load(r + LOGVAR_BASE) + tl.load(r + LOGVAR_SPAN) * v
+        log_variance = _add(tl.load(r + LOGVAR_BASE), tl.load(r + LOGVAR_SPAN) * v, PTX)
         if gradient is not None:
-            result += (shift + tl.load(r + OUT_VAR_GRAD) * _exp(log_variance)) * g
+            result = _add(result, _add(shift, tl.load(r + OUT_VAR_GRAD) * _exp(log_variance), PTX) * g, PTX)
         if NOISE != NONE:
-            result += deviation * _exp(0.5 * log_variance) * z
+            result = _add(result, deviation * _exp(0.5 * log_variance) * z, PTX)
     else:
         if gradient is not None:
-            result += shift * g
+            result = _add(result, shift * g, PTX)
         if NOISE != NONE:
-            result += deviation * z
+            result = _add(result, deviation * z, PTX)
 
     result = tl.where(in_table, result, float("nan"))
     _store(_place(out, out_stride, sample, first, BLOCK), result, inside, EVEN)
@@ -243,7 +255,7 @@ def step_kernel(
     weights_step_stride, weights_batch_stride, indices_stride, seeds_stride, index, steps, copies, batch, channels,
     seed_low, seed_high, offset_low, offset_high, increment,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One step; a program computes a tile of one sample.
 
@@ -251,6 +263,7 @@ def step_kernel(
     else seed and offset come as words. COUNTED: elements are counted as they lie in memory, and channels is not read.
     SHARED: the torch stream for tensors larger than torch's grid; a program computes the four tiles, threads elements
     apart, whose values come of the same calls. size and threads are then multiples of BLOCK.
+    PTX: for NVIDIA.
     """
     if NOISE == TORCH_STREAM:
         if state is None:
@@ -276,7 +289,7 @@ def step_kernel(
                     out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
                     out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride,
                     variance_stride, noise_stride, weights_step_stride, weights_batch_stride, copies, batch,
-                    sample, tl.multiple_of(element % size, BLOCK), size, row, in_table, z, NOISE, K, True, BLOCK,
+                    sample, tl.multiple_of(element % size, BLOCK), size, row, in_table, z, NOISE, K, True, PTX, BLOCK,
                 )  # fmt: skip
     else:
         tiles = (size - 1) // BLOCK + 1  # tl.cdiv adds first, which overflows near 2^31
@@ -286,7 +299,7 @@ def step_kernel(
         z = tl.zeros((BLOCK,), tl.float32)
         if NOISE == PORTABLE:
             sample_seed = tl.load(seeds + sample * seeds_stride).to(tl.uint64, bitcast=True)
-            z = _draw_portable(sample_seed, row, first, size, channels, COUNTED, BLOCK)
+            z = _draw_portable(sample_seed, row, first, size, channels, COUNTED, BLOCK, PTX)
         if NOISE == TORCH_STREAM:
             place = _counted(first + tl.arange(0, BLOCK), channels, size, COUNTED)
             element = (sample * size).to(tl.uint32) + place.to(tl.uint32)
@@ -299,7 +312,7 @@ def step_kernel(
             out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
             out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride,
             variance_stride, noise_stride, weights_step_stride, weights_batch_stride, copies, batch,
-            sample, first, size, row, in_table, z, NOISE, K, EVEN, BLOCK,
+            sample, first, size, row, in_table, z, NOISE, K, EVEN, PTX, BLOCK,
         )  # fmt: skip
 
     if state is not None:

@@ -36,6 +36,15 @@ def fastguide_out(w: Workload) -> Call:
     )
 
 
+def fastguide_seeds(w: Workload) -> Call:
+    """The same, with the portable stream's noise: made inside of the kernel, one seed a sample."""
+    guidance, seeds = fastguide.ClassifierFree(GUIDANCE_SCALE), torch.arange(w.shape[0])
+    out = torch.empty_like(w.sample)
+    return lambda: fastguide.guided_step(
+        w.table, STEP, w.sample, [w.uncond, w.cond], guidance, seeds=seeds, out=out, backend="native"
+    )
+
+
 def diffusers_step(w: Workload) -> Call:
     """diffusers' scheduler.step behind the pipelines' guidance."""
     betas = 1 - SCHEDULE.alphas_cumprod / torch.cat([torch.ones(1).double(), SCHEDULE.alphas_cumprod[:-1]])
@@ -93,11 +102,17 @@ def torch_compiled_out(w: Workload) -> Call:
 CONTENDERS = {
     "fastguide": fastguide_step,
     "fastguide out": fastguide_out,
+    "fastguide out, seeds": fastguide_seeds,
     "diffusers": diffusers_step,
     "torch eager": torch_eager,
     "torch.compile": torch_compiled,
     "torch.compile out": torch_compiled_out,
 }
+
+
+def contenders(w: Workload) -> list[str]:
+    """Those that differ on a workload: seeds do where noise is drawn."""
+    return [name for name in CONTENDERS if w.table.adds_noise[STEP] or not name.endswith("seeds")]
 
 
 def copy_ceiling(w: Workload) -> Call:
@@ -121,6 +136,8 @@ def check(w: Workload, name: str) -> None:
     if w.table.adds_noise[STEP] and name == "diffusers":
         # diffusers draws in the dtype of the model's output
         noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(0), dtype=w.dtype).double()
+    if name.endswith("seeds"):
+        noise = fastguide.portable_noise(torch.arange(w.shape[0]), w.shape, step=STEP).double()
     c = {key: values[STEP] for key, values in w.table.coefficients().items()}
     m = uncond + GUIDANCE_SCALE * (cond - uncond)
     x0 = c["x0_scale"] * (c["x0_sample"] * x + c["x0_pred"] * m)

@@ -47,5 +47,6 @@ WORKLOADS = {  # made when they are timed, as the large ones fill hundreds of me
     "small": lambda: Workload("ddim", (1, 4, 64, 64)),
     "small, with noise": lambda: Workload("ddpm", (1, 4, 64, 64)),
     "large": lambda: Workload("ddim", (64, 3, 256, 256)),
+    "large, with noise": lambda: Workload("ddpm", (64, 3, 256, 256)),
     "large, bfloat16 model": lambda: Workload("ddim", (64, 3, 256, 256), torch.bfloat16),
 }

@@ -38,7 +38,7 @@ PORTABLE = tl.constexpr(SOURCES.index("portable"))
 
 @triton.jit
 def _add(a, b, PTX: tl.constexpr):
-    """Rounded on its own: ptxas up to 13.0 joins products and sums that LLVM has packed in pairs, whatever it is told."""
+    """Rounded on its own: ptxas up to 13.0 joins products and sums that LLVM packed in pairs, whatever it is told."""
     if PTX:
         return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
     else:

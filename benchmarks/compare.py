@@ -35,6 +35,7 @@ def processor() -> str:
 
 def measure(workload: Workload, seconds: float) -> dict[str, float]:
     """Median microseconds of every contender and ceiling. In turns: a busy neighbour slows all of them alike."""
+    torch._dynamo.reset()  # or the formula would reach the limit of recompilations
     calls = {}
     for name in contenders(workload):
         check(workload, name)

@@ -42,7 +42,7 @@ def measure(workload: Workload, seconds: float) -> dict[str, float]:
         calls[name] = CONTENDERS[name](workload)
     calls["copy_ of the same bytes"] = copy_ceiling(workload)
     if workload.table.adds_noise_anywhere:
-        calls["torch.randn alone"] = randn_ceiling(workload)
+        calls["torch's noise alone"] = randn_ceiling(workload)
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         for call in calls.values():

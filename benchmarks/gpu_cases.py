@@ -1,11 +1,15 @@
-"""A few steps of every kind on a GPU, checked against the reference: small enough to run under compute-sanitizer."""
+"""A few steps of every kind on a GPU, checked against the reference: small enough to run under compute-sanitizer.
+
+python -m benchmarks.gpu_cases native
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
 import fastguide
-from fastguide.ops import BACKENDS
 
 from .workloads import SCHEDULE
 
@@ -19,21 +23,17 @@ SHAPES = [
 ]
 
 
-def cases(device: str) -> int:
+def cases(backend: str, device: str) -> int:
     """Run them; returns how many."""
     guidances = [None, fastguide.ClassifierFree(3.0), fastguide.Composed([2.0, -1.0]) + fastguide.Classifier(None, 1.0)]
     ran = 0
-    for backend in ("native", "triton"):
-        if not BACKENDS[backend].serves(device):
-            print(f"{backend}: {BACKENDS[backend].status}")
-            continue
-        for table in (fastguide.ddim(SCHEDULE, 10), fastguide.ddpm(SCHEDULE, 10, variance_type="learned_range")):
-            there = table.to(device)
-            for shape in SHAPES:
-                for dtype in (torch.float32, torch.bfloat16):
-                    for guidance in guidances:
-                        step(there, shape, dtype, guidance, backend, device)
-                        ran += 1
+    for table in (fastguide.ddim(SCHEDULE, 10), fastguide.ddpm(SCHEDULE, 10, variance_type="learned_range")):
+        there = table.to(device)
+        for shape in SHAPES:
+            for dtype in (torch.float32, torch.bfloat16):
+                for guidance in guidances:
+                    step(there, shape, dtype, guidance, backend, device)
+                    ran += 1
     return ran
 
 
@@ -92,6 +92,6 @@ def step(
 
 
 if __name__ == "__main__":
-    count = cases("cuda")
+    count = cases(sys.argv[1], "cuda")
     torch.cuda.synchronize()
     print(f"{count} cases")

@@ -65,7 +65,7 @@ class GpuStep:
 
     def compiled(self) -> Callable[[], object]:
         """The formula under torch.compile into ``out``; noise, where the step draws it, by torch.randn_like."""
-        torch._dynamo.reset()  # or the eighth of these, a function of the same code, would run eagerly
+        torch._dynamo.reset()  # or the formula would reach the limit of recompilations
         noisy, drawn = self.noise != "none", self.noise in ("torch", "portable")
         formula, given, out = formula_of(noisy), self.given, self.out
         row = self.table.device_rows(None, torch.float32)[STEP].clone()
@@ -135,26 +135,41 @@ def backends() -> list[str]:
     return [name for name in ("native", "triton") if BACKENDS[name].serves("cuda")]
 
 
+class Times(dict[str, float]):
+    """Microseconds by contender; one that raises is noted in ``errors``, and the others go on."""
+
+    def __init__(self, calls: dict[str, Callable[[], object]], measure: Callable[[Callable[[], object]], float]):
+        self.errors: dict[str, str] = {}
+        for name, call in calls.items():
+            try:
+                self[name] = measure(call)
+            except Exception as error:  # whatever a compiler or a capture may raise: it is in the record
+                self.errors[name] = f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def contenders(s: GpuStep) -> dict[str, Callable[[], object]]:
+    """Ours, torch.compile, and, of a step without noise, plain Triton."""
+    calls = {name: s.fastguide(name) for name in backends()}
+    calls["torch.compile"] = s.compiled()
+    plain = plain_triton(s) if s.noise == "none" else None
+    return calls if plain is None else calls | {"plain triton": plain}
+
+
 def measure_large() -> Iterator[dict[str, object]]:
     """Share of the copy's bandwidth at more than 256 MB of traffic."""
     for state, model in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2):
         for noise in NOISES:
             ceiling = copy_rate()
             s = GpuStep(LARGE, state, model, noise)
-            calls = {name: s.fastguide(name) for name in backends()}
-            calls["torch.compile"] = s.compiled()
-            plain = plain_triton(s) if noise == "none" else None
-            if plain is not None:
-                calls["plain triton"] = plain
-            times = {name: gpu_microseconds(call, 5) for name, call in calls.items()}
+            times = Times(contenders(s), lambda call: gpu_microseconds(call, 5))
             yield {
-                "state": str(state),
-                "model": str(model),
+                "name": f"large {LARGE}, state {state}, model {model}, noise {noise}",
                 "noise": noise,
                 "bytes": s.bytes,
                 "copy_gb_per_s": ceiling,
                 "microseconds": times,
                 "share_of_copy": {name: s.bytes / t / 1e3 / ceiling for name, t in times.items()},
+                "errors": times.errors,
             }
 
 
@@ -163,11 +178,15 @@ def measure_small() -> Iterator[dict[str, object]]:
     for shape in SMALL:
         for noise in NOISES:
             s = GpuStep(shape, torch.float32, torch.bfloat16, noise)
-            calls = {name: s.fastguide(name) for name in backends()}
-            calls["torch.compile"] = s.compiled()
-            times = {name: gpu_microseconds(call, 50) for name, call in calls.items()}
-            hosts: dict[str, float] = {name: host_microseconds(call) for name, call in calls.items()}
-            yield {"shape": shape, "noise": noise, "gpu_microseconds": times, "host_microseconds": hosts}
+            calls = contenders(s)
+            times, hosts = Times(calls, lambda call: gpu_microseconds(call, 50)), Times(calls, host_microseconds)
+            yield {
+                "name": f"small {shape}, noise {noise}",
+                "noise": noise,
+                "gpu_microseconds": times,
+                "host_microseconds": hosts,
+                "errors": times.errors | {f"{name}, host": error for name, error in hosts.errors.items()},
+            }
 
 
 def measure_torch_generator() -> dict[str, float]:

@@ -37,6 +37,7 @@ class Guidance:
         self.form: GradientForm | None = None if classifier is None else classifier.gradient_form
         self._weights = {(weights.device, dtype): weights.to(dtype) for dtype in (torch.float32, torch.float64)}
         self._source = weights
+        self._copies: dict[tuple[torch.device, torch.dtype], torch.cuda.Event] = {}
 
     @property
     def steps(self) -> int:
@@ -52,14 +53,35 @@ class Guidance:
         """The weights on a device, float32 or float64; kept, so that only the first call moves anything."""
         weights = self._weights.get((device, dtype))
         if weights is None:
-            if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"guidance: its weights are not on {device} yet, and cannot be copied there during a capture; run "
-                    "the step once before, or give the scale as a tensor there"
-                )
-            # The host does not wait: torch has read the few numbers when this returns.
-            weights = self._weights[device, dtype] = self._source.to(dtype).to(device, non_blocking=True)
+            weights = self._weights[device, dtype] = self._copied(device, dtype)
+        elif self._copies:
+            self._wait_for_the_copy(device, dtype)
         return weights
+
+    def _copied(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        source = self._weights[self._source.device, dtype]
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            return source.to(device)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"guidance: its weights are not on {device} yet, and cannot be copied there during a capture; run the "
+                "step once before, or give the scale as a tensor there"
+            )
+        weights = source.to(device, non_blocking=True)  # the host does not wait, and keeps the source
+        event = self._copies[device, dtype] = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return weights
+
+    def _wait_for_the_copy(self, device: torch.device, dtype: torch.dtype) -> None:
+        """On other streams than the one that it is made on; until it is done."""
+        event = self._copies.get((device, dtype))
+        # torch waits for all streams before a capture, and compiles nothing that is still under way.
+        if event is None or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return
+        if event.query():
+            del self._copies[device, dtype]
+        else:
+            event.wait(torch.cuda.current_stream(device))
 
     def __add__(self, other: Guidance) -> Guidance:
         """Both: prediction weights of the one, a classifier's gradient of the other (then ``.classifier``)."""

@@ -187,7 +187,10 @@ class DeviceGenerator:
         return cls(generator.initial_seed(), generator.get_offset(), device=generator.device)
 
     def set(self, seed: int, offset: int = 0) -> DeviceGenerator:
-        """Rewrite the state, without waiting for the device: what is under way or captured goes on from there."""
+        """Rewrite the state, without waiting for the device: steps from here on, and captured ones, go on from there.
+
+        On the stream of the steps; on another one, wait for them first.
+        """
         if offset < 0 or offset % 4:
             raise ValueError(f"offset: expected a multiple of 4 from 0 on, as torch's are, got {offset}")
         for value, place in zip((signed_word(seed), offset, 0), self.state, strict=True):

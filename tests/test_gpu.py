@@ -213,6 +213,7 @@ def test_a_captured_torch_generator_draws_anew_at_each_replay(gpu_backend):
 def test_a_cpu_generator_is_refused_inside_a_capture(gpu_backend):
     x = torch.zeros(2, 70, device="cuda")
     table, generator = pure_noise(), torch.Generator()
+    fastguide.guided_step(table, 0, x, [], noise=x, backend=gpu_backend)  # copies the weights, compiles
     refused = pytest.raises(ValueError, match="generator: expected one of a GPU inside a capture")
     with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
         fastguide.guided_step(table, 0, x, [], generator=generator, backend=gpu_backend)
@@ -259,6 +260,28 @@ def test_weights_that_are_not_on_the_gpu_are_refused_inside_a_capture(gpu_backen
     refused = pytest.raises(RuntimeError, match="guidance: its weights are not on cuda:0 yet")
     with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
         fastguide.guided_step(table, 0, x, [x, x], guidance, noise=x, backend=gpu_backend)
+
+
+def test_another_stream_waits_for_the_weights(gpu_backend):
+    """They are copied on the stream of the first step, which may have much to do before."""
+    table, i, _ = on_gpu("ddim")
+    busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+    matrix = torch.randn(8192, 8192, device="cuda")
+    expected = fastguide.guided_step(
+        table, 3, i.sample, i.predictions, fastguide.ClassifierFree(7.0), backend=gpu_backend
+    )
+    torch.cuda.synchronize()
+    guidance = fastguide.ClassifierFree(7.0)
+    with torch.cuda.stream(busy):
+        for _ in range(20):
+            matrix @ matrix
+        guidance.weights(i.sample.device, torch.float32)
+    with torch.cuda.stream(other):
+        got = fastguide.guided_step(table, 3, i.sample, i.predictions, guidance, backend=gpu_backend)
+    torch.cuda.synchronize()
+    assert torch.equal(got, expected)
+    fastguide.guided_step(table, 3, i.sample, i.predictions, guidance, backend=gpu_backend)
+    assert not guidance._copies
 
 
 def test_an_index_outside_of_the_table_makes_its_sample_nan(gpu_backend):

@@ -78,6 +78,18 @@ def test_only_the_torch_stream_uses_approximations():
         assert not re.search(r"\b(div|sqrt)\.(full|approx)", part), name
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_and_sums_are_not_joined(architecture):
+    """Or an element's bits would depend on where in a vector it lies. Exponentials and noise have fma of their own."""
+    plain = 0
+    for name, counts in kernels(architecture).items():
+        _, extras, noise, _, _ = variant(name)
+        if noise == 1 and not extras:
+            plain += 1
+            assert not any(i.startswith(("FFMA", "HFMA2.BF16", "FMUL2", "FADD2")) for i in counts), name
+    assert plain == 12
+
+
 def test_the_portable_stream_is_not_contracted():
     """Its products and sums are the intrinsics whose rounding no compiler may join: 17 and 15 for two values."""
     found = 0

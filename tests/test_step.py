@@ -179,7 +179,9 @@ def test_exponential_of_the_learned_variance(backend):
     finite = plain.isfinite()
     relative = ((got.double() - truth).abs() / truth.clamp(min=torch.finfo(torch.float32).tiny))[finite]
     plain_relative = ((plain.double() - truth).abs() / truth.clamp(min=torch.finfo(torch.float32).tiny))[finite]
-    assert relative.max() <= 2 * plain_relative.max()
+    # A GPU's exponential is its own: 2 units in the last place, as CUDA documents for expf.
+    bound = 2.0**-22 if backend.endswith("on the gpu") else 2 * plain_relative.max()
+    assert relative.max() <= bound
 
 
 def test_nan_is_not_clipped_away(backend):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastguide
+from fastguide import noise
 from fastguide.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,11 @@ def test_the_gpu_s_code_is_kept_from_what_it_does_not_need():
 def test_row_columns_are_the_same_in_cpp():
     enum = re.search(r"enum Column : int \{(.*?)num_columns", (ROOT / "csrc/step.h").read_text(), re.S).group(1)
     assert tuple(re.findall(r"\w+", enum)) == fastguide.ROW_COLUMNS
+
+
+def test_sources_of_noise_are_the_same_in_python_and_cpp():
+    enum = re.search(r"enum class Noise : int \{(.*?)\};", (ROOT / "csrc/arguments.h").read_text(), re.S).group(1)
+    assert tuple(re.findall(r"^\s*(\w+),", enum, re.M)) == noise.SOURCES
 
 
 def test_no_fast_math_anywhere():

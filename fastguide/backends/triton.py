@@ -35,7 +35,8 @@ _library = torch.library.Library("fastguide", "FRAGMENT")
 _library.define("guided_step_triton" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("fastguide::guided_step_triton", guided_step_fake, lib=_library)
 
-_NONE, _GIVEN, _TORCH_STREAM, _PORTABLE = range(len(SOURCES))
+_NONE, _GIVEN = SOURCES.index("none"), SOURCES.index("given")
+_TORCH_STREAM, _PORTABLE = SOURCES.index("torch_stream"), SOURCES.index("portable")
 
 OPTIONS = {"enable_fp_fusion": False}
 """Of every compilation: products and sums are not joined, so that a step's bits do not depend on its variant, nor the

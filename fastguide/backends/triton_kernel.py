@@ -259,7 +259,7 @@ def step_kernel(
 ):  # fmt: skip
     """One step; a program computes a tile of one sample.
 
-    Pointers are None where the operator's argument is. state: seed, offset and programs done, of a DeviceGenerator;
+    Pointers are None where the operator's argument is. state: of a DeviceGenerator, seed, offset and programs done;
     else seed and offset come as words. COUNTED: elements are counted as they lie in memory, and channels is not read.
     SHARED: the torch stream for tensors larger than torch's grid; a program computes the four tiles, threads elements
     apart, whose values come of the same calls. size and threads are then multiples of BLOCK.

@@ -59,27 +59,50 @@ def ddpm(
         num_inference_steps = schedule.num_train_timesteps
     steps = _visited(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps)
     a = schedule.alphas_cumprod[steps]
-    a_prev = torch.cat([a[1:], a.new_ones(1)])
-    columns = _original_columns(prediction_type, a, clip_sample_range, steps)
+    return ddpm_table(
+        steps,
+        a,
+        torch.cat([a[1:], a.new_ones(1)]),
+        torch.arange(len(steps)) < len(steps) - 1,
+        prediction_type=prediction_type,
+        variance_type=variance_type,
+        clip_sample_range=clip_sample_range,
+    )
 
+
+def ddpm_table(
+    steps: Tensor,
+    a: Tensor,
+    a_prev: Tensor,
+    noisy: Tensor,
+    *,
+    prediction_type: PredictionType,
+    variance_type: VarianceType,
+    clip_sample_range: float | None,
+    undefined: str | None = None,
+) -> StepTable:
+    """``ddpm`` over any transitions: from abar ``a`` at the timesteps ``steps`` to ``a_prev``, noise where ``noisy``.
+
+    ``undefined``: rows may be infinite or NaN, and this says why a step at one of them is refused.
+    """
+    columns = _original_columns(prediction_type, a, clip_sample_range, steps, undefined)
+    noisy = noisy.to(a.dtype)
     alpha = a / a_prev
     beta = 1 - alpha
     posterior = ((1 - a_prev) / (1 - a) * beta).clamp(min=_SMALLEST_VARIANCE)
-    last = torch.zeros_like(a)
-    last[-1] = 1
     columns["out_x0"] = a_prev.sqrt() * beta / (1 - a)
     columns["out_sample"] = alpha.sqrt() * (1 - a_prev) / (1 - a)
     mean_shift: dict[str, Tensor] = {}
     if variance_type == "learned":
-        columns |= {"logvar_base": torch.zeros_like(a), "logvar_span": torch.ones_like(a), "out_noise": 1 - last}
+        columns |= {"logvar_base": torch.zeros_like(a), "logvar_span": torch.ones_like(a), "out_noise": noisy}
         mean_shift["out_var_grad"] = torch.ones_like(a)
     elif variance_type == "learned_range":
         low, high = posterior.log(), beta.log()
-        columns |= {"logvar_base": (low + high) / 2, "logvar_span": (high - low) / 2, "out_noise": 1 - last}
+        columns |= {"logvar_base": (low + high) / 2, "logvar_span": (high - low) / 2, "out_noise": noisy}
         mean_shift["out_var_grad"] = torch.ones_like(a)
     else:  # a log form is the same number, reached through its logarithm
         variance = posterior if variance_type.startswith("fixed_small") else beta
-        columns["out_noise"] = variance.sqrt() * (1 - last)
+        columns["out_noise"] = variance.sqrt() * noisy
         mean_shift["out_grad"] = variance
 
     x0_shift = _original_shift(a)
@@ -87,11 +110,12 @@ def ddpm(
         steps,
         columns,
         gradients={
-            "epsilon": _finite({"x0_grad": x0_shift / columns["x0_scale"]}, steps),
-            "epsilon_after_clip": _finite({"out_grad": columns["out_x0"] * x0_shift}, steps),
+            "epsilon": _finite({"x0_grad": x0_shift / columns["x0_scale"]}, a, a_prev, steps),
+            "epsilon_after_clip": _finite({"out_grad": columns["out_x0"] * x0_shift}, a, a_prev, steps),
             "mean": mean_shift,
         },
         learned_variance=variance_type.startswith("learned"),
+        undefined=undefined,
         name="ddpm",
     )
 
@@ -135,9 +159,30 @@ def ddim(
     steps = _visited(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps)
     a = schedule.alphas_cumprod[steps]
     final = torch.ones_like(a[:1]) if set_alpha_to_one else schedule.alphas_cumprod[:1]
-    a_prev = torch.cat([a[1:], final])
-    columns = _original_columns(prediction_type, a, clip_sample_range, steps)
+    return ddim_table(
+        steps,
+        a,
+        torch.cat([a[1:], final]),
+        eta=eta,
+        use_clipped_model_output=use_clipped_model_output,
+        prediction_type=prediction_type,
+        clip_sample_range=clip_sample_range,
+    )
 
+
+def ddim_table(
+    steps: Tensor,
+    a: Tensor,
+    a_prev: Tensor,
+    *,
+    eta: float,
+    use_clipped_model_output: bool,
+    prediction_type: PredictionType,
+    clip_sample_range: float | None,
+    undefined: str | None = None,
+) -> StepTable:
+    """``ddim`` over any transitions, as ``ddpm_table``; with ``a_prev`` below ``a``, the inversion."""
+    columns = _original_columns(prediction_type, a, clip_sample_range, steps, undefined)
     sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).clamp(min=0).sqrt()
     direction = (1 - a_prev - sigma.square()).clamp(min=0).sqrt()
     columns["out_noise"] = sigma
@@ -159,12 +204,13 @@ def ddim(
         steps,
         columns,
         gradients={
-            "epsilon": _finite(before_clip, steps),
-            "epsilon_after_clip": _finite(after_clip, steps),
+            "epsilon": _finite(before_clip, a, a_prev, steps),
+            "epsilon_after_clip": _finite(after_clip, a, a_prev, steps),
             "mean": {"out_grad": sigma.square()}
             if eta > 0
             else "its steps have no variance to shift the mean by (eta is 0); use form='epsilon'",
         },
+        undefined=undefined,
         name="ddim",
     )
 
@@ -194,14 +240,14 @@ def _visited(
 
 
 def _original_columns(
-    prediction_type: PredictionType, a: Tensor, clip_sample_range: float | None, steps: Tensor
+    prediction_type: PredictionType, a: Tensor, clip_sample_range: float | None, steps: Tensor, undefined: str | None
 ) -> dict[str, Tensor]:
     check_prediction_type("prediction_type", prediction_type)
     number = isinstance(clip_sample_range, (int, float)) and not isinstance(clip_sample_range, bool)
     if clip_sample_range is not None and not (number and clip_sample_range > 0):
         raise ValueError(f"clip_sample_range: expected a positive number or None, got {clip_sample_range!r}")
     original = original_from(prediction_type, a)
-    if not bool(torch.isfinite(original.scale).all()):
+    if undefined is None and not bool(torch.isfinite(original.scale).all()):
         raise ValueError(
             f"prediction_type: {prediction_type!r} says nothing of x_0 at timestep {int(steps[0])}, where the schedule "
             "has zero signal; expected 'v_prediction' or 'sample', or timesteps that start later"
@@ -215,7 +261,11 @@ def _original_shift(a: Tensor) -> Tensor:
     return (1 - a) * a.rsqrt()
 
 
-def _finite(gradient: Mapping[str, Tensor], steps: Tensor) -> Mapping[str, Tensor] | str:
-    if all(bool(torch.isfinite(values).all()) for values in gradient.values()):
+def _finite(gradient: Mapping[str, Tensor], a: Tensor, a_prev: Tensor, steps: Tensor) -> Mapping[str, Tensor] | str:
+    """The gradient's columns, if they are finite where the transition itself is defined."""
+    defined = a.isfinite() & a_prev.isfinite()
+    bad = torch.stack([~values.isfinite() for values in gradient.values()]).any(0) & defined
+    if not bool(bad.any()):
         return gradient
-    return f"the schedule has zero signal at timestep {int(steps[0])}, where a shift of epsilon moves x_0 without bound"
+    timestep = int(steps[bad][0])
+    return f"the schedule has zero signal at timestep {timestep}, where a shift of epsilon moves x_0 without bound"

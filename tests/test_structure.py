@@ -25,6 +25,13 @@ FLOORS = [  # a module imports modules of lower floors only, or of its own floor
     ["forward", "training", "sampler"],
     [""],  # fastguide/__init__.py
     [
+        "diffusers.outputs",
+        "diffusers.transitions",
+        "diffusers.fused",
+        "diffusers.schedulers",
+        "diffusers",
+    ],
+    [
         "demo",
         "demo.digits",
         "demo.models",

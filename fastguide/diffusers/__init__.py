@@ -1,0 +1,24 @@
+"""Drop-ins for diffusers: schedulers whose ``step`` is fastguide's fused kernel. Needs the extra ``diffusers``."""
+
+from __future__ import annotations
+
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ImportError as error:
+    raise ImportError('fastguide.diffusers: expected diffusers: pip install "fastguide[diffusers]"') from error
+
+from .schedulers import (
+    DDIMInverseScheduler,
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+)
+
+__all__ = [
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+]

@@ -1,0 +1,329 @@
+"""One step of a diffusers scheduler by the fused kernel: what all schedulers share."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..guidance import Classifier, ClassifierFree, Guidance
+from ..noise import DeviceGenerator
+from ..ops import guided_step
+from ..solvers import VarianceType
+from ..table import GradientForm, StepTable
+from . import outputs
+
+Generators = torch.Generator | list[torch.Generator] | DeviceGenerator | None
+Scale = float | Sequence[float] | Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_GUIDANCES_KEPT = 64
+
+
+class FusedStep:
+    """Mixed into a scheduler: its tables, a timestep's row, guidance, noise and outputs.
+
+    A table has a row for every training timestep. Where a timestep is on a GPU, the kernel finds the row there; one
+    that ``for t in scheduler.timesteps`` gives is known to the host by its place in that tensor.
+    """
+
+    _output: Any
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+    num_inference_steps: int | None
+    config: Any
+
+    # ---- Tables ----
+
+    def _state(self) -> tuple[Any, ...]:
+        """All that the rows depend on, but the arguments of a step."""
+        raise NotImplementedError
+
+    def _transitions(self, *arguments: Any) -> StepTable:
+        raise NotImplementedError
+
+    def _table(self, device: torch.device, *arguments: Any) -> StepTable:
+        state, known = self._state(), self.__dict__.get("_known_state")
+        if known is None or not all(map(operator.is_, state, known)):
+            self.__dict__.update(_known_state=state, _tables={})
+        tables: dict[Any, StepTable] = self.__dict__["_tables"]
+        table = tables.get((device, *arguments))
+        if table is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"step: torch.compile does not make the table for these arguments, {arguments}; make one step with "
+                    "them before it is compiled"
+                )
+            table = tables[(device, *arguments)] = self._transitions(*arguments).to(device)
+        return table
+
+    def _remember(self, device: str | torch.device | None, *arguments: Any) -> None:
+        """After diffusers has set the timesteps on the host: note them, move them, and make the tables for them now.
+
+        ``arguments``: of a step as it is by default; steps of others, once made, are prepared for as well.
+        """
+        self._host_timesteps()
+        if device is not None:
+            known = self.__dict__["_known_timesteps"]
+            self.timesteps = self.timesteps.to(device)
+            self.__dict__["_known_timesteps"] = (self.timesteps, *known[1:])
+        seen = {key[1:] for key in self.__dict__.get("_tables", ())}
+        for kind in {arguments, *seen} if self._has_rows() else ():
+            self._table(self.timesteps.device, *kind)
+
+    def _host_timesteps(self) -> tuple[int, ...]:
+        """The values of ``timesteps``; read from a device only if they did not come from ``set_timesteps``."""
+        known = self.__dict__.get("_known_timesteps")
+        if known is None or known[0] is not self.timesteps:
+            known = self.__dict__["_known_timesteps"] = (self.timesteps, tuple(self.timesteps.tolist()))
+        values: tuple[int, ...] = known[1]
+        return values
+
+    def _row(self, timestep: Any, device: torch.device) -> int | Tensor:
+        """A timestep's row: a number if the host knows it, else an index for the kernel."""
+        if not isinstance(timestep, Tensor):
+            if torch.compiler.is_compiling():  # else a graph for each timestep
+                return torch.full((), timestep, dtype=torch.int64, device=device)
+            return operator.index(timestep)
+        if timestep.is_floating_point() or timestep.dim() > 1:
+            raise TypeError(f"timestep: expected int64 of shape () or (batch,), got {timestep.dtype}, {timestep.shape}")
+        if timestep.dim() == 0 and not torch.compiler.is_compiling():
+            if timestep.device.type == "cpu":
+                return int(timestep)
+            of = self.timesteps
+            if timestep.untyped_storage().data_ptr() == of.untyped_storage().data_ptr() and timestep.dtype == of.dtype:
+                return self._host_timesteps()[timestep.storage_offset() - of.storage_offset()]
+        return timestep.to(device, torch.int64)
+
+    # ---- One step ----
+
+    def _step(
+        self,
+        table: StepTable,
+        row: int | Tensor,
+        model_output: Tensor,
+        sample: Tensor,
+        generator: Generators,
+        noise: Tensor | None,
+        draws: bool,
+        return_dict: bool,
+        guidance: Guidance | None,
+        gradient: Tensor | None,
+    ) -> Any:
+        """The fused step; ``draws`` says whether diffusers would draw noise here."""
+        shape, channels = sample.shape, sample.shape[1] if sample.dim() > 1 else 0
+        copies = 1 if guidance is None else guidance.num_predictions
+        sample = sample if sample.is_contiguous() or _dense(sample) else sample.contiguous()
+        variance = None
+        predictions: Tensor | list[Tensor] = model_output
+        if model_output.dim() > 1 and model_output.shape[1] == 2 * channels:
+            parts = model_output.unflatten(0, (copies, shape[0]))[:, :, :channels].unbind(0)
+            predictions = [_laid_out(part, sample) for part in parts]
+            if table.learned_variance:
+                variance = _laid_out(model_output[-shape[0] :, channels:], sample)
+        elif not _same_layout(model_output, sample):
+            parts = model_output.unflatten(0, (copies, shape[0])).unbind(0)
+            predictions = [_laid_out(part, sample) for part in parts]
+        if gradient is not None:
+            gradient = _laid_out(gradient, sample)
+
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        sample = sample.double() if dtype == torch.float64 else sample
+        source: dict[str, Any] = {}
+        if noise is not None:
+            source["noise"] = _laid_out(noise, sample)
+        elif draws:
+            source = self._noise(table, row, generator, sample, model_output.dtype)
+        out = None if dtype == sample.dtype else torch.empty_like(sample, dtype=dtype)
+        step: Callable[..., Any] = functools.partial(
+            guided_step, table, row, sample, predictions, guidance, gradient=gradient, variance=variance
+        )
+        if torch.compiler.is_compiling():
+            result, original = step(**source, out=out, return_original=True)
+            return self._output.plain(result, original) if return_dict else (result, original)
+        result = step(**source, out=out)
+
+        inputs = [sample, *(predictions if isinstance(predictions, list) else [predictions])]
+        inputs += [] if gradient is None else [gradient]
+        versions = _versions(inputs)
+
+        def predicted_original() -> Tensor:
+            if _versions(inputs) != versions:
+                raise RuntimeError(
+                    "pred_original_sample: expected the inputs of its step as they were, got one changed"
+                )
+            spare = torch.empty_like(result)  # the noise is of no consequence to x_0
+            original: Tensor = step(noise=sample, out=spare, return_original=True)[1]
+            return original
+
+        return self._output(result, predicted_original) if return_dict else outputs.LazyPair(result, predicted_original)
+
+    def _noise(
+        self, table: StepTable, row: int | Tensor, generator: Generators, sample: Tensor, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Where the step's noise comes from, so that it is what diffusers draws."""
+        if isinstance(generator, DeviceGenerator):
+            return {"generator": generator}
+        if isinstance(generator, list) and len(generator) == 1:
+            generator = generator[0]
+        adds = table.adds_noise_anywhere if isinstance(row, Tensor) else table.adds_noise[row]
+        if adds and dtype == sample.dtype and not torch.compiler.is_compiling():
+            if generator is None and sample.device.type == "cpu":
+                return {"generator": torch.default_generator}
+            if generator is None and sample.device.type == "cuda":
+                return {"generator": torch.cuda.default_generators[sample.device.index]}
+            if isinstance(generator, torch.Generator) and generator.device.type == sample.device.type:
+                return {"generator": generator}
+        noise = randn_tensor(tuple(sample.shape), generator=generator, device=sample.device, dtype=dtype)
+        return {"noise": _laid_out(noise, sample)} if adds else {}  # drawn all the same: the generator moves on
+
+    def _serves(self, model_output: Tensor, sample: Tensor, *others: Tensor | None) -> bool:
+        """Whether the kernel takes these tensors."""
+        tensors = [model_output, sample, *(t for t in others if t is not None)]
+        if not self._has_rows():
+            return False
+        if not all(isinstance(t, Tensor) and t.dtype in _DTYPES and t.device == sample.device for t in tensors):
+            return False
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return False
+        if any(t.dtype == torch.float64 for t in tensors) and sample.device.type != "cpu":
+            return False
+        return sample.dim() > 0 and all(t is None or t.shape == sample.shape for t in others)
+
+    def _has_rows(self) -> bool:
+        """Whether the configuration is one that rows say: a threshold is none, and diffusers has words for the rest."""
+        config = self.config
+        return (
+            not config.get("thresholding")
+            and config.prediction_type in ("epsilon", "sample", "v_prediction")
+            and (not config.clip_sample or config.clip_sample_range > 0)
+            and getattr(self, "variance_type", "fixed_small") in get_args(VarianceType)
+        )
+
+    def _is_defined(self, table: StepTable, row: int | Tensor) -> bool:
+        return isinstance(row, Tensor) or (0 <= row < len(table) and row not in table.undefined_rows)
+
+    def _fits(self, model_output: Tensor, sample: Tensor, guidance: Guidance | None, twice: bool) -> bool:
+        """Whether the output has the sample's shape, as often as guidance weighs it; ``twice``: or double channels."""
+        copies = 1 if guidance is None else guidance.num_predictions
+        shape = (copies * sample.shape[0], *sample.shape[1:])
+        if model_output.shape == shape:
+            return not self._learns()
+        return twice and sample.dim() > 1 and model_output.shape == (shape[0], 2 * shape[1], *shape[2:])
+
+    def _learns(self) -> bool:
+        return str(getattr(self, "variance_type", "")).startswith("learned")
+
+    # ---- Guidance ----
+
+    def _guidance(
+        self,
+        model_output: Tensor,
+        sample: Tensor,
+        guidance_scale: Scale | None,
+        gradient: Tensor | None,
+        gradient_scale: Scale,
+        gradient_form: GradientForm,
+    ) -> Guidance | None:
+        """Weights for the step, and a check that the output is doubled exactly where they expect it."""
+        doubled = model_output.dim() > 0 and sample.dim() > 0 and model_output.shape[0] == 2 * sample.shape[0] > 0
+        if doubled != (guidance_scale is not None):
+            shapes = f"got shapes {tuple(model_output.shape)} and {tuple(sample.shape)}"
+            if doubled:
+                raise ValueError(
+                    f"model_output: expected the sample's batch, or guidance_scale= with twice that batch; {shapes}"
+                )
+            raise ValueError(
+                "model_output: expected twice the sample's batch with guidance_scale=, [unconditional, conditional]; "
+                f"{shapes}"
+            )
+        if guidance_scale is None and gradient is None:
+            return None
+        key = (guidance_scale, gradient is not None and (gradient_scale, gradient_form))
+        plain = not isinstance(guidance_scale, (Tensor, Sequence)) and not isinstance(
+            gradient_scale, (Tensor, Sequence)
+        )
+        kept: dict[Any, Guidance] = self.__dict__.setdefault("_guidances", {})
+        guidance = kept.get(key) if plain else None
+        if guidance is None:
+            classifier = None if gradient is None else Classifier(None, gradient_scale, gradient_form)
+            free = None if guidance_scale is None else ClassifierFree(guidance_scale)
+            guidance = free + classifier if free is not None and classifier is not None else free or classifier
+            assert guidance is not None
+            if plain:
+                if len(kept) >= _GUIDANCES_KEPT:
+                    kept.clear()
+                kept[key] = guidance
+        return guidance
+
+    def _combined(self, model_output: Tensor, guidance_scale: Scale | None, gradient: Tensor | None) -> Tensor:
+        """The guided output for diffusers' own step."""
+        if gradient is not None:
+            raise ValueError(
+                "gradient: expected None for a step that is left to diffusers, as with thresholding; got a tensor"
+            )
+        if guidance_scale is None:
+            return model_output
+        uncond, cond = model_output.chunk(2)
+        scale = torch.as_tensor(guidance_scale, device=model_output.device)
+        scale = scale.reshape(-1, *[1] * (model_output.dim() - 1)) if scale.dim() else scale
+        guided = uncond + scale * (cond - uncond)
+        if self._learns():  # the conditional prediction's variance
+            guided = torch.cat([guided.chunk(2, 1)[0], cond.chunk(2, 1)[1]], 1)
+        return guided.to(model_output.dtype)
+
+    # ---- What diffusers moves to a device and leaves there ----
+
+    def _with_alphas_there(self, name: str, tensor: Tensor, *arguments: Any) -> Tensor:
+        here = self.alphas_cumprod
+        copies: dict[Any, Tensor] = self.__dict__.setdefault("_alphas_elsewhere", {})
+        there = copies.get((tensor.device, id(here)))
+        if there is None:
+            copies.clear()
+            there = copies[(tensor.device, id(here))] = here.to(tensor.device)
+        self.alphas_cumprod = there
+        try:
+            result: Tensor = getattr(super(), name)(tensor, *arguments)
+        finally:
+            self.alphas_cumprod = here  # on the host, where rows are computed
+        return result
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """As diffusers', but that ``alphas_cumprod`` stays where it is."""
+        return self._with_alphas_there("add_noise", original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """As diffusers', but that ``alphas_cumprod`` stays where it is."""
+        return self._with_alphas_there("get_velocity", sample, noise, timesteps)
+
+
+def _versions(tensors: list[Tensor]) -> list[int | None]:
+    """How often each was written to, where torch counts that."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _dense(sample: Tensor) -> bool:
+    """Whether the elements of one sample fill one block of memory."""
+    expected = 1
+    for stride, size in sorted(zip(sample.stride()[1:], sample.shape[1:], strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _same_layout(tensor: Tensor, sample: Tensor) -> bool:
+    inner = tensor.stride()[1:]
+    return inner == sample.stride()[1:] or (tensor.is_contiguous() and sample.is_contiguous())
+
+
+def _laid_out(tensor: Tensor, sample: Tensor) -> Tensor:
+    """The tensor in the sample's layout; copied only if it has another."""
+    if _same_layout(tensor, sample):
+        return tensor
+    return torch.empty_like(sample, dtype=tensor.dtype).copy_(tensor)

@@ -1,0 +1,71 @@
+"""A diffusers scheduler's transitions as step tables: the row's number is the training timestep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solvers import ddim_table, ddpm_table
+from ..table import StepTable
+
+UNDEFINED = "it leads nowhere, or the schedule has no signal at that timestep"
+
+
+def host_alphas(scheduler: Any) -> Tensor:
+    """abar of every training timestep, on the host, in float32.
+
+    diffusers takes 1 - abar and the like in float32, which loses four digits where abar is near 1. Rows that are to
+    give the same picture have to lose them too; ``fastguide.ddpm`` and ``fastguide.ddim`` do not.
+    """
+    alphas: Tensor = scheduler.alphas_cumprod.detach().to("cpu", torch.float32)
+    return alphas
+
+
+def ddim_transitions(scheduler: Any, eta: float, use_clipped_model_output: bool, inverse: bool = False) -> StepTable:
+    """From every timestep t to t - num_train_timesteps // num_inference_steps, as ``DDIMScheduler.step`` goes.
+
+    ``inverse``: to t from that one, as ``DDIMInverseScheduler.step``.
+    """
+    config, alphas = scheduler.config, host_alphas(scheduler)
+    final = float(scheduler.initial_alpha_cumprod if inverse else scheduler.final_alpha_cumprod)
+    here = torch.arange(len(alphas))
+    there = here - config.num_train_timesteps // scheduler.num_inference_steps
+    a, a_prev = alphas, torch.where(there >= 0, alphas[there.clamp(min=0)], final)
+    if inverse:
+        a, a_prev = a_prev, a
+    return ddim_table(
+        here,
+        a,
+        a_prev,
+        eta=eta,
+        use_clipped_model_output=use_clipped_model_output,
+        prediction_type=config.prediction_type,
+        clip_sample_range=config.clip_sample_range if config.clip_sample else None,
+        undefined=UNDEFINED,
+    )
+
+
+def ddpm_transitions(scheduler: Any, timesteps: tuple[int, ...] | None) -> StepTable:
+    """From every one of ``timesteps`` to the next, as ``DDPMScheduler.step`` goes; ``None``: from every t to t - 1.
+
+    Noise is added at every timestep but 0, also where a trailing spacing ends at another.
+    """
+    config, alphas = scheduler.config, host_alphas(scheduler)
+    here = torch.arange(len(alphas))
+    there = here - 1
+    if timesteps is not None:
+        there = torch.full_like(here, len(alphas))  # nowhere
+        there[list(timesteps)] = torch.tensor([*timesteps[1:], -1])
+    padded = torch.cat([alphas, alphas.new_tensor([torch.nan, 1.0])])  # nowhere, and -1
+    return ddpm_table(
+        here,
+        alphas,
+        padded[there],
+        here > 0,
+        prediction_type=config.prediction_type,
+        variance_type=scheduler.variance_type,
+        clip_sample_range=config.clip_sample_range if config.clip_sample else None,
+        undefined=UNDEFINED,
+    )

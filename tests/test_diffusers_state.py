@@ -1,0 +1,288 @@
+"""The drop-in schedulers' tables, state and errors, what is left to diffusers, and torch.compile."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from scheduler_pair import NAMES, SHAPE, STEPS, assert_close, diffusers, fused, model, pair, randn
+
+# ---- Layouts, tables, state ----
+
+
+def test_layouts_and_dtypes_that_differ():
+    ours, theirs = pair("DDIMScheduler")
+    ours.set_timesteps(STEPS)
+    theirs.set_timesteps(STEPS)
+    t = ours.timesteps[3]
+    samples = [
+        randn(*SHAPE),
+        randn(*SHAPE).to(memory_format=torch.channels_last),
+        randn(2, 8, 8, 6).permute(0, 3, 1, 2)[:, ::2],
+    ]
+    for x in samples:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for output in (randn(*SHAPE, seed=1, dtype=dtype), randn(2, 6, 8, 8, seed=1, dtype=dtype)[:, :3]):
+                got, expected = (s.step(output, t, x).prev_sample for s in (ours, theirs))
+                assert_close(got, expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_steps_in_any_order():
+    ours, theirs = pair("DDPMScheduler")
+    ours.set_timesteps(STEPS)
+    theirs.set_timesteps(STEPS)
+    x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+    for k in (7, 3, 3, 11, 0):
+        for t in (ours.timesteps[k], int(ours.timesteps[k]), ours.timesteps.numpy()[k]):
+            got, expected = (s.step(output, t, x, torch.Generator().manual_seed(k)).prev_sample for s in (ours, theirs))
+            assert_close(got, expected)
+
+
+def test_tables_follow_the_scheduler_s_state():
+    """New timesteps, another configuration, another schedule: the next step has them."""
+    ours, theirs = pair("DDIMScheduler")
+    x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+
+    def both(t=400, **options):
+        got, expected = (s.step(output, t, x, **options).prev_sample for s in (ours, theirs))
+        assert_close(got, expected)
+        return got
+
+    seen = []
+    for change in (
+        lambda s: s.set_timesteps(10),
+        lambda s: s.set_timesteps(20),
+        lambda s: s.register_to_config(prediction_type="v_prediction"),
+        lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**1.3),
+        lambda s: setattr(s, "num_inference_steps", 5),
+    ):
+        change(ours)
+        change(theirs)
+        seen.append(both())
+    assert len({float(s.sum()) for s in seen}) == 5
+    ddpm, plain = pair("DDPMScheduler")
+    for scheduler in (ddpm, plain):
+        scheduler.set_timesteps(10)
+        scheduler.timesteps = torch.tensor([900, 400, 100])
+    got, expected = (s.step(output, 400, x, torch.Generator().manual_seed(0)).prev_sample for s in (ddpm, plain))
+    assert_close(got, expected)
+
+
+def test_timesteps_on_a_device_are_known_by_their_place():
+    """Of a tensor without values there is nothing to read."""
+    scheduler = fused.DDIMScheduler()
+    scheduler.set_timesteps(STEPS, device="meta")
+    host = tuple(range(913, -1, -83))
+    assert scheduler.timesteps.device.type == "meta"
+    assert [scheduler._row(t, t.device) for t in scheduler.timesteps] == list(host)
+    assert [scheduler._row(t, t.device) for t in scheduler.timesteps[5:]] == list(host[5:])
+    index = scheduler._row(torch.empty(2, dtype=torch.int32, device="meta"), torch.device("meta"))
+    assert index.dtype == torch.int64
+
+
+def test_copies_of_a_scheduler_step_alike():
+    scheduler = fused.DDPMScheduler()
+    scheduler.set_timesteps(STEPS)
+    x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+    expected = scheduler.step(output, 83, x, torch.Generator().manual_seed(0)).prev_sample
+    for other in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        assert torch.equal(other.step(output, 83, x, torch.Generator().manual_seed(0)).prev_sample, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configurations_and_signatures_are_diffusers(name, tmp_path):
+    ours, theirs = pair(name, beta_schedule="scaled_linear", clip_sample=False)
+    assert isinstance(ours, type(theirs))
+    assert dict(getattr(fused, name).from_config(theirs.config).config) == dict(theirs.config)
+    ours.save_pretrained(tmp_path)
+    for cls in (getattr(fused, name), getattr(diffusers, name)):
+        assert cls.from_pretrained(tmp_path).config.beta_schedule == "scaled_linear"
+    assert ours._compatibles == theirs._compatibles
+    for method in ("__init__", "step", "set_timesteps", "add_noise"):
+        if hasattr(theirs, method):
+            expected = list(inspect.signature(getattr(theirs, method)).parameters.values())
+            got = list(inspect.signature(getattr(ours, method)).parameters.values())
+            assert [(p.name, p.default) for p in got][: len(expected)] == [(p.name, p.default) for p in expected]
+            assert all(p.kind is p.KEYWORD_ONLY for p in got[len(expected) :])
+
+
+def test_add_noise_and_velocity_leave_the_schedule_in_its_place():
+    ours, theirs = pair("DDPMScheduler")
+    before = ours.alphas_cumprod
+    x, noise, t = randn(*SHAPE), randn(*SHAPE, seed=1), torch.tensor([3, 700])
+    for name in ("add_noise", "get_velocity"):
+        assert torch.equal(getattr(ours, name)(x, noise, t), getattr(theirs, name)(x, noise, t))
+    assert ours.add_noise(x.to("meta"), noise.to("meta"), t.to("meta")).device.type == "meta"
+    assert ours.alphas_cumprod is before
+
+
+# ---- What is left to diffusers ----
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_dynamic_thresholding(name):
+    ours, theirs = pair(name, thresholding=True, sample_max_value=3.0)
+    ours.set_timesteps(STEPS)
+    theirs.set_timesteps(STEPS)
+    x, output = 3 * randn(*SHAPE), randn(4, *SHAPE[1:], seed=1)
+    uncond, cond = output.chunk(2)
+    t = ours.timesteps[3]
+    torch.manual_seed(0)
+    got = ours.step(output, t, x, guidance_scale=torch.tensor([2.0, 4.0]))
+    torch.manual_seed(0)
+    expected = theirs.step(uncond + torch.tensor([2.0, 4.0])[:, None, None, None] * (cond - uncond), t, x)
+    for ours_, theirs_ in zip(got.to_tuple(), expected.to_tuple(), strict=True):
+        assert_close(ours_, theirs_)
+    with pytest.raises(ValueError, match="gradient: expected None for a step that is left to diffusers"):
+        ours.step(uncond, t, x, gradient=x)
+
+
+def test_gradients_flow_as_in_diffusers():
+    ours, theirs = pair("DDIMScheduler")
+    gradients = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(STEPS)
+        x = randn(*SHAPE).requires_grad_()
+        scheduler.step(model(x, 3), scheduler.timesteps[3], x).prev_sample.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_shapes_that_broadcast():
+    ours, theirs = pair("DDIMScheduler")
+    ours.set_timesteps(STEPS)
+    theirs.set_timesteps(STEPS)
+    got, expected = (
+        s.step(randn(1, 3, 8, 8, seed=1), s.timesteps[3], randn(3, 3, 8, 8)).prev_sample for s in (ours, theirs)
+    )
+    assert torch.equal(got, expected)
+
+
+def both_refuse(name, *arguments, steps=STEPS, config=None, **keywords):
+    kinds = []
+    for scheduler in pair(name, **(config or {})):
+        if steps:
+            scheduler.set_timesteps(steps)
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            scheduler.step(*arguments, **keywords)
+        kinds.append(caught.type)
+    assert kinds[0] is kinds[1]
+
+
+X = randn(*SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "keywords"),
+    [
+        ("DDIMScheduler", (X, 10, X), {"steps": None}),
+        ("DDIMScheduler", (X, 1000, X), {}),
+        ("DDIMScheduler", (X, 10, X), {"eta": 1.0, "generator": torch.Generator(), "variance_noise": X}),
+        ("DDIMScheduler", (X, 10, X), {"config": {"prediction_type": "score"}}),
+        ("DDIMScheduler", (randn(2, 5, 8, 8), 10, X), {}),
+        ("DDPMScheduler", (X, 10, X), {}),
+        ("DDPMScheduler", (X, 996, X), {"config": {"variance_type": "learned_range"}}),
+        ("DDPMScheduler", (X, 913, X), {"config": {"variance_type": "learned_range"}}),
+        ("DDPMScheduler", (X, 913, X), {"config": {"prediction_type": "score"}}),
+        ("DDPMScheduler", (randn(2, 6, 8, 8), 913, X), {}),
+    ],
+)
+def test_what_diffusers_refuses_is_refused_alike(name, arguments, keywords):
+    both_refuse(name, *arguments, **keywords)
+
+
+def test_guidance_and_the_output_s_batch_have_to_agree():
+    scheduler = fused.DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    doubled = randn(4, *SHAPE[1:])
+    with pytest.raises(
+        ValueError,
+        match=r"model_output: expected the sample's batch, or guidance_scale=.*\(4, 3, 8, 8\) and \(2, 3, 8, 8\)",
+    ):
+        scheduler.step(doubled, 83, X)
+    with pytest.raises(
+        ValueError, match=r"model_output: expected twice the sample's batch .*\(2, 3, 8, 8\) and \(2, 3, 8, 8\)"
+    ):
+        scheduler.step(X, 83, X, guidance_scale=2.0)
+    ddpm = fused.DDPMScheduler()
+    ddpm.set_timesteps(STEPS)
+    with pytest.raises(IndexError, match=r"timestep: expected one of the 12 that are set, 913, 830 .. 0, got 10"):
+        ddpm.step(X, 10, X)
+    with pytest.raises(TypeError, match="timestep: expected int64"):
+        scheduler.step(X, torch.tensor(83.0), X)
+
+
+# ---- On a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize(("name", "options"), [("DDIMScheduler", {"eta": 1.0}), ("DDPMScheduler", {})])
+def test_a_loop_on_a_gpu_waits_for_nothing_and_draws_what_diffusers_draws(name, options):
+    results = []
+    for scheduler in pair(name):
+        scheduler.set_timesteps(STEPS, device="cuda")
+        generator, x = torch.Generator("cuda").manual_seed(1), randn(*SHAPE).cuda()
+        scheduler.step(0.1 * x, scheduler.timesteps[0], x, generator=torch.Generator("cuda"), **options)  # the table
+        torch.cuda.set_sync_debug_mode("error" if isinstance(scheduler, getattr(fused, name)) else "default")
+        try:
+            for t in scheduler.timesteps:
+                x = scheduler.step(model(x, 0), t, x, generator=generator, **options).prev_sample
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append((x, generator.get_state()))
+    (ours, state), (theirs, their_state) = results
+    assert_close(ours, theirs)
+    assert torch.equal(state, their_state)
+
+
+# ---- torch.compile ----
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("DDIMScheduler", {}), ("DDIMScheduler", {"eta": 1.0}), ("DDPMScheduler", {})]
+)
+def test_a_loop_over_step_is_one_graph(name, options):
+    scheduler = getattr(fused, name)()
+    scheduler.set_timesteps(STEPS)
+    scheduler.step(X, 0, X, **options)  # makes the table of these options
+    scheduler.set_timesteps(STEPS)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def sample(x):
+        for t in scheduler.timesteps:
+            output = torch.cat([model(x, 100), model(x, 200)])
+            x = scheduler.step(output, t, x, guidance_scale=3.0, **options).prev_sample
+        return x
+
+    def step(t, output, x):
+        return scheduler.step(output, t, x, return_dict=False, **options)[0]
+
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = sample(X)
+        torch.manual_seed(0)
+        assert_close(torch.compile(sample, fullgraph=True, backend=backend)(X), expected, 1e-6)
+        assert len(graphs) == 1
+        torch._dynamo.reset()
+        compiled = torch.compile(step, fullgraph=True, backend=backend)
+        for t in scheduler.timesteps:
+            torch.manual_seed(0)
+            expected = step(t, 0.1 * X, X)
+            torch.manual_seed(0)
+            assert_close(compiled(t, 0.1 * X, X), expected, 1e-6)
+        assert len(graphs) == 2
+        for t in scheduler.timesteps.tolist():
+            torch.manual_seed(0)
+            expected = step(t, 0.1 * X, X)
+            torch.manual_seed(0)
+            assert_close(compiled(t, 0.1 * X, X), expected, 1e-6)
+        assert len(graphs) <= 5  # 913, any, and 0
+    torch._dynamo.reset()

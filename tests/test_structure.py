@@ -27,8 +27,11 @@ FLOORS = [  # a module imports modules of lower floors only, or of its own floor
     [
         "diffusers.outputs",
         "diffusers.transitions",
+        "diffusers.deferred",
         "diffusers.fused",
         "diffusers.schedulers",
+        "diffusers.pipelines",
+        "diffusers.guiders",
         "diffusers",
     ],
     [

@@ -7,6 +7,7 @@ try:
 except ImportError as error:
     raise ImportError('fastguide.diffusers: expected diffusers: pip install "fastguide[diffusers]"') from error
 
+from .pipelines import Acceleration, accelerate, restore
 from .schedulers import (
     DDIMInverseScheduler,
     DDIMParallelScheduler,
@@ -16,9 +17,12 @@ from .schedulers import (
 )
 
 __all__ = [
+    "Acceleration",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
     "DDPMParallelScheduler",
     "DDPMScheduler",
+    "accelerate",
+    "restore",
 ]

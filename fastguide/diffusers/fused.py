@@ -17,6 +17,7 @@ from ..ops import guided_step
 from ..solvers import VarianceType
 from ..table import GradientForm, StepTable
 from . import outputs
+from .deferred import Output
 
 Generators = torch.Generator | list[torch.Generator] | DeviceGenerator | None
 Scale = float | Sequence[float] | Tensor
@@ -106,7 +107,7 @@ class FusedStep:
         self,
         table: StepTable,
         row: int | Tensor,
-        model_output: Tensor,
+        model_output: Output,
         sample: Tensor,
         generator: Generators,
         noise: Tensor | None,
@@ -120,25 +121,29 @@ class FusedStep:
         copies = 1 if guidance is None else guidance.num_predictions
         sample = sample if sample.is_contiguous() or _dense(sample) else sample.contiguous()
         variance = None
-        predictions: Tensor | list[Tensor] = model_output
-        if model_output.dim() > 1 and model_output.shape[1] == 2 * channels:
-            parts = model_output.unflatten(0, (copies, shape[0]))[:, :, :channels].unbind(0)
-            predictions = [_laid_out(part, sample) for part in parts]
+        parts = (
+            model_output if isinstance(model_output, tuple) else model_output.unflatten(0, (copies, shape[0])).unbind(0)
+        )
+        predictions: Tensor | list[Tensor]
+        if parts[0].dim() > 1 and parts[0].shape[1] == 2 * channels:
+            predictions = [_laid_out(part[:, :channels], sample) for part in parts]
             if table.learned_variance:
-                variance = _laid_out(model_output[-shape[0] :, channels:], sample)
-        elif not _same_layout(model_output, sample):
-            parts = model_output.unflatten(0, (copies, shape[0])).unbind(0)
+                variance = _laid_out(parts[-1][:, channels:], sample)
+        elif isinstance(model_output, Tensor) and _same_layout(model_output, sample):
+            predictions = model_output
+        else:
             predictions = [_laid_out(part, sample) for part in parts]
         if gradient is not None:
             gradient = _laid_out(gradient, sample)
 
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        output_dtype = parts[0].dtype
+        dtype = torch.promote_types(sample.dtype, output_dtype)
         sample = sample.double() if dtype == torch.float64 else sample
         source: dict[str, Any] = {}
         if noise is not None:
             source["noise"] = _laid_out(noise, sample)
         elif draws:
-            source = self._noise(table, row, generator, sample, model_output.dtype)
+            source = self._noise(table, row, generator, sample, output_dtype)
         out = None if dtype == sample.dtype else torch.empty_like(sample, dtype=dtype)
         step: Callable[..., Any] = functools.partial(
             guided_step, table, row, sample, predictions, guidance, gradient=gradient, variance=variance
@@ -182,9 +187,10 @@ class FusedStep:
         noise = randn_tensor(tuple(sample.shape), generator=generator, device=sample.device, dtype=dtype)
         return {"noise": _laid_out(noise, sample)} if adds else {}  # drawn all the same: the generator moves on
 
-    def _serves(self, model_output: Tensor, sample: Tensor, *others: Tensor | None) -> bool:
+    def _serves(self, model_output: Output, sample: Tensor, *others: Tensor | None) -> bool:
         """Whether the kernel takes these tensors."""
-        tensors = [model_output, sample, *(t for t in others if t is not None)]
+        parts = model_output if isinstance(model_output, tuple) else (model_output,)
+        tensors = [*parts, sample, *(t for t in others if t is not None)]
         if not self._has_rows():
             return False
         if not all(isinstance(t, Tensor) and t.dtype in _DTYPES and t.device == sample.device for t in tensors):
@@ -208,8 +214,10 @@ class FusedStep:
     def _is_defined(self, table: StepTable, row: int | Tensor) -> bool:
         return isinstance(row, Tensor) or (0 <= row < len(table) and row not in table.undefined_rows)
 
-    def _fits(self, model_output: Tensor, sample: Tensor, guidance: Guidance | None, twice: bool) -> bool:
+    def _fits(self, model_output: Output, sample: Tensor, guidance: Guidance | None, twice: bool) -> bool:
         """Whether the output has the sample's shape, as often as guidance weighs it; ``twice``: or double channels."""
+        if isinstance(model_output, tuple):
+            return all(part.shape == sample.shape for part in model_output) and not self._learns()
         copies = 1 if guidance is None else guidance.num_predictions
         shape = (copies * sample.shape[0], *sample.shape[1:])
         if model_output.shape == shape:
@@ -223,7 +231,7 @@ class FusedStep:
 
     def _guidance(
         self,
-        model_output: Tensor,
+        model_output: Output,
         sample: Tensor,
         guidance_scale: Scale | None,
         gradient: Tensor | None,
@@ -231,8 +239,9 @@ class FusedStep:
         gradient_form: GradientForm,
     ) -> Guidance | None:
         """Weights for the step, and a check that the output is doubled exactly where they expect it."""
-        doubled = model_output.dim() > 0 and sample.dim() > 0 and model_output.shape[0] == 2 * sample.shape[0] > 0
+        doubled = isinstance(model_output, tuple) or model_output.shape[:1] == (2 * len(sample),) != (0,)
         if doubled != (guidance_scale is not None):
+            assert isinstance(model_output, Tensor)
             shapes = f"got shapes {tuple(model_output.shape)} and {tuple(sample.shape)}"
             if doubled:
                 raise ValueError(
@@ -261,21 +270,21 @@ class FusedStep:
                 kept[key] = guidance
         return guidance
 
-    def _combined(self, model_output: Tensor, guidance_scale: Scale | None, gradient: Tensor | None) -> Tensor:
+    def _combined(self, model_output: Output, guidance_scale: Scale | None, gradient: Tensor | None) -> Tensor:
         """The guided output for diffusers' own step."""
         if gradient is not None:
             raise ValueError(
                 "gradient: expected None for a step that is left to diffusers, as with thresholding; got a tensor"
             )
-        if guidance_scale is None:
+        if isinstance(model_output, Tensor) and guidance_scale is None:
             return model_output
-        uncond, cond = model_output.chunk(2)
-        scale = torch.as_tensor(guidance_scale, device=model_output.device)
-        scale = scale.reshape(-1, *[1] * (model_output.dim() - 1)) if scale.dim() else scale
+        uncond, cond = model_output if isinstance(model_output, tuple) else model_output.chunk(2)
+        scale = torch.as_tensor(guidance_scale, device=cond.device)
+        scale = scale.reshape(-1, *[1] * (cond.dim() - 1)) if scale.dim() else scale
         guided = uncond + scale * (cond - uncond)
         if self._learns():  # the conditional prediction's variance
             guided = torch.cat([guided.chunk(2, 1)[0], cond.chunk(2, 1)[1]], 1)
-        return guided.to(model_output.dtype)
+        return guided.to(cond.dtype)
 
     # ---- What diffusers moves to a device and leaves there ----
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..table import GradientForm, StepTable
 from . import outputs, transitions
+from .deferred import resolved
 from .fused import FusedStep, Generators, Scale
 
 
@@ -59,20 +60,21 @@ class _DDIM(FusedStep):
             gradient: of a classifier, as ``fastguide.guided_step`` takes it.
             gradient_scale, gradient_form: its scale and form, as in ``fastguide.Classifier``.
         """
-        guidance = self._guidance(model_output, sample, guidance_scale, gradient, gradient_scale, gradient_form)
+        output, guidance_scale = resolved(model_output, sample, guidance_scale)
+        guidance = self._guidance(output, sample, guidance_scale, gradient, gradient_scale, gradient_form)
         fits = (
             isinstance(eta, (int, float))
             and 0 <= eta <= 1
             and not (generator is not None and variance_noise is not None)
         )
-        if fits and self.num_inference_steps and self._serves(model_output, sample, gradient, variance_noise):
+        if fits and self.num_inference_steps and self._serves(output, sample, gradient, variance_noise):
             row = self._row(timestep, sample.device)
             table = self._table(sample.device, float(eta), use_clipped_model_output)
-            if self._is_defined(table, row) and self._fits(model_output, sample, guidance, guidance is not None):
+            if self._is_defined(table, row) and self._fits(output, sample, guidance, guidance is not None):
                 return self._step(
                     table,
                     row,
-                    model_output,
+                    output,
                     sample,
                     generator,
                     variance_noise,
@@ -82,7 +84,7 @@ class _DDIM(FusedStep):
                     gradient,
                 )
         return super().step(  # type: ignore[misc]
-            self._combined(model_output, guidance_scale, gradient),
+            self._combined(output, guidance_scale, gradient),
             timestep,
             sample,
             eta,
@@ -140,18 +142,17 @@ class _DDPM(FusedStep):
         Raises:
             IndexError: the timestep is not one of ``timesteps``, of which the step leads from one to the next.
         """
-        guidance = self._guidance(model_output, sample, guidance_scale, gradient, gradient_scale, gradient_form)
-        if self._serves(model_output, sample, gradient):
+        output, guidance_scale = resolved(model_output, sample, guidance_scale)
+        guidance = self._guidance(output, sample, guidance_scale, gradient, gradient_scale, gradient_form)
+        if self._serves(output, sample, gradient):
             row = self._row(timestep, sample.device)
             table = self._table(sample.device)
             learned = table.learned_variance
-            if self._fits(model_output, sample, guidance, learned) and self._is_defined(table, row):
+            if self._fits(output, sample, guidance, learned) and self._is_defined(table, row):
                 draws = isinstance(row, Tensor) or row > 0
-                return self._step(
-                    table, row, model_output, sample, generator, None, draws, return_dict, guidance, gradient
-                )
+                return self._step(table, row, output, sample, generator, None, draws, return_dict, guidance, gradient)
         return super().step(  # type: ignore[misc]
-            self._combined(model_output, guidance_scale, gradient), timestep, sample, generator, return_dict
+            self._combined(output, guidance_scale, gradient), timestep, sample, generator, return_dict
         )
 
     def _is_defined(self, table: StepTable, row: int | Tensor) -> bool:
@@ -233,10 +234,11 @@ class DDIMInverseScheduler(FusedStep, diffusers.DDIMInverseScheduler):
         guidance_scale: Scale | None = None,
     ) -> Any:
         """One step: ``diffusers.DDIMInverseScheduler.step``; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        guidance = self._guidance(model_output, sample, guidance_scale, None, 1.0, "epsilon")
-        if self.num_inference_steps and self._serves(model_output, sample):
+        output, guidance_scale = resolved(model_output, sample, guidance_scale)
+        guidance = self._guidance(output, sample, guidance_scale, None, 1.0, "epsilon")
+        if self.num_inference_steps and self._serves(output, sample):
             row, table = self._row(timestep, sample.device), self._table(sample.device)
-            if self._is_defined(table, row) and self._fits(model_output, sample, guidance, guidance is not None):
-                return self._step(table, row, model_output, sample, None, None, False, return_dict, guidance, None)
-        combined = self._combined(model_output, guidance_scale, None)
+            if self._is_defined(table, row) and self._fits(output, sample, guidance, guidance is not None):
+                return self._step(table, row, output, sample, None, None, False, return_dict, guidance, None)
+        combined = self._combined(output, guidance_scale, None)
         return super().step(combined, timestep, sample, return_dict)  # type: ignore[misc]

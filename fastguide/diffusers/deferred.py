@@ -147,10 +147,12 @@ def _halves(output: Any, count: Any = None, dim: Any = 0) -> Any:
 
 
 def _difference(cond: Any, uncond: Any) -> Any:
-    pair: Any = getattr(cond, "_pair", None)
-    if pair is not None and pair is getattr(uncond, "_pair", None) and (cond._half, uncond._half) == (1, 0):
-        return Guided(pair, None, False) if pair.cond.dtype == pair.uncond.dtype else None
-    return None
+    pair = getattr(cond, "_pair", None)
+    same = getattr(uncond, "_pair", None) is pair
+    if not isinstance(pair, Pair) or not same:
+        return None
+    in_order = (cond._half, uncond._half) == (1, 0) and pair.cond.dtype == pair.uncond.dtype
+    return Guided(pair, None, False) if in_order else None
 
 
 def _scaled(first: Any, second: Any) -> Any:

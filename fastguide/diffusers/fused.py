@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -34,6 +33,8 @@ class FusedStep:
     """
 
     _output: Any
+    _rows_exist: bool
+    variance_type: str = "fixed_small"
     alphas_cumprod: Tensor
     timesteps: Tensor
     num_inference_steps: int | None
@@ -49,10 +50,7 @@ class FusedStep:
         raise NotImplementedError
 
     def _table(self, device: torch.device, *arguments: Any) -> StepTable:
-        state, known = self._state(), self.__dict__.get("_known_state")
-        if known is None or not all(map(operator.is_, state, known)):
-            self.__dict__.update(_known_state=state, _tables={})
-        tables: dict[Any, StepTable] = self.__dict__["_tables"]
+        tables = self._tables_now()
         table = tables.get((device, *arguments))
         if table is None:
             if torch.compiler.is_compiling():
@@ -62,6 +60,14 @@ class FusedStep:
                 )
             table = tables[(device, *arguments)] = self._transitions(*arguments).to(device)
         return table
+
+    def _tables_now(self) -> dict[Any, StepTable]:
+        """The tables made so far, of the state that the scheduler is in."""
+        state, known = self._state(), self.__dict__.get("_known_state")
+        if known is None or not all(map(operator.is_, state, known)):
+            self.__dict__.update(_known_state=state, _tables={}, _rows_exist=self._has_rows())
+        tables: dict[Any, StepTable] = self.__dict__["_tables"]
+        return tables
 
     def _remember(self, device: str | torch.device | None, *arguments: Any) -> None:
         """After diffusers has set the timesteps on the host: note them, move them, and make the tables for them now.
@@ -74,7 +80,8 @@ class FusedStep:
             self.timesteps = self.timesteps.to(device)
             self.__dict__["_known_timesteps"] = (self.timesteps, *known[1:])
         seen = {key[1:] for key in self.__dict__.get("_tables", ())}
-        for kind in {arguments, *seen} if self._has_rows() else ():
+        self._tables_now()
+        for kind in {arguments, *seen} if self._rows_exist else ():
             self._table(self.timesteps.device, *kind)
 
     def _host_timesteps(self) -> tuple[int, ...]:
@@ -117,53 +124,46 @@ class FusedStep:
         gradient: Tensor | None,
     ) -> Any:
         """The fused step; ``draws`` says whether diffusers would draw noise here."""
-        shape, channels = sample.shape, sample.shape[1] if sample.dim() > 1 else 0
-        copies = 1 if guidance is None else guidance.num_predictions
         sample = sample if sample.is_contiguous() or _dense(sample) else sample.contiguous()
-        variance = None
-        parts = (
-            model_output if isinstance(model_output, tuple) else model_output.unflatten(0, (copies, shape[0])).unbind(0)
-        )
+        first = model_output if isinstance(model_output, Tensor) else model_output[0]
         predictions: Tensor | list[Tensor]
-        if parts[0].dim() > 1 and parts[0].shape[1] == 2 * channels:
+        variance = None
+        if first.shape[1:] != sample.shape[1:]:  # twice the channels
+            parts, channels = _parts(model_output, guidance), sample.shape[1]
             predictions = [_laid_out(part[:, :channels], sample) for part in parts]
             if table.learned_variance:
                 variance = _laid_out(parts[-1][:, channels:], sample)
-        elif isinstance(model_output, Tensor) and _same_layout(model_output, sample):
-            predictions = model_output
+        elif first is model_output and _same_layout(first, sample):
+            predictions = first
         else:
-            predictions = [_laid_out(part, sample) for part in parts]
+            predictions = [_laid_out(part, sample) for part in _parts(model_output, guidance)]
         if gradient is not None:
             gradient = _laid_out(gradient, sample)
 
-        output_dtype = parts[0].dtype
-        dtype = torch.promote_types(sample.dtype, output_dtype)
+        dtype = sample.dtype if sample.dtype == first.dtype else torch.promote_types(sample.dtype, first.dtype)
         sample = sample.double() if dtype == torch.float64 else sample
         source: dict[str, Any] = {}
         if noise is not None:
             source["noise"] = _laid_out(noise, sample)
         elif draws:
-            source = self._noise(table, row, generator, sample, output_dtype)
+            source = self._noise(table, row, generator, sample, first.dtype)
         out = None if dtype == sample.dtype else torch.empty_like(sample, dtype=dtype)
-        step: Callable[..., Any] = functools.partial(
-            guided_step, table, row, sample, predictions, guidance, gradient=gradient, variance=variance
-        )
+        arguments = (table, row, sample, predictions, guidance)
+        others: dict[str, Any] = {"gradient": gradient, "variance": variance}
+        step: Callable[..., Any] = guided_step
         if torch.compiler.is_compiling():
-            result, original = step(**source, out=out, return_original=True)
+            result, original = step(*arguments, **others, **source, out=out, return_original=True)
             return self._output.plain(result, original) if return_dict else (result, original)
-        result = step(**source, out=out)
-
-        inputs = [sample, *(predictions if isinstance(predictions, list) else [predictions])]
-        inputs += [] if gradient is None else [gradient]
-        versions = _versions(inputs)
+        result = step(*arguments, **others, **source, out=out)
+        versions = _versions(sample, predictions, gradient)
 
         def predicted_original() -> Tensor:
-            if _versions(inputs) != versions:
+            if _versions(sample, predictions, gradient) != versions:
                 raise RuntimeError(
                     "pred_original_sample: expected the inputs of its step as they were, got one changed"
                 )
             spare = torch.empty_like(result)  # the noise is of no consequence to x_0
-            original: Tensor = step(noise=sample, out=spare, return_original=True)[1]
+            original: Tensor = step(*arguments, **others, noise=sample, out=spare, return_original=True)[1]
             return original
 
         return self._output(result, predicted_original) if return_dict else outputs.LazyPair(result, predicted_original)
@@ -188,18 +188,19 @@ class FusedStep:
         return {"noise": _laid_out(noise, sample)} if adds else {}  # drawn all the same: the generator moves on
 
     def _serves(self, model_output: Output, sample: Tensor, *others: Tensor | None) -> bool:
-        """Whether the kernel takes these tensors."""
-        parts = model_output if isinstance(model_output, tuple) else (model_output,)
-        tensors = [*parts, sample, *(t for t in others if t is not None)]
-        if not self._has_rows():
+        """Whether there are rows, and the kernel takes these tensors."""
+        self._tables_now()
+        if not self._rows_exist or sample.dim() == 0:
             return False
-        if not all(isinstance(t, Tensor) and t.dtype in _DTYPES and t.device == sample.device for t in tensors):
-            return False
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return False
-        if any(t.dtype == torch.float64 for t in tensors) and sample.device.type != "cpu":
-            return False
-        return sample.dim() > 0 and all(t is None or t.shape == sample.shape for t in others)
+        device, grad = sample.device, torch.is_grad_enabled()
+        for tensor in (sample, *(model_output if isinstance(model_output, tuple) else (model_output,)), *others):
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES or tensor.device != device:
+                return False
+            if (grad and tensor.requires_grad) or (tensor.dtype == torch.float64 and device.type != "cpu"):
+                return False
+        return all(other is None or other.shape == sample.shape for other in others)
 
     def _has_rows(self) -> bool:
         """Whether the configuration is one that rows say: a threshold is none, and diffusers has words for the rest."""
@@ -208,7 +209,7 @@ class FusedStep:
             not config.get("thresholding")
             and config.prediction_type in ("epsilon", "sample", "v_prediction")
             and (not config.clip_sample or config.clip_sample_range > 0)
-            and getattr(self, "variance_type", "fixed_small") in get_args(VarianceType)
+            and self.variance_type in get_args(VarianceType)
         )
 
     def _is_defined(self, table: StepTable, row: int | Tensor) -> bool:
@@ -218,14 +219,14 @@ class FusedStep:
         """Whether the output has the sample's shape, as often as guidance weighs it; ``twice``: or double channels."""
         if isinstance(model_output, tuple):
             return all(part.shape == sample.shape for part in model_output) and not self._learns()
-        copies = 1 if guidance is None else guidance.num_predictions
-        shape = (copies * sample.shape[0], *sample.shape[1:])
-        if model_output.shape == shape:
-            return not self._learns()
-        return twice and sample.dim() > 1 and model_output.shape == (shape[0], 2 * shape[1], *shape[2:])
+        got, expected = model_output.shape, sample.shape  # their batches agree with the guidance
+        if got[1:] == expected[1:]:
+            return (got[0] == expected[0] or guidance is not None) and not self._learns()
+        doubled = len(expected) > 1 and got[1:] == (2 * expected[1], *expected[2:])
+        return twice and doubled and (got[0] == expected[0] or guidance is not None)
 
     def _learns(self) -> bool:
-        return str(getattr(self, "variance_type", "")).startswith("learned")
+        return self.variance_type.startswith("learned")
 
     # ---- Guidance ----
 
@@ -253,6 +254,10 @@ class FusedStep:
             )
         if guidance_scale is None and gradient is None:
             return None
+        if gradient is None and type(guidance_scale) is float:
+            known: Guidance | None = self.__dict__.get("_guidances", {}).get((guidance_scale, False))
+            if known is not None:
+                return known
         key = (guidance_scale, gradient is not None and (gradient_scale, gradient_form))
         plain = not isinstance(guidance_scale, (Tensor, Sequence)) and not isinstance(
             gradient_scale, (Tensor, Sequence)
@@ -290,12 +295,10 @@ class FusedStep:
 
     def _with_alphas_there(self, name: str, tensor: Tensor, *arguments: Any) -> Tensor:
         here = self.alphas_cumprod
-        copies: dict[Any, Tensor] = self.__dict__.setdefault("_alphas_elsewhere", {})
-        there = copies.get((tensor.device, id(here)))
-        if there is None:
-            copies.clear()
-            there = copies[(tensor.device, id(here))] = here.to(tensor.device)
-        self.alphas_cumprod = there
+        known = self.__dict__.get("_alphas_elsewhere")
+        if known is None or known[0] is not here or known[1].device != tensor.device:
+            known = self.__dict__["_alphas_elsewhere"] = (here, here.to(tensor.device))
+        self.alphas_cumprod = known[1]
         try:
             result: Tensor = getattr(super(), name)(tensor, *arguments)
         finally:
@@ -311,9 +314,20 @@ class FusedStep:
         return self._with_alphas_there("get_velocity", sample, noise, timesteps)
 
 
-def _versions(tensors: list[Tensor]) -> list[int | None]:
+def _parts(model_output: Output, guidance: Guidance | None) -> Sequence[Tensor]:
+    """The predictions, one after the other."""
+    if isinstance(model_output, tuple):
+        return model_output
+    copies = 1 if guidance is None else guidance.num_predictions
+    parts: Sequence[Tensor] = model_output.unflatten(0, (copies, model_output.shape[0] // copies)).unbind(0)
+    return parts
+
+
+def _versions(*tensors: Tensor | list[Tensor] | None) -> list[Any]:
     """How often each was written to, where torch counts that."""
-    return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+    return [
+        _versions(*t) if isinstance(t, list) else None if t is None or t.is_inference() else t._version for t in tensors
+    ]
 
 
 def _dense(sample: Tensor) -> bool:

@@ -96,7 +96,6 @@ class _DDIM(FusedStep):
 
 
 class _DDPM(FusedStep):
-    variance_type: str
     custom_timesteps: bool
 
     def _state(self) -> tuple[Any, ...]:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from scheduler_pair import diffusers, fused
 
+import fastguide
+
 pytest.importorskip("transformers")
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -157,6 +159,66 @@ def test_class_conditional_with_a_learned_variance(name, learned, steps):
     assert done.traced == ["transformer"]
     torch.testing.assert_close(during, before, rtol=1e-4, atol=1e-4)
     assert len(steps) == 4
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_sampler_of_a_pipeline_s_parts_gives_its_latents(name, spacing):
+    scheduler = scheduler_of(name, timestep_spacing=spacing)
+    pipe = stable_diffusion("StableDiffusionPipeline", scheduler)
+    x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    embeds = prompts()
+    torch.manual_seed(0)
+    expected = pipe(latents=x_T, **embeds, num_inference_steps=4, guidance_scale=6.0, output_type="latent").images
+    timesteps = scheduler.timesteps
+    sampler = fused.sampler_from_pipeline(pipe, 4, fastguide.ClassifierFree(6.0))
+    torch.manual_seed(0)
+    got = sampler(x_T, cond=embeds["prompt_embeds"], uncond=embeds["negative_prompt_embeds"])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert scheduler.timesteps is timesteps
+    named = sampler(
+        x_T,
+        cond={"encoder_hidden_states": embeds["prompt_embeds"]},
+        uncond={"encoder_hidden_states": embeds["negative_prompt_embeds"]},
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.equal(named, got)
+
+
+def test_a_sampler_of_classes_with_a_learned_variance():
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    pipe = diffusers.DiTPipeline(transformer, parts()["vae"], scheduler)
+    sampler = fused.sampler_from_pipeline(pipe, 4, fastguide.ClassifierFree(3.0))
+    x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    labels, null = torch.tensor([1, 5]), torch.tensor([1000, 1000])
+    got = sampler(x_T, cond=labels, uncond=null, generator=torch.Generator().manual_seed(2))
+    scheduler.set_timesteps(4)
+    x, generator = x_T, torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = transformer(torch.cat([x, x]), t.expand(4), torch.cat([null, labels])).sample
+            (uncond, _), (cond, variance) = (half.chunk(2, 1) for half in output.chunk(2))
+            x = scheduler.step(torch.cat([uncond + 3.0 * (cond - uncond), variance], 1), t, x, generator).prev_sample
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_sampler_cannot_be_made_of_is_refused():
+    pipe = stable_diffusion("StableDiffusionPipeline", diffusers.PNDMScheduler())
+    with pytest.raises(TypeError, match="scheduler: expected a DDPM or DDIM scheduler, got PNDMScheduler"):
+        fused.sampler_from_pipeline(pipe)
+    pipe.scheduler = scheduler_of("DDIMScheduler", thresholding=True)
+    with pytest.raises(ValueError, match="scheduler: expected one without dynamic thresholding"):
+        fused.sampler_from_pipeline(pipe)
+    with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline, got Linear"):
+        fused.sampler_from_pipeline(torch.nn.Linear(1, 1))
+    model = fused.as_model(torch.nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match="cond: expected none, or a mapping, for Conv2d, got a tensor"):
+        model(torch.zeros(1), torch.zeros(1), torch.zeros(1))
 
 
 def test_another_scheduler_is_named_and_left_alone():

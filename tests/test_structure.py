@@ -31,6 +31,7 @@ FLOORS = [  # a module imports modules of lower floors only, or of its own floor
         "diffusers.fused",
         "diffusers.schedulers",
         "diffusers.pipelines",
+        "diffusers.loops",
         "diffusers.guiders",
         "diffusers",
     ],

@@ -7,6 +7,7 @@ try:
 except ImportError as error:
     raise ImportError('fastguide.diffusers: expected diffusers: pip install "fastguide[diffusers]"') from error
 
+from .loops import as_model, sampler_from_pipeline, step_table
 from .pipelines import Acceleration, accelerate, restore
 from .schedulers import (
     DDIMInverseScheduler,
@@ -24,5 +25,8 @@ __all__ = [
     "DDPMParallelScheduler",
     "DDPMScheduler",
     "accelerate",
+    "as_model",
     "restore",
+    "sampler_from_pipeline",
+    "step_table",
 ]

@@ -23,16 +23,24 @@ def host_alphas(scheduler: Any) -> Tensor:
     return alphas
 
 
-def ddim_transitions(scheduler: Any, eta: float, use_clipped_model_output: bool, inverse: bool = False) -> StepTable:
+def ddim_transitions(
+    scheduler: Any,
+    eta: float,
+    use_clipped_model_output: bool,
+    inverse: bool = False,
+    *,
+    at: Tensor | None = None,
+    undefined: str | None = UNDEFINED,
+) -> StepTable:
     """From every timestep t to t - num_train_timesteps // num_inference_steps, as ``DDIMScheduler.step`` goes.
 
-    ``inverse``: to t from that one, as ``DDIMInverseScheduler.step``.
+    ``inverse``: to t from that one, as ``DDIMInverseScheduler.step``; ``at``: only from these timesteps, in this order.
     """
     config, alphas = scheduler.config, host_alphas(scheduler)
     final = float(scheduler.initial_alpha_cumprod if inverse else scheduler.final_alpha_cumprod)
-    here = torch.arange(len(alphas))
+    here = torch.arange(len(alphas)) if at is None else at
     there = here - config.num_train_timesteps // scheduler.num_inference_steps
-    a, a_prev = alphas, torch.where(there >= 0, alphas[there.clamp(min=0)], final)
+    a, a_prev = alphas[here], torch.where(there >= 0, alphas[there.clamp(min=0)], final)
     if inverse:
         a, a_prev = a_prev, a
     return ddim_table(
@@ -43,14 +51,20 @@ def ddim_transitions(scheduler: Any, eta: float, use_clipped_model_output: bool,
         use_clipped_model_output=use_clipped_model_output,
         prediction_type=config.prediction_type,
         clip_sample_range=config.clip_sample_range if config.clip_sample else None,
-        undefined=UNDEFINED,
+        undefined=undefined,
     )
 
 
-def ddpm_transitions(scheduler: Any, timesteps: tuple[int, ...] | None) -> StepTable:
+def ddpm_transitions(
+    scheduler: Any,
+    timesteps: tuple[int, ...] | None,
+    *,
+    at: Tensor | None = None,
+    undefined: str | None = UNDEFINED,
+) -> StepTable:
     """From every one of ``timesteps`` to the next, as ``DDPMScheduler.step`` goes; ``None``: from every t to t - 1.
 
-    Noise is added at every timestep but 0, also where a trailing spacing ends at another.
+    Noise is added at every timestep but 0, also where a trailing spacing ends at another. ``at``: only from these.
     """
     config, alphas = scheduler.config, host_alphas(scheduler)
     here = torch.arange(len(alphas))
@@ -59,13 +73,14 @@ def ddpm_transitions(scheduler: Any, timesteps: tuple[int, ...] | None) -> StepT
         there = torch.full_like(here, len(alphas))  # nowhere
         there[list(timesteps)] = torch.tensor([*timesteps[1:], -1])
     padded = torch.cat([alphas, alphas.new_tensor([torch.nan, 1.0])])  # nowhere, and -1
+    here = here if at is None else at
     return ddpm_table(
         here,
-        alphas,
-        padded[there],
+        alphas[here],
+        padded[there[here]],
         here > 0,
         prediction_type=config.prediction_type,
         variance_type=scheduler.variance_type,
         clip_sample_range=config.clip_sample_range if config.clip_sample else None,
-        undefined=UNDEFINED,
+        undefined=undefined,
     )

@@ -1,0 +1,99 @@
+"""fastguide's own loop over the parts of a diffusers pipeline: its denoiser as a model, its scheduler as a table."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ..guidance import Guidance
+from ..sampler import Sampler
+from ..table import StepTable
+from . import transitions
+
+_CONDITIONS = ("encoder_hidden_states", "class_labels")
+
+
+def as_model(denoiser: Callable[..., Any]) -> Callable[..., Tensor]:
+    """``model(x, t, condition)`` for ``Sampler``, of a diffusers denoiser that returns ``.sample``.
+
+    A condition that is a tensor goes to ``encoder_hidden_states`` or ``class_labels``, whichever the denoiser needs; a
+    mapping goes to its arguments by name.
+    """
+    module = denoiser.forward if isinstance(denoiser, torch.nn.Module) else denoiser
+    names = inspect.signature(module).parameters
+    needed = [name for name in _CONDITIONS if name in names]
+
+    def model(x: Tensor, t: Tensor, condition: Tensor | None = None, **conditions: Any) -> Tensor:
+        if condition is not None:
+            if not needed:
+                raise ValueError(f"cond: expected none, or a mapping, for {type(denoiser).__name__}, got a tensor")
+            conditions[needed[0]] = condition
+        output: Tensor = denoiser(x, timestep=t, **conditions, return_dict=False)[0]
+        return output
+
+    return model
+
+
+def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
+    """The steps that a DDPM or DDIM scheduler of diffusers would make; the scheduler stays as it is.
+
+    Raises:
+        TypeError: it is another scheduler.
+        ValueError: it thresholds dynamically, or its schedule has no signal where the first step begins.
+    """
+    own = copy.copy(scheduler)  # from_config would drop what a pipeline has changed in the configuration
+    if isinstance(own, (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler)):
+        make = _ddim_rows
+    elif isinstance(own, (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler)):
+        make = _ddpm_rows
+    else:
+        raise TypeError(f"scheduler: expected a DDPM or DDIM scheduler, got {type(scheduler).__name__}")
+    if own.config.get("thresholding"):
+        raise ValueError("scheduler: expected one without dynamic thresholding, which is no row of a table")
+    own.set_timesteps(num_inference_steps)
+    return make(own, eta)
+
+
+def _ddim_rows(scheduler: Any, eta: float) -> StepTable:
+    return transitions.ddim_transitions(scheduler, eta, False, at=scheduler.timesteps, undefined=None)
+
+
+def _ddpm_rows(scheduler: Any, eta: float) -> StepTable:
+    timesteps = scheduler.timesteps
+    return transitions.ddpm_transitions(scheduler, tuple(timesteps.tolist()), at=timesteps, undefined=None)
+
+
+def sampler_from_pipeline(
+    pipe: Any,
+    num_inference_steps: int = 50,
+    guidance: Guidance | None = None,
+    *,
+    eta: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Sampler:
+    """A ``Sampler`` of a pipeline's denoiser and scheduler, for latents and embeddings that are there already.
+
+    Args:
+        pipe: a diffusers pipeline with a ``unet`` or ``transformer`` and a DDPM or DDIM scheduler.
+        num_inference_steps: number of steps.
+        guidance: such as ``fastguide.ClassifierFree(7.5)``; then ``uncond=`` is given with ``cond=``.
+        eta: of DDIM.
+        dtype: what the latents are cast to for the denoiser; ``None``: its own. The state is best float32.
+
+    Returns:
+        ``sampler(x_T, cond=prompt_embeds, uncond=negative_prompt_embeds)`` gives the latents that the pipeline would.
+    """
+    if not isinstance(pipe, diffusers.DiffusionPipeline):
+        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if denoiser is None:
+        raise ValueError(f"pipe: expected one with a unet or a transformer, got {type(pipe).__name__}")
+    scheduler = getattr(pipe, "scheduler", None)
+    table = step_table(scheduler, num_inference_steps, eta=eta).to(denoiser.device)
+    return Sampler(as_model(denoiser), table, guidance, dtype=denoiser.dtype if dtype is None else dtype)

@@ -13,8 +13,9 @@ from .noise import DeviceGenerator, seeds_tensor
 from .ops import check_run, guided_step
 from .table import StepTable
 
-Condition: TypeAlias = "Tensor | Mapping[str, Tensor]"
-"""What a model is conditioned on: a tensor with the batch in front, or several by the name of the model's argument."""
+Condition: TypeAlias = "Tensor | Mapping[str, Condition]"
+"""What a model is conditioned on: a tensor with the batch in front, or several by the name of the model's argument, of
+which each may be a mapping again."""
 
 
 class Sampler:
@@ -185,20 +186,21 @@ def _batched(conditions: list[tuple[str, Condition]], batch: int) -> Condition |
     first = conditions[-1][1]
     if not isinstance(first, Mapping):
         return _concatenated(conditions, batch)
+    parts: dict[str, list[tuple[str, Condition]]] = {key: [] for key in first}
     for name, condition in conditions:
         if not isinstance(condition, Mapping) or condition.keys() != first.keys():
             raise ValueError(f"{name}: expected a mapping with the keys {sorted(first)}, as the other conditions have")
-    return {
-        key: _concatenated([(f"{name}[{key!r}]", c[key]) for name, c in conditions if isinstance(c, Mapping)], batch)
-        for key in first
-    }
+        for key, value in condition.items():
+            parts[key].append((f"{name}[{key!r}]", value))
+    batched = {key: _batched(part, batch) for key, part in parts.items()}
+    return {key: value for key, value in batched.items() if value is not None}
 
 
 def _concatenated(parts: Sequence[tuple[str, Condition]], batch: int) -> Tensor:
     tensors = []
     for name, part in parts:
         if not isinstance(part, Tensor):
-            raise TypeError(f"{name}: expected a tensor or a mapping of tensors, got {type(part).__name__}")
+            raise TypeError(f"{name}: expected a tensor, or mappings throughout, got {type(part).__name__}")
         if part.dim() == 0 or part.shape[0] != batch:
             raise ValueError(f"{name}: expected the batch of {batch} in front, got shape {tuple(part.shape)}")
         tensors.append(part)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from scheduler_pair import diffusers, fused
@@ -58,7 +60,7 @@ def images_of(pipe, **arguments):
 
     before = run()
     done = fused.accelerate(pipe)
-    assert fused.accelerate(pipe) is done
+    assert fused.accelerate(pipe) == done
     during = run()
     fused.restore(pipe)
     after = run()
@@ -156,7 +158,7 @@ def test_class_conditional_with_a_learned_variance(name, learned, steps):
     pipe = diffusers.DiTPipeline(transformer, parts()["vae"], getattr(diffusers, name)(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     before, during, done = images_of(pipe, class_labels=[1, 5], num_inference_steps=4, guidance_scale=3.0)
-    assert done.traced == ["transformer"]
+    assert "combines parts of channels by itself" in done.left_alone["transformer"]
     torch.testing.assert_close(during, before, rtol=1e-4, atol=1e-4)
     assert len(steps) == 4
 
@@ -185,12 +187,58 @@ def test_a_sampler_of_a_pipeline_s_parts_gives_its_latents(name, spacing):
     assert torch.equal(named, got)
 
 
-def test_a_sampler_of_classes_with_a_learned_variance():
+def transformer_of_classes():
     torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
+    return diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1,
         sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4,
     ).eval()  # fmt: skip
+
+
+def test_a_sampler_leaves_out_a_variance_that_its_scheduler_does_not_take():
+    transformer = transformer_of_classes()
+    pipe = diffusers.DiTPipeline(transformer, parts()["vae"], diffusers.DDIMScheduler(clip_sample=False))
+    x_T, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 5])
+    got = fused.sampler_from_pipeline(pipe, 3)(x_T, cond=labels)
+    pipe.scheduler.set_timesteps(3)
+    x = x_T
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            x = pipe.scheduler.step(transformer(x, t.expand(2), labels).sample[:, :4], t, x).prev_sample
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sampler_gives_mappings_of_mappings_to_the_denoiser():
+    """As SDXL's unet needs."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=8, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=56, **WIDTHS,
+    ).eval()  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+
+    def condition():
+        added = {"text_embeds": torch.randn(2, 8, generator=generator), "time_ids": torch.ones(2, 6)}
+        return {"encoder_hidden_states": torch.randn(2, 5, 8, generator=generator), "added_cond_kwargs": added}
+
+    cond, uncond = condition(), condition()
+    table = fused.step_table(scheduler_of("DDIMScheduler"), 3)
+    x_T = torch.randn(2, 4, 8, 8, generator=generator)
+    got = fastguide.Sampler(fused.as_model(unet), table, fastguide.ClassifierFree(4.0))(x_T, cond=cond, uncond=uncond)
+    x = x_T
+    with torch.no_grad():
+        for step, t in enumerate(table.timesteps):
+            outputs = [unet(x, t.expand(2), **c).sample for c in (uncond, cond)]
+            x = fastguide.guided_step(table, step, x, outputs, fastguide.ClassifierFree(4.0))
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+    sampler = fastguide.Sampler(fused.as_model(unet), table, fastguide.ClassifierFree(4.0))
+    with pytest.raises(ValueError, match=r"uncond\['added_cond_kwargs'\]: expected a mapping with the keys"):
+        sampler(x_T, cond=cond, uncond={**uncond, "added_cond_kwargs": {}})
+
+
+def test_a_sampler_of_classes_with_a_learned_variance():
+    transformer = transformer_of_classes()
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
     pipe = diffusers.DiTPipeline(transformer, parts()["vae"], scheduler)
     sampler = fused.sampler_from_pipeline(pipe, 4, fastguide.ClassifierFree(3.0))
@@ -216,6 +264,17 @@ def test_what_a_sampler_cannot_be_made_of_is_refused():
         fused.sampler_from_pipeline(pipe)
     with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline, got Linear"):
         fused.sampler_from_pipeline(torch.nn.Linear(1, 1))
+    pipe.scheduler = scheduler_of("DDIMScheduler")
+    for arguments, message in (
+        ({"num_inference_steps": 0}, "num_inference_steps: expected 1 to 1000, got 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps: expected an integer, got 2.5"),
+        ({"eta": 2}, "eta: expected 0 to 1 with DDIM, and 0 with DDPM, got 2"),
+        ({"eta": "1"}, "eta: expected a number from 0 to 1, got '1'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            fused.sampler_from_pipeline(pipe, **arguments)
+    with pytest.raises(TypeError, match="denoiser: expected a model of diffusers, got NoneType"):
+        fused.as_model(None)
     model = fused.as_model(torch.nn.Conv2d(1, 1, 1))
     with pytest.raises(ValueError, match="cond: expected none, or a mapping, for Conv2d, got a tensor"):
         model(torch.zeros(1), torch.zeros(1), torch.zeros(1))
@@ -227,8 +286,12 @@ def test_another_scheduler_is_named_and_left_alone():
     done = fused.accelerate(pipe)
     assert pipe.scheduler is scheduler
     assert done.left_alone["scheduler"].startswith("PNDMScheduler: only DDIMScheduler, DDPMScheduler")
-    assert "guidance goes to a scheduler that is left alone" in done.left_alone["unet"]
+    assert done.left_alone["unet"] == "its guidance goes to no scheduler of fastguide's"
     fused.restore(pipe)
+    thresholding = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler", thresholding=True))
+    before = thresholding.scheduler
+    assert "dynamic thresholding" in fused.accelerate(thresholding).left_alone["scheduler"]
+    assert thresholding.scheduler is before
 
 
 def test_a_scheduler_that_is_fused_already_keeps_its_place():
@@ -244,8 +307,31 @@ def test_a_pipeline_with_a_fused_scheduler_is_saved_and_loaded(tmp_path):
     unet = parts()["unet"]
     pipe = diffusers.DDIMPipeline(unet, fused.DDIMScheduler(beta_schedule="scaled_linear"))
     pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
     loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is diffusers.DDIMScheduler
     assert loaded.scheduler.config.beta_schedule == "scaled_linear"
+
+
+def test_parts_that_are_exchanged_meanwhile():
+    """A second call serves them; and undoing leaves them where they are."""
+    pipe = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler"))
+    first, unet = pipe.scheduler, pipe.unet
+    fused.accelerate(pipe)
+    own, pipe.unet = scheduler_of("DDPMScheduler"), parts()["unet"]
+    pipe.scheduler = own
+    assert fused.accelerate(pipe).exchanged == {"scheduler": "DDPMScheduler"}
+    assert type(pipe.scheduler) is fused.DDPMScheduler
+    assert (len(unet._forward_hooks), len(pipe.unet._forward_hooks)) == (0, 1)
+    fused.restore(pipe)
+    assert pipe.scheduler is own
+    assert not pipe.unet._forward_hooks
+    pipe.scheduler = first
+    fused.accelerate(pipe)
+    pipe.scheduler = own
+    fused.restore(pipe)
+    assert pipe.scheduler is own
 
 
 def test_bad_input_is_refused():
@@ -254,3 +340,6 @@ def test_bad_input_is_refused():
     pipe = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler"))
     with pytest.raises(ValueError, match=r"pipe: expected one that accelerate\(\) was called on"):
         fused.restore(pipe)
+    for nothing in (None, diffusers.DDIMScheduler):
+        with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline, got"):
+            fused.restore(nothing)

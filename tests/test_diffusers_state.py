@@ -76,10 +76,11 @@ def test_timesteps_on_a_device_are_known_by_their_place():
     scheduler = fused.DDIMScheduler()
     scheduler.set_timesteps(STEPS, device="meta")
     host = tuple(range(913, -1, -83))
+    sample = torch.empty(2, device="meta")
     assert scheduler.timesteps.device.type == "meta"
-    assert [scheduler._row(t, t.device) for t in scheduler.timesteps] == list(host)
-    assert [scheduler._row(t, t.device) for t in scheduler.timesteps[5:]] == list(host[5:])
-    index = scheduler._row(torch.empty(2, dtype=torch.int32, device="meta"), torch.device("meta"))
+    assert [scheduler._row(t, sample) for t in scheduler.timesteps] == list(host)
+    assert [scheduler._row(t, sample) for t in scheduler.timesteps[5:]] == list(host[5:])
+    index = scheduler._row(torch.empty(2, dtype=torch.int32, device="meta"), sample)
     assert index.dtype == torch.int64
 
 
@@ -213,6 +214,61 @@ def test_guidance_and_the_output_s_batch_have_to_agree():
         ddpm.step(X, 10, X)
     with pytest.raises(TypeError, match="timestep: expected int64"):
         scheduler.step(X, torch.tensor(83.0), X)
+
+
+WIDE = randn(4, *SHAPE[1:])
+BAD = {
+    "a model's whole output": (
+        lambda s: s.step(diffusers.models.unets.unet_2d.UNet2DOutput(sample=X), 83, X),
+        "model_output: expected a tensor, got UNet2DOutput; its .sample is one",
+    ),
+    "a tuple": (lambda s: s.step((X, X), 83, X), r"model_output: expected a tensor, got tuple; its \[0\] is one"),
+    "no output": (lambda s: s.step(None, 83, X), "model_output: expected a tensor, got NoneType"),
+    "no sample": (lambda s: s.step(X, 83, None), "sample: expected a tensor, got NoneType"),
+    "a real timestep": (lambda s: s.step(X, 83.0, X), "timestep: expected an int or an int64 tensor, got 83.0"),
+    "no timestep": (lambda s: s.step(X, None, X), "timestep: expected an int or an int64 tensor, got None"),
+    "timesteps of others": (
+        lambda s: s.step(X, torch.tensor([83, 0, 83]), X), r"timestep: expected shape \(\) or \(2,\), got \(3,\)",
+    ),
+    "a timestep of none": (lambda s: s.step(X, torch.tensor([83, 5000]), X), "timestep: expected 0 to 999, got 5000"),
+    "a gradient by name": (lambda s: s.step(X, 83, X, gradient="g"), "gradient: expected a tensor .*, got str"),
+    "one sample's gradient": (
+        lambda s: s.step(X, 83, X, gradient=X[:1]), r"gradient: expected .*, the sample's shape, got \(1, 3",
+    ),
+    "a gradient's scale": (
+        lambda s: s.step(X, 83, X, gradient=X, gradient_scale="2"), "gradient_scale: expected a number",
+    ),
+    "a scale of no gradient": (lambda s: s.step(X, 83, X, gradient_scale=2.0), "gradient_scale, .*: expected gr"),
+    "a form": (lambda s: s.step(X, 83, X, gradient=X, gradient_form="foo"), "gradient_form: expected one of .*'foo'"),
+    "a scale of no kind": (lambda s: s.step(WIDE, 83, X, guidance_scale={}), "guidance_scale: expected a number"),
+    "scales of steps": (
+        lambda s: s.step(WIDE, 83, X, guidance_scale=torch.ones(50, 1)),
+        r"guidance_scale: expected a number, shape \(2,\) or \(2, 1, ...\), got \(50, 1\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_messages_name_the_argument(case):
+    call, message = BAD[case]
+    scheduler = fused.DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises((TypeError, ValueError, IndexError), match=message):
+        call(scheduler)
+
+
+def test_what_diffusers_accepts_is_accepted():
+    ours, theirs = pair("DDIMScheduler")
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(-1)
+        scheduler.set_timesteps(2.5)
+        scheduler.set_timesteps(STEPS)
+    t = ours.timesteps[3]
+    for arguments in ((X, t.reshape(1), X), (X, t.numpy(), X), (X[0, 0, 0, 0], t, X[0, 0, 0, 0])):
+        assert_close(*(s.step(*arguments).prev_sample for s in (ours, theirs)))
+    one_a_sample = torch.tensor([2.0, 4.0])
+    got, expected = (ours.step(WIDE, t, X, guidance_scale=s) for s in (one_a_sample[:, None, None, None], one_a_sample))
+    assert torch.equal(got.prev_sample, expected.prev_sample)
 
 
 # ---- On a GPU ----

@@ -5,8 +5,9 @@ from __future__ import annotations
 try:
     import diffusers as _diffusers  # noqa: F401
 except ImportError as error:
-    raise ImportError('fastguide.diffusers: expected diffusers: pip install "fastguide[diffusers]"') from error
+    raise ImportError("fastguide.diffusers: expected diffusers: pip install 'diffusers>=0.35'") from error
 
+from . import guiders
 from .loops import as_model, sampler_from_pipeline, step_table
 from .pipelines import Acceleration, accelerate, restore
 from .schedulers import (
@@ -26,6 +27,7 @@ __all__ = [
     "DDPMScheduler",
     "accelerate",
     "as_model",
+    "guiders",
     "restore",
     "sampler_from_pipeline",
     "step_table",

@@ -112,7 +112,17 @@ class Guided(Tensor):
 
 
 def resolved(output: Tensor, sample: Tensor, guidance_scale: Any) -> tuple[Output, Any]:
-    """A step's model output and guidance scale, with what was noted of them taken apart."""
+    """A step's model output and guidance scale, with what was noted of them taken apart.
+
+    Raises:
+        TypeError: the output or the sample is no tensor.
+    """
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
+    if not isinstance(output, Tensor):
+        hint = "; its .sample is one" if isinstance(getattr(output, "sample", None), Tensor) else ""
+        hint = "; its [0] is one" if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else hint
+        raise TypeError(f"model_output: expected a tensor, got {type(output).__name__}{hint}")
     if type(output) is Guided and output.complete and guidance_scale is None and output.shape == sample.shape:
         scale = 1.0 if output.scale is None else output.scale
         return output.pair.output(), scale.reshape(-1) if isinstance(scale, Tensor) else scale

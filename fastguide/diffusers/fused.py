@@ -34,11 +34,20 @@ class FusedStep:
 
     _output: Any
     _rows_exist: bool
-    variance_type: str = "fixed_small"
-    alphas_cumprod: Tensor
     timesteps: Tensor
     num_inference_steps: int | None
     config: Any
+
+    def __new__(cls, *_arguments: Any, **_keywords: Any) -> FusedStep:
+        """An instance calls itself diffusers' own, so that a pipeline that is saved loads without fastguide."""
+        scheduler = super().__new__(cls)
+        if cls.__module__.startswith("fastguide."):
+            own = next(c.__module__ for c in cls.__mro__ if c.__module__.startswith("diffusers."))
+            scheduler.__dict__["__module__"] = own
+        return scheduler
+
+    variance_type: str = "fixed_small"
+    alphas_cumprod: Tensor
 
     # ---- Tables ----
 
@@ -92,14 +101,27 @@ class FusedStep:
         values: tuple[int, ...] = known[1]
         return values
 
-    def _row(self, timestep: Any, device: torch.device) -> int | Tensor:
+    def _row(self, timestep: int | Tensor, sample: Tensor) -> int | Tensor:
         """A timestep's row: a number if the host knows it, else an index for the kernel."""
+        device = sample.device
         if not isinstance(timestep, Tensor):
             if torch.compiler.is_compiling():  # else a graph for each timestep
                 return torch.full((), timestep, dtype=torch.int64, device=device)
-            return operator.index(timestep)
+            if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):
+                raise TypeError(f"timestep: expected an int or an int64 tensor, got {timestep!r}")
+            number: int = operator.index(timestep)
+            return number
         if timestep.is_floating_point() or timestep.dim() > 1:
             raise TypeError(f"timestep: expected int64 of shape () or (batch,), got {timestep.dtype}, {timestep.shape}")
+        if timestep.dim() == 1:
+            if len(timestep) not in (1, len(sample)):
+                raise ValueError(f"timestep: expected shape () or ({len(sample)},), got {tuple(timestep.shape)}")
+            if len(timestep) == 1:  # of every sample, as diffusers takes it
+                timestep = timestep.reshape(())
+            elif timestep.device.type == "cpu" and not torch.compiler.is_compiling():
+                bad = [value for value in timestep.tolist() if not 0 <= value < len(self.alphas_cumprod)]
+                if bad:
+                    raise IndexError(f"timestep: expected 0 to {len(self.alphas_cumprod) - 1}, got {bad[0]}")
         if timestep.dim() == 0 and not torch.compiler.is_compiling():
             if timestep.device.type == "cpu":
                 return int(timestep)
@@ -205,8 +227,10 @@ class FusedStep:
     def _has_rows(self) -> bool:
         """Whether the configuration is one that rows say: a threshold is none, and diffusers has words for the rest."""
         config = self.config
+        steps = self.num_inference_steps
         return (
             not config.get("thresholding")
+            and (steps is None or (isinstance(steps, int) and steps > 0))
             and config.prediction_type in ("epsilon", "sample", "v_prediction")
             and (not config.clip_sample or config.clip_sample_range > 0)
             and self.variance_type in get_args(VarianceType)
@@ -240,7 +264,25 @@ class FusedStep:
         gradient_form: GradientForm,
     ) -> Guidance | None:
         """Weights for the step, and a check that the output is doubled exactly where they expect it."""
-        doubled = isinstance(model_output, tuple) or model_output.shape[:1] == (2 * len(sample),) != (0,)
+        batch = len(sample) if sample.dim() else 0
+        doubled = isinstance(model_output, tuple) or model_output.shape[:1] == (2 * batch,) != (0,)
+        if gradient is None:
+            if gradient_form != "epsilon" or type(gradient_scale) not in (int, float) or gradient_scale != 1:
+                raise ValueError("gradient_scale, gradient_form: expected gradient= with them, got None")
+        elif not isinstance(gradient, Tensor) or not gradient.is_floating_point():
+            got = gradient.dtype if isinstance(gradient, Tensor) else type(gradient).__name__
+            raise TypeError(f"gradient: expected a tensor of floating-point numbers, got {got}")
+        elif gradient.shape != sample.shape:
+            raise ValueError(
+                f"gradient: expected {tuple(sample.shape)}, the sample's shape, got {tuple(gradient.shape)}"
+            )
+        if isinstance(guidance_scale, Tensor) and guidance_scale.dim() > 1:  # (batch, 1, ...), as it is multiplied
+            if guidance_scale.shape != (batch, *[1] * (guidance_scale.dim() - 1)):
+                raise ValueError(
+                    f"guidance_scale: expected a number, shape ({batch},) or ({batch}, 1, ...), got "
+                    f"{tuple(guidance_scale.shape)}"
+                )
+            guidance_scale = guidance_scale.reshape(-1)
         if doubled != (guidance_scale is not None):
             assert isinstance(model_output, Tensor)
             shapes = f"got shapes {tuple(model_output.shape)} and {tuple(sample.shape)}"
@@ -259,13 +301,11 @@ class FusedStep:
             if known is not None:
                 return known
         key = (guidance_scale, gradient is not None and (gradient_scale, gradient_form))
-        plain = not isinstance(guidance_scale, (Tensor, Sequence)) and not isinstance(
-            gradient_scale, (Tensor, Sequence)
-        )
+        plain = isinstance(guidance_scale, (int, float, type(None))) and isinstance(gradient_scale, (int, float))
         kept: dict[Any, Guidance] = self.__dict__.setdefault("_guidances", {})
         guidance = kept.get(key) if plain else None
         if guidance is None:
-            classifier = None if gradient is None else Classifier(None, gradient_scale, gradient_form)
+            classifier = None if gradient is None else _classifier(gradient_scale, gradient_form)
             free = None if guidance_scale is None else ClassifierFree(guidance_scale)
             guidance = free + classifier if free is not None and classifier is not None else free or classifier
             assert guidance is not None
@@ -279,7 +319,8 @@ class FusedStep:
         """The guided output for diffusers' own step."""
         if gradient is not None:
             raise ValueError(
-                "gradient: expected None for a step that is left to diffusers, as with thresholding; got a tensor"
+                "gradient: expected None for a step that is left to diffusers (dynamic thresholding, autograd, shapes "
+                "that broadcast), got a tensor"
             )
         if isinstance(model_output, Tensor) and guidance_scale is None:
             return model_output
@@ -312,6 +353,15 @@ class FusedStep:
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """As diffusers', but that ``alphas_cumprod`` stays where it is."""
         return self._with_alphas_there("get_velocity", sample, noise, timesteps)
+
+
+def _classifier(gradient_scale: Scale, gradient_form: GradientForm) -> Classifier:
+    if gradient_form not in get_args(GradientForm):
+        raise ValueError(f"gradient_form: expected one of {get_args(GradientForm)}, got {gradient_form!r}")
+    try:
+        return Classifier(None, gradient_scale, gradient_form)
+    except (TypeError, ValueError) as error:  # there it is the guidance's only scale
+        raise type(error)(str(error).replace("guidance_scale", "gradient_scale")) from None
 
 
 def _parts(model_output: Output, guidance: Guidance | None) -> Sequence[Tensor]:

@@ -19,12 +19,26 @@ from . import transitions
 _CONDITIONS = ("encoder_hidden_states", "class_labels")
 
 
-def as_model(denoiser: Callable[..., Any]) -> Callable[..., Tensor]:
+def as_model(denoiser: Callable[..., Any], *, learned_variance: bool = True) -> Callable[..., Tensor]:
     """``model(x, t, condition)`` for ``Sampler``, of a diffusers denoiser that returns ``.sample``.
 
     A condition that is a tensor goes to ``encoder_hidden_states`` or ``class_labels``, whichever the denoiser needs; a
-    mapping goes to its arguments by name.
+    mapping goes to its arguments by name, and may hold mappings, such as ``added_cond_kwargs``.
+
+    Args:
+        denoiser: a model of diffusers, or a callable with its arguments.
+        learned_variance: whether the second half of twice the channels is kept, for a table of learned variance.
+
+    >>> import diffusers
+    >>> unet = diffusers.UNet2DModel(
+    ...     8, 3, 3, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ...     norm_num_groups=4, layers_per_block=1,
+    ... )
+    >>> as_model(unet)(torch.randn(2, 3, 8, 8), torch.tensor([7, 7])).shape
+    torch.Size([2, 3, 8, 8])
     """
+    if not callable(denoiser):
+        raise TypeError(f"denoiser: expected a model of diffusers, got {type(denoiser).__name__}")
     module = denoiser.forward if isinstance(denoiser, torch.nn.Module) else denoiser
     names = inspect.signature(module).parameters
     needed = [name for name in _CONDITIONS if name in names]
@@ -35,6 +49,8 @@ def as_model(denoiser: Callable[..., Any]) -> Callable[..., Tensor]:
                 raise ValueError(f"cond: expected none, or a mapping, for {type(denoiser).__name__}, got a tensor")
             conditions[needed[0]] = condition
         output: Tensor = denoiser(x, timestep=t, **conditions, return_dict=False)[0]
+        if not learned_variance and output.shape[1] == 2 * x.shape[1]:
+            output = output[:, : x.shape[1]]
         return output
 
     return model
@@ -43,9 +59,19 @@ def as_model(denoiser: Callable[..., Any]) -> Callable[..., Tensor]:
 def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
     """The steps that a DDPM or DDIM scheduler of diffusers would make; the scheduler stays as it is.
 
+    Args:
+        scheduler: of diffusers or of fastguide.
+        num_inference_steps: number of steps.
+        eta: of DDIM.
+
     Raises:
-        TypeError: it is another scheduler.
-        ValueError: it thresholds dynamically, or its schedule has no signal where the first step begins.
+        TypeError: it is another scheduler, or an argument is no number.
+        ValueError: it thresholds dynamically, its schedule has no signal where the first step begins, or a number is
+            out of range.
+
+    >>> import diffusers
+    >>> step_table(diffusers.DDIMScheduler(), 20, eta=1.0)
+    StepTable(ddim, 20 steps, timesteps 950 .. 0, device=cpu)
     """
     own = copy.copy(scheduler)  # from_config would drop what a pipeline has changed in the configuration
     if isinstance(own, (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler)):
@@ -56,6 +82,15 @@ def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) ->
         raise TypeError(f"scheduler: expected a DDPM or DDIM scheduler, got {type(scheduler).__name__}")
     if own.config.get("thresholding"):
         raise ValueError("scheduler: expected one without dynamic thresholding, which is no row of a table")
+    most = own.config.num_train_timesteps
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+        raise TypeError(f"num_inference_steps: expected an integer, got {num_inference_steps!r}")
+    if not 1 <= num_inference_steps <= most:
+        raise ValueError(f"num_inference_steps: expected 1 to {most}, got {num_inference_steps}")
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
+        raise TypeError(f"eta: expected a number from 0 to 1, got {eta!r}")
+    if not 0 <= eta <= (1 if make is _ddim_rows else 0):
+        raise ValueError(f"eta: expected 0 to 1 with DDIM, and 0 with DDPM, got {eta}")
     own.set_timesteps(num_inference_steps)
     return make(own, eta)
 
@@ -82,12 +117,25 @@ def sampler_from_pipeline(
     Args:
         pipe: a diffusers pipeline with a ``unet`` or ``transformer`` and a DDPM or DDIM scheduler.
         num_inference_steps: number of steps.
-        guidance: such as ``fastguide.ClassifierFree(7.5)``; then ``uncond=`` is given with ``cond=``.
+        guidance: such as ``fastguide.ClassifierFree(7.5)``; then ``uncond=`` is given with ``cond=``. A mapping goes
+            to the denoiser's arguments by name.
         eta: of DDIM.
         dtype: what the latents are cast to for the denoiser; ``None``: its own. The state is best float32.
 
     Returns:
         ``sampler(x_T, cond=prompt_embeds, uncond=negative_prompt_embeds)`` gives the latents that the pipeline would.
+
+    Raises:
+        TypeError, ValueError: it is no such pipeline, and what ``step_table`` raises.
+
+    >>> import diffusers
+    >>> unet = diffusers.UNet2DModel(
+    ...     8, 3, 3, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ...     norm_num_groups=4, layers_per_block=1,
+    ... )
+    >>> sampler = sampler_from_pipeline(diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()), 4)
+    >>> sampler(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 3, 8, 8])
     """
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
@@ -96,4 +144,5 @@ def sampler_from_pipeline(
         raise ValueError(f"pipe: expected one with a unet or a transformer, got {type(pipe).__name__}")
     scheduler = getattr(pipe, "scheduler", None)
     table = step_table(scheduler, num_inference_steps, eta=eta).to(denoiser.device)
-    return Sampler(as_model(denoiser), table, guidance, dtype=denoiser.dtype if dtype is None else dtype)
+    model = as_model(denoiser, learned_variance=table.learned_variance)
+    return Sampler(model, table, guidance, dtype=denoiser.dtype if dtype is None else dtype)

@@ -27,24 +27,35 @@ _MODELS = ("unet", "transformer")
 _RECORD = "_fastguide_acceleration"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Acceleration:
-    """What ``accelerate`` did to a pipeline, and what it left alone, with the reason."""
+    """What ``accelerate`` did to a pipeline.
 
-    exchanged: dict[str, str] = field(default_factory=dict)
-    traced: list[str] = field(default_factory=list)
-    left_alone: dict[str, str] = field(default_factory=dict)
-    _before: dict[str, Any] = field(default_factory=dict, repr=False)
-    _hooks: list[Any] = field(default_factory=list, repr=False)
+    ``exchanged``: the schedulers by their places in the pipeline, with their classes. ``traced``: the models whose
+    guidance is fused into the step. ``left_alone``: parts that stay as they were, each with the reason.
+    """
+
+    exchanged: dict[str, str]
+    traced: list[str]
+    left_alone: dict[str, str]
+
+
+@dataclass
+class _Record:
+    """What ``restore`` needs: each scheduler of fastguide's with the one before it, each traced model with its hook."""
+
+    schedulers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    models: dict[str, tuple[torch.nn.Module, Any]] = field(default_factory=dict)
 
 
 def accelerate(pipe: Any) -> Acceleration:
-    """Give a diffusers pipeline the fused step: text-to-image, class-conditional or unconditional.
+    """Give a diffusers pipeline the fused step, and fuse its classifier-free guidance into it.
 
     The scheduler becomes fastguide's of the same name, with the state that it has. The model's output is traced: where
     the pipeline computes ``uncond + guidance_scale * (cond - uncond)`` of its halves and gives it to the scheduler, the
-    step does both in one pass and in float32; whatever else it computes is computed as before. Calling this again
-    changes nothing more; ``restore(pipe)`` undoes it.
+    step does both in one pass and in float32; whatever else it computes is computed as before. Call it again after a
+    scheduler or a model has been exchanged; otherwise that changes nothing. ``restore(pipe)`` undoes it. A pipeline
+    that is saved is saved as diffusers' own.
 
     Args:
         pipe: a pipeline with a ``scheduler``; with ``unet`` or ``transformer``, its guidance is fused as well.
@@ -65,49 +76,76 @@ def accelerate(pipe: Any) -> Acceleration:
     Acceleration(exchanged={'scheduler': 'DDIMScheduler'}, traced=['unet'], left_alone={})
     """
     if not isinstance(pipe, diffusers.DiffusionPipeline):
-        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
-    known: Acceleration | None = pipe.__dict__.get(_RECORD)
-    if known is not None:
-        return known
-    done = Acceleration()
+        modular = getattr(diffusers, "ModularPipeline", None)
+        hint = ""
+        if modular is not None and isinstance(pipe, modular):
+            hint = "; a modular one takes a scheduler and a guider of fastguide.diffusers as its components"
+        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}{hint}")
+    record: _Record = pipe.__dict__.setdefault(_RECORD, _Record())
+    exchanged: dict[str, str] = {}
+    left_alone: dict[str, str] = {}
     for name in _SCHEDULERS:
         scheduler = getattr(pipe, name, None)
-        if scheduler is None or type(scheduler) in _SERVED.values():
+        if scheduler is None:
             continue
-        served = _SERVED.get(type(scheduler))
-        if served is None:
-            done.left_alone[name] = (
-                f"{type(scheduler).__name__}: only {', '.join(c.__name__ for c in _SERVED)} are served"
-            )
-            continue
-        fused = served.__new__(served)
-        fused.__dict__.update(scheduler.__dict__)
-        done._before[name] = scheduler
-        done.exchanged[name] = served.__name__
-        setattr(pipe, name, fused)
-    if type(getattr(pipe, "scheduler", None)) not in _SERVED.values():
-        done.left_alone |= dict.fromkeys(_models(pipe), "its guidance goes to a scheduler that is left alone")
-    else:
-        for name in _models(pipe):
-            done._hooks.append(getattr(pipe, name).register_forward_hook(_trace))
-            done.traced.append(name)
-    pipe.__dict__[_RECORD] = done
-    return done
+        if type(scheduler) in _SERVED:
+            if scheduler.config.get("thresholding"):
+                left_alone[name] = f"{type(scheduler).__name__}: dynamic thresholding is not in the fused step"
+                continue
+            served = _SERVED[type(scheduler)]
+            fused = served.__new__(served)
+            fused.__dict__.update(scheduler.__dict__)
+            record.schedulers[name] = (fused, scheduler)
+            setattr(pipe, name, fused)
+            scheduler = fused
+        if type(scheduler) in _SERVED.values():
+            exchanged[name] = type(scheduler).__name__
+        else:
+            served_names = ", ".join(c.__name__ for c in _SERVED)
+            left_alone[name] = f"{type(scheduler).__name__}: only {served_names} are served, and no subclasses"
+    if not exchanged and not left_alone:
+        left_alone["pipe"] = f"it has none of {', '.join(_SCHEDULERS)}"
+    traced = []
+    for name in _models(pipe):
+        reason = "its guidance goes to no scheduler of fastguide's"
+        if isinstance(pipe, diffusers.DiTPipeline):
+            reason = "DiTPipeline combines parts of channels by itself; only its step is fused"
+        _remove_hook(record, name)
+        if "scheduler" in exchanged and not isinstance(pipe, diffusers.DiTPipeline):
+            model = getattr(pipe, name)
+            record.models[name] = (model, model.register_forward_hook(_trace))
+            traced.append(name)
+        else:
+            left_alone[name] = reason
+    return Acceleration(exchanged, traced, left_alone)
 
 
 def restore(pipe: Any) -> None:
-    """Undo ``accelerate``: the pipeline has the schedulers that it had before, and its models' outputs are plain.
+    """Undo ``accelerate``: the schedulers are those from before, and the models' outputs are plain.
+
+    A scheduler or model that the caller has put in its place since stays.
 
     Raises:
+        TypeError: it is no pipeline.
         ValueError: the pipeline is not accelerated.
     """
-    done: Acceleration | None = getattr(pipe, "__dict__", {}).pop(_RECORD, None)
-    if done is None:
-        raise ValueError(f"pipe: expected one that accelerate() was called on, got {type(pipe).__name__} as it was")
-    for hook in done._hooks:
-        hook.remove()
-    for name, scheduler in done._before.items():
-        setattr(pipe, name, scheduler)
+    if not isinstance(pipe, diffusers.DiffusionPipeline):
+        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
+    record: _Record | None = pipe.__dict__.pop(_RECORD, None)
+    if record is None:
+        raise ValueError(
+            f"pipe: expected one that accelerate() was called on, got a {type(pipe).__name__} that was not"
+        )
+    for name in list(record.models):
+        _remove_hook(record, name)
+    for name, (fused, before) in record.schedulers.items():
+        if getattr(pipe, name, None) is fused:
+            setattr(pipe, name, before)
+
+
+def _remove_hook(record: _Record, name: str) -> None:
+    if name in record.models:
+        record.models.pop(name)[1].remove()
 
 
 def _models(pipe: Any) -> list[str]:

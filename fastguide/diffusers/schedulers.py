@@ -68,7 +68,7 @@ class _DDIM(FusedStep):
             and not (generator is not None and variance_noise is not None)
         )
         if fits and self.num_inference_steps and self._serves(output, sample, gradient, variance_noise):
-            row = self._row(timestep, sample.device)
+            row = self._row(timestep, sample)
             table = self._table(sample.device, float(eta), use_clipped_model_output)
             if self._is_defined(table, row) and self._fits(output, sample, guidance, guidance is not None):
                 return self._step(
@@ -144,7 +144,7 @@ class _DDPM(FusedStep):
         output, guidance_scale = resolved(model_output, sample, guidance_scale)
         guidance = self._guidance(output, sample, guidance_scale, gradient, gradient_scale, gradient_form)
         if self._serves(output, sample, gradient):
-            row = self._row(timestep, sample.device)
+            row = self._row(timestep, sample)
             table = self._table(sample.device)
             learned = table.learned_variance
             if self._fits(output, sample, guidance, learned) and self._is_defined(table, row):
@@ -173,7 +173,7 @@ def _ends(timesteps: tuple[int, ...]) -> str:
 class DDIMScheduler(_DDIM, diffusers.DDIMScheduler):
     """``diffusers.DDIMScheduler`` with the fused step.
 
-    >>> import fastguide.diffusers
+    >>> import torch, fastguide.diffusers
     >>> scheduler = fastguide.diffusers.DDIMScheduler(clip_sample=False)
     >>> scheduler.set_timesteps(50)
     >>> latents, output = torch.randn(1, 4, 8, 8), torch.randn(2, 4, 8, 8)
@@ -236,7 +236,7 @@ class DDIMInverseScheduler(FusedStep, diffusers.DDIMInverseScheduler):
         output, guidance_scale = resolved(model_output, sample, guidance_scale)
         guidance = self._guidance(output, sample, guidance_scale, None, 1.0, "epsilon")
         if self.num_inference_steps and self._serves(output, sample):
-            row, table = self._row(timestep, sample.device), self._table(sample.device)
+            row, table = self._row(timestep, sample), self._table(sample.device)
             if self._is_defined(table, row) and self._fits(output, sample, guidance, guidance is not None):
                 return self._step(table, row, output, sample, None, None, False, return_dict, guidance, None)
         combined = self._combined(output, guidance_scale, None)

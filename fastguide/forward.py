@@ -140,7 +140,7 @@ def _made_table(use: str, kind: str, schedule: NoiseSchedule) -> StepTable:
         part = conversion(source, target, abar)
         columns = {"out_sample": part.scale * part.sample, "out_pred": part.scale * part.pred}
         undefined = f"the schedule has zero signal there, where {source} does not determine {target}"
-    return StepTable(torch.arange(len(schedule)), columns, undefined=undefined, name=use)
+    return StepTable(torch.arange(len(schedule), device="cpu"), columns, undefined=undefined, name=use)
 
 
 def _checked(timestep: int | Tensor, table: StepTable) -> int | Tensor:

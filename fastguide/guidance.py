@@ -257,13 +257,15 @@ def _columns(*columns: float | Tensor) -> Tensor:
     """Weights of shape (steps or 1, batch or 1, columns) from numbers and scales of shape (steps or 1, batch or 1)."""
     scales = [c for c in columns if isinstance(c, Tensor)]
     if not scales:  # cheap, as guidance may be made in the loop
-        return torch.tensor([[columns]], dtype=torch.float64)
+        return torch.tensor([[columns]], dtype=torch.float64, device="cpu")
     like = next((scale for scale in scales if scale.device != _HOST), scales[0])
     for what, dim in (("steps", 0), ("samples", 1)):
         sizes = {scale.shape[dim] for scale in scales} - {1}
         if len(sizes) > 1:
             raise ValueError(f"guidance_scales: expected scales for as many {what} everywhere, got {sorted(sizes)}")
-    return torch.stack(torch.broadcast_tensors(*(torch.as_tensor(c).to(like) for c in columns)), -1)
+    return torch.stack(
+        torch.broadcast_tensors(*(torch.as_tensor(c, dtype=like.dtype, device=like.device) for c in columns)), -1
+    )
 
 
 def _scale(name: str, value: Scale) -> float | Tensor:
@@ -281,7 +283,7 @@ def _scale(name: str, value: Scale) -> float | Tensor:
         raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {type(value).__name__}")
     else:
         try:
-            scale = torch.tensor(value, dtype=torch.float64)
+            scale = torch.tensor(value, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name}: expected a sequence of numbers, got {value!r}") from error
     if scale.dim() > 2 or scale.numel() == 0:

@@ -79,7 +79,7 @@ def default_backend(device: torch.device | str) -> str:
     return _backend_for(None, torch.device(device).type).name
 
 
-_UNGUIDED = Guidance(torch.tensor([[[1.0, 0.0]]], dtype=torch.float64), None)
+_UNGUIDED = Guidance(torch.tensor([[[1.0, 0.0]]], dtype=torch.float64, device="cpu"), None)
 
 
 @overload
@@ -225,7 +225,7 @@ def guided_step(
     elif generator is not None:
         if chosen.torch_stream and drawing.draws_in_kernel(generator, sample):
             offset, grid = generator.get_offset(), drawing.torch_grid(sample.device, sample.numel())
-            philox = torch.tensor((signed_word(generator.initial_seed()), offset))
+            philox = torch.tensor((signed_word(generator.initial_seed()), offset), device="cpu")
         else:
             noise = drawing.draw_noise(generator, sample, out if apart else None)
     try:

@@ -68,7 +68,9 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Betas that rise linearly (Ho et al. 2020, section 4)."""
         _check_count("num_train_timesteps", num_train_timesteps)
-        return cls.from_betas(torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64))
+        return cls.from_betas(
+            torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64, device="cpu")
+        )
 
     @classmethod
     def scaled_linear(
@@ -76,14 +78,16 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Betas whose square roots rise linearly: latent diffusion's schedule (Rombach et al. 2022)."""
         _check_count("num_train_timesteps", num_train_timesteps)
-        roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_train_timesteps, dtype=torch.float64)
+        roots = torch.linspace(
+            math.sqrt(beta_start), math.sqrt(beta_end), num_train_timesteps, dtype=torch.float64, device="cpu"
+        )
         return cls.from_betas(roots.square())
 
     @classmethod
     def cosine(cls, num_train_timesteps: int = 1000, *, max_beta: float = 0.999) -> NoiseSchedule:
         """The squared-cosine schedule, ``squaredcos_cap_v2`` (Nichol & Dhariwal 2021, eq. 17)."""
         _check_count("num_train_timesteps", num_train_timesteps)
-        time = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        time = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu") / num_train_timesteps
         alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
         return cls.from_betas((1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
@@ -93,7 +97,7 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Betas that follow a sigmoid from -6 to 6 (GeoDiff, Xu et al. 2022)."""
         _check_count("num_train_timesteps", num_train_timesteps)
-        steps = torch.linspace(-6.0, 6.0, num_train_timesteps, dtype=torch.float64)
+        steps = _linspace(-6.0, 6.0, num_train_timesteps)
         return cls.from_betas(torch.sigmoid(steps) * (beta_end - beta_start) + beta_start)
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
@@ -140,14 +144,15 @@ class NoiseSchedule:
                 f"num_inference_steps: expected at most num_train_timesteps = {total}, got {num_inference_steps}"
             )
         if spacing == "leading":
-            steps = torch.arange(num_inference_steps - 1, -1, -1) * (total // num_inference_steps) + steps_offset
+            steps = torch.arange(num_inference_steps - 1, -1, -1, device="cpu") * (total // num_inference_steps)
+            steps = steps + steps_offset
         elif spacing == "trailing":
-            back = torch.arange(num_inference_steps, dtype=torch.float64) * (total / num_inference_steps)
+            back = torch.arange(num_inference_steps, dtype=torch.float64, device="cpu") * (total / num_inference_steps)
             steps = (total - back).round().to(torch.int64) - 1
         elif spacing == "linspace":
-            steps = torch.linspace(total - 1, 0, num_inference_steps, dtype=torch.float64)
+            steps = _linspace(total - 1, 0, num_inference_steps)
             if num_inference_steps == 1:  # one step of a linspace is its first point, which is timestep 0
-                steps = torch.zeros(1, dtype=torch.float64)
+                steps = torch.zeros(1, dtype=torch.float64, device="cpu")
             steps = steps.round().to(torch.int64)
         else:
             raise ValueError(f"timestep_spacing: expected one of {get_args(TimestepSpacing)}, got {spacing!r}")
@@ -171,9 +176,13 @@ class NoiseSchedule:
         return steps
 
 
+def _linspace(start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")  # whatever the default device is
+
+
 def _as_tensor(name: str, values: object) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a tensor or a sequence of numbers, got {values!r}") from error
 

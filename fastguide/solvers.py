@@ -63,7 +63,7 @@ def ddpm(
         steps,
         a,
         torch.cat([a[1:], a.new_ones(1)]),
-        torch.arange(len(steps)) < len(steps) - 1,
+        torch.arange(len(steps), device="cpu") < len(steps) - 1,
         prediction_type=prediction_type,
         variance_type=variance_type,
         clip_sample_range=clip_sample_range,

@@ -63,7 +63,7 @@ class StepTable:
             raise ValueError(
                 f"timesteps: expected int64 of shape (steps,), got {timesteps.dtype} of {tuple(timesteps.shape)}"
             )
-        rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64)
+        rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64, device="cpu")
         rows[:, _CLIP] = torch.inf
         rows[:, _IN_SCALE] = 1.0
         _set_columns(rows, columns, ROW_COLUMNS)
@@ -150,7 +150,7 @@ class StepTable:
         if target == self.device:
             return self
         return StepTable.__new__(StepTable)._assign(
-            torch.tensor(self.host_timesteps),
+            torch.tensor(self.host_timesteps, device="cpu"),
             self.rows,
             self._forms,
             self.learned_variance,

@@ -77,6 +77,50 @@ def test_everything_else_is_computed(name):
     assert repr(got) == repr(expected)
 
 
+WRITES = {
+    "clamped": lambda g: g.clamp_(-1, 1),
+    "an element": lambda g: g.__setitem__((slice(None), 0), 0.0),
+    "a view": lambda g: g[:1].zero_(),
+    "out": lambda g: torch.mul(g, 3.0, out=g),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_to_guidance_stays(write):
+    """Also to a part of it, before the rest is noted."""
+    for expression in (
+        lambda u, c, w: w(u + 2.0 * (c - u)),
+        lambda u, c, w: u + 2.0 * w(c - u),
+        lambda u, c, w: u + w(2.0 * (c - u)),
+    ):
+
+        def written(guided):
+            WRITES[write](guided)
+            return guided
+
+        expected = expression(UNCOND.clone(), COND.clone(), written)
+        got = expression(*Traced.of(WHOLE).chunk(2), written)
+        output, scale = resolved(got, SAMPLE, None)
+        assert scale is None
+        assert torch.equal(output, expected)
+        assert torch.equal(got.clone(), expected)
+
+
+def test_predictions_written_to_before_guidance():
+    whole = WHOLE.clone()
+    uncond, cond = Traced.of(whole).chunk(2)
+    uncond.mul_(0.5)
+    output, scale = resolved(uncond + 2.0 * (cond - uncond), SAMPLE, None)
+    assert scale == 2.0
+    assert torch.equal(output, torch.cat([0.5 * UNCOND, COND]))
+
+
+def test_a_traced_output_may_be_made_to_require_grad():
+    traced = Traced.of(WHOLE.clone())
+    assert traced.requires_grad_() is traced
+    assert traced.requires_grad
+
+
 def test_predictions_of_two_outputs_are_not_mixed():
     (uncond, _), (_, cond) = Traced.of(WHOLE).chunk(2), Traced.of(WHOLE + 1).chunk(2)
     assert torch.equal(cond - uncond, COND + 1 - UNCOND)

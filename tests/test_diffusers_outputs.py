@@ -10,7 +10,6 @@ import torch
 from scheduler_pair import NAMES, SHAPE, STEPS, assert_close, fused, pair, randn
 
 import fastguide
-from fastguide.diffusers import outputs
 
 
 def test_types_and_values_of_outputs():
@@ -50,16 +49,16 @@ READS = {
     "pytree": lambda o: torch.utils._pytree.tree_leaves(o)[1],
     "pytree, put together": lambda o: torch.utils._pytree.tree_map(lambda x: x, o).pred_original_sample,
 }
-PAIR_READS = {
-    "number": lambda o: o[1],
-    "from the end": lambda o: o[-1],
-    "slice": lambda o: o[1:][0],
-    "unpacking": lambda o: (lambda a, b: b)(*o),
-    "assignment": lambda o: next(b for a, b in [o]),
-    "tuple": lambda o: tuple(o)[1],
-    "sum": lambda o: o.__add__((1,))[1],
-    "copy": lambda o: copy.copy(o)[1],
+PAIR_READS = {  # of a tuple of two, whose second has no memory until it is read
+    "arithmetic": lambda o: o[1] + 0,
+    "unpacking": lambda o: (lambda a, b: b.clone())(*o),
+    "a function of tensors": lambda o: torch.stack(o)[1],
+    "concatenation of tuples": lambda o: (1, *o, *o)[4].clone(),
+    "numpy": lambda o: torch.from_numpy(o[1].numpy()),
+    "writing to it": lambda o: o[1].mul_(1),
+    "copy": lambda o: copy.deepcopy(o)[1],
     "pickle": lambda o: pickle.loads(pickle.dumps(o))[1],
+    "pytree": lambda o: torch.utils._pytree.tree_leaves(o)[1].clone(),
 }
 
 
@@ -77,7 +76,11 @@ def test_the_predicted_original_is_computed_when_it_is_read(return_dict, read, m
     scheduler.set_timesteps(STEPS)
     x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
     result = scheduler.step(output, scheduler.timesteps[2], x, return_dict=return_dict)
-    (result.prev_sample if return_dict else result[0]).sum()
+    if return_dict:
+        assert result.prev_sample is result[0] is result["prev_sample"]
+    else:
+        assert type(result) is tuple
+        assert (result[1].shape, result[1].dtype, len(result)) == (SHAPE, torch.float32, 2)
     assert computed == [False]
     got = (READS if return_dict else PAIR_READS)[read](result)
     assert computed == [False, True]
@@ -91,8 +94,35 @@ def test_an_original_whose_inputs_have_changed_is_refused():
     x = randn(*SHAPE)
     result = scheduler.step(0.1 * x, scheduler.timesteps[2], x)
     x.zero_()
-    with pytest.raises(RuntimeError, match="pred_original_sample: expected the inputs of its step as they were"):
+    for _ in range(2):  # and the output stays what it is
+        with pytest.raises(RuntimeError, match="pred_original_sample: expected the inputs of its step as they were"):
+            _ = result.pred_original_sample
+        assert result[0] is result.prev_sample
+
+
+@pytest.mark.parametrize("changed", ["sample", "output", "gradient", "timesteps"])
+def test_every_input_is_watched(changed):
+    scheduler = fused.DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    inputs = {"sample": randn(*SHAPE), "output": randn(*SHAPE, seed=1), "gradient": randn(*SHAPE, seed=2)}
+    inputs["timesteps"] = torch.full(SHAPE[:1], 83)
+    step = (inputs["output"], inputs["timesteps"], inputs["sample"])
+    result = scheduler.step(*step, gradient=inputs["gradient"])
+    inputs[changed].add_(1)
+    with pytest.raises(RuntimeError, match="got one changed"):
         _ = result.pred_original_sample
+
+
+def test_where_nobody_counts_who_writes_the_original_is_computed_at_once():
+    scheduler = fused.DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    with torch.inference_mode():
+        x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+        expected = scheduler.step(output, 83, x.clone()).pred_original_sample
+        results = scheduler.step(output, 83, x), scheduler.step(output, 83, x, return_dict=False)
+        x.zero_()
+        assert torch.equal(results[0].pred_original_sample, expected)
+        assert torch.equal(results[1][1], expected)
 
 
 def test_an_output_keeps_what_is_put_into_it():
@@ -102,4 +132,4 @@ def test_an_output_keeps_what_is_put_into_it():
     result.prev_sample = torch.zeros(1)
     assert torch.equal(result["prev_sample"], torch.zeros(1))
     assert not hasattr(result, "of_no_scheduler")
-    assert outputs.LazyPair(torch.zeros(1), lambda: torch.ones(1)) != (1, 2)
+    assert list(result.keys()) == ["prev_sample", "pred_original_sample"]

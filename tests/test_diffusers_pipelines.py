@@ -305,11 +305,14 @@ def test_a_scheduler_that_is_fused_already_keeps_its_place():
 
 def test_a_pipeline_with_a_fused_scheduler_is_saved_and_loaded(tmp_path):
     unet = parts()["unet"]
-    pipe = diffusers.DDIMPipeline(unet, fused.DDIMScheduler(beta_schedule="scaled_linear"))
-    pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
-    loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+    accelerated = diffusers.DDPMPipeline(unet, diffusers.DDIMScheduler(beta_schedule="scaled_linear"))
+    fused.accelerate(accelerated)
+    for pipe in (accelerated, diffusers.DDPMPipeline(unet, fused.DDIMScheduler(beta_schedule="scaled_linear"))):
+        assert type(pipe.scheduler) is fused.DDIMScheduler
+        pipe.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is diffusers.DDIMScheduler
     assert loaded.scheduler.config.beta_schedule == "scaled_linear"
 
@@ -343,3 +346,25 @@ def test_bad_input_is_refused():
     for nothing in (None, diffusers.DDIMScheduler):
         with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline, got"):
             fused.restore(nothing)
+
+
+def test_an_inverse_scheduler_is_exchanged_as_well():
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = diffusers.StableDiffusionDiffEditPipeline(
+        **parts(), **nothing, scheduler=scheduler_of("DDIMScheduler"), requires_safety_checker=False,
+        inverse_scheduler=scheduler_of("DDIMInverseScheduler"),
+    )  # fmt: skip
+    before = pipe.inverse_scheduler
+    done = fused.accelerate(pipe)
+    assert done.exchanged == {"scheduler": "DDIMScheduler", "inverse_scheduler": "DDIMInverseScheduler"}
+    assert type(pipe.inverse_scheduler) is fused.DDIMInverseScheduler
+    fused.restore(pipe)
+    assert pipe.inverse_scheduler is before
+
+
+def test_a_sampler_has_the_eta_and_dtype_it_is_made_with():
+    pipe = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler"))
+    sampler = fused.sampler_from_pipeline(pipe, 4, eta=0.5, dtype=torch.bfloat16)
+    assert sampler.dtype == torch.bfloat16
+    assert torch.equal(sampler.table.rows, fused.step_table(pipe.scheduler, 4, eta=0.5).rows)
+    assert sampler.table.adds_noise_anywhere

@@ -10,6 +10,8 @@ import pytest
 import torch
 from scheduler_pair import NAMES, SHAPE, STEPS, assert_close, diffusers, fused, model, pair, randn
 
+import fastguide
+
 # ---- Layouts, tables, state ----
 
 
@@ -120,6 +122,92 @@ def test_add_noise_and_velocity_leave_the_schedule_in_its_place():
     assert ours.alphas_cumprod is before
 
 
+def test_changes_in_place_are_seen():
+    ours, theirs = pair("DDPMScheduler")
+    x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+
+    def steps(scheduler):
+        scheduler.set_timesteps(STEPS)
+        results = []
+        for change in (lambda: None, lambda: scheduler.alphas_cumprod.mul_(0.9), lambda: scheduler.timesteps.add_(1)):
+            change()
+            torch.manual_seed(0)
+            results.append(scheduler.step(output, scheduler.timesteps[3], x).prev_sample)
+        return torch.stack(results)
+
+    assert_close(steps(ours), steps(theirs))
+
+
+def test_timesteps_that_come_twice_lead_on_from_their_first_place():
+    ours, theirs = pair("DDPMScheduler")
+    x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+    results = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(STEPS)
+        scheduler.timesteps = torch.tensor([900, 800, 900, 800, 700, 0])
+        torch.manual_seed(0)
+        results.append(torch.stack([scheduler.step(output, t, x).prev_sample for t in scheduler.timesteps]))
+    assert_close(*results)
+
+
+def test_a_view_of_the_timesteps_is_read_in_its_own_places():
+    scheduler = fused.DDIMScheduler()
+    scheduler.set_timesteps(STEPS, device="meta")
+    host = tuple(range(913, -1, -83))
+    every = scheduler.timesteps
+    sample = torch.empty(2, device="meta")
+    for part in (slice(None, None, 2), slice(5, None)):
+        scheduler.timesteps = every[part]
+        scheduler._known_timesteps = (scheduler.timesteps, host[part], [scheduler.timesteps._version])
+        assert [scheduler._row(t, sample) for t in scheduler.timesteps] == list(host[part])
+    assert isinstance(scheduler._row(every[2], sample), torch.Tensor)  # not one of them
+
+
+def test_another_default_device_changes_nothing():
+    expected = fused.DDPMScheduler()
+    expected.set_timesteps(STEPS)
+    x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+    scheduler = fused.DDPMScheduler()
+    with torch.device("meta"):
+        scheduler.set_timesteps(STEPS)
+        got = scheduler.step(output, 83, x, torch.Generator().manual_seed(0)).prev_sample
+        table = fastguide.ddim(fastguide.NoiseSchedule.cosine(), 5, timestep_spacing="trailing")
+        guided = fastguide.guided_step(table, 1, x, torch.cat([output, x]), fastguide.ClassifierFree([2.0, 3.0]))
+    assert torch.equal(got, expected.step(output, 83, x, torch.Generator().manual_seed(0)).prev_sample)
+    assert guided.device == x.device
+
+
+def test_transforms_and_forward_mode_are_left_to_diffusers():
+    ours, theirs = pair("DDIMScheduler", clip_sample=False)
+    x, output = randn(*SHAPE), randn(*SHAPE, seed=1)
+    for transform in (
+        lambda f: torch.func.jvp(f, (x,), (output,)),
+        lambda f: (torch.func.grad(lambda v: f(v).square().sum())(x),),
+        lambda f: (torch.vmap(f)(torch.stack([x, output])),),
+    ):
+        results = []
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(STEPS)
+            results.append(transform(lambda v, s=scheduler: s.step(output, 83, v).prev_sample))
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_a_variance_type_that_is_not_the_configuration_s_is_left_to_diffusers():
+    ours, theirs = pair("DDPMScheduler")
+    results = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(STEPS)
+        scheduler.register_to_config(variance_type="fixed_large")
+        torch.manual_seed(0)
+        results.append(scheduler.step(randn(*SHAPE), 830, randn(*SHAPE, seed=1)).prev_sample)
+    assert torch.equal(*results)
+
+
+def test_an_inverse_scheduler_has_what_diffusers_has():
+    assert not hasattr(fused.DDIMInverseScheduler(), "add_noise")
+
+
 # ---- What is left to diffusers ----
 
 
@@ -139,6 +227,29 @@ def test_dynamic_thresholding(name):
         assert_close(ours_, theirs_)
     with pytest.raises(ValueError, match="gradient: expected None for a step that is left to diffusers"):
         ours.step(uncond, t, x, gradient=x)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_guidance_of_twice_the_channels_for_diffusers_own_step(learned):
+    """Where a gradient is recorded; the conditional half's variance, and an even number of channels is not a sign."""
+    for channels in (3, 4):
+        variance = {"variance_type": "learned_range"} if learned else {}
+        ours, theirs = pair("DDPMScheduler", **variance)
+        results = []
+        x = randn(2, channels, 8, 8)
+        wide = 2 * channels if learned else channels
+        output = randn(4, wide, 8, 8, seed=1).requires_grad_()
+        uncond, cond = output.chunk(2)
+        guided = uncond + 3.0 * (cond - uncond)
+        if learned:
+            guided = torch.cat([guided[:, :channels], cond[:, channels:]], 1)
+        for scheduler, given in ((ours, (output, 3.0)), (theirs, (guided, None))):
+            scheduler.set_timesteps(STEPS)
+            torch.manual_seed(0)
+            more = {} if given[1] is None else {"guidance_scale": given[1]}
+            results.append(scheduler.step(given[0], 83, x, **more).prev_sample)
+        assert results[0].requires_grad
+        assert_close(*(r.detach() for r in results))
 
 
 def test_gradients_flow_as_in_diffusers():

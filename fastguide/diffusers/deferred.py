@@ -1,8 +1,9 @@
-"""A pipeline's guidance, noted instead of computed: ``uncond + guidance_scale * (cond - uncond)`` of a model's output.
+"""Tensors that are noted instead of computed: a pipeline's guidance, and what a step may never be asked for.
 
 A pipeline that is accelerated gets its model's output as a ``Traced`` tensor. Halving that, and the three operations of
-classifier-free guidance, are written down in a ``Guided`` tensor, which the scheduler's step takes apart. Any other
-operation computes what was noted, with the pipeline's own operations, and goes on with a plain tensor.
+classifier-free guidance, ``uncond + guidance_scale * (cond - uncond)``, are written down in a ``Guided`` tensor, which
+the scheduler's step takes apart. Any other operation computes what was noted, with the pipeline's own operations, and
+goes on with a plain tensor.
 """
 
 from __future__ import annotations
@@ -28,19 +29,12 @@ class Pair:
     cond: Tensor
     whole: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        self._versions = self._written()
-
-    def _written(self) -> tuple[int, int]:
+    def versions(self) -> tuple[int, int]:
+        """How often each was written to."""
         return self.uncond._version, self.cond._version
 
     def output(self) -> Output:
-        """What a step takes; refused if it is not what the model returned any more."""
-        if self._written() != self._versions:
-            raise RuntimeError(
-                "the model's output was written to after guidance had been taken from it; "
-                "fastguide.diffusers.restore() undoes the acceleration, which this pipeline does not bear"
-            )
+        """What a step takes."""
         return (self.uncond, self.cond) if self.whole is None else self.whole
 
 
@@ -73,30 +67,29 @@ class Traced(Tensor):
         return _function(function, arguments, keywords or {})
 
 
-class Guided(Tensor):
-    """``scale * (cond - uncond)``, or, if ``complete``, that and ``uncond``: without memory of its own."""
+class Deferred(Tensor):
+    """A tensor without memory, until something but its shape, dtype and device is asked for."""
 
-    pair: Pair
-    scale: Scale | None
-    complete: bool
+    _function: Callable[[], Tensor]
     _value: Tensor | None
 
-    @staticmethod
-    def __new__(cls, pair: Pair, scale: Scale | None, complete: bool) -> Guided:
-        """A scale of None: not multiplied yet."""
-        like = pair.uncond
-        guided: Guided = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
-        guided.pair, guided.scale, guided.complete, guided._value = pair, scale, complete, None
-        return guided
+    @classmethod
+    def of(cls, like: Tensor, function: Callable[[], Tensor]) -> Any:
+        """What a function returns: a tensor of the shape, dtype and device of another."""
+        deferred: Any = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        deferred._function, deferred._value = function, None
+        return deferred
 
     def computed(self) -> Tensor:
-        """What was noted, by the operations that were."""
+        """The tensor itself."""
         if self._value is None:
-            self.pair.output()
-            uncond, cond = self.pair.uncond, self.pair.cond
-            value = cond - uncond if self.scale is None else self.scale * (cond - uncond)
-            self._value = uncond + value if self.complete else value
+            self._value = self._function()
+            self._version_then = self._value._version if not self._value.is_inference() else 0
         return self._value
+
+    def is_as_noted(self) -> bool:
+        """Whether it has not been written to since it was computed."""
+        return self._value is None or (not self._value.is_inference() and self._value._version == self._version_then)
 
     @classmethod
     def __torch_function__(
@@ -111,6 +104,38 @@ class Guided(Tensor):
         return function(*tree_map(_plain, arguments), **tree_map(_plain, keywords or {}))
 
 
+class Guided(Deferred):
+    """``scale * (cond - uncond)``, or, if ``complete``, that and ``uncond``."""
+
+    pair: Pair
+    scale: Scale | None
+    complete: bool
+    _versions: tuple[int, int]
+
+    @classmethod
+    def noted(cls, pair: Pair, scale: Scale | None, complete: bool, of: Guided | None = None) -> Guided:
+        """A scale of None: not multiplied yet. ``of``: what it was made of."""
+        guided: Guided = cls.of(pair.uncond, lambda: guided._compute())
+        guided.pair, guided.scale, guided.complete = pair, scale, complete
+        guided._versions = pair.versions() if of is None else of._versions
+        return guided
+
+    def output(self) -> Output:
+        """The pair for a step; refused if it is not what it was when guidance was taken from it."""
+        if self.pair.versions() != self._versions:
+            raise RuntimeError(
+                "the model's output was written to after guidance had been taken from it: expected plain tensors for "
+                "that, as without fastguide.diffusers.accelerate() or a guider of fastguide's"
+            )
+        return self.pair.output()
+
+    def _compute(self) -> Tensor:
+        self.output()
+        uncond, cond = self.pair.uncond, self.pair.cond
+        value = cond - uncond if self.scale is None else self.scale * (cond - uncond)
+        return uncond + value if self.complete else value
+
+
 def resolved(output: Tensor, sample: Tensor, guidance_scale: Any) -> tuple[Output, Any]:
     """A step's model output and guidance scale, with what was noted of them taken apart.
 
@@ -123,14 +148,16 @@ def resolved(output: Tensor, sample: Tensor, guidance_scale: Any) -> tuple[Outpu
         hint = "; its .sample is one" if isinstance(getattr(output, "sample", None), Tensor) else ""
         hint = "; its [0] is one" if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else hint
         raise TypeError(f"model_output: expected a tensor, got {type(output).__name__}{hint}")
-    if type(output) is Guided and output.complete and guidance_scale is None and output.shape == sample.shape:
+    noted = type(output) is Guided and output.complete and output.is_as_noted()
+    if noted and guidance_scale is None and output.shape == sample.shape:
+        assert isinstance(output, Guided)
         scale = 1.0 if output.scale is None else output.scale
-        return output.pair.output(), scale.reshape(-1) if isinstance(scale, Tensor) else scale
+        return output.output(), scale.reshape(-1) if isinstance(scale, Tensor) else scale
     return _plain(output), guidance_scale
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Guided):
+    if isinstance(value, Deferred):
         return value.computed()
     return value.as_subclass(Tensor) if isinstance(value, Traced) else value
 
@@ -142,7 +169,7 @@ def _function(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any
             noted = rule(*arguments)
         if noted is not None:
             return noted
-    if function in _OF_METADATA:
+    if function in _OF_METADATA or (function in _OF_AUTOGRAD and type(arguments[0]) is Traced):
         with torch._C.DisableTorchFunctionSubclass():
             return function(*arguments, **keywords)
     return function(*tree_map(_plain, arguments), **tree_map(_plain, keywords))
@@ -162,30 +189,35 @@ def _difference(cond: Any, uncond: Any) -> Any:
     if not isinstance(pair, Pair) or not same:
         return None
     in_order = (cond._half, uncond._half) == (1, 0) and pair.cond.dtype == pair.uncond.dtype
-    return Guided(pair, None, False) if in_order else None
+    return Guided.noted(pair, None, False) if in_order else None
 
 
 def _scaled(first: Any, second: Any) -> Any:
     guided, scale = (first, second) if type(first) is Guided else (second, first)
-    if type(guided) is not Guided or guided.complete or guided.scale is not None:
+    if type(guided) is not Guided or guided.complete or guided.scale is not None or not guided.is_as_noted():
         return None
-    if isinstance(scale, (Guided, Traced)):
+    if isinstance(scale, (Deferred, Traced)):
         return None
     if isinstance(scale, Tensor):
         one_a_sample = (guided.shape[0], *[1] * (guided.dim() - 1))
         fits = not scale.requires_grad and (scale.dim() == 0 or tuple(scale.shape) == one_a_sample)
         fits = fits and scale.device == guided.device
-        return Guided(guided.pair, scale, False) if fits and torch.result_type(scale, guided) == guided.dtype else None
+        if not fits or torch.result_type(scale, guided) != guided.dtype:
+            return None
+        return Guided.noted(guided.pair, scale, False, guided)
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    return Guided(guided.pair, float(scale), False) if number else None
+    return Guided.noted(guided.pair, float(scale), False, guided) if number else None
 
 
 def _sum(first: Any, second: Any) -> Any:
     guided, prediction = (first, second) if type(first) is Guided else (second, first)
     if type(guided) is not Guided or guided.complete or getattr(prediction, "_pair", None) is not guided.pair:
         return None
+    if not guided.is_as_noted():
+        return None
     scale = 1.0 if guided.scale is None else guided.scale
-    return Guided(guided.pair, scale + prediction._half, True)  # from the conditional one: the paper's own form
+    scale = scale + prediction._half  # from the conditional one: the paper's own form
+    return Guided.noted(guided.pair, scale, True, guided)
 
 
 def _names(*names: str) -> list[Any]:
@@ -201,3 +233,4 @@ _RULES: dict[Any, Callable[..., Any]] = {
 _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad")
 _OF_METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES}
 _OF_METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex}
+_OF_AUTOGRAD = {Tensor.requires_grad_, *(getattr(Tensor, name).__set__ for name in ("requires_grad", "data"))}

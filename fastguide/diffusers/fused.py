@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -15,8 +16,7 @@ from ..noise import DeviceGenerator
 from ..ops import guided_step
 from ..solvers import VarianceType
 from ..table import GradientForm, StepTable
-from . import outputs
-from .deferred import Output
+from .deferred import Deferred, Output
 
 Generators = torch.Generator | list[torch.Generator] | DeviceGenerator | None
 Scale = float | Sequence[float] | Tensor
@@ -73,8 +73,9 @@ class FusedStep:
     def _tables_now(self) -> dict[Any, StepTable]:
         """The tables made so far, of the state that the scheduler is in."""
         state, known = self._state(), self.__dict__.get("_known_state")
-        if known is None or not all(map(operator.is_, state, known)):
-            self.__dict__.update(_known_state=state, _tables={}, _rows_exist=self._has_rows())
+        written = [] if torch.compiler.is_compiling() else _versions(self.alphas_cumprod, self.timesteps)
+        if known is None or known[1] != (written or known[1]) or not all(map(operator.is_, state, known[0])):
+            self.__dict__.update(_known_state=(state, written), _tables={}, _rows_exist=self._has_rows())
         tables: dict[Any, StepTable] = self.__dict__["_tables"]
         return tables
 
@@ -87,7 +88,7 @@ class FusedStep:
         if device is not None:
             known = self.__dict__["_known_timesteps"]
             self.timesteps = self.timesteps.to(device)
-            self.__dict__["_known_timesteps"] = (self.timesteps, *known[1:])
+            self.__dict__["_known_timesteps"] = (self.timesteps, known[1], _versions(self.timesteps))
         seen = {key[1:] for key in self.__dict__.get("_tables", ())}
         self._tables_now()
         for kind in {arguments, *seen} if self._rows_exist else ():
@@ -96,8 +97,9 @@ class FusedStep:
     def _host_timesteps(self) -> tuple[int, ...]:
         """The values of ``timesteps``; read from a device only if they did not come from ``set_timesteps``."""
         known = self.__dict__.get("_known_timesteps")
-        if known is None or known[0] is not self.timesteps:
-            known = self.__dict__["_known_timesteps"] = (self.timesteps, tuple(self.timesteps.tolist()))
+        version = None if torch.compiler.is_compiling() else _versions(self.timesteps)
+        if known is None or known[0] is not self.timesteps or (version and known[2] != version):
+            known = self.__dict__["_known_timesteps"] = (self.timesteps, tuple(self.timesteps.tolist()), version)
         values: tuple[int, ...] = known[1]
         return values
 
@@ -111,14 +113,15 @@ class FusedStep:
                 raise TypeError(f"timestep: expected an int or an int64 tensor, got {timestep!r}")
             number: int = operator.index(timestep)
             return number
+        if timestep.dim() and timestep.numel() == 1:  # of every sample, as diffusers takes it
+            timestep = timestep.reshape(())
         if timestep.is_floating_point() or timestep.dim() > 1:
-            raise TypeError(f"timestep: expected int64 of shape () or (batch,), got {timestep.dtype}, {timestep.shape}")
+            got = f"{timestep.dtype} of shape {tuple(timestep.shape)}"
+            raise TypeError(f"timestep: expected int64 of shape () or (batch,), got {got}")
         if timestep.dim() == 1:
-            if len(timestep) not in (1, len(sample)):
+            if len(timestep) != len(sample):
                 raise ValueError(f"timestep: expected shape () or ({len(sample)},), got {tuple(timestep.shape)}")
-            if len(timestep) == 1:  # of every sample, as diffusers takes it
-                timestep = timestep.reshape(())
-            elif timestep.device.type == "cpu" and not torch.compiler.is_compiling():
+            if timestep.device.type == "cpu" and not torch.compiler.is_compiling():
                 bad = [value for value in timestep.tolist() if not 0 <= value < len(self.alphas_cumprod)]
                 if bad:
                     raise IndexError(f"timestep: expected 0 to {len(self.alphas_cumprod) - 1}, got {bad[0]}")
@@ -127,7 +130,9 @@ class FusedStep:
                 return int(timestep)
             of = self.timesteps
             if timestep.untyped_storage().data_ptr() == of.untyped_storage().data_ptr() and timestep.dtype == of.dtype:
-                return self._host_timesteps()[timestep.storage_offset() - of.storage_offset()]
+                place, rest = divmod(int(timestep.storage_offset() - of.storage_offset()), of.stride(0) or 1)
+                if rest == 0 and 0 <= place < len(of):
+                    return self._host_timesteps()[place]
         return timestep.to(device, torch.int64)
 
     # ---- One step ----
@@ -176,11 +181,16 @@ class FusedStep:
         if torch.compiler.is_compiling():
             result, original = step(*arguments, **others, **source, out=out, return_original=True)
             return self._output.plain(result, original) if return_dict else (result, original)
+        if sample.is_inference() or first.is_inference() or (gradient is not None and gradient.is_inference()):
+            # torch does not count who writes to them, so that what is not computed now may be lost
+            result, original = step(*arguments, **others, **source, out=out, return_original=True)
+            return self._output.plain(result, original) if return_dict else (result, original)
         result = step(*arguments, **others, **source, out=out)
-        versions = _versions(sample, predictions, gradient)
+        index = row if isinstance(row, Tensor) else None
+        versions = _versions(sample, predictions, gradient, index)
 
         def predicted_original() -> Tensor:
-            if _versions(sample, predictions, gradient) != versions:
+            if _versions(sample, predictions, gradient, index) != versions:
                 raise RuntimeError(
                     "pred_original_sample: expected the inputs of its step as they were, got one changed"
                 )
@@ -188,7 +198,9 @@ class FusedStep:
             original: Tensor = step(*arguments, **others, noise=sample, out=spare, return_original=True)[1]
             return original
 
-        return self._output(result, predicted_original) if return_dict else outputs.LazyPair(result, predicted_original)
+        if return_dict:
+            return self._output(result, predicted_original)
+        return result, Deferred.of(result, predicted_original)
 
     def _noise(
         self, table: StepTable, row: int | Tensor, generator: Generators, sample: Tensor, dtype: torch.dtype
@@ -212,7 +224,7 @@ class FusedStep:
     def _serves(self, model_output: Output, sample: Tensor, *others: Tensor | None) -> bool:
         """Whether there are rows, and the kernel takes these tensors."""
         self._tables_now()
-        if not self._rows_exist or sample.dim() == 0:
+        if not self._rows_exist or sample.dim() == 0 or _under_a_transform():
             return False
         device, grad = sample.device, torch.is_grad_enabled()
         for tensor in (sample, *(model_output if isinstance(model_output, tuple) else (model_output,)), *others):
@@ -234,6 +246,8 @@ class FusedStep:
             and config.prediction_type in ("epsilon", "sample", "v_prediction")
             and (not config.clip_sample or config.clip_sample_range > 0)
             and self.variance_type in get_args(VarianceType)
+            and config.get("variance_type", self.variance_type) == self.variance_type
+            and all(0 <= timestep < len(self.alphas_cumprod) for timestep in self._host_timesteps())
         )
 
     def _is_defined(self, table: StepTable, row: int | Tensor) -> bool:
@@ -265,7 +279,9 @@ class FusedStep:
     ) -> Guidance | None:
         """Weights for the step, and a check that the output is doubled exactly where they expect it."""
         batch = len(sample) if sample.dim() else 0
-        doubled = isinstance(model_output, tuple) or model_output.shape[:1] == (2 * batch,) != (0,)
+        doubled = isinstance(model_output, tuple) or model_output.shape[:1] == (2 * batch,)
+        if batch == 0:
+            doubled = guidance_scale is not None
         if gradient is None:
             if gradient_form != "epsilon" or type(gradient_scale) not in (int, float) or gradient_scale != 1:
                 raise ValueError("gradient_scale, gradient_form: expected gradient= with them, got None")
@@ -315,7 +331,9 @@ class FusedStep:
                 kept[key] = guidance
         return guidance
 
-    def _combined(self, model_output: Output, guidance_scale: Scale | None, gradient: Tensor | None) -> Tensor:
+    def _combined(
+        self, model_output: Output, sample: Tensor, guidance_scale: Scale | None, gradient: Tensor | None
+    ) -> Tensor:
         """The guided output for diffusers' own step."""
         if gradient is not None:
             raise ValueError(
@@ -328,11 +346,18 @@ class FusedStep:
         scale = torch.as_tensor(guidance_scale, device=cond.device)
         scale = scale.reshape(-1, *[1] * (cond.dim() - 1)) if scale.dim() else scale
         guided = uncond + scale * (cond - uncond)
-        if self._learns():  # the conditional prediction's variance
-            guided = torch.cat([guided.chunk(2, 1)[0], cond.chunk(2, 1)[1]], 1)
+        channels = sample.shape[1] if sample.dim() > 1 else 0
+        if channels and cond.shape[1:2] == (2 * channels,):
+            guided = guided[:, :channels]
+            if self._learns():  # the conditional prediction's variance
+                guided = torch.cat([guided, cond[:, channels:]], 1)
         return guided.to(cond.dtype)
 
-    # ---- What diffusers moves to a device and leaves there ----
+
+class HostAlphas:
+    """Mixed into the schedulers whose methods move ``alphas_cumprod`` to a device, and would leave it there."""
+
+    alphas_cumprod: Tensor
 
     def _with_alphas_there(self, name: str, tensor: Tensor, *arguments: Any) -> Tensor:
         here = self.alphas_cumprod
@@ -353,6 +378,13 @@ class FusedStep:
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """As diffusers', but that ``alphas_cumprod`` stays where it is."""
         return self._with_alphas_there("get_velocity", sample, noise, timesteps)
+
+
+def _under_a_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation sees more in a tensor than its values."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _classifier(gradient_scale: Scale, gradient_form: GradientForm) -> Classifier:

@@ -27,5 +27,6 @@ class ClassifierFreeGuidance(_diffusers.ClassifierFreeGuidance):
 
 
 def _traceable(tensor: Any) -> bool:
-    grad = torch.is_grad_enabled() and tensor.requires_grad
-    return type(tensor) is Tensor and not tensor.is_inference() and not grad and not torch.compiler.is_compiling()
+    if type(tensor) is not Tensor or tensor.is_inference() or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and tensor.requires_grad)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import schedulers
 from .deferred import Traced
+from .fused import FusedStep
 
 _SERVED = {
     getattr(diffusers, cls.__name__): cls
@@ -53,9 +54,12 @@ def accelerate(pipe: Any) -> Acceleration:
 
     The scheduler becomes fastguide's of the same name, with the state that it has. The model's output is traced: where
     the pipeline computes ``uncond + guidance_scale * (cond - uncond)`` of its halves and gives it to the scheduler, the
-    step does both in one pass and in float32; whatever else it computes is computed as before. Call it again after a
-    scheduler or a model has been exchanged; otherwise that changes nothing. ``restore(pipe)`` undoes it. A pipeline
-    that is saved is saved as diffusers' own.
+    step does both in one pass and in float32; whatever else it computes is computed as before, such as rescaled
+    guidance or that of a pipeline's own making. Nothing is traced in inference mode, with gradients, or of a model that
+    is compiled afterwards. Who calls the model himself gets a traced tensor as well, a subclass of ``Tensor``.
+
+    Call it again after a scheduler or a model has been exchanged; otherwise that changes nothing. ``restore(pipe)``
+    undoes it. A pipeline that is saved is saved as diffusers' own.
 
     Args:
         pipe: a pipeline with a ``scheduler``; with ``unet`` or ``transformer``, its guidance is fused as well.
@@ -98,7 +102,7 @@ def accelerate(pipe: Any) -> Acceleration:
             record.schedulers[name] = (fused, scheduler)
             setattr(pipe, name, fused)
             scheduler = fused
-        if type(scheduler) in _SERVED.values():
+        if isinstance(scheduler, FusedStep):
             exchanged[name] = type(scheduler).__name__
         else:
             served_names = ", ".join(c.__name__ for c in _SERVED)

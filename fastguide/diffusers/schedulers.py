@@ -15,10 +15,10 @@ from torch import Tensor
 from ..table import GradientForm, StepTable
 from . import outputs, transitions
 from .deferred import resolved
-from .fused import FusedStep, Generators, Scale
+from .fused import FusedStep, Generators, HostAlphas, Scale
 
 
-class _DDIM(FusedStep):
+class _DDIM(HostAlphas, FusedStep):
     final_alpha_cumprod: Tensor
 
     def _state(self) -> tuple[Any, ...]:
@@ -66,6 +66,7 @@ class _DDIM(FusedStep):
             isinstance(eta, (int, float))
             and 0 <= eta <= 1
             and not (generator is not None and variance_noise is not None)
+            and (variance_noise is None or variance_noise.dtype != torch.float64 or sample.dtype == torch.float64)
         )
         if fits and self.num_inference_steps and self._serves(output, sample, gradient, variance_noise):
             row = self._row(timestep, sample)
@@ -84,7 +85,7 @@ class _DDIM(FusedStep):
                     gradient,
                 )
         return super().step(  # type: ignore[misc]
-            self._combined(output, guidance_scale, gradient),
+            self._combined(output, sample, guidance_scale, gradient),
             timestep,
             sample,
             eta,
@@ -95,7 +96,7 @@ class _DDIM(FusedStep):
         )
 
 
-class _DDPM(FusedStep):
+class _DDPM(HostAlphas, FusedStep):
     custom_timesteps: bool
 
     def _state(self) -> tuple[Any, ...]:
@@ -151,7 +152,7 @@ class _DDPM(FusedStep):
                 draws = isinstance(row, Tensor) or row > 0
                 return self._step(table, row, output, sample, generator, None, draws, return_dict, guidance, gradient)
         return super().step(  # type: ignore[misc]
-            self._combined(output, guidance_scale, gradient), timestep, sample, generator, return_dict
+            self._combined(output, sample, guidance_scale, gradient), timestep, sample, generator, return_dict
         )
 
     def _is_defined(self, table: StepTable, row: int | Tensor) -> bool:
@@ -239,5 +240,5 @@ class DDIMInverseScheduler(FusedStep, diffusers.DDIMInverseScheduler):
             row, table = self._row(timestep, sample), self._table(sample.device)
             if self._is_defined(table, row) and self._fits(output, sample, guidance, guidance is not None):
                 return self._step(table, row, output, sample, None, None, False, return_dict, guidance, None)
-        combined = self._combined(output, guidance_scale, None)
+        combined = self._combined(output, sample, guidance_scale, None)
         return super().step(combined, timestep, sample, return_dict)  # type: ignore[misc]

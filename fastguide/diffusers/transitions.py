@@ -38,7 +38,7 @@ def ddim_transitions(
     """
     config, alphas = scheduler.config, host_alphas(scheduler)
     final = float(scheduler.initial_alpha_cumprod if inverse else scheduler.final_alpha_cumprod)
-    here = torch.arange(len(alphas)) if at is None else at
+    here = torch.arange(len(alphas), device="cpu") if at is None else at
     there = here - config.num_train_timesteps // scheduler.num_inference_steps
     a, a_prev = alphas[here], torch.where(there >= 0, alphas[there.clamp(min=0)], final)
     if inverse:
@@ -67,11 +67,12 @@ def ddpm_transitions(
     Noise is added at every timestep but 0, also where a trailing spacing ends at another. ``at``: only from these.
     """
     config, alphas = scheduler.config, host_alphas(scheduler)
-    here = torch.arange(len(alphas))
+    here = torch.arange(len(alphas), device="cpu")
     there = here - 1
     if timesteps is not None:
         there = torch.full_like(here, len(alphas))  # nowhere
-        there[list(timesteps)] = torch.tensor([*timesteps[1:], -1])
+        for timestep, following in reversed(list(zip(timesteps, (*timesteps[1:], -1), strict=True))):
+            there[timestep] = following  # of one that comes twice, from its first place
     padded = torch.cat([alphas, alphas.new_tensor([torch.nan, 1.0])])  # nowhere, and -1
     here = here if at is None else at
     return ddpm_table(

@@ -59,7 +59,8 @@ class FusedStep:
         raise NotImplementedError
 
     def _table(self, device: torch.device, *arguments: Any) -> StepTable:
-        tables = self._tables_now()
+        """The table for these arguments, of the state that ``_tables_now`` has seen."""
+        tables: dict[Any, StepTable] = self.__dict__["_tables"]
         table = tables.get((device, *arguments))
         if table is None:
             if torch.compiler.is_compiling():
@@ -70,14 +71,18 @@ class FusedStep:
             table = tables[(device, *arguments)] = self._transitions(*arguments).to(device)
         return table
 
-    def _tables_now(self) -> dict[Any, StepTable]:
-        """The tables made so far, of the state that the scheduler is in."""
+    def _tables_now(self) -> None:
+        """Forget the tables if the scheduler's state is another than they were made of."""
         state, known = self._state(), self.__dict__.get("_known_state")
-        written = [] if torch.compiler.is_compiling() else _versions(self.alphas_cumprod, self.timesteps)
-        if known is None or known[1] != (written or known[1]) or not all(map(operator.is_, state, known[0])):
-            self.__dict__.update(_known_state=(state, written), _tables={}, _rows_exist=self._has_rows())
-        tables: dict[Any, StepTable] = self.__dict__["_tables"]
-        return tables
+        compiling = torch.compiler.is_compiling()
+        if (
+            known is not None
+            and all(map(operator.is_, state, known[0]))
+            and (compiling or known[1] == _versions(self.alphas_cumprod, self.timesteps))
+        ):
+            return
+        written = None if compiling else _versions(self.alphas_cumprod, self.timesteps)
+        self.__dict__.update(_known_state=(state, written), _tables={}, _rows_exist=self._has_rows())
 
     def _remember(self, device: str | torch.device | None, *arguments: Any) -> None:
         """After diffusers has set the timesteps on the host: note them, move them, and make the tables for them now.
@@ -407,9 +412,13 @@ def _parts(model_output: Output, guidance: Guidance | None) -> Sequence[Tensor]:
 
 def _versions(*tensors: Tensor | list[Tensor] | None) -> list[Any]:
     """How often each was written to, where torch counts that."""
-    return [
-        _versions(*t) if isinstance(t, list) else None if t is None or t.is_inference() else t._version for t in tensors
-    ]
+    versions: list[Any] = []
+    for t in tensors:
+        if isinstance(t, Tensor):
+            versions.append(None if t.is_inference() else t._version)
+        else:
+            versions.append(t and _versions(*t))
+    return versions
 
 
 def _dense(sample: Tensor) -> bool:

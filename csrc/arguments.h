@@ -37,6 +37,8 @@ struct TorchStream {
   uint64_t increment = 0;  // by how much that kernel moves the offset; the launch knows
 };
 
+enum class TimestepElement : int { int64, float32 };
+
 struct StepArguments {
   Output out, original;
   Output staged;  // the next model input: staged_copies times the batch, one after the other
@@ -54,12 +56,19 @@ struct StepArguments {
   int64_t index;           // the row of every sample,
   const int64_t* indices;  // unless this gives one for all (stride 0) or one a sample (stride 1)
   int64_t indices_stride;
+  int64_t* cursor;  // or unless this does, and moves on; see cursor.h. One for all (stride 0) or one a sample
+  int64_t cursor_stride;
+  void* timestep;  // written with the cursor: the timesteps of the next model call, of every sample once or repeatedly
+  TimestepElement timestep_element;
+  int64_t timestep_count;
 
   Noise noise_kind;
   Input noise;           // given
   const int64_t* seeds;  // portable: one for all (stride 0) or one a sample
   int64_t seeds_stride;
   TorchStream torch_stream;
+  // Unless null: where mask is 0, the next sample is `known`, noised by known_noise to its level.
+  Input mask, known, known_noise;
   // Streams count elements as a contiguous sample holds them. A sample in memory as (inner, channels) is counted as
   // (channels, inner); 1: contiguous.
   int64_t channels;

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cursor.h"
 #include "element.h"
 #include "step.h"
 #include "step_cpu.h"
@@ -199,16 +200,16 @@ void check_overlap(const char* name, const Output& out, const Input& input, cons
                   ", or the same element for element; got a part of it");
 }
 
-// Nothing else may touch the staged input: its samples are written while others' inputs are still to be read.
-void check_apart(const Output& staged, int64_t staged_samples, const char* name, const void* data, int64_t batch_stride,
-                 Element element, const Layout& layout) {
-  if (staged.data == nullptr || data == nullptr || layout.batch == 0) return;
-  const int64_t begin = reinterpret_cast<int64_t>(staged.data), other_begin = reinterpret_cast<int64_t>(data);
-  const int64_t size = (staged_samples - 1) * staged.batch_stride + layout.elements_per_sample;
-  const int64_t other_size = (layout.batch - 1) * batch_stride + layout.elements_per_sample;
-  STD_TORCH_CHECK(begin + size * element_bytes(staged.element) <= other_begin ||
-                      other_begin + other_size * element_bytes(element) <= begin,
-                  "staged: expected memory apart from ", name);
+// Where not even the same element may be shared: an output of so many samples, and any other tensor.
+void check_apart(const char* output_name, const Output& output, int64_t samples, const char* name, const Input& other,
+                 const Layout& layout) {
+  if (output.data == nullptr || other.data == nullptr || layout.batch == 0) return;
+  const int64_t begin = reinterpret_cast<int64_t>(output.data), other_begin = reinterpret_cast<int64_t>(other.data);
+  const int64_t size = (samples - 1) * output.batch_stride + layout.elements_per_sample;
+  const int64_t other_size = (layout.batch - 1) * other.batch_stride + layout.elements_per_sample;
+  STD_TORCH_CHECK(begin + size * element_bytes(output.element) <= other_begin ||
+                      other_begin + other_size * element_bytes(other.element) <= begin,
+                  output_name, ": expected memory apart from ", name);
 }
 
 // Streams of noise count elements as a contiguous sample holds them; see StepArguments::channels.
@@ -262,6 +263,27 @@ TorchStream torch_stream_of(const Tensor& philox, int64_t threads, const Layout&
   return stream;
 }
 
+void set_cursor(StepArguments* a, const Tensor& cursor, const std::optional<Tensor>& timestep, const Layout& layout) {
+  check_device("cursor", cursor, layout);
+  const int64_t rows = cursor.dim() == 2 ? cursor.sizes()[0] : 0;
+  STD_TORCH_CHECK(cursor.scalar_type() == ScalarType::Long && (rows == 1 || rows == layout.batch) &&
+                      cursor.sizes()[1] == kCursorColumns && cursor.is_contiguous(),
+                  "cursor: expected int64 of shape (1 or ", layout.batch, ", ", kCursorColumns, "), contiguous");
+  a->cursor = static_cast<int64_t*>(cursor.mutable_data_ptr());
+  a->cursor_stride = rows == 1 ? 0 : kCursorColumns;
+  a->indices = nullptr;
+  if (!timestep.has_value()) return;
+  check_device("timestep", *timestep, layout);
+  const ScalarType type = timestep->scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Float, "timestep: expected int64 or float32");
+  a->timestep_count = timestep->numel();
+  STD_TORCH_CHECK(timestep->dim() <= 1 && timestep->is_contiguous() &&
+                      (a->cursor_stride == 0 || layout.batch == 0 || a->timestep_count % layout.batch == 0),
+                  "timestep: expected shape () or (", layout.batch, " or a multiple,), contiguous");
+  a->timestep = timestep->mutable_data_ptr();
+  a->timestep_element = type == ScalarType::Long ? TimestepElement::int64 : TimestepElement::float32;
+}
+
 void run_on_cpu(const StepArguments& a) {
   const int64_t total = a.batch * a.elements_per_sample;
   const StepRange step_range = selected_step_range();
@@ -270,6 +292,7 @@ void run_on_cpu(const StepArguments& a) {
   } else {
     torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) { step_range(a, begin, end); });
   }
+  if (a.cursor != nullptr) advance(a, position_of(a, 0), 0, 1);
 }
 
 void run_on_gpu(const StepArguments& a, int32_t device) {
@@ -296,7 +319,9 @@ void guided_step(const Tensor& out, const std::optional<Tensor>& original, const
                  const Tensor& weights, int64_t index, const std::optional<Tensor>& indices,
                  const std::optional<Tensor>& gradient, const std::optional<Tensor>& variance,
                  const std::optional<Tensor>& noise, const std::optional<Tensor>& seeds,
-                 const std::optional<Tensor>& philox, int64_t philox_threads) {
+                 const std::optional<Tensor>& philox, int64_t philox_threads, const std::optional<Tensor>& cursor,
+                 const std::optional<Tensor>& timestep, const std::optional<Tensor>& mask,
+                 const std::optional<Tensor>& known, const std::optional<Tensor>& known_noise) {
   const Layout layout = layout_of(out);
   StepArguments a{};
   a.batch = layout.batch;
@@ -307,6 +332,11 @@ void guided_step(const Tensor& out, const std::optional<Tensor>& original, const
   a.gradient = input_of("gradient", gradient, layout);
   a.variance = input_of("variance", variance, layout);
   a.noise = input_of("noise", noise, layout);
+  STD_TORCH_CHECK(mask.has_value() == known.has_value() && mask.has_value() == known_noise.has_value(),
+                  "mask: expected mask, known and known_noise together");
+  a.mask = input_of("mask", mask, layout);
+  a.known = input_of("known", known, layout);
+  a.known_noise = input_of("known_noise", known_noise, layout);
 
   STD_TORCH_CHECK(weights.dim() == 3, "weights: expected three dimensions");
   check_device("weights", weights, layout);
@@ -347,11 +377,20 @@ void guided_step(const Tensor& out, const std::optional<Tensor>& original, const
 
   a.index = index;
   if (indices.has_value()) a.indices = per_sample("index", *indices, layout, &a.indices_stride);
+  if (cursor.has_value()) set_cursor(&a, *cursor, timestep, layout);
+  STD_TORCH_CHECK(cursor.has_value() || !timestep.has_value(), "timestep: expected a cursor with it");
+  STD_TORCH_CHECK(!cursor.has_value() || (a.out.data == a.sample.data && a.out.element == a.sample.element &&
+                                          (layout.batch <= 1 || a.out.batch_stride == a.sample.batch_stride)),
+                  "out: expected the sample itself with a cursor, as finished samples are left as they are");
+  STD_TORCH_CHECK(!philox.has_value() || a.cursor_stride == 0,
+                  "cursor: expected one for all samples with philox, which is one stream for all");
   // On a GPU nothing waits for indices: the kernel looks at them.
-  const int64_t known = a.indices == nullptr ? 1 : !layout.is_cpu ? 0 : indices->dim() == 0 ? 1 : layout.batch;
-  for (int64_t b = 0; b < known; ++b) {
-    const int64_t row = a.indices == nullptr ? index : a.indices[b * a.indices_stride];
-    STD_TORCH_CHECK(row >= 0 && row < a.steps, "index: expected values from 0 to ", a.steps - 1, ", got ", row);
+  const bool varied = a.indices_stride != 0 || a.cursor_stride != 0;
+  const bool on_host = (a.indices == nullptr && a.cursor == nullptr) || layout.is_cpu;
+  for (int64_t b = 0; on_host && b < (varied ? layout.batch : 1); ++b) {
+    const Position position = position_of(a, b);
+    STD_TORCH_CHECK(!position.live || in_table(a, position), "index: expected values from 0 to ", a.steps - 1, ", got ",
+                    position.index);
   }
 
   STD_TORCH_CHECK(noise.has_value() + seeds.has_value() + philox.has_value() <= 1,
@@ -375,6 +414,9 @@ void guided_step(const Tensor& out, const std::optional<Tensor>& original, const
     check_overlap("gradient", *output, a.gradient, layout);
     check_overlap("variance", *output, a.variance, layout);
     check_overlap("noise", *output, a.noise, layout);
+    for (const Input* input : {&a.mask, &a.known, &a.known_noise}) {  // they are read when the output is written
+      check_apart("out", *output, layout.batch, "mask, known and known_noise", *input, layout);
+    }
   }
   check_overlap("original", a.out, {a.original.data, a.original.batch_stride, a.original.element}, layout);
   STD_TORCH_CHECK(a.out.data != a.original.data || a.out.data == nullptr, "original: expected other memory than out's");
@@ -389,24 +431,27 @@ void guided_step(const Tensor& out, const std::optional<Tensor>& original, const
                     "staged: expected samples that do not overlap");
     a.staged.data = staged->mutable_data_ptr();
     a.staged.element = element_of("staged", *staged);
-    const auto check = [&](const char* name, const void* data, int64_t batch_stride, Element element) {
-      check_apart(a.staged, samples, name, data, batch_stride, element, layout);
+    // Its samples are written while others' inputs are still to be read.
+    const auto check = [&](const char* name, const Input& other) {
+      check_apart("staged", a.staged, samples, name, other, layout);
     };
-    check("out", a.out.data, a.out.batch_stride, a.out.element);
-    check("original", a.original.data, a.original.batch_stride, a.original.element);
-    check("sample", a.sample.data, a.sample.batch_stride, a.sample.element);
-    for (const Input& prediction : inputs) {
-      check("predictions", prediction.data, prediction.batch_stride, prediction.element);
-    }
-    check("gradient", a.gradient.data, a.gradient.batch_stride, a.gradient.element);
-    check("variance", a.variance.data, a.variance.batch_stride, a.variance.element);
-    check("noise", a.noise.data, a.noise.batch_stride, a.noise.element);
+    check("out", {a.out.data, a.out.batch_stride, a.out.element});
+    check("original", {a.original.data, a.original.batch_stride, a.original.element});
+    check("sample", a.sample);
+    for (const Input& prediction : inputs) check("predictions", prediction);
+    check("gradient", a.gradient);
+    check("variance", a.variance);
+    check("noise", a.noise);
+    check("mask", a.mask);
+    check("known", a.known);
+    check("known_noise", a.known_noise);
   }
 
   if (layout.batch * layout.elements_per_sample == 0) return;
   if (!layout.is_cpu) {
-    for (const Element element : {a.out.element, a.original.element, a.staged.element, a.sample.element,
-                                  a.gradient.element, a.variance.element, a.noise.element}) {
+    for (const Element element :
+         {a.out.element, a.original.element, a.staged.element, a.sample.element, a.gradient.element, a.variance.element,
+          a.noise.element, a.mask.element, a.known.element, a.known_noise.element}) {
       STD_TORCH_CHECK(element != Element::float64, "sample: expected no float64 tensors on a GPU");
     }
     for (const Input& prediction : inputs) {

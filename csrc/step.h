@@ -5,6 +5,7 @@
 //   x'  = out_x0*x0 + out_sample*x + out_pred*m
 //       + (out_grad + out_var_grad*sigma^2)*s*g + out_noise*sigma*z
 //   sigma = exp((logvar_base + logvar_span*v) / 2) with a learned variance v, else 1
+//   x'  = mask*x' + (1-mask)*(known_sample*k + known_noise*z_k)     where a part k of x_0 is known, noised to x's level
 //   in_scale*x' is the input of the next model call, if it is asked for
 #pragma once
 
@@ -32,6 +33,9 @@ enum Column : int {
   logvar_base,
   logvar_span,
   in_scale,
+  in_timestep,
+  known_sample,
+  known_noise,
   num_columns,
 };
 
@@ -40,7 +44,7 @@ template <typename T>
 struct Coefficients {
   T x0_scale, x0_sample, x0_pred, x0_grad, clip;
   T out_x0, out_sample, out_pred, out_grad, out_var_grad, out_noise;
-  T logvar_base, logvar_span, in_scale;
+  T logvar_base, logvar_span, in_scale, known_sample, known_noise;
   T weight_sum, weight_1;  // of the first two predictions; more are combined beforehand
 };
 
@@ -63,6 +67,8 @@ FASTGUIDE_INLINE Coefficients<T> coefficients(const T* row, const T* weights, in
   c.logvar_base = row[Column::logvar_base];
   c.logvar_span = row[Column::logvar_span];
   c.in_scale = row[Column::in_scale];
+  c.known_sample = row[Column::known_sample];
+  c.known_noise = row[Column::known_noise];
   c.weight_sum = weights[0];
   c.weight_1 = num_predictions > 1 ? weights[1] : T(0);
   return c;
@@ -121,7 +127,7 @@ FASTGUIDE_INLINE StepResult<T> step_element(const Coefficients<T>& c, T x, T m, 
   x0 = c.clip < x0 ? c.clip : x0;
 
   T next = c.out_x0 * x0 + c.out_sample * x;
-  if constexpr (has_prediction) next += c.out_pred * m;
+  if constexpr (has_prediction) next += c.out_pred != T(0) ? c.out_pred * m : T(0);  // m may have overflowed
   if constexpr (has_variance) {
     const T log_variance = c.logvar_base + c.logvar_span * v;
     if constexpr (has_gradient) next += (c.out_grad + c.out_var_grad * exponential(log_variance)) * g;
@@ -131,6 +137,12 @@ FASTGUIDE_INLINE StepResult<T> step_element(const Coefficients<T>& c, T x, T m, 
     if constexpr (has_noise) next += c.out_noise * z;
   }
   return {next, x0};
+}
+
+// The next sample with its known part: exact where mask is 0 or 1.
+template <typename T>
+FASTGUIDE_INLINE T with_known(const Coefficients<T>& c, T next, T mask, T known, T z) {
+  return mask * next + (T(1) - mask) * (c.known_sample * known + c.known_noise * z);
 }
 
 }  // namespace fastguide

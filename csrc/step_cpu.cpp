@@ -5,6 +5,7 @@
 #include "step_cpu.h"
 
 #include "convert.h"
+#include "cursor.h"
 #include "step.h"
 
 #if defined(__clang__)
@@ -88,22 +89,25 @@ const T* draw(const StepArguments& a, int64_t sample, uint32_t step, int64_t off
 
 template <typename T>
 void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t end) {
-  const int64_t row = a.indices != nullptr ? a.indices[sample * a.indices_stride] : a.index;
+  const Position position = position_of(a, sample);
+  if (!position.live) return;
+  const int64_t row = position.index;
   const T* weights = static_cast<const T*>(a.weights) + row * a.weights_step_stride + sample * a.weights_batch_stride;
   Coefficients<T> c = coefficients(static_cast<const T*>(a.rows) + row * num_columns, weights, a.num_predictions);
 
   const bool gradient = a.gradient.data != nullptr, variance = a.variance.data != nullptr;
   const bool noise = a.noise_kind != Noise::none, original = a.original.data != nullptr;
   const bool drawn = a.noise_kind == Noise::portable, staged = a.staged.data != nullptr;
+  const bool masked = a.mask.data != nullptr;
   const bool many = a.num_predictions > 2;
   const StepRun<T> step_run = a.num_predictions == 0   ? choose_run<T, 0>(gradient, variance, noise, original)
                               : a.num_predictions == 2 ? choose_run<T, 2>(gradient, variance, noise, original)
                                                        : choose_run<T, 1>(gradient, variance, noise, original);
   if (many) c.weight_sum = T(1);  // m comes combined
 
-  bool in_place = !many && !drawn && !staged && stored_as<T>(a.out.element) && stored_as<T>(a.sample.element) &&
-                  (!original || stored_as<T>(a.original.element)) && (!gradient || stored_as<T>(a.gradient.element)) &&
-                  (!variance || stored_as<T>(a.variance.element)) &&
+  bool in_place = !many && !drawn && !staged && !masked && stored_as<T>(a.out.element) &&
+                  stored_as<T>(a.sample.element) && (!original || stored_as<T>(a.original.element)) &&
+                  (!gradient || stored_as<T>(a.gradient.element)) && (!variance || stored_as<T>(a.variance.element)) &&
                   (a.noise.data == nullptr || stored_as<T>(a.noise.element));
   for (int k = 0; k < a.num_predictions; ++k) in_place = in_place && stored_as<T>(a.predictions[k].element);
   const int64_t block = in_place ? end - begin : kBlock;  // nothing to convert: one run of all
@@ -125,7 +129,7 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
     if (gradient) run.g = load_run(a.gradient, scratch[3]);
     if (variance) run.v = load_run(a.variance, scratch[4]);
     if (drawn) {
-      run.z = draw(a, sample, uint32_t(row), offset, count, scratch[5]);
+      run.z = draw(a, sample, uint32_t(row - position.first), offset, count, scratch[5]);
     } else if (noise) {
       run.z = load_run(a.noise, scratch[5]);
     }
@@ -136,6 +140,11 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
     run.out = out_direct ? static_cast<T*>(a.out.data) + out_offset : scratch[6];
     run.original = original_direct ? static_cast<T*>(a.original.data) + original_offset : scratch[7];
     step_run(c, run, count);
+    if (masked) {
+      const T *mask = load_run(a.mask, scratch[1]), *known = load_run(a.known, scratch[2]);
+      const T* z = load_run(a.known_noise, scratch[3]);
+      for (int64_t i = 0; i < count; ++i) run.out[i] = with_known(c, run.out[i], mask[i], known[i], z[i]);
+    }
     if (!out_direct) store(run.out, a.out, out_offset, count);
     if (original && !original_direct) store(run.original, a.original, original_offset, count);
     if (staged) {

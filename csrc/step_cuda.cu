@@ -10,41 +10,67 @@ namespace {
 
 constexpr int kBlocks = 4;  // on a multiprocessor at least: 128 registers a thread, which all variants do with
 
-// Seed and offset, where they are on the device. The last block to have read them moves the offset on for the next
-// step; at the kernel's beginning, so that its end does not wait for that.
+// Seed and offset, where they are on the device.
 __device__ TorchStream read_torch_stream(const StepArguments& a) {
   TorchStream stream = a.torch_stream;
-  int64_t* state = stream.state;
-  if (state == nullptr) return stream;
-  stream.seed = uint64_t(state[0]);
-  stream.offset = uint64_t(state[1]);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // what the block has read comes before its count, and all counts before the writing
-    const unsigned long long done = atomicAdd(reinterpret_cast<unsigned long long*>(state + 2), 1ull);
-    if (done == gridDim.x - 1) {
-      __threadfence();
-      state[1] = int64_t(stream.offset + stream.increment);
-      state[2] = 0;
-    }
-  }
+  if (stream.state == nullptr) return stream;
+  stream.seed = uint64_t(stream.state[0]);
+  stream.offset = uint64_t(stream.state[1]);
   return stream;
+}
+
+// What a step moves on, on the device: the cursors and torch's stream, for the next step. The last block to have read
+// them does; all count when they have read, at their beginning, and the count is on its way while they compute.
+__device__ int64_t* readers_of(const StepArguments& a) {
+  if (a.cursor != nullptr) return a.cursor + kCursorReaders;
+  return a.torch_stream.state != nullptr ? a.torch_stream.state + 2 : nullptr;
+}
+
+__device__ unsigned count_reader(const StepArguments& a) {  // the first thread's: how many blocks have read before
+  int64_t* readers = readers_of(a);
+  if (readers == nullptr) return 0;
+  __syncthreads();
+  if (threadIdx.x != 0) return 0;
+  __threadfence();  // what the block has read comes before its count
+  return atomicAdd(reinterpret_cast<unsigned*>(readers), 1u);
+}
+
+__device__ void move_on(const StepArguments& a, const TorchStream& stream, const Position& position, unsigned before) {
+  int64_t* readers = readers_of(a);
+  if (readers == nullptr || int(threadIdx.x) >= warpSize) return;  // the first warp is left
+  if (__shfl_sync(0xFFFFFFFFu, before, 0) != gridDim.x - 1) return;
+  __threadfence();  // and all counts before the writing
+  if (a.cursor != nullptr) advance(a, position, threadIdx.x, warpSize);
+  if (threadIdx.x != 0) return;
+  if (stream.state != nullptr && draws_from(a, position)) stream.state[1] = int64_t(stream.offset + stream.increment);
+  *readers = 0;
 }
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) step_kernel(const __grid_constant__ GpuStep s) {
-  step_tile<V>(s, blockIdx.x, threadIdx.x);
+  const Position position = position_of(s.a, sample_of(s, blockIdx.x));
+  const unsigned before = count_reader(s.a);
+  step_tile<V>(s, position, blockIdx.x, threadIdx.x);
+  move_on(s.a, TorchStream{}, position, before);
 }
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) torch_single_kernel(const __grid_constant__ GpuStep s) {
-  torch_single_tile<V>(s, read_torch_stream(s.a), blockIdx.x, threadIdx.x);
+  const Position position = position_of(s.a, sample_of(s, blockIdx.x));
+  const TorchStream stream = read_torch_stream(s.a);
+  const unsigned before = count_reader(s.a);
+  torch_single_tile<V>(s, stream, position, blockIdx.x, threadIdx.x);
+  move_on(s.a, stream, position, before);
 }
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) torch_vector_kernel(const __grid_constant__ GpuStep s) {
   __shared__ float shared[kTorchValues * kVector * kThreads];
-  torch_vector_tile<V>(s, read_torch_stream(s.a), blockIdx.x, threadIdx.x, shared);
+  const Position position = position_of(s.a, 0);
+  const TorchStream stream = read_torch_stream(s.a);
+  const unsigned before = count_reader(s.a);
+  torch_vector_tile<V>(s, stream, position, blockIdx.x, threadIdx.x, shared);
+  move_on(s.a, stream, position, before);
 }
 
 using Kernel = void (*)(GpuStep);
@@ -86,8 +112,9 @@ Kernel choose_noise(const GpuStep& s) {
 
 template <int predictions>
 Kernel choose_extras(const GpuStep& s) {
-  return s.a.gradient.data != nullptr || s.a.variance.data != nullptr ? choose_noise<predictions, true>(s)
-                                                                      : choose_noise<predictions, false>(s);
+  const StepArguments& a = s.a;
+  const bool extras = a.gradient.data != nullptr || a.variance.data != nullptr || a.mask.data != nullptr;
+  return extras ? choose_noise<predictions, true>(s) : choose_noise<predictions, false>(s);
 }
 
 Kernel choose_kernel(const GpuStep& s) {

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "arguments.h"
+#include "cursor.h"
 #include "element.h"
 #include "inline.h"
 #include "philox.h"
@@ -36,8 +37,8 @@ struct GpuStep {
   bool per_sample;  // samples differ in their row or weights
 };
 
-// What the kernel is compiled for. predictions: 1, 2, or 0 for a number known at run time. extras: gradient and learned
-// variance, as they are there. Noise::given: also none.
+// What the kernel is compiled for. predictions: 1, 2, or 0 for a number known at run time. extras: gradient, learned
+// variance and mask, as they are there. Noise::given: also none.
 template <int predictions_, bool extras_, Noise noise_, bool original_, bool staged_>
 struct Variant {
   static constexpr int predictions = predictions_;
@@ -54,16 +55,15 @@ struct SampleRow {
 };
 
 template <typename V>
-FASTGUIDE_INLINE SampleRow row_of(const GpuStep& s, int64_t sample) {
+FASTGUIDE_INLINE SampleRow row_of(const GpuStep& s, int64_t sample, const Position& position) {
   const StepArguments& a = s.a;
-  int64_t row = a.indices != nullptr ? a.indices[sample * a.indices_stride] : a.index;
-  const bool inside = row >= 0 && row < a.steps;  // the host does not read device indices, so they are checked here
-  row = inside ? row : 0;
+  const bool inside = in_table(a, position);  // the host does not read device indices, so they are checked here
+  const int64_t row = inside ? position.index : 0;
   SampleRow r;
   r.weights = static_cast<const float*>(a.weights) + row * a.weights_step_stride + sample * a.weights_batch_stride;
   r.c = coefficients(static_cast<const float*>(a.rows) + row * num_columns, r.weights,
                      V::predictions > 0 ? V::predictions : a.num_predictions);
-  r.step = uint32_t(row);
+  r.step = uint32_t(row - position.first);
   if (!inside) r.c.x0_sample = r.c.out_sample = NAN;
   if (V::predictions == 0) r.c.weight_sum = 1.0f;  // m comes combined
   if (V::extras && a.variance.data == nullptr) r.c.logvar_base = r.c.logvar_span = r.c.out_var_grad = 0.0f;
@@ -152,7 +152,13 @@ FASTGUIDE_INLINE void step_one(const GpuStep& s, const SampleRow& r, const Torch
   const float x = value_of(sample_bits, a.sample.element);
   const float g = gradient ? value_of(gradient_bits, a.gradient.element) : 0.0f;
   const float v = variance ? value_of(variance_bits, a.variance.element) : 0.0f;
-  const StepResult<float> result = step_extras<V>(a, r.c, x, m, g, v, z);
+  StepResult<float> result = step_extras<V>(a, r.c, x, m, g, v, z);
+  if (V::extras && a.mask.data != nullptr) {
+    const uint32_t mask_bits = load_bits(a.mask, sample, place), known_bits = load_bits(a.known, sample, place);
+    const uint32_t z_bits = load_bits(a.known_noise, sample, place);
+    result.sample = with_known(r.c, result.sample, value_of(mask_bits, a.mask.element),
+                               value_of(known_bits, a.known.element), value_of(z_bits, a.known_noise.element));
+  }
   store_one(result.sample, a.out, sample, place);
   if constexpr (V::original) store_one(result.original, a.original, sample, place);
   if constexpr (V::staged) {
@@ -203,6 +209,19 @@ FASTGUIDE_INLINE void combine_vector(const GpuStep& s, const SampleRow& r, const
   }
 }
 
+// Loaded late, as a mask is rare: nothing that a plain step needs waits in registers for it.
+FASTGUIDE_INLINE void blend_vector(const StepArguments& a, const Coefficients<float>& c, float (&x)[kVector],
+                                   int64_t sample, int64_t place) {
+  const Raw raw_mask = load_raw(a.mask, sample, place), raw_known = load_raw(a.known, sample, place);
+  const Raw raw_z = load_raw(a.known_noise, sample, place);
+  float mask[kVector], known[kVector], z[kVector];
+  unpack(raw_mask, a.mask.element, mask);
+  unpack(raw_known, a.known.element, known);
+  unpack(raw_z, a.known_noise.element, z);
+  FASTGUIDE_UNROLL
+  for (int i = 0; i < kVector; ++i) x[i] = with_known(c, x[i], mask[i], known[i], z[i]);
+}
+
 // z: the noise, unless it is given.
 template <typename V>
 FASTGUIDE_INLINE void step_vector(const GpuStep& s, const SampleRow& r, const RawInputs& raw, float (&z)[kVector],
@@ -221,6 +240,7 @@ FASTGUIDE_INLINE void step_vector(const GpuStep& s, const SampleRow& r, const Ra
     x[i] = result.sample;
     original[i] = result.original;
   }
+  if (V::extras && a.mask.data != nullptr) blend_vector(a, r.c, x, sample, place);
   store_vector(x, a.out, sample, place);
   if constexpr (V::original) store_vector(original, a.original, sample, place);
   if constexpr (V::staged) {
@@ -260,6 +280,9 @@ FASTGUIDE_INLINE int head_of(const GpuStep& s, int64_t sample) {
   head = with_tensor(head, a.gradient.data, sample, a.gradient.batch_stride, a.gradient.element);
   head = with_tensor(head, a.variance.data, sample, a.variance.batch_stride, a.variance.element);
   head = with_tensor(head, a.noise.data, sample, a.noise.batch_stride, a.noise.element);
+  head = with_tensor(head, a.mask.data, sample, a.mask.batch_stride, a.mask.element);
+  head = with_tensor(head, a.known.data, sample, a.known.batch_stride, a.known.element);
+  head = with_tensor(head, a.known_noise.data, sample, a.known_noise.batch_stride, a.known_noise.element);
   FASTGUIDE_ROLL
   for (int k = 0; k < a.num_predictions; ++k) {
     const Input& input = s.predictions[k];
@@ -272,9 +295,13 @@ FASTGUIDE_INLINE int head_of(const GpuStep& s, int64_t sample) {
   return head.first;
 }
 
+FASTGUIDE_INLINE int64_t sample_of(const GpuStep& s, uint32_t tile) { return tile / s.tiles_per_sample; }
+
+// position: that of the tile's sample.
 template <typename V>
-FASTGUIDE_INLINE void step_tile(const GpuStep& s, uint32_t tile, int thread) {
-  const int64_t sample = tile / s.tiles_per_sample;
+FASTGUIDE_INLINE void step_tile(const GpuStep& s, const Position& position, uint32_t tile, int thread) {
+  if (!position.live) return;
+  const int64_t sample = sample_of(s, tile);
   const int64_t chunk = tile % s.tiles_per_sample;
   const int64_t size = s.a.elements_per_sample;
   const int head = head_of(s, sample);
@@ -282,7 +309,7 @@ FASTGUIDE_INLINE void step_tile(const GpuStep& s, uint32_t tile, int thread) {
   const bool whole = head >= 0 && place + kVector <= size;
   RawInputs raw;
   if (whole) raw = load_inputs<V>(s, sample, place);
-  const SampleRow r = row_of<V>(s, sample);
+  const SampleRow r = row_of<V>(s, sample, position);
   if (whole) {
     float z[kVector] = {};
     if constexpr (V::noise == Noise::portable) draw_vector(s, r.step, sample, place, z);
@@ -303,11 +330,12 @@ FASTGUIDE_INLINE void step_tile(const GpuStep& s, uint32_t tile, int thread) {
 
 // The torch stream for any tensor, one element a thread: at most torch's grid, and then there is no more to share.
 template <typename V>
-FASTGUIDE_INLINE void torch_single_tile(const GpuStep& s, const TorchStream& stream, uint32_t tile, int thread) {
-  const int64_t sample = tile / s.tiles_per_sample;
+FASTGUIDE_INLINE void torch_single_tile(const GpuStep& s, const TorchStream& stream, const Position& position,
+                                        uint32_t tile, int thread) {
+  const int64_t sample = sample_of(s, tile);
   const int64_t place = int64_t(tile % s.tiles_per_sample) * kThreads + thread;
-  if (place >= s.a.elements_per_sample) return;
-  step_one<V>(s, row_of<V>(s, sample), stream, sample, place);
+  if (!position.live || place >= s.a.elements_per_sample) return;
+  step_one<V>(s, row_of<V>(s, sample, position), stream, sample, place);
 }
 
 // The torch stream for tensors larger than torch's grid: a thread computes the four vectors whose values come of the
@@ -323,10 +351,12 @@ FASTGUIDE_INLINE uint32_t torch_units(const StepArguments& a) {  // how many thr
   return uint32_t((a.batch * a.elements_per_sample + round - 1) / round) * (a.torch_stream.threads / kVector);
 }
 
-// shared: kTorchValues * kVector * kThreads floats of the block, of which each thread uses its own.
+// shared: kTorchValues * kVector * kThreads floats of the block, of which each thread uses its own. position: that of
+// the first sample, which is all samples' if there is a cursor.
 template <typename V>
-FASTGUIDE_INLINE void torch_vector_tile(const GpuStep& s, const TorchStream& stream, uint32_t tile, int thread,
-                                        float* shared) {
+FASTGUIDE_INLINE void torch_vector_tile(const GpuStep& s, const TorchStream& stream, const Position& position,
+                                        uint32_t tile, int thread, float* shared) {
+  if (!position.live) return;
   const StepArguments& a = s.a;
   const uint32_t unit = tile * kThreads + thread, units_per_call = stream.threads / kVector;
   const uint32_t call = unit / units_per_call, torch_thread = (unit - call * units_per_call) * kVector;
@@ -340,7 +370,7 @@ FASTGUIDE_INLINE void torch_vector_tile(const GpuStep& s, const TorchStream& str
     z[(2 * kVector + i) * kThreads] = high.first;
     z[(3 * kVector + i) * kThreads] = high.second;
   }
-  SampleRow r = row_of<V>(s, 0);
+  SampleRow r = row_of<V>(s, 0, position);
   FASTGUIDE_ROLL
   for (int value = 0; value < kTorchValues; ++value) {
     const int64_t element = (int64_t(call) * kTorchValues + value) * stream.threads + torch_thread;
@@ -348,7 +378,7 @@ FASTGUIDE_INLINE void torch_vector_tile(const GpuStep& s, const TorchStream& str
     const uint32_t sample = uint32_t(element) / uint32_t(a.elements_per_sample);
     const int64_t place = element - sample * a.elements_per_sample;
     const RawInputs raw = load_inputs<V>(s, sample, place);
-    if (s.per_sample) r = row_of<V>(s, sample);
+    if (s.per_sample) r = row_of<V>(s, sample, a.cursor != nullptr ? position : position_of(a, sample));
     float values[kVector];
     FASTGUIDE_UNROLL
     for (int i = 0; i < kVector; ++i) {
@@ -372,12 +402,13 @@ inline GpuStep gpu_step(const StepArguments& a) {
   // Without noise and gradient a learned variance has no use; it may be anything, and is not read.
   if (a.noise_kind == Noise::none && a.gradient.data == nullptr) s.a.variance = Input{};
   for (int k = 0; k < a.num_predictions; ++k) s.predictions[k] = a.predictions[k];
-  s.per_sample = (a.indices != nullptr && a.indices_stride != 0) || a.weights_batch_stride != 0;
+  s.per_sample = (a.indices != nullptr && a.indices_stride != 0) || a.cursor_stride != 0 || a.weights_batch_stride != 0;
   s.aligned = true;
   const auto consider = [&](const void* data, int64_t batch, int64_t batch_stride, Element element) {
     s.aligned = s.aligned && (data == nullptr || begins_aligned(data, batch, batch_stride, element));
   };
-  for (const Input* input : {&s.a.sample, &s.a.gradient, &s.a.variance, &s.a.noise}) {
+  for (const Input* input :
+       {&s.a.sample, &s.a.gradient, &s.a.variance, &s.a.noise, &s.a.mask, &s.a.known, &s.a.known_noise}) {
     consider(input->data, a.batch, input->batch_stride, input->element);
   }
   for (int k = 0; k < a.num_predictions; ++k) {

@@ -2,8 +2,10 @@
 
 from . import backends as backends
 from ._version import __version__ as __version__
+from .cursor import Cursor
 from .forward import add_noise, convert_prediction, training_target
 from .guidance import Classifier, ClassifierFree, Composed, Guidance
+from .known import Known
 from .noise import DeviceGenerator, portable_noise
 from .ops import guided_step
 from .sampler import Sampler
@@ -18,8 +20,10 @@ __all__ = [
     "ClassifierFree",
     "Composed",
     "ConditionDropout",
+    "Cursor",
     "DeviceGenerator",
     "Guidance",
+    "Known",
     "NoiseSchedule",
     "Sampler",
     "StepTable",

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .cursor import CURSOR_COLUMNS, Cursor
 from .guidance import Guidance
+from .known import Known
 from .noise import DeviceGenerator
 from .table import StepTable
 
@@ -83,9 +85,24 @@ def check_index(table: StepTable, index: int | Tensor, sample: Tensor) -> tuple[
                 _check_row(table, value)
         return None, index
     if not isinstance(index, int) or isinstance(index, bool):
-        raise TypeError(f"index: expected an int or an int64 tensor, got {type(index).__name__}")
+        raise TypeError(f"index: expected an int, an int64 tensor or a Cursor, got {type(index).__name__}")
     _check_row(table, index)
     return index, None
+
+
+def check_cursor(table: StepTable, cursor: Cursor, sample: Tensor, out: Tensor | None) -> None:
+    """A cursor fits the batch, and stands in the table as far as the host sees it."""
+    if out is not sample:
+        got = "None" if out is None else "another tensor"
+        raise ValueError(f"out: expected the sample itself with a Cursor, which leaves finished samples, got {got}")
+    if cursor.batch not in (None, sample.shape[0]):
+        raise ValueError(f"index: expected a Cursor for {sample.shape[0]} samples or one for all, got {cursor.batch}")
+    if cursor.device != sample.device:
+        raise ValueError(f"index: expected a Cursor on {sample.device}, the sample's device, got {cursor.device}")
+    if cursor.device.type == "cpu" and not torch.compiler.is_compiling():
+        for index, end in cursor.state[:, : CURSOR_COLUMNS.index("first")].tolist():
+            if index < end:
+                _check_row(table, index)
 
 
 def _check_row(table: StepTable, index: int) -> None:
@@ -153,8 +170,10 @@ def _check_seeds(seeds: Tensor, sample: Tensor) -> None:
         raise ValueError(f"sample: seeds expect it contiguous or channels_last, got strides {sample.stride()}")
 
 
-def check_device_generator(backend: str, torch_stream: bool, sample: Tensor) -> None:
+def check_device_generator(backend: str, torch_stream: bool, sample: Tensor, cursor: Cursor | None) -> None:
     """What a DeviceGenerator cannot serve: nothing but a kernel on a GPU can draw from it."""
+    if cursor is not None and cursor.batch is not None:
+        raise ValueError("generator: expected seeds with a Cursor for several samples, as a generator's stream is one")
     if not torch_stream or sample.device.type != "cuda":
         raise ValueError(f"generator: the backend {backend!r} takes no DeviceGenerator for a sample on {sample.device}")
     if sample.dtype == torch.float64 or sample.nbytes >= 2**31 or not counted_layout(sample):
@@ -192,6 +211,7 @@ def check_layouts(
     noise: Tensor | None,
     out: Tensor | None,
     staged: Tensor | None,
+    known: Known | None,
 ) -> None:
     """Shapes, dtypes, devices, layouts and autograd of all tensors."""
     shape, strides, device = sample.shape, sample.stride(), sample.device
@@ -206,6 +226,11 @@ def check_layouts(
     for name, tensor in (("gradient", gradient), ("variance", variance), ("noise", noise), ("out", out)):
         if tensor is not None:
             _check_operand(name, tensor, shape, strides, device, grad_enabled)
+    if known is not None:
+        if not isinstance(known, Known):
+            raise TypeError(f"known: expected a Known, got {type(known).__name__}")
+        for name, tensor in known._asdict().items():
+            _check_operand(f"known.{name}", tensor, shape, strides, device, grad_enabled)
     if out is not None and out.shape[0] > 1 and out.numel() and out.stride(0) < out.numel() // out.shape[0]:
         raise ValueError(f"out: expected samples that do not overlap, got strides {out.stride()}")
     if staged is not None:
@@ -297,10 +322,11 @@ def check_overlap(
     gradient: Tensor | None,
     variance: Tensor | None,
     noise: Tensor | None,
+    known: Known | None,
 ) -> bool:
     """Whether the output meets an input at all; refused unless it is that input, element for element.
 
-    Anything else would let the step read what it has already written.
+    Anything else would let the step read what it has already written. What is known is read last, and is apart.
     """
     inputs = [("sample", sample), ("gradient", gradient), ("variance", variance), ("noise", noise)]
     inputs += [(f"predictions[{k}]", prediction) for k, prediction in enumerate(predictions)]
@@ -318,17 +344,32 @@ def check_overlap(
                 f"out: expected memory apart from {name}, or the same element for element; got a part of it"
             )
         meets = True
+    for name, tensor in ({} if known is None else known._asdict()).items():
+        if begin and tensor.data_ptr() < end and begin < tensor.data_ptr() + _extent(tensor):
+            raise ValueError(f"out: expected memory apart from known.{name}, got an overlap")
     return meets
 
 
-def check_apart(staged: Tensor, out: Tensor, sample: Tensor, predictions: list[Tensor], *others: Tensor | None) -> None:
+def check_apart(
+    staged: Tensor,
+    out: Tensor,
+    sample: Tensor,
+    predictions: list[Tensor],
+    gradient: Tensor | None,
+    variance: Tensor | None,
+    noise: Tensor | None,
+    indices: Tensor | None,
+    seeds: Tensor | None,
+    known: Known | None,
+) -> None:
     """The staged input meets no other tensor: it is written while others are still to be read."""
     begin, end = staged.data_ptr(), staged.data_ptr() + _extent(staged)
     if begin == 0:  # without memory: meta tensors
         return
     names = ["out", "sample", *(f"predictions[{k}]" for k in range(len(predictions)))]
-    names += ["gradient", "variance", "noise", "index", "seeds"]
-    for name, tensor in zip(names, (out, sample, *predictions, *others), strict=True):
+    names += ["gradient", "variance", "noise", "index", "seeds", "known.mask", "known.original", "known.noise"]
+    tensors = (out, sample, *predictions, gradient, variance, noise, indices, seeds, *(known or (None, None, None)))
+    for name, tensor in zip(names, tensors, strict=True):
         if tensor is not None and tensor.data_ptr() < end and begin < tensor.data_ptr() + _extent(tensor):
             raise ValueError(f"staged: expected memory apart from {name}, got an overlap")
 

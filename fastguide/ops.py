@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from . import checks, drawing, reference
+from .cursor import Cursor
 from .guidance import Guidance
+from .known import Known
 from .noise import DeviceGenerator, signed_word
 from .table import StepTable
 
@@ -20,10 +22,13 @@ _library = torch.library.Library("fastguide", "DEF")
 SCHEMA = (
     "(Tensor(a!) out, Tensor(b!)? original, Tensor(c!)? staged, Tensor sample, Tensor[] predictions, Tensor rows, "
     "Tensor weights, SymInt index, Tensor? indices, Tensor? gradient, Tensor? variance, Tensor? noise, Tensor? seeds, "
-    "Tensor(d!)? philox, SymInt philox_threads) -> ()"
+    "Tensor(d!)? philox, SymInt philox_threads, Tensor(e!)? cursor=None, Tensor(f!)? timestep=None, "
+    "Tensor? mask=None, Tensor? known=None, Tensor? known_noise=None) -> ()"
 )
 """Of the operator, and of a backend's that has one of its own.
 
+``cursor`` and ``timestep`` are those of a ``Cursor``, in the place of ``index`` and ``indices``; ``mask``, ``known``
+and ``known_noise`` those of a ``Known``.
 ``philox`` stands for torch's CUDA stream, drawn inside the kernel for a grid of ``philox_threads``: int64, either seed
 and offset on the CPU, or ``DeviceGenerator.state``, which the kernel moves on.
 """
@@ -76,16 +81,17 @@ def default_backend(device: torch.device | str) -> str:
     Raises:
         ValueError: it is a GPU, and no backend for GPUs is there; ``backend="reference"`` has to be asked for.
     """
-    return _backend_for(None, torch.device(device).type).name
+    return backend_for(None, torch.device(device).type).name
 
 
-_UNGUIDED = Guidance(torch.tensor([[[1.0, 0.0]]], dtype=torch.float64, device="cpu"), None)
+UNGUIDED = Guidance(torch.tensor([[[1.0, 0.0]]], dtype=torch.float64, device="cpu"), None)
+"""One prediction, as it is."""
 
 
 @overload
 def guided_step(
     table: StepTable,
-    index: int | Tensor,
+    index: int | Tensor | Cursor,
     sample: Tensor,
     predictions: Tensor | Sequence[Tensor],
     guidance: Guidance | None = None,
@@ -95,6 +101,7 @@ def guided_step(
     noise: Tensor | None = None,
     generator: torch.Generator | DeviceGenerator | None = None,
     seeds: Tensor | None = None,
+    known: Known | None = None,
     return_original: Literal[False] = False,
     out: Tensor | None = None,
     staged: Tensor | None = None,
@@ -105,7 +112,7 @@ def guided_step(
 @overload
 def guided_step(
     table: StepTable,
-    index: int | Tensor,
+    index: int | Tensor | Cursor,
     sample: Tensor,
     predictions: Tensor | Sequence[Tensor],
     guidance: Guidance | None = None,
@@ -115,6 +122,7 @@ def guided_step(
     noise: Tensor | None = None,
     generator: torch.Generator | DeviceGenerator | None = None,
     seeds: Tensor | None = None,
+    known: Known | None = None,
     return_original: Literal[True],
     out: Tensor | None = None,
     staged: Tensor | None = None,
@@ -124,7 +132,7 @@ def guided_step(
 
 def guided_step(
     table: StepTable,
-    index: int | Tensor,
+    index: int | Tensor | Cursor,
     sample: Tensor,
     predictions: Tensor | Sequence[Tensor],
     guidance: Guidance | None = None,
@@ -134,6 +142,7 @@ def guided_step(
     noise: Tensor | None = None,
     generator: torch.Generator | DeviceGenerator | None = None,
     seeds: Tensor | None = None,
+    known: Known | None = None,
     return_original: bool = False,
     out: Tensor | None = None,
     staged: Tensor | None = None,
@@ -146,7 +155,8 @@ def guided_step(
     Args:
         table: from ``ddpm`` or ``ddim``, on the sample's device.
         index: the step, 0 to ``len(table) - 1``: an int, or an int64 tensor on the sample's device, of shape () or,
-            one per sample, (batch,). The host never waits for a device to read it; on the CPU it is checked.
+            one per sample, (batch,). The host never waits for a device to read it; on the CPU it is checked. Or a
+            ``Cursor``, which the step moves on; ``out`` then has to be the sample itself.
         sample: x_t, shape (batch, ...), dense within a sample (contiguous, channels_last, ...), any batch stride.
         predictions: what the model returned (without autograd, as under ``torch.no_grad()``: the step is not
             differentiable), one tensor of the sample's shape for each weight of the guidance, laid
@@ -166,6 +176,7 @@ def guided_step(
         seeds: draws the noise from the portable stream: int64 on the sample's device, of shape () or, one per sample,
             (batch,). The values of ``portable_noise(seeds, sample.shape, step=index)``, the same to the bit on every
             device and in every batch. The sample is contiguous or channels_last.
+        known: a known image, for inpainting: its part of the next sample is replaced by it, noised to that level.
         return_original: also return the predicted (clipped) original sample x_0.
         out: where to write the next sample; it may be one of the inputs, whole. Otherwise a new tensor like the sample.
         staged: where to write the next model input as well: the next sample times the row's ``in_scale`` (1 in DDPM
@@ -189,14 +200,19 @@ def guided_step(
     >>> guided_step(table, 0, x, [uncond, cond], ClassifierFree(7.5)).shape
     torch.Size([2, 3, 8, 8])
     """
-    guidance = _UNGUIDED if guidance is None else guidance
+    guidance = UNGUIDED if guidance is None else guidance
     inputs = checks.listed(predictions)
     together = checks.check_kinds(table, sample, inputs, guidance)
-    row, indices = checks.check_index(table, index, sample)
+    cursor = index if isinstance(index, Cursor) else None
+    if isinstance(index, Cursor):
+        checks.check_cursor(table, index, sample, out)
+        row, indices = None, None
+    else:
+        row, indices = checks.check_index(table, index, sample)
     adds_noise = _adds_noise(table, row, noise)
     checks.check_roles(table, guidance, sample, gradient, variance, noise, generator, seeds, adds_noise)
-    checks.check_layouts(sample, inputs, together, gradient, variance, noise, out, staged)
-    chosen = _backend_for(backend, sample.device.type)
+    checks.check_layouts(sample, inputs, together, gradient, variance, noise, out, staged, known)
+    chosen = backend_for(backend, sample.device.type)
     step = chosen.step
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
     rows = table.device_rows(guidance.form, dtype)
@@ -212,15 +228,15 @@ def guided_step(
         out = drawing.empty_like(sample)
     elif not compiling:
         if generator is not None or step is reference.guided_step:
-            apart = not checks.check_overlap(out, sample, inputs, gradient, variance, noise)
+            apart = not checks.check_overlap(out, sample, inputs, gradient, variance, noise, known)
         _bump_version(out)
     original = drawing.empty_like(out) if return_original else None
     if staged is not None and not compiling:
-        checks.check_apart(staged, out, sample, inputs, gradient, variance, noise, indices, seeds)
+        checks.check_apart(staged, out, sample, inputs, gradient, variance, noise, indices, seeds, known)
         _bump_version(staged)
     philox, grid = None, drawing.NO_GRID
     if isinstance(generator, DeviceGenerator):
-        checks.check_device_generator(chosen.name, chosen.torch_stream, sample)
+        checks.check_device_generator(chosen.name, chosen.torch_stream, sample, cursor)
         philox, grid = generator.state, drawing.torch_grid(sample.device, sample.numel())
     elif generator is not None:
         if chosen.torch_stream and drawing.draws_in_kernel(generator, sample):
@@ -245,24 +261,31 @@ def guided_step(
             seeds,
             philox,
             grid.threads,
+            *(() if cursor is None and known is None else _of_a_loop(cursor, known)),
         )
     except RuntimeError:
         if not compiling:  # the kernel refuses overlaps before it writes; here are the words for it
-            checks.check_overlap(out, sample, inputs, gradient, variance, noise)
+            checks.check_overlap(out, sample, inputs, gradient, variance, noise, known)
         raise
     if philox is not None and isinstance(generator, torch.Generator):
         generator.set_offset(offset + grid.increment)
     return out if original is None else (out, original)
 
 
+def _of_a_loop(cursor: Cursor | None, known: Known | None) -> tuple[Tensor | None, ...]:
+    """The operator's last arguments, which a step by itself leaves out."""
+    state = (None, None) if cursor is None else (cursor.state, cursor.timestep)
+    return (*state, *((None, None, None) if known is None else known))
+
+
 def check_run(table: StepTable, name: str, sample: Tensor, guidance: Guidance | None, backend: str | None) -> None:
     """Refuse, before a model is called, what ``guided_step`` would refuse after it; ``name`` is the sample's."""
-    guidance = _UNGUIDED if guidance is None else guidance
+    guidance = UNGUIDED if guidance is None else guidance
     if sample.device != table.device:
         raise ValueError(f"table: expected it on {sample.device}, the device of {name}, got {table.device}; use .to()")
     checks.check_guidance(table, guidance, sample.shape[0])
     checks.check_sample(name, sample, torch.is_grad_enabled())
-    _backend_for(backend, sample.device.type)
+    backend_for(backend, sample.device.type)
     table.device_rows(guidance.form, torch.float32)
 
 
@@ -275,7 +298,8 @@ def _adds_noise(table: StepTable, row: int | None, noise: Tensor | None) -> bool
     return table.adds_noise[row]
 
 
-def _backend_for(name: str | None, device: str) -> Backend:
+def backend_for(name: str | None, device: str) -> Backend:
+    """The backend that is named, or that serves a type of device by default; refused if it does not serve it."""
     if name is None:
         default = _defaults.get(device)
         if default is None:

@@ -25,18 +25,29 @@ def guided_step(
     seeds: Tensor | None = None,
     philox: Tensor | None = None,
     philox_threads: int = 0,
+    cursor: Tensor | None = None,
+    timestep: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Tensor | None = None,
 ) -> None:
     """Write one step to ``out``, the predicted original sample to ``original`` and the next model input to ``staged``.
 
     The arithmetic is in the dtype of ``rows`` (float32 or float64) and rounds once, at the end. ``indices``, int64 of
     shape () or (batch,), takes the place of ``index``. The other arguments are those of ``fastguide.guided_step``;
-    ``philox``, torch's CUDA stream inside a kernel, is refused: plain torch draws by ``torch.randn``.
+    ``philox``, torch's CUDA stream inside a kernel, is refused: plain torch draws by ``torch.randn``. ``cursor`` and
+    ``timestep``, of a ``Cursor``, take the place of the index, are moved on, and leave finished samples as they are.
     """
     if philox is not None:
         raise ValueError("generator: the reference takes a torch.Generator, and no DeviceGenerator")
     batch = sample.shape[0]
     dtype = rows.dtype
     steps = torch.full((1,), index, device=rows.device) if indices is None else indices.reshape(-1)
+    live, first = torch.ones_like(steps, dtype=torch.bool), torch.zeros_like(steps)
+    if cursor is not None:
+        steps, end, first, _ = cursor.unbind(1)
+        live = steps < end
+        steps = torch.where(live, steps, 0)
     steps = torch.where(steps < 0, rows.shape[0], steps)  # compiled code would count from the end; now it refuses
     row = {name: _per_sample(rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
     weight = [_per_sample(w, sample) for w in _selected(weights, steps, batch).unbind(-1)]
@@ -55,7 +66,8 @@ def guided_step(
     x0 = row["x0_scale"] * x0
     x0 = torch.minimum(torch.maximum(x0, -row["clip"]), row["clip"])
 
-    result = row["out_x0"] * x0 + row["out_sample"] * x + row["out_pred"] * m
+    result = row["out_x0"] * x0 + row["out_sample"] * x
+    result = result + torch.where(row["out_pred"] != 0, row["out_pred"] * m, 0.0)  # m may have overflowed
     shift, deviation = row["out_grad"], row["out_noise"]
     if variance is not None:
         log_variance = row["logvar_base"] + row["logvar_span"] * variance.to(dtype)
@@ -64,16 +76,31 @@ def guided_step(
     if gradient is not None:
         result = result + shift * scale * gradient.to(dtype)
     if seeds is not None:
-        noise = portable_noise(seeds, sample.shape, step=steps if len(steps) != 1 else steps[0])
+        counted = steps - first
+        noise = portable_noise(seeds, sample.shape, step=counted if len(counted) != 1 else counted[0])
     if noise is not None:
         result = result + deviation * noise.to(dtype)
+    if mask is not None and known is not None and known_noise is not None:
+        level = row["known_sample"] * known.to(dtype) + row["known_noise"] * known_noise.to(dtype)
+        result = mask.to(dtype) * result + (1 - mask.to(dtype)) * level
 
+    keep = None if cursor is None else ~_per_sample(live, sample)  # of finished samples
     if staged is not None:
         for start in range(0, staged.shape[0], batch or 1):
-            staged[start : start + batch].copy_(row["in_scale"] * result)
-    out.copy_(result)
+            _write(staged[start : start + batch], row["in_scale"] * result, keep)
+    _write(out, result, keep)
     if original is not None:
-        original.copy_(x0)
+        _write(original, x0, keep)
+    if cursor is not None:
+        if timestep is not None:
+            following = rows[:, ROW_COLUMNS.index("in_timestep")].index_select(0, steps)
+            repeated = timestep.reshape(-1, len(steps))
+            repeated.copy_(torch.where(live, following.to(timestep.dtype), repeated))
+        cursor[:, 0] += live
+
+
+def _write(out: Tensor, values: Tensor, keep: Tensor | None) -> None:
+    out.copy_(values if keep is None else torch.where(keep, out, values.to(out.dtype)))
 
 
 def _split(predictions: list[Tensor], count: int, batch: int) -> list[Tensor]:

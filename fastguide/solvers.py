@@ -92,6 +92,7 @@ def ddpm_table(
     posterior = ((1 - a_prev) / (1 - a) * beta).clamp(min=_SMALLEST_VARIANCE)
     columns["out_x0"] = a_prev.sqrt() * beta / (1 - a)
     columns["out_sample"] = alpha.sqrt() * (1 - a_prev) / (1 - a)
+    columns |= _known_columns(a_prev)
     mean_shift: dict[str, Tensor] = {}
     if variance_type == "learned":
         columns |= {"logvar_base": torch.zeros_like(a), "logvar_span": torch.ones_like(a), "out_noise": noisy}
@@ -116,6 +117,7 @@ def ddpm_table(
         },
         learned_variance=variance_type.startswith("learned"),
         undefined=undefined,
+        alphas_cumprod=a,
         name="ddpm",
     )
 
@@ -158,11 +160,12 @@ def ddim(
         raise ValueError(f"eta: expected a number from 0 to 1, got {eta!r}")
     steps = _visited(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps)
     a = schedule.alphas_cumprod[steps]
-    final = torch.ones_like(a[:1]) if set_alpha_to_one else schedule.alphas_cumprod[:1]
+    one = torch.ones_like(a[:1])
     return ddim_table(
         steps,
         a,
-        torch.cat([a[1:], final]),
+        torch.cat([a[1:], one if set_alpha_to_one else schedule.alphas_cumprod[:1]]),
+        a_known=torch.cat([a[1:], one]),
         eta=eta,
         use_clipped_model_output=use_clipped_model_output,
         prediction_type=prediction_type,
@@ -180,12 +183,17 @@ def ddim_table(
     prediction_type: PredictionType,
     clip_sample_range: float | None,
     undefined: str | None = None,
+    a_known: Tensor | None = None,
 ) -> StepTable:
-    """``ddim`` over any transitions, as ``ddpm_table``; with ``a_prev`` below ``a``, the inversion."""
+    """``ddim`` over any transitions, as ``ddpm_table``; with ``a_prev`` below ``a``, the inversion.
+
+    ``a_known``: the abar to which a known image is noised after the step, if not ``a_prev``: 1 after the last.
+    """
     columns = _original_columns(prediction_type, a, clip_sample_range, steps, undefined)
     sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).clamp(min=0).sqrt()
     direction = (1 - a_prev - sigma.square()).clamp(min=0).sqrt()
     columns["out_noise"] = sigma
+    columns |= _known_columns(a_prev if a_known is None else a_known)
     x0_shift = _original_shift(a)
     # The gradient moves epsilon by -sqrt(1-a)*s*g, and x_0 with it.
     epsilon_shift = -direction * (1 - a).sqrt()
@@ -211,6 +219,7 @@ def ddim_table(
             else "its steps have no variance to shift the mean by (eta is 0); use form='epsilon'",
         },
         undefined=undefined,
+        alphas_cumprod=a,
         name="ddim",
     )
 
@@ -254,6 +263,11 @@ def _original_columns(
         )
     clip = torch.full_like(a, torch.inf if clip_sample_range is None else clip_sample_range)
     return {"x0_scale": original.scale, "x0_sample": original.sample, "x0_pred": original.pred, "clip": clip}
+
+
+def _known_columns(a: Tensor) -> dict[str, Tensor]:
+    """A known x_0 at the level of abar ``a`` (Ho et al. 2020, eq. 4)."""
+    return {"known_sample": a.sqrt(), "known_noise": (1 - a).sqrt()}
 
 
 def _original_shift(a: Tensor) -> Tensor:

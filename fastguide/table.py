@@ -24,12 +24,15 @@ ROW_COLUMNS = (
     "out_noise",
     "logvar_base",  # sigma^2 = exp(logvar_base + logvar_span * v) with a learned variance v, else sigma = 1
     "logvar_span",
-    "in_scale",  # in_scale * x' is the input of the next model call
+    "in_scale",  # in_scale * x' is the input of the next model call,
+    "in_timestep",  # and this its timestep
+    "known_sample",  # known_sample * x_0 + known_noise * z is a known image at the level of x'
+    "known_noise",
 )
 """Names of a row's coefficients, in the order in which every kernel reads them (``csrc/step.h`` repeats it)."""
 
 _GRADIENT_COLUMNS = ("x0_grad", "out_grad", "out_var_grad")
-_CLIP, _IN_SCALE = ROW_COLUMNS.index("clip"), ROW_COLUMNS.index("in_scale")
+_CLIP, _IN_SCALE, _IN_TIMESTEP = (ROW_COLUMNS.index(name) for name in ("clip", "in_scale", "in_timestep"))
 
 
 class StepTable:
@@ -41,11 +44,13 @@ class StepTable:
 
     Args:
         timesteps: int64 of shape ``(steps,)``.
-        columns: names of ``ROW_COLUMNS`` to float64 tensors of shape ``(steps,)``; absent: 0, no clip, in_scale 1.
+        columns: names of ``ROW_COLUMNS`` to float64 tensors of shape ``(steps,)``; absent: 0, no clip, in_scale 1,
+            in_timestep the timestep of the next row.
         gradients: each ``GradientForm`` to its gradient columns, or to the reason why it has none.
         learned_variance: whether a step takes the model's variance output.
         undefined: why some rows may be infinite; ``None``: all must be finite. A step at such a row is refused as far
             as the host knows the index.
+        alphas_cumprod: float64 of shape ``(steps,)``, abar at each timestep, for image-to-image; ``None``: not known.
         name: for messages.
     """
 
@@ -57,6 +62,7 @@ class StepTable:
         gradients: Mapping[str, Mapping[str, Tensor] | str] | None = None,
         learned_variance: bool = False,
         undefined: str | None = None,
+        alphas_cumprod: Tensor | None = None,
         name: str = "step table",
     ) -> None:
         if timesteps.dim() != 1 or len(timesteps) == 0 or timesteps.dtype != torch.int64:
@@ -66,6 +72,7 @@ class StepTable:
         rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64, device="cpu")
         rows[:, _CLIP] = torch.inf
         rows[:, _IN_SCALE] = 1.0
+        rows[:-1, _IN_TIMESTEP] = timesteps[1:].to(rows.dtype)
         _set_columns(rows, columns, ROW_COLUMNS)
         if not bool((rows[:, _CLIP] > 0).all()):
             raise ValueError("columns: expected positive values in 'clip'")
@@ -82,7 +89,7 @@ class StepTable:
         bad_rows = torch.stack(bad).any(0)
         if undefined is None and bool(bad_rows.any()):
             raise ValueError(f"columns: expected finite rows, got others at timestep {int(timesteps[bad_rows][0])}")
-        self._assign(timesteps, rows, forms, learned_variance, undefined, name, torch.device("cpu"))
+        self._assign(timesteps, rows, forms, learned_variance, undefined, alphas_cumprod, name, torch.device("cpu"))
 
     def _assign(
         self,
@@ -91,11 +98,13 @@ class StepTable:
         forms: Mapping[str, Tensor | str],
         learned_variance: bool,
         undefined: str | None,
+        alphas_cumprod: Tensor | None,
         name: str,
         device: torch.device,
     ) -> StepTable:
         self.name = name
         self.undefined = undefined
+        self.alphas_cumprod = alphas_cumprod
         self.device = device
         self.rows = rows
         self.timesteps = timesteps.to(device)
@@ -140,6 +149,7 @@ class StepTable:
             forms,
             self.learned_variance,
             self.undefined,
+            self.alphas_cumprod[kept] if self.alphas_cumprod is not None else None,
             self.name,
             self.device,
         )
@@ -155,6 +165,7 @@ class StepTable:
             self._forms,
             self.learned_variance,
             self.undefined,
+            self.alphas_cumprod,
             self.name,
             target,
         )

@@ -27,9 +27,12 @@ CASES = {  # each with what it is there for
     "torch's noise, one by one": {"NOISE": kernels.TORCH_STREAM.value},
     "torch's noise, shared": {"NOISE": kernels.TORCH_STREAM.value, "SHARED": True},
     "everything": {"NOISE": kernels.GIVEN.value, "K": 4, "optional": ("gradient", "variance", "original", "staged")},
+    "a loop's": {"NOISE": kernels.PORTABLE.value, "optional": ("staged", "cursor", "timestep")},
+    "a loop's, torch's noise": {"NOISE": kernels.TORCH_STREAM.value, "optional": ("cursor", "timestep", "state")},
+    "a known image": {"NOISE": kernels.GIVEN.value, "optional": ("mask", "known", "known_noise")},
     "float16": {"NOISE": kernels.PORTABLE.value, "state": "fp16", "model": "fp16", "optional": ("staged",)},
 }
-TORCH_STREAM = ("torch's noise, one by one", "torch's noise, shared")
+TORCH_STREAM = ("torch's noise, one by one", "torch's noise, shared", "a loop's, torch's noise")
 
 
 def compiled(target, *, NOISE, K=2, EVEN=True, SHARED=False, state="fp32", model="bf16", optional=()):  # noqa: N803
@@ -39,6 +42,7 @@ def compiled(target, *, NOISE, K=2, EVEN=True, SHARED=False, state="fp32", model
     constants |= {"PTX": target.backend == "cuda", "BLOCK": block}
     pointers = {"out": state, "x": state, "rows": "fp32", "weights": "fp32", "indices": "i64"}
     dtypes = {"original": state, "staged": model, "gradient": model, "variance": model, "noise": state, "seeds": "i64"}
+    dtypes |= {"state": "i64", "cursor": "i64", "timestep": "i64", "mask": state, "known": state, "known_noise": state}
     source = {kernels.GIVEN.value: ["noise"], kernels.PORTABLE.value: ["seeds"]}.get(NOISE, [])
     pointers |= {name: dtypes[name] for name in (*optional, *source)}
     signature, constexprs, attributes = {}, {}, {}
@@ -51,11 +55,11 @@ def compiled(target, *, NOISE, K=2, EVEN=True, SHARED=False, state="fp32", model
         elif name in ("predictions", "prediction_strides"):
             signature[name] = ("*" + model if name == "predictions" else "i32",) * K
             attributes |= {(i, k): aligned for k in range(K)}
-        elif name in dtypes or name == "state":
+        elif name in dtypes:
             signature[name], constexprs[(i,)] = "constexpr", None
         else:
             signature[name] = "i32"
-            if name in ("size", "threads") or re.fullmatch("(?!weights|indices|seeds).*_stride", name):
+            if name in ("size", "threads") or re.fullmatch("(?!weights|indices|seeds|cursor).*_stride", name):
                 attributes[(i,)] = aligned
     code = ASTSource(fn=kernels.step_kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(code, target=target, options={"num_warps": backend.WARPS, **backend.OPTIONS})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 NO_GPU = None if torch.cuda.is_available() else "there is no GPU"
-WRITTEN = 3  # the first arguments: out, original, staged
+WRITTEN = ("out", "original", "staged", "cursor", "timestep")
 
 
 class StepOnGpu:
@@ -33,6 +33,7 @@ class StepOnGpu:
             return there.set_(storages[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
 
         self.step(*[moved(a) for a in arguments])
-        for tensor in arguments[:WRITTEN]:
-            if tensor is not None:
+        names = [argument.name for argument in torch.ops.fastguide.guided_step.default._schema.arguments]
+        for name, tensor in zip(names, arguments, strict=False):
+            if name in WRITTEN and tensor is not None:
                 tensor.untyped_storage().copy_(storages[tensor.untyped_storage().data_ptr()])

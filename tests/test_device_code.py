@@ -11,7 +11,7 @@ import pytest
 import torch
 from device_code.placed import DTYPES, STEPS, Case, rows
 
-from fastguide import reference
+from fastguide import ROW_COLUMNS, reference
 from fastguide.noise import _normals, _philox
 
 pytestmark = pytest.mark.skipif(device_code.why_not() is not None, reason=f"no GPU code: {device_code.why_not()}")
@@ -33,6 +33,7 @@ def drawn_case(draw: random.Random, noise: str, size: int) -> Case:
         count=draw.choice([0, 1, 2, 3, 5]),
         gradient=draw.random() < 0.3,
         variance=draw.random() < 0.3,
+        masked=draw.random() < 0.3,
         original=draw.random() < 0.5,
         copies=draw.choice([0, 0, 1, 2]),
         in_place=draw.random() < 0.7,
@@ -63,7 +64,7 @@ def test_every_variant(count, extras, noise):
     for original, copies, aligned, in_place in itertools.product((False, True), (0, 2), (False, True), (False, True)):
         size = 1032 if aligned else 1029
         case = Case(
-            2, size, noise, count, extras, extras, original, copies, in_place, stride=size, dtype=torch.bfloat16
+            2, size, noise, count, extras, extras, extras, original, copies, in_place, stride=size, dtype=torch.bfloat16
         )
         assert case.run() == case.accesses_due(), case
         first_is_aligned = noise != "torch" and copies == 0
@@ -97,14 +98,14 @@ def test_every_pair_of_alignments(dtypes):
 def test_an_index_outside_of_the_table_makes_its_sample_nan(noise, size):
     """And is not followed: where the last of these lead, there is no memory."""
     for scales in ("one", "both"):
-        case = Case(6, size, noise, 2, True, True, True, 2, False, scales=scales, indices="per sample")
+        case = Case(6, size, noise, 2, True, True, False, True, 2, False, scales=scales, indices="per sample")
         case.bad_indices = {1: -1, 2: STEPS, 4: 2**40, 5: -(2**40)}
         case.run()
 
 
 def test_more_tiles_than_a_launch_has_are_refused():
     """Of one vector each; those that are not refused are not run either, as no block is asked for."""
-    x, inputs = torch.zeros(1, 8), (torch.zeros(1, 14), torch.ones(1, 1, 2), 0)
+    x, inputs = torch.zeros(1, 8), (torch.zeros(1, len(ROW_COLUMNS)), torch.ones(1, 1, 2), 0)
     arguments = device_code.arguments_of(x, None, None, x, [], *inputs)
     launch = device_code.module().launch
     assert launch({**arguments, "batch": 2**31 - 1}, 0, []) == 0

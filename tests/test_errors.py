@@ -57,7 +57,7 @@ STEP_ERRORS = [
     # index
     (lambda: step(index=10), IndexError, "index: expected 0 to 9 for a table of 10 steps, got 10"),
     (lambda: step(index=-1), IndexError, "index: expected 0 to 9"),
-    (lambda: step(index=1.0), TypeError, "index: expected an int or an int64 tensor, got float"),
+    (lambda: step(index=1.0), TypeError, "index: expected an int, an int64 tensor or a Cursor, got float"),
     (lambda: step(index=True), TypeError, "index: expected an int"),
     (lambda: step(index=torch.tensor(1.0)), TypeError, "index: expected an int or an int64 tensor, got torch.float32"),
     (lambda: step(index=torch.tensor([1, 2, 3])), ValueError, r"index: expected shape \(\) or \(2,\), got \(3,\)"),

@@ -31,7 +31,7 @@ def operator_arguments(
 ):
     table = TABLES[name]
     i = make_inputs(table, shape, generator, count=count, gradient=form is not None, dtype=dtype)
-    guidance = make_guidance(count, form) or fastguide.ops._UNGUIDED
+    guidance = make_guidance(count, form) or fastguide.ops.UNGUIDED
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     return (
         torch.empty_like(i.sample),
@@ -279,8 +279,8 @@ def test_default_implementation_serves_devices_without_a_backend(generator):
         ({"out": torch.empty(1, 3, 5).expand(2, 3, 5)}, "out: expected samples that do not overlap"),
         ({"sample": torch.empty(2, 3, 5, dtype=torch.int32)}, "sample: expected float32, bfloat16, float16 or float64"),
         ({"predictions": [torch.empty(2, 3, 5)] * 3}, "weights: expected 4 columns for 3 predictions, got 3"),
-        ({"rows": torch.empty(10, 5)}, r"rows: expected shape \(steps, 14\)"),
-        ({"rows": torch.empty(10, 14, dtype=torch.float64)}, "rows, weights: expected both float32 or both float64"),
+        ({"rows": torch.empty(10, 5)}, r"rows: expected shape \(steps, 17\)"),
+        ({"rows": torch.empty(10, 17, dtype=torch.float64)}, "rows, weights: expected both float32 or both float64"),
         ({"weights": torch.empty(3, 1, 3)}, r"weights: expected shape \(10 or 1, 2 or 1"),
         ({"index": 10}, "index: expected values from 0 to 9, got 10"),
         ({"index": -1}, "index: expected values from 0 to 9, got -1"),

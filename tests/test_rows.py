@@ -11,7 +11,7 @@ from textbook import ddim_step, ddpm_step
 
 import fastguide
 from fastguide import reference
-from fastguide.ops import _UNGUIDED
+from fastguide.ops import UNGUIDED
 
 SHAPE = (4, 5)
 SCALE = 1.7
@@ -20,7 +20,7 @@ SCALE = 1.7
 def apply_row(table, step, x, m, form=None, g=None, v=None, z=None):
     """The row through the reference, in float64."""
     out = torch.empty_like(x)
-    weights = _UNGUIDED.weights(x.device, torch.float64).clone()
+    weights = UNGUIDED.weights(x.device, torch.float64).clone()
     weights[..., -1] = SCALE
     reference.guided_step(out, None, None, x, [m], table.device_rows(form, torch.float64), weights, step, None, g, v, z)
     return out
@@ -215,15 +215,32 @@ def test_the_next_input_is_the_sample_itself_in_ddpm_and_ddim():
         fastguide.ddim(SCHEDULE, eta=0.5, timesteps=[9]),
     ):
         assert torch.equal(table.coefficients()["in_scale"], torch.ones(len(table), dtype=torch.float64))
-    assert fastguide.StepTable(torch.tensor([4, 1]), {}).rows[:, -1].tolist() == [1.0, 1.0]
+    assert fastguide.StepTable(torch.tensor([4, 1]), {}).coefficients()["in_scale"].tolist() == [1.0, 1.0]
 
 
-def test_in_scale_is_a_row_s_last_column_whatever_the_gradient():
+def test_in_scale_is_a_column_whatever_the_gradient():
     scales = torch.tensor([0.25, 3.0, -1.5], dtype=torch.float64)
     gradients = {"mean": {"out_grad": torch.ones(3)}, "epsilon": "because"}
     table = fastguide.StepTable(torch.tensor([7, 4, 1]), {"in_scale": scales}, gradients=gradients)
-    assert fastguide.ROW_COLUMNS[-1] == "in_scale"
+    column = fastguide.ROW_COLUMNS.index("in_scale")
     for form in (None, "mean"):
         assert torch.equal(table.coefficients(form)["in_scale"], scales)
-        assert torch.equal(table.device_rows(form, torch.float32)[:, -1], scales.float())
-        assert torch.equal(table[1:].device_rows(form, torch.float64)[:, -1], scales[1:])
+        assert torch.equal(table.device_rows(form, torch.float32)[:, column], scales.float())
+        assert torch.equal(table[1:].device_rows(form, torch.float64)[:, column], scales[1:])
+
+
+def test_columns_of_the_loop():
+    """The next timestep, and the level of a known image: clean after the last step, whatever the solver's last abar."""
+    for table in (
+        fastguide.ddpm(SCHEDULE, 5),
+        fastguide.ddim(SCHEDULE, 5),
+        fastguide.ddim(SCHEDULE, 5, set_alpha_to_one=False),
+    ):
+        columns, t = table.coefficients(), list(table.host_timesteps)
+        assert columns["in_timestep"].tolist() == [*t[1:], 0]
+        abar = torch.cat([SCHEDULE.alphas_cumprod[t[1:]], torch.ones(1)])
+        torch.testing.assert_close(columns["known_sample"].square(), abar)
+        torch.testing.assert_close(columns["known_noise"].square(), 1 - abar)
+        assert torch.equal(table.alphas_cumprod, SCHEDULE.alphas_cumprod[t])
+        assert torch.equal(table[2:].alphas_cumprod, SCHEDULE.alphas_cumprod[t[2:]])
+        assert table[:3].coefficients()["in_timestep"].tolist() == t[1:4]  # a slice goes on where the table does

@@ -11,6 +11,7 @@ from step_inputs import make_guidance, make_inputs
 import fastguide
 
 COPIES = [1, 2, 3]
+IN_SCALE = fastguide.ROW_COLUMNS.index("in_scale")
 SHAPES = [
     ((1,), "one element, no inner dimension"),
     ((3, 7), "shorter than any vector"),
@@ -61,7 +62,7 @@ def unrounded(table, inputs, index=3, form=None, **arguments):
     """in_scale * x' in the arithmetic's dtype: float32's and float64's sample, before it is rounded to the output's."""
     dtype = torch.float64 if inputs.sample.dtype == torch.float64 else torch.float32
     wide = step(table, inputs, index, form, out=torch.empty_like(inputs.sample, dtype=dtype), **arguments)
-    return table.device_rows(None, dtype)[index, -1] * wide
+    return table.device_rows(None, dtype)[index, IN_SCALE] * wide
 
 
 @pytest.mark.parametrize("copies", COPIES)

@@ -332,3 +332,20 @@ def test_native_is_the_default_and_agrees_with_the_reference(generator):
     torch.testing.assert_close(
         fastguide.guided_step(*arguments), fastguide.guided_step(*arguments, backend="reference"), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim noisy"])
+def test_a_prediction_that_overflowed_is_clipped(backend, name, generator):
+    """As diffusers has it: x_0 is bounded, and the prediction itself is not used again."""
+    table = TABLES[name]
+    inputs = make_inputs(table, (2, 40), generator)
+    inputs.predictions[1][0, 5], inputs.predictions[1][1, 7] = torch.inf, -torch.inf
+    got = fastguide.guided_step(
+        table, 3, inputs.sample, inputs.predictions, make_guidance(2, None), noise=inputs.noise, backend=backend
+    )
+    assert got.isfinite().all()
+    inputs.predictions[1][0, 5], inputs.predictions[1][1, 7] = 1e30, -1e30
+    large = fastguide.guided_step(
+        table, 3, inputs.sample, inputs.predictions, make_guidance(2, None), noise=inputs.noise, backend=backend
+    )
+    assert torch.equal(got, large)

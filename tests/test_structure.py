@@ -19,10 +19,22 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastguide"
 
 FLOORS = [  # a module imports modules of lower floors only, or of its own floor further left
-    ["_version", "schedule", "predictions", "table", "solvers", "guidance", "noise", "reference"],
+    ["_version", "schedule", "predictions", "table", "solvers", "guidance", "noise", "reference", "cursor", "known"],
     ["checks", "drawing", "ops"],
     ["backends.native", "backends.triton_kernel", "backends.triton", "backends"],
-    ["forward", "training", "sampler"],
+    [
+        "forward",
+        "training",
+        "conditions",
+        "starts",
+        "sources",
+        "graphs",
+        "loop",
+        "stepping",
+        "records",
+        "slots",
+        "sampler",
+    ],
     [""],  # fastguide/__init__.py
     [
         "diffusers.outputs",
@@ -87,7 +99,7 @@ def test_the_package_is_imported_relatively():
 CPP_FLOORS = [  # mathematics, kernels, binding: a file includes files of the lines above it; only bind.cpp knows torch
     ["inline.h", "arguments.h"],
     ["step.h", "philox.h", "element.h"],
-    ["vector.h", "convert.h"],
+    ["vector.h", "convert.h", "cursor.h"],
     ["step_cpu.h", "step_gpu.h", "step_cuda.h"],
     ["noise_cpu.cpp", "step_cpu.cpp", "step_cuda.cu"],
     ["bind.cpp"],

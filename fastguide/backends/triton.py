@@ -87,13 +87,18 @@ def guided_step(
     seeds: Tensor | None,
     philox: Tensor | None,
     philox_threads: int,
+    cursor: Tensor | None = None,
+    timestep: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Tensor | None = None,
 ) -> None:
     """Launch one step; the arguments are the operator's, and ``fastguide/ops.py`` has checked them."""
     total, batch = sample.numel(), sample.shape[0]
     if total == 0:
         return
     size = total // batch
-    floats = (out, original, staged, sample, *predictions, gradient, variance, noise, rows)
+    floats = (out, original, staged, sample, *predictions, gradient, variance, noise, rows, mask, known, known_noise)
     if torch.float64 in [tensor.dtype for tensor in floats if tensor is not None]:
         raise RuntimeError("sample: expected no float64 tensors in Triton; the native and reference backends take them")
     if rows.shape[1] != len(ROW_COLUMNS) or not rows.is_contiguous():
@@ -139,6 +144,11 @@ def guided_step(
         noise,
         seeds,
         state,
+        cursor,
+        timestep,
+        mask,
+        known,
+        known_noise,
     )
     specialized = (
         _stride(out),
@@ -149,6 +159,9 @@ def guided_step(
         _stride(gradient),
         _stride(variance),
         _stride(noise),
+        _stride(mask),
+        _stride(known),
+        _stride(known_noise),
         size,
         philox_threads,
     )
@@ -165,6 +178,8 @@ def guided_step(
         *seed,
         *offset,
         increment,
+        cursor.stride(0) if cursor is not None and len(cursor) > 1 else 0,
+        timestep.numel() if timestep is not None else 0,
     )
     constants = (kind, len(predictions), even, channels == 1, shared, _PTX, block)
     _launch(programs, tensors, specialized, others, constants, sample.device)

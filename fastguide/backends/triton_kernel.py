@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from ..cursor import CURSOR_COLUMNS
 from ..noise import SOURCES
 from ..table import ROW_COLUMNS
 
@@ -29,6 +30,14 @@ OUT_NOISE = tl.constexpr(ROW_COLUMNS.index("out_noise"))
 LOGVAR_BASE = tl.constexpr(ROW_COLUMNS.index("logvar_base"))
 LOGVAR_SPAN = tl.constexpr(ROW_COLUMNS.index("logvar_span"))
 IN_SCALE = tl.constexpr(ROW_COLUMNS.index("in_scale"))
+IN_TIMESTEP = tl.constexpr(ROW_COLUMNS.index("in_timestep"))
+KNOWN_SAMPLE = tl.constexpr(ROW_COLUMNS.index("known_sample"))
+KNOWN_NOISE = tl.constexpr(ROW_COLUMNS.index("known_noise"))
+
+CURSOR_END = tl.constexpr(CURSOR_COLUMNS.index("end"))
+CURSOR_FIRST = tl.constexpr(CURSOR_COLUMNS.index("first"))
+CURSOR_READERS = tl.constexpr(CURSOR_COLUMNS.index("readers"))
+CURSOR_STRIDE = tl.constexpr(len(CURSOR_COLUMNS))
 
 NONE = tl.constexpr(SOURCES.index("none"))
 GIVEN = tl.constexpr(SOURCES.index("given"))
@@ -172,9 +181,10 @@ def _store(pointers, values, inside, EVEN: tl.constexpr):
 
 @triton.jit
 def _step_tile(
-    out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
+    out, original, staged, x, predictions, rows, weights, gradient, variance, noise, mask, known, known_noise,
     out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
-    noise_stride, weights_step_stride, weights_batch_stride, copies, batch, sample, first, size, row, in_table, z,
+    noise_stride, mask_stride, known_stride, known_noise_stride, weights_step_stride, weights_batch_stride,
+    copies, batch, sample, first, size, row, in_table, z,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """csrc/step.h on the elements first .. first + BLOCK of a sample; z is the noise, unless it is given."""
@@ -204,7 +214,8 @@ def _step_tile(
     x0 = tl.where(clip < x0, clip, x0)
 
     result = _add(tl.load(r + OUT_X0) * x0, tl.load(r + OUT_SAMPLE) * values, PTX)
-    result = _add(result, tl.load(r + OUT_PRED) * guided, PTX)
+    out_pred = tl.load(r + OUT_PRED)
+    result = _add(result, tl.where(out_pred != 0.0, out_pred * guided, 0.0), PTX)  # guided may have overflowed
     shift, deviation = tl.load(r + OUT_GRAD), tl.load(r + OUT_NOISE)
     if variance is not None:
         v = _load(_place(variance, variance_stride, sample, first, BLOCK), inside, EVEN)
@@ -219,6 +230,12 @@ def _step_tile(
         if NOISE != NONE:
             result = _add(result, deviation * z, PTX)
 
+    if mask is not None:
+        k = _load(_place(known, known_stride, sample, first, BLOCK), inside, EVEN)
+        zk = _load(_place(known_noise, known_noise_stride, sample, first, BLOCK), inside, EVEN)
+        painted = _load(_place(mask, mask_stride, sample, first, BLOCK), inside, EVEN)
+        level = _add(tl.load(r + KNOWN_SAMPLE) * k, tl.load(r + KNOWN_NOISE) * zk, PTX)
+        result = _add(painted * result, (1.0 - painted) * level, PTX)
     result = tl.where(in_table, result, float("nan"))
     _store(_place(out, out_stride, sample, first, BLOCK), result, inside, EVEN)
     if original is not None:
@@ -231,41 +248,79 @@ def _step_tile(
 
 
 @triton.jit
-def _row_of(sample, index, indices, indices_stride, steps):
-    """The sample's row, and whether the table has it: the host does not read indices on the device."""
+def _position_of(sample, index, indices, indices_stride, cursor, cursor_stride):
+    """The sample's row; the row of its first step; and whether it is finished. See csrc/cursor.h."""
     # No ternary: Triton compiles both of its sides.
-    if indices is None:  # noqa: SIM108
-        row = index.to(tl.int64)
+    if cursor is not None:
+        place = cursor + sample * cursor_stride
+        row = tl.load(place)
+        return row, tl.load(place + CURSOR_FIRST), row < tl.load(place + CURSOR_END)
     else:
-        row = tl.load(indices + sample * indices_stride)
+        if indices is None:  # noqa: SIM108
+            row = index.to(tl.int64)
+        else:
+            row = tl.load(indices + sample * indices_stride)
+        return row, row * 0, row == row
+
+
+@triton.jit
+def _in_table(row, steps):
+    """The row, or 0, and whether the table has it: the host does not read indices on the device."""
     in_table = (row >= 0) & (row < steps)
     return tl.where(in_table, row, 0), in_table
+
+
+@triton.jit
+def _advance(cursor, cursor_stride, timestep, timestep_count, rows, steps, batch, SHARE: tl.constexpr):
+    """advance in csrc/cursor.h: the cursors, and the timesteps of the next model call."""
+    cursors = batch
+    if cursor_stride == 0:
+        cursors = 1
+    for begin in range(0, cursors, SHARE):
+        sample = begin + tl.arange(0, SHARE)
+        inside = sample < cursors
+        index = tl.load(cursor + sample * CURSOR_STRIDE, mask=inside, other=0)
+        end = tl.load(cursor + sample * CURSOR_STRIDE + CURSOR_END, mask=inside, other=0)
+        live = inside & (index < end) & (index >= 0) & (index < steps)
+        following = tl.load(rows + index * NUM_COLUMNS + IN_TIMESTEP, mask=live, other=0.0)
+        if timestep is not None:
+            for first in range(0, timestep_count, cursors):
+                tl.store(timestep + first + sample, following.to(timestep.dtype.element_ty), mask=live)
+        tl.store(cursor + sample * CURSOR_STRIDE, index + 1, mask=live)
 
 
 # Others than these decide how wide the accesses are; a kernel of their own for 1 or for multiples of 16 gains nothing.
 _NOT_SPECIALIZED = ["weights_step_stride", "weights_batch_stride", "indices_stride", "seeds_stride", "index", "steps"]
 _NOT_SPECIALIZED += ["copies", "batch", "channels", "seed_low", "seed_high", "offset_low", "offset_high", "increment"]
+_NOT_SPECIALIZED += ["cursor_stride", "timestep_count"]
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def step_kernel(
     out, original, staged, x, predictions, rows, weights, indices, gradient, variance, noise, seeds, state,
+    cursor, timestep, mask, known, known_noise,
     out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
-    noise_stride, size, threads,
+    noise_stride, mask_stride, known_stride, known_noise_stride, size, threads,
     weights_step_stride, weights_batch_stride, indices_stride, seeds_stride, index, steps, copies, batch, channels,
-    seed_low, seed_high, offset_low, offset_high, increment,
+    seed_low, seed_high, offset_low, offset_high, increment, cursor_stride, timestep_count,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr,
     PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One step; a program computes a tile of one sample.
 
     Pointers are None where the operator's argument is. state: of a DeviceGenerator, seed, offset and programs done;
-    else seed and offset come as words. COUNTED: elements are counted as they lie in memory, and channels is not read.
+    else seed and offset come as words. cursor: where samples stand, and programs done.
+    COUNTED: elements are counted as they lie in memory, and channels is not read.
     SHARED: the torch stream for tensors larger than torch's grid; a program computes the four tiles, threads elements
     apart, whose values come of the same calls. size and threads are then multiples of BLOCK.
     PTX: for NVIDIA.
     """
+    draws = True  # from torch's stream: of a finished loop, or a step without noise, not
     if NOISE == TORCH_STREAM:
+        if cursor is not None:
+            here, _, going_on = _position_of(0, index, indices, indices_stride, cursor, cursor_stride)
+            here, known_row = _in_table(here, steps)
+            draws = going_on & known_row & (tl.load(rows + here * NUM_COLUMNS + OUT_NOISE) != 0.0)
         if state is None:
             seed = _word64(seed_low, seed_high)
             offset = _word64(offset_low, offset_high)
@@ -283,23 +338,29 @@ def step_kernel(
             element = (call * 4 + value) * threads + first_thread
             if element < batch * size:
                 sample = element // size
-                row, in_table = _row_of(sample, index, indices, indices_stride, steps)
+                row, _, live = _position_of(sample, index, indices, indices_stride, cursor, cursor_stride)
+                row, in_table = _in_table(row, steps)
                 z = normals[value].to(x.dtype.element_ty).to(tl.float32)  # torch.randn rounds float32's
-                _step_tile(
-                    out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
-                    out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride,
-                    variance_stride, noise_stride, weights_step_stride, weights_batch_stride, copies, batch,
-                    sample, tl.multiple_of(element % size, BLOCK), size, row, in_table, z, NOISE, K, True, PTX, BLOCK,
-                )  # fmt: skip
+                if live:
+                    _step_tile(
+                        out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
+                        mask, known, known_noise,
+                        out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride,
+                        variance_stride, noise_stride, mask_stride, known_stride, known_noise_stride,
+                        weights_step_stride, weights_batch_stride, copies, batch,
+                        sample, tl.multiple_of(element % size, BLOCK), size, row, in_table, z,
+                        NOISE, K, True, PTX, BLOCK,
+                    )  # fmt: skip
     else:
         tiles = (size - 1) // BLOCK + 1  # tl.cdiv adds first, which overflows near 2^31
         sample = (tl.program_id(0) // tiles).to(tl.int64)
         first = (tl.program_id(0) % tiles) * BLOCK
-        row, in_table = _row_of(sample, index, indices, indices_stride, steps)
+        row, start, live = _position_of(sample, index, indices, indices_stride, cursor, cursor_stride)
+        row, in_table = _in_table(row, steps)
         z = tl.zeros((BLOCK,), tl.float32)
         if NOISE == PORTABLE:
             sample_seed = tl.load(seeds + sample * seeds_stride).to(tl.uint64, bitcast=True)
-            z = _draw_portable(sample_seed, row, first, size, channels, COUNTED, BLOCK, PTX)
+            z = _draw_portable(sample_seed, row - start, first, size, channels, COUNTED, BLOCK, PTX)
         if NOISE == TORCH_STREAM:
             place = _counted(first + tl.arange(0, BLOCK), channels, size, COUNTED)
             element = (sample * size).to(tl.uint32) + place.to(tl.uint32)
@@ -308,15 +369,26 @@ def step_kernel(
             low = dealt % 4 < 2
             z0, z1 = _torch_normals(tl.where(low, words[0], words[2]), tl.where(low, words[1], words[3]))
             z = tl.where(dealt % 2 == 0, z0, z1).to(x.dtype.element_ty).to(tl.float32)
-        _step_tile(
-            out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
-            out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride,
-            variance_stride, noise_stride, weights_step_stride, weights_batch_stride, copies, batch,
-            sample, first, size, row, in_table, z, NOISE, K, EVEN, PTX, BLOCK,
-        )  # fmt: skip
+        if live:
+            _step_tile(
+                out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
+                mask, known, known_noise,
+                out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride,
+                variance_stride, noise_stride, mask_stride, known_stride, known_noise_stride,
+                weights_step_stride, weights_batch_stride, copies, batch,
+                sample, first, size, row, in_table, z, NOISE, K, EVEN, PTX, BLOCK,
+            )  # fmt: skip
 
-    if state is not None:
-        tl.debug_barrier()  # all warps have read the offset
-        if tl.atomic_add(state + 2, 1) == tl.num_programs(0) - 1:  # and all programs: the last one moves it on
+    # What is kept on the device moves on when all warps and all programs have read it: the last one sees to that.
+    if cursor is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(cursor + CURSOR_READERS, 1) == tl.num_programs(0) - 1:
+            _advance(cursor, cursor_stride, timestep, timestep_count, rows, steps, batch, 128)
+            if state is not None and draws:
+                tl.store(state + 1, tl.load(state + 1) + increment)
+            tl.store(cursor + CURSOR_READERS, 0)
+    elif state is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(state + 2, 1) == tl.num_programs(0) - 1:
             tl.store(state + 1, tl.load(state + 1) + increment)
             tl.store(state + 2, 0)

@@ -47,6 +47,7 @@ def ddim_transitions(
         here,
         a,
         a_prev,
+        a_known=torch.where(there >= 0, a_prev, 1.0),
         eta=eta,
         use_clipped_model_output=use_clipped_model_output,
         prediction_type=config.prediction_type,

@@ -97,16 +97,22 @@ def arguments_of(
     seeds: Tensor | None = None,
     philox: Tensor | None = None,
     philox_threads: int = 0,
+    cursor: Tensor | None = None,
+    timestep: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Tensor | None = None,
 ) -> dict:
     """The operator's arguments as csrc/bind.cpp makes plain data of them; the tensors have to outlive it.
 
     ``philox`` is seed and offset, or, with a third value, the state that the kernel moves on.
     """
     tensors = [out, original, staged, sample, gradient, variance, noise, rows, weights, *predictions]
+    tensors += [mask, known, known_noise]
     if any(t is not None and t.dtype not in ELEMENTS for t in tensors) or rows.dtype != torch.float32:
         raise Float64Error("the GPU kernel takes no float64")
     batch, inner = out.shape[0], out.stride()[1:]
-    for t in (out, original, staged, sample, gradient, variance, noise, *predictions):
+    for t in (out, original, staged, sample, gradient, variance, noise, mask, known, known_noise, *predictions):
         assert t is None or out.numel() == 0 or _same_layout(t, out.shape[1:], inner)
 
     def plain(t: Tensor) -> tuple[int, int, int]:
@@ -130,9 +136,17 @@ def arguments_of(
         "index": index,
     }
     named = {"out": out, "original": original, "staged": staged, "sample": sample, "gradient": gradient}
-    for name, t in {**named, "variance": variance, "noise": noise}.items():
+    named |= {"variance": variance, "noise": noise, "mask": mask, "known": known, "known_noise": known_noise}
+    for name, t in named.items():
         if t is not None:
             arguments[name] = plain(t)
+    if cursor is not None:
+        arguments["cursor"] = cursor.data_ptr()
+        arguments["cursor_stride"] = cursor.stride(0) if len(cursor) > 1 else 0
+    if timestep is not None:
+        arguments["timestep"] = timestep.data_ptr()
+        arguments["timestep_element"] = [torch.int64, torch.float32].index(timestep.dtype)
+        arguments["timestep_count"] = timestep.numel()
     if staged is not None:
         arguments["staged_copies"] = staged.shape[0] // batch if batch else 0
     for name, t in (("indices", indices), ("seeds", seeds)):

@@ -18,12 +18,15 @@ struct dim3 {
 };
 
 static dim3 blockIdx, threadIdx, gridDim;
+static constexpr int warpSize = 1;  // what a warp shares out, thread 0 does
 
 static void __syncthreads() {}
 static void __threadfence() {}
 
-static unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
-  const unsigned long long before = *to;
+static unsigned __shfl_sync(unsigned, unsigned value, int) { return value; }
+
+static unsigned atomicAdd(unsigned* to, unsigned value) {
+  const unsigned before = *to;
   *to += value;
   return before;
 }

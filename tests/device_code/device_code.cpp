@@ -110,7 +110,15 @@ static Arguments arguments_of(const py::dict& d) {
   a.index = number<int64_t>(d, "index", 0);
   a.indices = pointer<int64_t>(d, "indices");
   a.indices_stride = number<int64_t>(d, "indices_stride", 0);
+  a.cursor = pointer<int64_t>(d, "cursor");
+  a.cursor_stride = number<int64_t>(d, "cursor_stride", 0);
+  a.timestep = pointer<void>(d, "timestep");
+  a.timestep_element = TimestepElement(number<int>(d, "timestep_element", 0));
+  a.timestep_count = number<int64_t>(d, "timestep_count", 0);
   a.noise = tensor<Input>(d, "noise");
+  a.mask = tensor<Input>(d, "mask");
+  a.known = tensor<Input>(d, "known");
+  a.known_noise = tensor<Input>(d, "known_noise");
   a.seeds = pointer<int64_t>(d, "seeds");
   a.seeds_stride = number<int64_t>(d, "seeds_stride", 0);
   a.torch_stream.seed = number<uint64_t>(d, "seed", 0);
@@ -131,7 +139,9 @@ static void know_all(const Arguments& arguments) {
   accesses = 0;
   for (const Output& output : {a.out, a.original}) know(output, a.batch, a.elements_per_sample);
   know(a.staged, a.batch * a.staged_copies, a.elements_per_sample);
-  for (const Input& input : {a.sample, a.gradient, a.variance, a.noise}) know(input, a.batch, a.elements_per_sample);
+  for (const Input& input : {a.sample, a.gradient, a.variance, a.noise, a.mask, a.known, a.known_noise}) {
+    know(input, a.batch, a.elements_per_sample);
+  }
   for (const Input& input : arguments.predictions) know(input, a.batch, a.elements_per_sample);
 }
 
@@ -200,8 +210,8 @@ static std::vector<int> shared_of_thread(const py::dict& d, unsigned tile, int t
   know_all(arguments);
   const GpuStep s = gpu_step(arguments.a);
   std::vector<float> shared(kTorchValues * kVector * kThreads, NAN);
-  torch_vector_tile<Variant<1, false, Noise::torch_stream, false, false>>(s, s.a.torch_stream, tile, thread,
-                                                                          shared.data());
+  torch_vector_tile<Variant<1, false, Noise::torch_stream, false, false>>(s, s.a.torch_stream, position_of(s.a, 0),
+                                                                          tile, thread, shared.data());
   std::vector<int> written;
   for (int i = 0; i < int(shared.size()); ++i) {
     if (shared[i] == shared[i]) written.push_back(i);

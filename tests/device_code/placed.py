@@ -23,7 +23,8 @@ def rows() -> Tensor:
     for step in range(STEPS):
         columns = {"x0_scale": 1, "x0_sample": 1, "x0_pred": 2, "x0_grad": 1, "clip": 20 + step, "out_x0": 1 + step}
         columns |= {"out_sample": 2, "out_pred": 1, "out_grad": 1, "out_var_grad": 1, "out_noise": 1}
-        columns |= {"logvar_base": 0, "logvar_span": 1, "in_scale": 2}
+        columns |= {"logvar_base": 0, "logvar_span": 1, "in_scale": 2, "in_timestep": 0}
+        columns |= {"known_sample": 1 + step, "known_noise": 2}
         values[step] = torch.tensor([columns[name] for name in ROW_COLUMNS])
     return values
 
@@ -56,6 +57,7 @@ class Case:
     count: int = 1
     gradient: bool = False
     variance: bool = False
+    masked: bool = False
     original: bool = False
     copies: int = 0
     in_place: bool = True
@@ -94,6 +96,9 @@ class Case:
         if self.variance_is_unused:
             variance.fill_(torch.nan)
         noise = self.put("noise", self.whole_numbers(b, n)) if self.noise == "given" else None
+        known = [None, None, None]  # mask, image, noise
+        if self.masked:
+            known = [self.put(f"known {k}", self.whole_numbers(b, n, low=0, high=2)) for k in range(3)]
         seeds = torch.arange(7, 7 + b) if self.noise == "portable" else None
         philox = torch.tensor([5, 16]) if self.noise == "torch" else None
         index = self.random.randrange(STEPS)
@@ -106,7 +111,9 @@ class Case:
         expected = torch.empty(b, n), torch.empty(b, n), torch.empty(max(self.copies, 1) * b, n)
         z = self.values(sample.dtype, indices, index)
         exact = [t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in (*inputs[:-1], z)]
-        reference.guided_step(*expected, sample.float(), [p.float() for p in predictions], *exact)
+        floats = [t.float() if t is not None else None for t in known]
+        predicted = [p.float() for p in predictions]
+        reference.guided_step(*expected, sample.float(), predicted, *exact, None, None, 0, None, None, *floats)
         for bad, value in self.bad_indices.items():
             indices[bad] = value
             for want in expected:
@@ -115,7 +122,9 @@ class Case:
         out = sample if self.in_place else self.put("out", torch.full((b, n), torch.nan))
         original = self.put("original", torch.full((b, n), torch.nan)) if self.original else None
         staged = self.put("staged", torch.full((self.copies * b, n), torch.nan)) if self.copies else None
-        plain = arguments_of(out, original, staged, sample, predictions, *inputs, seeds, philox, self.threads)
+        plain = arguments_of(
+            out, original, staged, sample, predictions, *inputs, seeds, philox, self.threads, None, None, *known
+        )
         accesses = module().launch(plain, order, None)
 
         for got, want in zip((out, original, staged), expected, strict=True):

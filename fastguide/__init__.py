@@ -8,6 +8,7 @@ from .guidance import Classifier, ClassifierFree, Composed, Guidance
 from .known import Known
 from .noise import DeviceGenerator, portable_noise
 from .ops import guided_step
+from .records import Sampled
 from .sampler import Sampler
 from .schedule import NoiseSchedule
 from .solvers import ddim, ddpm
@@ -25,6 +26,7 @@ __all__ = [
     "Guidance",
     "Known",
     "NoiseSchedule",
+    "Sampled",
     "Sampler",
     "StepTable",
     "add_noise",

@@ -83,6 +83,16 @@ class Guidance:
         else:
             event.wait(torch.cuda.current_stream(device))
 
+    def steps_without_unconditional(self) -> tuple[bool, ...] | None:
+        """At which steps the first prediction has no weight in any sample; one for all if the weights are.
+
+        ``None``: the weights are on a device, where the host does not look.
+        """
+        if self._source.device != _HOST:
+            return None
+        first = self._source[..., 0] - self._source[..., 1 : self.num_predictions].sum(-1)
+        return tuple((first == 0).all(1).tolist())
+
     def __add__(self, other: Guidance) -> Guidance:
         """Both: prediction weights of the one, a classifier's gradient of the other (then ``.classifier``)."""
         if not isinstance(other, Guidance):
@@ -204,6 +214,11 @@ class Classifier(Guidance):
     ) -> Classifier:
         """One scale per step, shape ``(steps,)``, the same for every sample."""
         return cls(classifier, _per_step("guidance_scale", guidance_scale), form, grad_fn=grad_fn)
+
+    @property
+    def functions(self) -> tuple[object, object]:
+        """The classifier and the ``grad_fn``, of which at most one is there."""
+        return self._classifier, self._grad_fn
 
     @property
     def takes_labels(self) -> bool:

@@ -1,21 +1,30 @@
-"""The guided sampling loop: model, guidance and step, from x_T to x_0."""
+"""The guided sampling loop: model, guidance and step, from x_T to x_0, on a GPU as a CUDA graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
+from . import conditions as conditioning
+from . import stepping
+from .conditions import Condition
+from .cursor import TIMESTEP_DTYPES
+from .graphs import Graphs
 from .guidance import Guidance
-from .noise import DeviceGenerator, seeds_tensor
-from .ops import check_run, guided_step
+from .loop import Loop, LoopKind, LoopOptions
+from .ops import UNGUIDED, check_run
+from .records import Record, Sampled
+from .slots import Slots
+from .sources import Generators, noise_source
+from .starts import start as started
 from .table import StepTable
 
-Condition: TypeAlias = "Tensor | Mapping[str, Condition]"
-"""What a model is conditioned on: a tensor with the batch in front, or several by the name of the model's argument, of
-which each may be a mapping again."""
+Callback: TypeAlias = Callable[[int, int, Tensor], object]
 
 
 class Sampler:
@@ -23,17 +32,30 @@ class Sampler:
 
     Args:
         model: ``model(x, t)``, or ``model(x, t, condition)``; a condition that is a mapping is passed as keyword
-            arguments. t is an int64 tensor of shape (rows of x,). Returns a tensor of x's shape, or, with a learned
-            variance, of twice its channels: prediction, then variance.
-        table: from ``ddpm`` or ``ddim``; ``table[k:]`` starts at step k.
-        guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None``.
+            arguments. Returns a tensor of x's shape, or, with a learned variance, of twice its channels: prediction,
+            then variance. It must not write to x, nor keep it: the next step overwrites it.
+        table: from ``ddpm`` or ``ddim``; ``table[k:]`` starts at step k. It may be replaced between calls.
+        guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None``. It may be replaced
+            between calls.
         dtype: what x is cast to for the model, such as ``torch.bfloat16``; ``None``: the state's own. The state keeps
             the dtype of ``x_T``, best float32.
         backend: as in ``guided_step``.
+        cuda_graph: on a GPU, ``"auto"`` captures one step, model and all, at its first call, and replays it as often
+            as there are steps; ``"loop"`` captures all steps as one graph; ``"try"`` is ``"auto"``, or eager with a
+            warning if the model cannot be captured; ``False`` is eager. All give the same bits. On the CPU, ``"auto"``
+            and ``"try"`` are eager.
+        batched: whether all predictions are one call of the model, on a batch that holds the sample several times,
+            unconditional first; ``False``: one call for each, with less memory.
+        skip_unconditional: leave the unconditional prediction out at steps that give it no weight, as outside of a
+            guidance interval: ``ClassifierFree.per_step([1, 1, 7.5, 7.5, 1, 1])``.
+        timestep_dtype: of the model's t: int64, or float32.
+        scalar_timestep: t is of shape (), instead of one for each row of x.
+        max_loops: how many kinds of loop are kept, of different shapes, dtypes or inputs, each with its buffers and
+            graphs; the least recently used is dropped.
+        recapture: ``False``: the first call decides on the kind, and another is refused.
 
-    The model must not write to x. With weights for several predictions it is called once a step, on a batch that holds
-    the sample several times: unconditional first, then each condition. With a learned variance, the last (conditional)
-    prediction's is used.
+    Number of steps, schedule, scale, seeds and conditions are in small buffers: changing them captures nothing anew.
+    With a learned variance, the last (conditional) prediction's is used. Of one thread at a time.
 
     >>> from fastguide import ClassifierFree, NoiseSchedule, ddim
     >>> sampler = Sampler(lambda x, t, y: 0.1 * x * y[:, None], ddim(NoiseSchedule.linear(), 5), ClassifierFree(3.0))
@@ -49,20 +71,120 @@ class Sampler:
         *,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        cuda_graph: stepping.Mode = "auto",
+        batched: bool = True,
+        skip_unconditional: bool = False,
+        timestep_dtype: torch.dtype = torch.int64,
+        scalar_timestep: bool = False,
+        max_loops: int = 8,
+        recapture: bool = True,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
-        if not isinstance(table, StepTable):
-            raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
-        if guidance is not None and not isinstance(guidance, Guidance):
-            raise TypeError(f"guidance: expected a Guidance or None, got {type(guidance).__name__}")
-        self.model = model
-        self.table = table
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
-        self.guidance = guidance
+        if timestep_dtype not in TIMESTEP_DTYPES:
+            raise TypeError(f"timestep_dtype: expected one of {TIMESTEP_DTYPES}, got {timestep_dtype!r}")
+        if cuda_graph not in stepping.MODES:
+            raise ValueError(f"cuda_graph: expected 'auto', 'loop', 'try' or False, got {cuda_graph!r}")
+        if not isinstance(max_loops, int) or isinstance(max_loops, bool) or max_loops < 1:
+            raise ValueError(f"max_loops: expected a positive integer, got {max_loops!r}")
+        self.model = model
         self.dtype = dtype
         self.backend = backend
+        self.cuda_graph: stepping.Mode = cuda_graph
+        self.batched = batched
+        self.skip_unconditional = skip_unconditional
+        self.timestep_dtype = timestep_dtype
+        self.scalar_timestep = scalar_timestep
+        self.max_loops = max_loops
+        self.recapture = recapture
+        self.table = table
+        self.guidance = guidance
+        self._loops: dict[LoopKind, _Kept] = {}
+        self._in_use = threading.Lock()
+
+    @property
+    def table(self) -> StepTable:
+        """The steps."""
+        return self._table
+
+    @table.setter
+    def table(self, table: StepTable) -> None:
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
+        self._table = table
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """The guidance."""
+        return self._guidance
+
+    @guidance.setter
+    def guidance(self, guidance: Guidance | None) -> None:
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise TypeError(f"guidance: expected a Guidance or None, got {type(guidance).__name__}")
+        self._guidance = guidance
+
+    @overload
+    def __call__(
+        self,
+        x_T: Tensor,
+        *,
+        cond: Condition | Sequence[Condition] | None = None,
+        uncond: Condition | None = None,
+        labels: Tensor | None = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float | None = None,
+        generator: Generators | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        check_finite: bool = False,
+        return_trajectory: Literal[False] = False,
+        return_originals: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        x_T: Tensor,
+        *,
+        cond: Condition | Sequence[Condition] | None = None,
+        uncond: Condition | None = None,
+        labels: Tensor | None = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float | None = None,
+        generator: Generators | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        check_finite: bool = False,
+        return_trajectory: bool = False,
+        return_originals: Literal[True],
+    ) -> Sampled: ...
+
+    @overload
+    def __call__(
+        self,
+        x_T: Tensor,
+        *,
+        cond: Condition | Sequence[Condition] | None = None,
+        uncond: Condition | None = None,
+        labels: Tensor | None = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float | None = None,
+        generator: Generators | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        check_finite: bool = False,
+        return_trajectory: Literal[True],
+        return_originals: bool = False,
+    ) -> Sampled: ...
 
     @torch.no_grad()
     def __call__(
@@ -72,11 +194,17 @@ class Sampler:
         cond: Condition | Sequence[Condition] | None = None,
         uncond: Condition | None = None,
         labels: Tensor | None = None,
-        generator: torch.Generator | DeviceGenerator | None = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float | None = None,
+        generator: Generators | None = None,
         seeds: Sequence[int] | Tensor | None = None,
-        callback: Callable[[int, int, Tensor], None] | None = None,
+        callback: Callback | None = None,
         progress: bool = False,
-    ) -> Tensor:
+        check_finite: bool = False,
+        return_trajectory: bool = False,
+        return_originals: bool = False,
+    ) -> Tensor | Sampled:
         """Sample from ``x_T``, which is left as it is, to x_0.
 
         Args:
@@ -85,163 +213,159 @@ class Sampler:
             uncond: the null condition, or a negative one. Required where the guidance weighs an unconditional
                 prediction.
             labels: int64 of shape (batch,), for the classifier of ``Classifier``.
-            generator: draws the steps' noise; ``None``: torch's global generator.
+            image: an x_0 of x_T's shape, to begin from or to keep a part of.
+            mask: 1 where the model paints, 0 where ``image`` is kept (inpainting, outpainting): any shape that
+                broadcasts to x_T's, bool or floating-point; between 0 and 1 it blends. At every step the kept part is
+                ``image`` with x_T for its noise, at the step's level; in the end it is ``image``.
+            strength: 0 to 1, with ``image``: how much of the table is run, from ``image`` noised by x_T to that level
+                (image-to-image); 0 returns ``image``. With a mask, ``None`` or 1 starts from x_T itself.
+            generator: draws the steps' noise; ``None``: torch's global generator. A sequence gives each sample its own.
             seeds: one for each sample, instead of a generator: the steps' noise is of the portable stream, so that a
                 sample depends on its seed and not on the batch it is in. ``portable_noise(seeds, shape)`` is an
                 ``x_T`` of the same kind.
-            callback: called after each step with the step, its timestep and the sample so far.
-            progress: show a progress bar (needs tqdm: ``pip install "fastguide[demo]"``).
+            callback: ``callback(step, timestep, sample)`` after each step. The sample is the loop's own: clone what is
+                to be kept; what is written to it, the loop goes on with. An exception ends the loop, which can be
+                called again.
+            progress: show a progress bar (needs tqdm). It counts steps that are launched: nothing waits for the device.
+            check_finite: refuse a result that is not finite, naming the step after which that began; waits for the
+                device once, at the end.
+            return_trajectory, return_originals: return a ``Sampled`` with every step's sample or predicted x_0.
+
+        Returns:
+            x_0 as a new tensor, or a ``Sampled``.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described, or the model or classifier returns something else
+                than described; the message names it, what was expected and what came.
+            RuntimeError: the model cannot be captured; the sampler is in use.
+            FloatingPointError: with ``check_finite``.
         """
-        table, guidance = self.table, self.guidance
+        self._check_call(x_T, callback)
+        table, guidance = self._table, UNGUIDED if self._guidance is None else self._guidance
+        start, begin, kept_mask = started(table, x_T, image, mask, strength)
+        conditions = conditioning.listed(cond, uncond, guidance.num_predictions)
+        conditioning.check_labels(labels, guidance, x_T.shape[0])
+        noise = noise_source(table, x_T, generator, seeds, self.backend)
+        options = self._options()
+        kind = options.kind(
+            x_T,
+            conditioning.signature(conditions, x_T.shape[0]),
+            table,
+            guidance,
+            capacity=len(table),
+            labels=labels is not None,
+            noise=noise.kind,
+            known=kept_mask is not None,
+            originals=return_originals,
+        )
+        conditional = options.skipped(guidance, len(table))
+        with self._using(kind, guidance) as kept:
+            loop = kept.loop
+
+            def write() -> None:
+                loop.write_table(table, guidance)
+                loop.sample.copy_(start)
+                loop.write_conditions(conditions)
+                for buffer, values in ((loop.labels, labels), (loop.seeds, noise.seeds)):
+                    if buffer is not None and values is not None:
+                        buffer.copy_(values)
+                for buffer, values in zip(loop.known, (kept_mask, image, x_T), strict=True):
+                    if buffer is not None and values is not None:
+                        buffer.copy_(values)
+                if loop.generator is not None:
+                    noise.hand_over(loop.generator)
+                loop.cursor.start(table, begin)
+                loop.stage()
+
+            steps = range(begin, len(table))
+            between = callback is not None or progress or check_finite or return_trajectory or return_originals
+            between = between or noise.kind == "given"
+            make_step = stepping.step_function(self.cuda_graph, loop, kept.graphs, write, conditional, steps, between)
+            write()
+            record = Record(loop, len(steps), return_trajectory, return_originals, check_finite)
+            drawn = 0
+            try:
+                for number, step in enumerate(_progress_bar(steps) if progress else steps):
+                    if noise.kind == "given" and table.adds_noise[step]:
+                        loop.draw(noise.generators)
+                    make_step(step)
+                    drawn += table.adds_noise[step]
+                    record.after(number)
+                    if callback is not None:
+                        version = loop.sample._version
+                        callback(step, table.host_timesteps[step], loop.sample)
+                        if loop.sample._version != version:
+                            loop.stage()
+            finally:
+                if loop.generator is not None:
+                    noise.hand_back(loop.generator, drawn * loop.increment)
+            return record.result(table, begin)
+
+    # ---- What a call needs ----
+
+    def _check_call(self, x_T: Tensor, callback: Callback | None) -> None:
         if not isinstance(x_T, Tensor) or x_T.dim() == 0:
             raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {x_T!r}")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
-        check_run(table, "x_T", x_T, guidance, self.backend)
-        copies = 1 if guidance is None else guidance.num_predictions
-        conditions = _conditions(cond, uncond, copies)
-        condition = _batched(conditions, x_T.shape[0])
-        classifier = None if guidance is None else guidance.classifier
-        if labels is not None and (classifier is None or not classifier.takes_labels):
-            raise ValueError("labels: expected None, as the guidance has no classifier to give them to, got some")
-        if seeds is not None:
-            if generator is not None:
-                raise ValueError("seeds: expected either seeds or a generator, got both")
-            seeds = seeds_tensor(seeds, x_T.device)
-            if seeds.shape != x_T.shape[:1]:
-                raise ValueError(f"seeds: expected {x_T.shape[0]}, one for each sample, got shape {tuple(seeds.shape)}")
-        elif generator is None and table.adds_noise_anywhere:
-            generator = _default_generator(x_T.device)
-
-        sample = x_T
-        steps = range(len(table))
-        for step in _progress_bar(steps) if progress else steps:
-            timestep = table.timesteps[step]
-            gradient = None
-            if classifier is not None:
-                gradient = classifier.gradient(sample, timestep.expand(x_T.shape[0]), labels)
-                gradient = _in_layout_of(sample, gradient)
-            output = self._predict(sample, timestep, condition, copies)
-            prediction, variance = _split_variance(output, sample, copies, table.learned_variance)
-            # A fresh output each time: the model, the callback or the caller may have kept the last sample.
-            sample = guided_step(
-                table,
-                step,
-                sample,
-                prediction,
-                guidance,
-                gradient=gradient,
-                variance=variance,
-                generator=generator,
-                seeds=seeds,
-                backend=self.backend,
-            )
-            if callback is not None:
-                callback(step, table.host_timesteps[step], sample)
-        return sample
-
-    def _predict(self, sample: Tensor, timestep: Tensor, condition: Condition | None, copies: int) -> Tensor:
-        batched = sample if copies == 1 else torch.cat([sample] * copies)
-        batched = batched if self.dtype is None else batched.to(self.dtype)
-        timesteps = timestep.expand(batched.shape[0])
-        if condition is None:
-            output = self.model(batched, timesteps)
-        elif isinstance(condition, Mapping):
-            output = self.model(batched, timesteps, **condition)
-        else:
-            output = self.model(batched, timesteps, condition)
-        if not isinstance(output, Tensor):
-            raise TypeError(f"model: expected it to return a tensor, got {type(output).__name__}")
-        return output
-
-
-def _conditions(
-    cond: Condition | Sequence[Condition] | None, uncond: Condition | None, copies: int
-) -> list[tuple[str, Condition]]:
-    """The condition of each prediction, with its argument's name, in the order of the weights."""
-    several: list[tuple[str, Condition]]
-    if isinstance(cond, (Tensor, Mapping)):
-        several = [("cond", cond)]
-    elif cond is None or isinstance(cond, (list, tuple)):
-        several = [(f"cond[{i}]", c) for i, c in enumerate(cond or [])]
-    else:
-        raise TypeError(f"cond: expected a tensor or a mapping of tensors, got {type(cond).__name__}")
-    if copies == 1:
-        if uncond is not None:
-            raise ValueError("uncond: expected None, as the guidance weighs no unconditional prediction")
-        if len(several) > 1:
-            raise ValueError(f"cond: expected one condition, got {len(several)}")
-        return several
-    if uncond is None:
-        raise ValueError("uncond: expected the null (or a negative) condition, as the guidance weighs it, got None")
-    if len(several) != copies - 1:
-        raise ValueError(f"cond: expected {copies - 1} condition(s) for this guidance, got {len(several)}")
-    return [("uncond", uncond), *several]
-
-
-def _batched(conditions: list[tuple[str, Condition]], batch: int) -> Condition | None:
-    """All conditions as one, along the batch."""
-    if not conditions:
-        return None
-    first = conditions[-1][1]
-    if not isinstance(first, Mapping):
-        return _concatenated(conditions, batch)
-    parts: dict[str, list[tuple[str, Condition]]] = {key: [] for key in first}
-    for name, condition in conditions:
-        if not isinstance(condition, Mapping) or condition.keys() != first.keys():
-            raise ValueError(f"{name}: expected a mapping with the keys {sorted(first)}, as the other conditions have")
-        for key, value in condition.items():
-            parts[key].append((f"{name}[{key!r}]", value))
-    batched = {key: _batched(part, batch) for key, part in parts.items()}
-    return {key: value for key, value in batched.items() if value is not None}
-
-
-def _concatenated(parts: Sequence[tuple[str, Condition]], batch: int) -> Tensor:
-    tensors = []
-    for name, part in parts:
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{name}: expected a tensor, or mappings throughout, got {type(part).__name__}")
-        if part.dim() == 0 or part.shape[0] != batch:
-            raise ValueError(f"{name}: expected the batch of {batch} in front, got shape {tuple(part.shape)}")
-        tensors.append(part)
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _split_variance(
-    output: Tensor, sample: Tensor, copies: int, learned: bool
-) -> tuple[Tensor | list[Tensor], Tensor | None]:
-    """The predictions in the sample's layout, and the learned variance: that of the last, conditional one."""
-    batch, rest = sample.shape[0], sample.shape[1:]
-    expected = (copies * batch, *rest)
-    if learned:
-        if sample.dim() < 2:
+        check_run(self._table, "x_T", x_T, self._guidance, self.backend)
+        if self._table.learned_variance and x_T.dim() < 2:
             raise ValueError("x_T: expected shape (batch, channels, ...) for a table of learned variance")
-        expected = (copies * batch, 2 * rest[0], *rest[1:])
-    if output.shape != expected:
-        raise ValueError(f"model: expected it to return shape {expected}, got {tuple(output.shape)}")
-    if not learned and output.stride()[1:] == sample.stride()[1:]:
-        return output, None  # all predictions in one tensor, as they came
-    parts = [output[k * batch : (k + 1) * batch] for k in range(copies)]
-    if not learned:
-        return [_in_layout_of(sample, part) for part in parts], None
-    channels = rest[0]
-    predictions = [_in_layout_of(sample, part[:, :channels]) for part in parts]
-    return predictions, _in_layout_of(sample, parts[-1][:, channels:])
+        stepping.check_mode(self.cuda_graph, x_T.device)
+
+    def _options(self) -> LoopOptions:
+        return LoopOptions(
+            self.model,
+            self.dtype,
+            self.backend,
+            self.batched,
+            self.skip_unconditional,
+            self.timestep_dtype,
+            self.scalar_timestep,
+        )
+
+    def slots(self, batch: int, *, capacity: int = 1024) -> Slots:
+        """A batch of places for requests that come and go, for continuous batching.
+
+        Args:
+            batch: number of requests that can be under way at once.
+            capacity: number of rows of all different tables under way.
+
+        The model, dtypes, graphs and default table and guidance are the sampler's.
+        """
+        return Slots(self._options(), self._table, self._guidance, self.cuda_graph, batch, capacity)
+
+    @contextmanager
+    def _using(self, kind: LoopKind, guidance: Guidance) -> Iterator[_Kept]:
+        """The loop of a kind, made if there is none yet, for one caller at a time."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError("sampler: is running already, in another thread or a callback; expected one of its own")
+        try:
+            kept = self._loops.pop(kind, None)
+            if kept is None:
+                if not self.recapture and self._loops:
+                    known = next(iter(self._loops))
+                    raise ValueError(f"recapture: expected a call like the first, of {known.difference(kind)}")
+                kept = _Kept(Loop(kind, guidance), Graphs(kind.device))
+            while len(self._loops) >= self.max_loops:
+                self._loops.pop(next(iter(self._loops)))
+            self._loops[kind] = kept
+            kept.graphs.wait()
+            try:
+                yield kept
+            finally:
+                kept.graphs.leave()
+        finally:
+            self._in_use.release()
+
+    def clear(self) -> None:
+        """Forget all loops, with their buffers and graphs."""
+        self._loops.clear()
 
 
-def _in_layout_of(sample: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor in the sample's layout; copied only where a model or classifier returns another."""
-    if tensor.stride()[1:] == sample.stride()[1:]:
-        return tensor
-    return torch.empty_like(sample, dtype=tensor.dtype).copy_(tensor)
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    if device.type != "cpu":
-        raise ValueError(f"generator: expected one for {device.type}, as torch names no global one there, got None")
-    return torch.default_generator
+class _Kept(NamedTuple):
+    loop: Loop
+    graphs: Graphs
 
 
 def _progress_bar(steps: range) -> Sequence[int]:

@@ -41,7 +41,7 @@ def test_the_model_is_called_once_a_step_on_the_doubled_batch(x_T):
     calls = []
 
     def spy(x, t, y):
-        calls.append((x.shape, t, y))
+        calls.append((x.shape, t.clone(), y.clone()))
         return model(x, t, y)
 
     table = fastguide.ddim(SCHEDULE, 4)
@@ -128,13 +128,17 @@ def test_learned_variance_is_the_second_half_of_the_conditional_output(x_T):
     torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-5)
 
 
-def test_callback_sees_every_step_and_keeps_its_own_sample(x_T):
+def test_callback_sees_every_step_in_the_loop_s_own_sample(x_T):
     table = fastguide.ddim(SCHEDULE, 4)
     seen = []
-    final = Sampler(model, table)(x_T, cond=COND, callback=lambda *a: seen.append(a))
-    assert [(step, t) for step, t, _ in seen] == list(enumerate(table.host_timesteps))
-    assert torch.equal(seen[-1][2], final)
-    assert len({s.data_ptr() for _, _, s in seen}) == 4
+    got = Sampler(model, table)(
+        x_T, cond=COND, callback=lambda step, t, x: seen.append((step, t, x, x.clone())), return_trajectory=True
+    )
+    assert [(step, t) for step, t, *_ in seen] == list(enumerate(table.host_timesteps))
+    assert len({x.data_ptr() for *_, x, _ in seen}) == 1  # the loop's own, which costs nothing
+    assert torch.equal(torch.stack([x_T, *(x for *_, x in seen)]), got.trajectory)
+    assert torch.equal(got.sample, seen[-1][3])
+    assert got.sample.data_ptr() != seen[-1][2].data_ptr()
 
 
 def test_generator_and_global_generator(x_T):
@@ -150,7 +154,7 @@ def test_a_slice_of_the_table_is_image_to_image(x_T):
     """From the noised original at step k: the end of the whole loop, if the loop came by there."""
     table = fastguide.ddim(SCHEDULE, 8)
     states = []
-    final = Sampler(model, table)(x_T, cond=COND, callback=lambda step, t, x: states.append(x))
+    final = Sampler(model, table)(x_T, cond=COND, callback=lambda step, t, x: states.append(x.clone()))
     assert torch.equal(Sampler(model, table[5:])(states[4], cond=COND), final)
 
 

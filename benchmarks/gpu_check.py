@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ OURS = ("native", "triton")
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = time.time() + 470
 TARGETS = {"large, no noise": 0.92, "large, noise in the kernel": 0.85, "small, GPU us": 3.0, "small, host us": 20.0}
+LOOP_HOST_US = 10.0
+LOOP_RATIOS = {"diffusers": 3.0, "diffusers, compiled model": 1.3}  # of the small model's loop, over a graph of a step
 
 
 def run(command: list[str], timeout: float) -> dict[str, object]:
@@ -126,8 +129,39 @@ def measure(write: Callable[[dict[str, object]], None]) -> None:
     write(times)
 
 
+def loops() -> dict[str, object]:
+    """Whole loops beside diffusers', where it is installed."""
+    if importlib.util.find_spec("diffusers") is None:
+        return {"not run": "diffusers is not installed"}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "loops.json"
+        command = [sys.executable, "-m", "benchmarks.loop", "--seconds", "5", "--output", str(place)]
+        record = run(command, 150)
+        record["output"] = str(record["output"])[-3000:]
+        return record | ({"results": json.loads(place.read_text())} if place.exists() else {})
+
+
+def loop_misses(loops: dict[str, object]) -> list[str]:
+    """Where a loop's target is missed, in words."""
+    results = loops.get("results", {})
+    found = [
+        f"loop: {solver} costs the host {value:.1f} us a step, expected {LOOP_HOST_US}"
+        for solver, value in results.get("host us a step", {}).items()
+        if value > LOOP_HOST_US
+    ]
+    for name, rows in results.items():
+        if not name.startswith("small model"):
+            continue
+        times = rows["milliseconds"]
+        for rival, target in LOOP_RATIOS.items():
+            ratio = times[rival] / times["Sampler, a graph of a step"]
+            if ratio < target:
+                found.append(f"{name}: {ratio:.2f} x faster than {rival}, expected {target}")
+    return found
+
+
 def misses(times: dict[str, object]) -> list[str]:
-    """Where a target is missed, in words."""
+    """Where a step's target is missed, in words."""
     found = []
     for row in times.get("large", []):
         target = TARGETS["large, no noise" if row["noise"] in ("none", "given") else "large, noise in the kernel"]
@@ -160,9 +194,9 @@ def slower(name: str, microseconds: dict[str, float]) -> list[str]:
 
 def failures(record: dict[str, object]) -> list[str]:
     """What went wrong, in words; what was not run for a stated reason is none."""
-    found = [f"{name}: not run" for name in ("tests", "times", "sanitizers") if name not in record]
-    for name in ("build", "tests"):
-        if name in record and record[name]["exit"] != 0:
+    found = [f"{name}: not run" for name in ("tests", "times", "loops", "sanitizers") if name not in record]
+    for name in ("build", "tests", "loops"):
+        if name in record and record[name].get("exit", 0) != 0:
             found.append(f"{name}: exit {record[name]['exit']}")
     for check, result in record.get("sanitizers", {}).items():
         if check != "not run" and result["exit"] is None:
@@ -199,7 +233,8 @@ def main() -> int:
     write("backends missing", {n: BACKENDS[n].status for n in OURS if not BACKENDS[n].serves("cuda")})
     write("tests", test())
     measure(lambda times: write("times", times))
-    write("misses", misses(record["times"]))
+    write("loops", loops())
+    write("misses", misses(record["times"]) + loop_misses(record["loops"]))
     write("sanitizers", sanitize())
     write("failures", failures(record))
     for name in ("failures", "misses"):

@@ -131,7 +131,9 @@ FASTGUIDE_INLINE StepResult<T> step_element(const Coefficients<T>& c, T x, T m, 
   if constexpr (has_variance) {
     const T log_variance = c.logvar_base + c.logvar_span * v;
     if constexpr (has_gradient) next += (c.out_grad + c.out_var_grad * exponential(log_variance)) * g;
-    if constexpr (has_noise) next += c.out_noise * exponential(T(0.5) * log_variance) * z;
+    if constexpr (has_noise) {  // where none is added, the variance may be anything
+      next += c.out_noise != T(0) ? c.out_noise * exponential(T(0.5) * log_variance) * z : T(0);
+    }
   } else {
     if constexpr (has_gradient) next += c.out_grad * g;
     if constexpr (has_noise) next += c.out_noise * z;
@@ -139,10 +141,12 @@ FASTGUIDE_INLINE StepResult<T> step_element(const Coefficients<T>& c, T x, T m, 
   return {next, x0};
 }
 
-// The next sample with its known part: exact where mask is 0 or 1.
+// The next sample with its known part: where mask is 0 or 1, of one of them alone, whatever the other is.
 template <typename T>
 FASTGUIDE_INLINE T with_known(const Coefficients<T>& c, T next, T mask, T known, T z) {
-  return mask * next + (T(1) - mask) * (c.known_sample * known + c.known_noise * z);
+  const T level = c.known_sample * known + c.known_noise * z;
+  const T blended = mask * next + (T(1) - mask) * level;
+  return mask == T(1) ? next : mask == T(0) ? level : blended;
 }
 
 }  // namespace fastguide

@@ -54,7 +54,7 @@ def signature(conditions: Sequence[tuple[str, Condition]], batch: int) -> Signat
                 )
         return tuple(
             (key, signature([(f"{n}[{key!r}]", c[key]) for n, c in conditions if isinstance(c, Mapping)], batch))
-            for key in first
+            for key in sorted(first)
         )
     for name, condition in conditions:
         if not isinstance(condition, Tensor):

@@ -62,7 +62,10 @@ class Cursor:
 
         The portable noise counts steps from ``begin``.
         """
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
         end = len(table) if end is None else end
+        _check_integers(begin=begin, end=end)
         if not 0 <= begin <= end <= len(table):
             raise ValueError(f"begin, end: expected 0 <= begin <= end <= {len(table)}, got {begin} and {end}")
         for column, value in enumerate((begin, end, begin, 0)):
@@ -74,9 +77,12 @@ class Cursor:
     def place(self, sample: int, begin: int, end: int, timestep: int) -> Cursor:
         """Put one sample at row ``begin``, to be finished at ``end``, with the timestep of its next model call."""
         if self.batch is None or not 0 <= sample < self.batch:
-            raise ValueError(
-                f"sample: expected one of a cursor for several, 0 to {(self.batch or 0) - 1}, got {sample}"
-            )
+            if self.batch is None:
+                raise ValueError("sample: expected a Cursor for several samples, Cursor(batch), got one for all")
+            raise ValueError(f"sample: expected 0 to {self.batch - 1}, got {sample}")
+        _check_integers(begin=begin, end=end)
+        if not 0 <= begin <= end:
+            raise ValueError(f"begin, end: expected 0 <= begin <= end, got {begin} and {end}")
         for column, value in enumerate((begin, end, begin)):
             self.state[sample, column] = value
         self.timestep[sample :: self.batch] = timestep
@@ -84,3 +90,9 @@ class Cursor:
 
     def __repr__(self) -> str:
         return f"Cursor({'' if self.batch is None else f'batch={self.batch}, '}device={self.device})"
+
+
+def _check_integers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name}: expected an integer, got {number!r}")

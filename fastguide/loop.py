@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from .noise import DeviceGenerator
 from .ops import StepFunction, backend_for
 from .table import ROW_COLUMNS, StepTable
 
-_SMALLEST_CAPACITY = 64  # rows
+_SMALLEST_CAPACITY = 1024  # rows: 70 kB, so that another number of steps is no other loop
 
 
 class Same:
@@ -27,7 +28,12 @@ class Same:
 
     def __init__(self, function: object) -> None:
         self.function: Any = function
-        self._key = function if isinstance(function, Hashable) else id(function)
+        try:
+            hash(function)
+        except TypeError:
+            self._key: object = id(function)
+        else:
+            self._key = function
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Same) and self._key == other._key
@@ -64,6 +70,8 @@ class LoopKind(NamedTuple):
     timestep_dtype: torch.dtype
     scalar_timestep: bool
     step: StepFunction
+    autocast: torch.dtype | None
+    training: bool | None  # of a model that is a module
 
     def difference(self, other: LoopKind) -> str:
         """Where two kinds differ first, for a message."""
@@ -101,18 +109,15 @@ class LoopOptions:
         batch: int | None = None,
     ) -> LoopKind:
         """The loop for such inputs; ``batch``: for so many samples, if not for x's."""
-        whole = empty_like(x.to("meta"))
-        if batch is not None:
-            strides = (whole[:1].numel(), *whole.stride()[1:])
-            whole = torch.empty_strided((batch, *whole.shape[1:]), strides, dtype=x.dtype, device="meta")
-        rounded = _SMALLEST_CAPACITY  # so that another number of steps is no other loop
+        shape = (x.shape[0] if batch is None else batch, *x.shape[1:])
+        rounded = _SMALLEST_CAPACITY
         while rounded < capacity:
             rounded *= 2
         classifier = guidance.classifier
         return LoopKind(
             model=Same(self.model),
-            shape=tuple(whole.shape),
-            strides=whole.stride(),
+            shape=shape,
+            strides=(math.prod(shape[1:]), *x.stride()[1:]),  # samples one after the other
             dtype=x.dtype,
             device=x.device,
             model_dtype=x.dtype if self.dtype is None else self.dtype,
@@ -132,6 +137,8 @@ class LoopOptions:
             timestep_dtype=self.timestep_dtype,
             scalar_timestep=self.scalar_timestep,
             step=backend_for(self.backend, x.device.type).step,
+            autocast=torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None,
+            training=self.model.training if isinstance(self.model, torch.nn.Module) else None,
         )
 
     def skipped(self, guidance: Guidance, steps: int) -> tuple[bool, ...]:
@@ -184,6 +191,7 @@ class Loop:
         )
         self.generator = DeviceGenerator(0, device=device) if kind.noise == "torch_stream" else None
         self._grid = torch_grid(device, self.sample.numel()) if self.generator is not None else NO_GRID
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in (self.sample, self.input) if tensor.numel()}
         self._written: tuple[StepTable, Guidance] | None = None
         self._checked: set[tuple[object, ...]] = set()
 
@@ -247,7 +255,8 @@ class Loop:
         gradient = None
         if self._classifier is not None:
             timestep = self.cursor.timestep[: self.batch] if self.cursor.timestep.dim() else self.cursor.timestep
-            gradient = self._classifier.gradient(self.sample, timestep.expand(self.batch), self.labels)
+            timestep = timestep.to(torch.int64).expand(self.batch)
+            gradient = self._classifier.gradient(self.sample, timestep, self.labels)
             gradient = _in_layout_of(self.sample, gradient)
         predictions, variance = self._predictions(conditional)
         self.kind.step(
@@ -276,7 +285,11 @@ class Loop:
         first = 1 if conditional else 0
         if self.kind.batched:
             return self._split(self._call(slice(first * batch, count * batch)), count - first)
-        parts = [self._split(self._call(slice(k * batch, (k + 1) * batch)), 1) for k in range(first, count)]
+        outputs = [self._call(slice(k * batch, (k + 1) * batch)) for k in range(first, count)]
+        places = {output.untyped_storage().data_ptr() for output in outputs if isinstance(output, Tensor)}
+        if batch and len(places) < len(outputs):
+            raise ValueError("model: expected new memory at each call with batched=False, got the same twice")
+        parts = [self._split(output, 1) for output in outputs]
         return [prediction for predictions, _ in parts for prediction in predictions], parts[-1][1]
 
     def _call(self, rows: slice) -> Tensor:
@@ -302,11 +315,16 @@ class Loop:
         """The predictions in the sample's layout, and the learned variance: that of the last, conditional one."""
         sample, batch = self.sample, self.batch
         if not isinstance(output, Tensor):
-            raise TypeError(f"model: expected it to return a tensor, got {type(output).__name__}")
+            hint = (
+                "; its .sample is one, and fastguide.diffusers.as_model takes it" if hasattr(output, "sample") else ""
+            )
+            raise TypeError(f"model: expected it to return a tensor, got {type(output).__name__}{hint}")
         kind = (count, output.shape, output.dtype, output.device)
         if kind not in self._checked:
             self._check(output, count)
             self._checked.add(kind)
+        if output.untyped_storage().data_ptr() in self._own:  # a view of its input, which the step writes
+            output = output.clone()
         if not self.kind.learned_variance:
             if output.stride()[1:] == sample.stride()[1:]:
                 return [output], None  # all predictions in one tensor, as they came

@@ -79,6 +79,9 @@ def _int64(name: str, values: int | Sequence[int] | Tensor, device: torch.device
     numbers = [values] if isinstance(values, int) else values
     if not isinstance(numbers, (list, tuple, range)) or not all(isinstance(number, int) for number in numbers):
         raise TypeError(f"{name}: expected an int, a sequence of them or an int64 tensor, got {values!r}")
+    bad = [number for number in numbers if not -(2**63) <= number < 2**64]
+    if bad:
+        raise ValueError(f"{name}: expected 64 bits, from -2^63 to 2^64 - 1, got {bad[0]}")
     words = torch.tensor([signed_word(number) for number in numbers], dtype=torch.int64, device=device)
     return words[0] if isinstance(values, int) else words
 

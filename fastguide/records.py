@@ -12,7 +12,11 @@ from .table import StepTable
 
 
 class Sampled(NamedTuple):
-    """What a loop returns if more than its last sample is asked for."""
+    """What a loop returns if more than its last sample is asked for.
+
+    ``sample``: x_0, shape (batch, ...). ``trajectory``: x_T and the sample after each step, shape (steps + 1, batch,
+    ...), or ``None``. ``originals``: each step's predicted original sample, shape (steps, batch, ...), or ``None``.
+    """
 
     sample: Tensor
     """x_0, shape (batch, ...)."""

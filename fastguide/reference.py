@@ -72,7 +72,7 @@ def guided_step(
     if variance is not None:
         log_variance = row["logvar_base"] + row["logvar_span"] * variance.to(dtype)
         shift = shift + row["out_var_grad"] * torch.exp(log_variance)
-        deviation = deviation * torch.exp(0.5 * log_variance)
+        deviation = torch.where(deviation != 0, deviation * torch.exp(0.5 * log_variance), 0.0)
     if gradient is not None:
         result = result + shift * scale * gradient.to(dtype)
     if seeds is not None:
@@ -82,7 +82,9 @@ def guided_step(
         result = result + deviation * noise.to(dtype)
     if mask is not None and known is not None and known_noise is not None:
         level = row["known_sample"] * known.to(dtype) + row["known_noise"] * known_noise.to(dtype)
-        result = mask.to(dtype) * result + (1 - mask.to(dtype)) * level
+        painted = mask.to(dtype)
+        blended = painted * result + (1 - painted) * level
+        result = torch.where(painted == 1, result, torch.where(painted == 0, level, blended))
 
     keep = None if cursor is None else ~_per_sample(live, sample)  # of finished samples
     if staged is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from . import conditions as conditioning
 from . import stepping
 from .conditions import Condition
 from .cursor import TIMESTEP_DTYPES
-from .graphs import Graphs
+from .graphs import Graphs, Pool
 from .guidance import Guidance
 from .loop import Loop, LoopKind, LoopOptions
-from .ops import UNGUIDED, check_run
+from .ops import BACKENDS, UNGUIDED, check_run
 from .records import Record, Sampled
 from .slots import Slots
 from .sources import Generators, noise_source
@@ -33,12 +33,12 @@ class Sampler:
     Args:
         model: ``model(x, t)``, or ``model(x, t, condition)``; a condition that is a mapping is passed as keyword
             arguments. Returns a tensor of x's shape, or, with a learned variance, of twice its channels: prediction,
-            then variance. It must not write to x, nor keep it: the next step overwrites it.
+            then variance. It must not write to x, t and the condition, nor keep them: the next step overwrites them.
         table: from ``ddpm`` or ``ddim``; ``table[k:]`` starts at step k. It may be replaced between calls.
         guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None``. It may be replaced
             between calls.
         dtype: what x is cast to for the model, such as ``torch.bfloat16``; ``None``: the state's own. The state keeps
-            the dtype of ``x_T``, best float32.
+            the dtype of ``x_T``, best float32, and conditions are given to the model as they come.
         backend: as in ``guided_step``.
         cuda_graph: on a GPU, ``"auto"`` captures one step, model and all, at its first call, and replays it as often
             as there are steps; ``"loop"`` captures all steps as one graph; ``"try"`` is ``"auto"``, or eager with a
@@ -54,7 +54,10 @@ class Sampler:
             graphs; the least recently used is dropped.
         recapture: ``False``: the first call decides on the kind, and another is refused.
 
-    Number of steps, schedule, scale, seeds and conditions are in small buffers: changing them captures nothing anew.
+    Number of steps, schedule, scale, seeds and conditions are in small buffers: changing them captures nothing anew
+    (but scales for each sample instead of one for all, and, with ``"loop"``, another number of steps). A graph reads
+    the model's parameters where they were: after any but changes in place, such as ``load_state_dict``'s, call
+    ``clear()``. A model that draws from the generator of the steps' noise draws the same values as its step.
     With a learned variance, the last (conditional) prediction's is used. Of one thread at a time.
 
     >>> from fastguide import ClassifierFree, NoiseSchedule, ddim
@@ -87,6 +90,16 @@ class Sampler:
             raise TypeError(f"timestep_dtype: expected one of {TIMESTEP_DTYPES}, got {timestep_dtype!r}")
         if cuda_graph not in stepping.MODES:
             raise ValueError(f"cuda_graph: expected 'auto', 'loop', 'try' or False, got {cuda_graph!r}")
+        for name, flag in (
+            ("batched", batched),
+            ("skip_unconditional", skip_unconditional),
+            ("scalar_timestep", scalar_timestep),
+            ("recapture", recapture),
+        ):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected True or False, got {flag!r}")
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {tuple(BACKENDS)}, got {backend!r}")
         if not isinstance(max_loops, int) or isinstance(max_loops, bool) or max_loops < 1:
             raise ValueError(f"max_loops: expected a positive integer, got {max_loops!r}")
         self.model = model
@@ -102,6 +115,7 @@ class Sampler:
         self.table = table
         self.guidance = guidance
         self._loops: dict[LoopKind, _Kept] = {}
+        self._pools: dict[torch.device, Pool] = {}
         self._in_use = threading.Lock()
 
     @property
@@ -223,9 +237,9 @@ class Sampler:
             seeds: one for each sample, instead of a generator: the steps' noise is of the portable stream, so that a
                 sample depends on its seed and not on the batch it is in. ``portable_noise(seeds, shape)`` is an
                 ``x_T`` of the same kind.
-            callback: ``callback(step, timestep, sample)`` after each step. The sample is the loop's own: clone what is
-                to be kept; what is written to it, the loop goes on with. An exception ends the loop, which can be
-                called again.
+            callback: ``callback(step, timestep, sample)`` after each step, counted as the table does. The sample is
+                the loop's own: clone what is to be kept; what is written to it, by operations of torch, the loop goes
+                on with. An exception ends the loop, which can be called again.
             progress: show a progress bar (needs tqdm). It counts steps that are launched: nothing waits for the device.
             check_finite: refuse a result that is not finite, naming the step after which that began; waits for the
                 device once, at the end.
@@ -273,7 +287,7 @@ class Sampler:
                     if buffer is not None and values is not None:
                         buffer.copy_(values)
                 if loop.generator is not None:
-                    noise.hand_over(loop.generator)
+                    noise.begin(loop.generator)
                 loop.cursor.start(table, begin)
                 loop.stage()
 
@@ -283,29 +297,34 @@ class Sampler:
             make_step = stepping.step_function(self.cuda_graph, loop, kept.graphs, write, conditional, steps, between)
             write()
             record = Record(loop, len(steps), return_trajectory, return_originals, check_finite)
-            drawn = 0
+            stood = noise.stands() if loop.generator is not None else None
             try:
                 for number, step in enumerate(_progress_bar(steps) if progress else steps):
                     if noise.kind == "given" and table.adds_noise[step]:
                         loop.draw(noise.generators)
+                    if loop.generator is not None and noise.stands() != stood:
+                        noise.begin(loop.generator)
                     make_step(step)
-                    drawn += table.adds_noise[step]
-                    record.after(number)
+                    if loop.generator is not None:
+                        noise.advance(loop.increment * table.adds_noise[step])
+                        stood = noise.stands()
                     if callback is not None:
                         version = loop.sample._version
                         callback(step, table.host_timesteps[step], loop.sample)
                         if loop.sample._version != version:
                             loop.stage()
+                    record.after(number)
             finally:
                 if loop.generator is not None:
-                    noise.hand_back(loop.generator, drawn * loop.increment)
+                    noise.end(loop.generator)
             return record.result(table, begin)
 
     # ---- What a call needs ----
 
     def _check_call(self, x_T: Tensor, callback: Callback | None) -> None:
         if not isinstance(x_T, Tensor) or x_T.dim() == 0:
-            raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {x_T!r}")
+            got = "one without dimensions" if isinstance(x_T, Tensor) else type(x_T).__name__
+            raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {got}")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
         check_run(self._table, "x_T", x_T, self._guidance, self.backend)
@@ -337,30 +356,48 @@ class Sampler:
 
     @contextmanager
     def _using(self, kind: LoopKind, guidance: Guidance) -> Iterator[_Kept]:
-        """The loop of a kind, made if there is none yet, for one caller at a time."""
-        if not self._in_use.acquire(blocking=False):
+        """The loop of a kind, made if there is none yet and kept if it serves, for one caller at a time."""
+        if self._in_use.locked():
             raise RuntimeError("sampler: is running already, in another thread or a callback; expected one of its own")
-        try:
-            kept = self._loops.pop(kind, None)
+        with self._in_use:
+            pool = self._pools.setdefault(kind.device, Pool(kind.device))
+            pool.wait()
+            kept = self._loops.get(kind)
             if kept is None:
                 if not self.recapture and self._loops:
                     known = next(iter(self._loops))
                     raise ValueError(f"recapture: expected a call like the first, of {known.difference(kind)}")
-                kept = _Kept(Loop(kind, guidance), Graphs(kind.device))
-            while len(self._loops) >= self.max_loops:
-                self._loops.pop(next(iter(self._loops)))
-            self._loops[kind] = kept
-            kept.graphs.wait()
+                only_one = not self.recapture and self.cuda_graph == "loop"
+                kept = _Kept(Loop(kind, guidance), Graphs(pool, max(self.max_loops, 2), only_one))
             try:
                 yield kept
             finally:
-                kept.graphs.leave()
-        finally:
-            self._in_use.release()
+                pool.leave()
+            self._loops.pop(kind, None)
+            while len(self._loops) >= max(self.max_loops, 1):
+                self._drop(next(iter(self._loops)))
+            self._loops[kind] = kept
 
     def clear(self) -> None:
-        """Forget all loops, with their buffers and graphs."""
-        self._loops.clear()
+        """Forget all loops, with their buffers and graphs; waits for the device."""
+        if self._in_use.locked():
+            raise RuntimeError("sampler: is running, in another thread or a callback; expected it idle")
+        with self._in_use:
+            for kind in list(self._loops):
+                self._drop(kind)
+            self._pools.clear()
+
+    def _drop(self, kind: LoopKind) -> None:
+        self._pools[kind.device].finish()
+        del self._loops[kind]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without loops, which are made anew."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_loops", "_pools", "_in_use")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._loops, self._pools, self._in_use = {}, {}, threading.Lock()
 
 
 class _Kept(NamedTuple):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import conditions as conditioning
+from .checks import counted_layout
 from .conditions import Condition
-from .graphs import Graphs
+from .graphs import Graphs, Pool
 from .guidance import Guidance
 from .loop import Loop, LoopOptions
 from .noise import signed_word
@@ -34,7 +36,10 @@ class Slots:
 
     A step calls the model once for all places and moves each sample on by one step of its own. A sample does not depend
     on who else is in the batch, as far as the model does not mix samples: it gets the bits that ``Sampler`` gives it in
-    a batch of this size. Free and finished places are computed along, and left as they are.
+    a batch of this size (with ``skip_unconditional``, up to the last digits: a step leaves the unconditional prediction
+    out where all requests do). Free and finished places are computed along, and left as they are. A step that is
+    interrupted gives up all requests. Of one thread and one stream at a time. Image-to-image is a slice of a table,
+    with an ``x_T`` at its level; masks, callbacks and generators are ``Sampler``'s alone.
 
     >>> from fastguide import NoiseSchedule, Sampler, ddim
     >>> sampler = Sampler(lambda x, t: 0.1 * x, ddim(NoiseSchedule.linear(), 3))
@@ -56,6 +61,10 @@ class Slots:
         for name, number in (("batch", batch), ("capacity", capacity)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {number!r}")
+        if options.scalar_timestep:
+            raise ValueError("scalar_timestep: expected False, as requests stand at different timesteps, got True")
+        if cuda_graph == "loop":
+            raise ValueError("cuda_graph: expected 'auto', 'try' or False, as requests come and go between steps")
         self._options = options
         self._table = table
         self._guidance = guidance
@@ -65,6 +74,7 @@ class Slots:
         self._requests: dict[int, _Request] = {}
         self._regions: dict[tuple[StepTable, str | None], int] = {}  # where a table's rows begin
         self._loop: Loop | None = None
+        self._in_use = threading.Lock()
         self._steps: dict[bool, Callable[[], None]] = {}
 
     @property
@@ -102,24 +112,33 @@ class Slots:
             The number of its slot, until ``step`` returns it as finished.
 
         Raises:
-            RuntimeError: no slot is free.
+            RuntimeError: no slot is free, or the model cannot be captured.
             TypeError, ValueError: as in ``Sampler``; or the request is of another kind than the first.
         """
+        self._refuse_others()
         if not self.free:
             raise RuntimeError(f"admit: expected a free slot, got all {self._batch} under way")
         table = self._table if table is None else table
         guidance = self._guidance if guidance is None else guidance
+        kinds = (("x_T", x_T, Tensor), ("table", table, StepTable), ("guidance", guidance, (Guidance, type(None))))
+        for name, value, expected in kinds:
+            if not isinstance(value, expected):
+                what = {"x_T": "a tensor", "table": "a StepTable", "guidance": "a Guidance or None"}[name]
+                raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
         check_run(table, "x_T", x_T, guidance, self._options.backend)
         guidance = UNGUIDED if guidance is None else guidance
         if x_T.dim() == 0 or x_T.shape[0] != 1:
             raise ValueError(f"x_T: expected shape (1, ...), one request, got {tuple(x_T.shape)}")
+        if not counted_layout(x_T):
+            raise ValueError(f"x_T: expected it contiguous or channels_last, got strides {x_T.stride()}")
         check_rows(table, 0)
         conditions = conditioning.listed(cond, uncond, guidance.num_predictions)
         conditioning.check_labels(labels, guidance, 1)
-        if table.adds_noise_anywhere and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise TypeError(f"seed: expected a number, as the table adds noise, got {seed!r}")
-        loop = self._loop_for(x_T, conditioning.signature(conditions, 1), table, guidance, labels is not None)
+        if (table.adds_noise_anywhere or seed is not None) and (not isinstance(seed, int) or isinstance(seed, bool)):
+            raise TypeError(f"seed: expected an integer, as the table adds noise, got {seed!r}")
+        loop, steps = self._loop_for(x_T, conditioning.signature(conditions, 1), table, guidance, labels is not None)
         begin = self._region(loop, table, guidance)
+        self._loop, self._steps = loop, steps  # kept, now that the request is taken
         slot = next(number for number in range(self._batch) if number not in self._requests)
         place = slice(slot, slot + 1)
         loop.write_weights(begin, place, table, guidance)
@@ -142,20 +161,41 @@ class Slots:
         Returns:
             Those that are finished, by their slots, which are free again: x_0, shape (1, ...).
         """
-        if self._loop is None or not self._requests:
-            return {}
-        self._steps[all(request.conditional[request.step] for request in self._requests.values())]()
-        finished = {}
-        for slot, request in list(self._requests.items()):
-            request.step += 1
-            if request.step == len(request.table):
-                finished[slot] = self._loop.sample[slot : slot + 1].clone()
-                del self._requests[slot]
-        return finished
+        self._refuse_others()
+        with self._in_use:
+            loop, requests = self._loop, self._requests
+            if loop is None or not requests:
+                return {}
+            self._requests = {}  # if this is interrupted, nobody knows where they stand
+            try:
+                self._steps[all(request.conditional[request.step] for request in requests.values())]()
+            except BaseException:
+                for slot in requests:
+                    loop.cursor.place(slot, 0, 0, 0)
+                raise
+            finished, going_on = {}, {}
+            for slot, request in requests.items():
+                request.step += 1
+                if request.step == len(request.table):
+                    finished[slot] = loop.sample[slot : slot + 1].clone()
+                else:
+                    going_on[slot] = request
+            self._requests = going_on
+            return finished
+
+    def _refuse_others(self) -> None:
+        if self._in_use.locked():
+            raise RuntimeError("slots: are in use already, in another thread or by the model; expected some of its own")
+
+    def clear(self) -> None:
+        """Give up all requests and buffers: the next request may be of another kind."""
+        self._refuse_others()
+        self._requests, self._regions, self._loop, self._steps = {}, {}, None, {}
 
     def cancel(self, slot: int) -> Tensor:
         """Take a request out before its end; returns its sample as it is."""
-        if self._loop is None or slot not in self._requests:
+        self._refuse_others()
+        if self._loop is None or not isinstance(slot, int) or slot not in self._requests:
             raise ValueError(f"slot: expected one under way, {self.active}, got {slot!r}")
         del self._requests[slot]
         self._loop.cursor.place(slot, 0, 0, 0)
@@ -163,8 +203,8 @@ class Slots:
 
     def _loop_for(
         self, x_T: Tensor, conditions: conditioning.Signature, table: StepTable, guidance: Guidance, labels: bool
-    ) -> Loop:
-        """The loop, made for the first request; every other has to be of its kind."""
+    ) -> tuple[Loop, dict[bool, Callable[[], None]]]:
+        """The loop and its steps, made for the first request; every other has to be of its kind."""
         kind = self._options.kind(
             x_T,
             conditions,
@@ -179,15 +219,11 @@ class Slots:
         if self._loop is None:
             check_mode(self._cuda_graph, x_T.device)
             loop = Loop(kind, guidance)
-            flags = {False, True} if kind.skips else {False}
-            if self._cuda_graph == "loop":
-                raise ValueError("cuda_graph: expected 'auto', 'try' or False, as requests come and go between steps")
             # Captured now, as nobody is under way whom a warm-up would move on.
-            self._steps = single_steps(self._cuda_graph, loop, Graphs(kind.device), lambda: None, flags)
-            self._loop = loop
-        elif self._loop.kind != kind:
+            return loop, single_steps(self._cuda_graph, loop, Graphs(Pool(kind.device), 2), lambda: None)
+        if self._loop.kind != kind:
             raise ValueError(f"admit: expected a request like the first, of {self._loop.kind.difference(kind)}")
-        return self._loop
+        return self._loop, self._steps
 
     def _region(self, loop: Loop, table: StepTable, guidance: Guidance) -> int:
         """Where the table's rows are in the buffer; written now, if they are not there yet."""

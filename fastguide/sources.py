@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .checks import check_device_generator
+from .checks import check_device_generator, counted_layout
 from .drawing import draws_in_kernel
 from .noise import DeviceGenerator, seeds_tensor
 from .ops import backend_for
@@ -25,7 +25,7 @@ class NoiseSource(NamedTuple):
     """One for all samples, or one for each."""
     seeds: Tensor | None = None
 
-    def hand_over(self, state: DeviceGenerator) -> None:
+    def begin(self, state: DeviceGenerator) -> None:
         """Let a loop's own generator go on where the caller's stands."""
         (generator,) = self.generators
         if isinstance(generator, DeviceGenerator):
@@ -33,13 +33,22 @@ class NoiseSource(NamedTuple):
         else:
             state.set(generator.initial_seed(), generator.get_offset())
 
-    def hand_back(self, state: DeviceGenerator, moved: int) -> None:
-        """Let the caller's generator stand where torch would have left it."""
+    def advance(self, increment: int) -> None:
+        """Let the caller's generator stand where torch would have left it after a step with noise."""
+        (generator,) = self.generators
+        if isinstance(generator, torch.Generator):
+            generator.set_offset(generator.get_offset() + increment)
+
+    def stands(self) -> object:
+        """Where the caller's generator stands: if others draw from it between two steps, the loop goes on behind."""
+        (generator,) = self.generators
+        return generator.get_offset() if isinstance(generator, torch.Generator) else None
+
+    def end(self, state: DeviceGenerator) -> None:
+        """Give a generator on the device its state back."""
         (generator,) = self.generators
         if isinstance(generator, DeviceGenerator):
             generator.state.copy_(state.state)
-        else:
-            generator.set_offset(generator.get_offset() + moved)
 
 
 def noise_source(
@@ -72,6 +81,8 @@ def noise_source(
     if not table.adds_noise_anywhere:
         return NoiseSource("none")
     if seeds is not None:
+        if not counted_layout(x_T):
+            raise ValueError(f"x_T: seeds expect it contiguous or channels_last, got strides {x_T.stride()}")
         return NoiseSource("portable", seeds=seeds)
     generators = generators or [_default_generator(x_T.device)]
     chosen = backend_for(backend, x_T.device.type)

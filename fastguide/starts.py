@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def start(
         raise ValueError(f"image: expected {ours}, as x_T, got {theirs}")
     if strength is None and mask is None:
         raise ValueError("strength: expected a number from 0 to 1 with image=, or mask=, got None")
-    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    number = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
     if strength is not None and (not number or not 0 <= strength <= 1):
         raise ValueError(f"strength: expected a number from 0 to 1, got {strength!r}")
     if mask is not None:
@@ -38,6 +40,8 @@ def start(
         except RuntimeError:
             expected = tuple(x_T.shape)
             raise ValueError(f"mask: expected a shape that broadcasts to {expected}, got {tuple(mask.shape)}") from None
+        if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
+            raise ValueError(f"mask: expected values from 0 to 1, got {mask.min().item():g} to {mask.max().item():g}")
     if table.alphas_cumprod is None:
         raise ValueError(f"table: expected one of ddpm or ddim with image=, got {table!r}, which knows no levels")
     steps = len(table)
@@ -48,11 +52,14 @@ def start(
     if begin == 0 and mask is not None:
         return x_T, 0, mask
     level = float(table.alphas_cumprod[begin])
-    return level**0.5 * image + (1 - level) ** 0.5 * x_T, begin, mask
+    wide = torch.promote_types(x_T.dtype, torch.float32)
+    return level**0.5 * image.to(wide) + (1 - level) ** 0.5 * x_T.to(wide), begin, mask
 
 
 def check_rows(table: StepTable, begin: int) -> None:
     """Refuse a run over steps at which the solver is not defined."""
+    if table.scales_inputs:
+        raise ValueError(f"table: expected in_scale of 1, as nothing says the first input's scale, got {table!r}")
     bad = [row for row in sorted(table.undefined_rows) if row >= begin]
     if bad:
         raise ValueError(

@@ -17,6 +17,8 @@ MODES = get_args(Mode)
 
 def check_mode(mode: Mode, device: torch.device) -> None:
     """Refuse what only a device with graphs can do."""
+    if mode not in MODES:
+        raise ValueError(f"cuda_graph: expected 'auto', 'loop', 'try' or False, got {mode!r}")
     if mode == "loop" and not can_capture(device):
         raise ValueError(f"cuda_graph: expected 'auto' or False for an x_T on {device}, which has no graphs")
 
@@ -59,21 +61,20 @@ def step_function(
 
         whole = graphs.get(pattern, all_steps, write)
         return lambda step: whole.replay() if step == steps.start else None
-    made = single_steps(mode, loop, graphs, write, {conditional[step] for step in steps})
+    made = single_steps(mode, loop, graphs, write)
     return lambda step: made[conditional[step]]()
 
 
-def single_steps(
-    mode: Mode, loop: Loop, graphs: Graphs, write: Callable[[], None], flags: set[bool]
-) -> dict[bool, Callable[[], None]]:
-    """A step with and without the unconditional prediction, as far as they are asked for; see ``step_function``."""
+def single_steps(mode: Mode, loop: Loop, graphs: Graphs, write: Callable[[], None]) -> dict[bool, Callable[[], None]]:
+    """A step, and one without the unconditional prediction where steps may skip it; see ``step_function``."""
+    flags = (False, True) if loop.kind.skips else (False,)
 
     def eager(flag: bool) -> Callable[[], None]:
         return lambda: loop.step(flag)
 
-    if captures(mode, loop.kind.device):
+    if captures(mode, loop.kind.device) and not (mode == "try" and graphs.failed):
         try:
-            return {flag: graphs.get(flag, eager(flag), write).replay for flag in sorted(flags)}
+            return {flag: graphs.get(flag, eager(flag), write).replay for flag in flags}
         except RuntimeError as error:
             if mode != "try":
                 raise

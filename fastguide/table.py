@@ -115,6 +115,7 @@ class StepTable:
         self.adds_noise: tuple[bool, ...] = tuple((rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
         self.undefined_rows = frozenset((~_finite_rows(rows)).nonzero().flatten().tolist())
         self.adds_noise_anywhere = any(self.adds_noise)
+        self.scales_inputs = bool((rows[:, _IN_SCALE] != 1).any())
         self.takes_predictions = bool(
             (rows[:, [ROW_COLUMNS.index("x0_pred"), ROW_COLUMNS.index("out_pred")]] != 0).any()
         )
@@ -144,7 +145,7 @@ class StepTable:
         kept = slice(start, stop)
         forms = {form: v if isinstance(v, str) else v[kept] for form, v in self._forms.items()}
         return StepTable.__new__(StepTable)._assign(
-            torch.tensor(self.host_timesteps[kept]),  # not from the device: nothing waits
+            torch.tensor(self.host_timesteps[kept], device="cpu"),  # not from the device: nothing waits
             self.rows[kept],
             forms,
             self.learned_variance,

@@ -14,9 +14,9 @@ SHAPE = (3, 4, 6, 5)
 class Model(torch.nn.Module):
     """A small network that counts how often Python calls it."""
 
-    def __init__(self, out_channels=4, dtype=torch.float32):
+    def __init__(self, out_channels=4, dtype=torch.float32, seed=0):
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.convolution = torch.nn.Conv2d(4, out_channels, 3, padding=1).to(dtype)
         self.called = 0
 
@@ -80,6 +80,16 @@ CASES = {  # sampler, call
     "image to image": (lambda: Sampler(Model(), DDPM), {"image": IMAGE, "strength": 0.5, "seeds": [1, 2, 3]}),
     "an interval": (
         lambda: Sampler(Model(), DDIM, ClassifierFree.per_step([1, 1, 4, 4, 1, 1]), skip_unconditional=True), FREE,
+    ),
+    "an interval, and a classifier": (
+        lambda: Sampler(
+            Model(), DDIM, ClassifierFree.per_step([1, 1, 4, 4, 1, 1]) + Classifier(classifier, 2.0),
+            skip_unconditional=True,
+        ),
+        {**FREE, "labels": LABELS},
+    ),
+    "a learned variance, one call for each": (
+        lambda: Sampler(Model(8), LEARNED, ClassifierFree(2.0), batched=False), {**FREE, "seeds": [1, 2, 3]},
     ),
     "double precision": (lambda: Sampler(Model(dtype=torch.float64), DDIM, ClassifierFree(2.0)), FREE),
 }  # fmt: skip

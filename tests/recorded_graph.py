@@ -29,7 +29,7 @@ class Recorder(TorchDispatchMode):
 class RecordedGraph:
     captured = 0
 
-    def __init__(self, function, device):
+    def __init__(self, function, pool):
         for _ in range(graphs.WARM_UPS):
             function()
         with Recorder() as recorder:

@@ -161,8 +161,11 @@ def test_what_does_not_fit_is_refused(case):
         (lambda: Cursor(2, timesteps=3), "timesteps: expected a multiple of the batch of 2, got 3"),
         (lambda: Cursor(timestep_dtype=torch.int32), "timestep_dtype: expected one of"),
         (lambda: Cursor().start(TABLES["ddim"], 3, 11), "begin, end: expected 0 <= begin <= end <= 10, got 3 and 11"),
-        (lambda: Cursor().place(0, 0, 1, 9), "sample: expected one of a cursor for several"),
-        (lambda: Cursor(2).place(2, 0, 1, 9), "sample: expected one of a cursor for several, 0 to 1, got 2"),
+        (lambda: Cursor().place(0, 0, 1, 9), "sample: expected a Cursor for several samples"),
+        (lambda: Cursor(2).place(2, 0, 1, 9), "sample: expected 0 to 1, got 2"),
+        (lambda: Cursor(2).place(0, -1, 1, 9), "begin, end: expected 0 <= begin <= end, got -1 and 1"),
+        (lambda: Cursor().start(20), "table: expected a StepTable, got int"),
+        (lambda: Cursor().start(TABLES["ddim"], 1.5), "begin: expected an integer, got 1.5"),
     ],
 )
 def test_cursors_that_cannot_be(make, message):

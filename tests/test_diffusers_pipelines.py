@@ -368,3 +368,12 @@ def test_a_sampler_has_the_eta_and_dtype_it_is_made_with():
     assert sampler.dtype == torch.bfloat16
     assert torch.equal(sampler.table.rows, fused.step_table(pipe.scheduler, 4, eta=0.5).rows)
     assert sampler.table.adds_noise_anywhere
+
+
+@pytest.mark.parametrize("steps", [7, 13, 50])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_inpainting_by_a_sampler_ends_at_the_image(name, steps):
+    table = fused.step_table(scheduler_of(name, timestep_spacing="trailing"), steps)
+    image, mask = torch.randn(1, 4, 8, 8), torch.zeros(1)
+    got = fastguide.Sampler(lambda x, t: 0.1 * x, table)(torch.randn(1, 4, 8, 8), image=image, mask=mask, seeds=[1])
+    assert torch.equal(got, image)

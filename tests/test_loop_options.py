@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from textbook import guided_prediction
@@ -294,6 +297,8 @@ BAD = {
         {"image": IMAGE, "mask": torch.ones(3, 6, 5)}, ValueError, r"mask: .* broadcasts to .*, got \(3, 6, 5\)",
     ),
     "mask's kind": ({"image": IMAGE, "mask": torch.ones(1).long()}, TypeError, "mask: expected .* got torch.int64"),
+    "mask's range": ({"image": IMAGE, "mask": torch.full((1,), 255.0)}, ValueError, "mask: .*, got 255 to 255"),
+    "a seed of 65 bits": ({"seeds": [1, 2**64, 3]}, ValueError, "seeds: expected 64 bits, .*, got 184467"),
     "too few generators": ({"generator": [torch.Generator()] * 2}, ValueError, "generator: expected 1 or 3.* got 2"),
     "no generator": ({"generator": 3}, TypeError, "generator: expected a torch.Generator .*, got int"),
     "no generators": ({"generator": [1, 2, 3]}, TypeError, "generator: expected torch.Generators, .*, got int"),
@@ -314,6 +319,8 @@ def test_what_a_call_refuses(case):
         ({"cuda_graph": "always"}, "cuda_graph: expected 'auto', 'loop', 'try' or False, got 'always'"),
         ({"cuda_graph": True}, "cuda_graph: expected 'auto', 'loop', 'try' or False, got True"),
         ({"timestep_dtype": torch.int32}, "timestep_dtype: expected one of"),
+        ({"batched": "no"}, "batched: expected True or False, got 'no'"),
+        ({"backend": "cuda"}, "backend: expected one of .*, got 'cuda'"),
         ({"max_loops": 0}, "max_loops: expected a positive integer, got 0"),
     ],
 )
@@ -326,3 +333,96 @@ def test_scales_on_a_device_decide_nothing_on_the_host():
     sampler = Sampler(model, TABLE, ClassifierFree(torch.ones(1, device="meta")), skip_unconditional=True)
     with pytest.raises(ValueError, match="skip_unconditional: expected scales that the host knows"):
         sampler(randn(), cond=COND, uncond=UNCOND)
+
+
+def test_a_callback_s_step_and_a_check_s_are_the_table_s():
+    seen = []
+    image = randn(seed=1)
+    Sampler(model, TABLE)(randn(), image=image, strength=0.3, callback=lambda step, t, x: seen.append((step, t)))
+    assert seen == [(step, TABLE.host_timesteps[step]) for step in (7, 8, 9)]
+    breaks = Sampler(
+        lambda x, t: x * torch.where(t == TABLE.host_timesteps[8], torch.nan, 0.1)[:, None, None, None], TABLE
+    )
+    with pytest.raises(FloatingPointError, match=f"after step 8, timestep {TABLE.host_timesteps[8]}"):
+        breaks(randn(), image=image, strength=0.3, check_finite=True)
+
+
+def test_records_and_checks_see_what_a_callback_wrote():
+    def write(step, timestep, sample):
+        sample.fill_(float(step) if step != 4 else torch.nan)
+
+    got = Sampler(model, TABLE)(randn(), callback=write, return_trajectory=True)
+    assert torch.equal(got.trajectory[-1], got.sample)
+    assert (got.trajectory[4] == 3.0).all()
+    with pytest.raises(FloatingPointError, match="after step 4"):
+        Sampler(model, TABLE)(randn(), callback=write, check_finite=True)
+
+
+def test_predictions_need_memory_of_their_own():
+    options = {"cond": COND, "uncond": UNCOND}
+    buffer = torch.empty(SHAPE)
+    with pytest.raises(ValueError, match="model: expected new memory at each call with batched=False"):
+        Sampler(lambda x, t, y: buffer.copy_(model(x, t, y)), TABLE, ClassifierFree(2.0), batched=False)(
+            randn(), **options
+        )
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view_as(x), lambda x: x.flip(1).flip(1) + 0])
+def test_a_model_may_return_its_input(view):
+    options = {"cond": COND, "uncond": UNCOND}
+    for guidance, call in ((ClassifierFree(2.0), options), (None, {"cond": COND})):
+        got, expected = (
+            Sampler(lambda x, t, y, f=f: f(x), TABLE, guidance)(randn(), **call) for f in (view, torch.clone)
+        )
+        assert torch.equal(got, expected)
+
+
+def test_what_a_kept_region_s_prediction_is_does_not_matter():
+    """Nor the learned variance where no noise is added."""
+    image, mask = randn(seed=1), torch.zeros(6, 5)
+    mask[:3] = 1.0
+    broken = torch.where(mask == 0, torch.nan, 0.1)
+    got = Sampler(lambda x, t: 0 * x + broken, TABLE)(randn(), image=image, mask=mask)
+    assert got.isfinite().all()
+    assert torch.equal(got[..., 3:, :], image[..., 3:, :])
+    table = fastguide.ddpm(SCHEDULE, 5, variance_type="learned")
+
+    def overflows(x, t):
+        variance = torch.where(t == 0, torch.inf, -3.0).reshape(-1, 1, 1, 1)
+        return torch.cat([0.1 * x, variance.expand_as(x)], 1)
+
+    for backend in ("native", "reference"):
+        assert Sampler(overflows, table, backend=backend)(randn(), seeds=[1, 2, 3]).isfinite().all()
+
+
+def test_half_precision_images_are_noised_in_single():
+    image = randn(seed=1).half()
+    got = Sampler(lambda x, t: 0 * x, TABLE)(randn(seed=2), image=image, strength=0.5, return_trajectory=True)
+    a = level(TABLE.host_timesteps[5])
+    close(got.trajectory[0], a**0.5 * image.double() + (1 - a) ** 0.5 * randn(seed=2).double())
+
+
+def test_samplers_are_copied_without_their_loops():
+    sampler = Sampler(model, TABLE, ClassifierFree(2.0))
+    options = {"cond": COND, "uncond": UNCOND}
+    expected = sampler(randn(), **options)
+    for twin in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert torch.equal(twin(randn(), **options), expected)
+
+
+def test_a_classifier_has_whole_timesteps():
+    embedding = torch.nn.Embedding(1000, 5)
+    guidance = Classifier(lambda x, t: x.flatten(1)[:, :5] + embedding(t), 1.0)
+    got = Sampler(model, TABLE, guidance, timestep_dtype=torch.float32)(randn(), labels=torch.tensor([0, 1, 2]))
+    assert got.isfinite().all()
+
+
+def test_undefined_rows_and_scaled_inputs_are_refused():
+    undefined = fastguide.StepTable(
+        torch.tensor([9, 0]), {"x0_pred": torch.tensor([torch.inf, 1.0])}, undefined="it has no signal"
+    )
+    with pytest.raises(ValueError, match=r"table: expected steps at which .* is defined, got step 0: it has no signal"):
+        Sampler(model, undefined)(randn())
+    scaled = fastguide.StepTable(torch.tensor([9]), {"in_scale": torch.tensor([0.5]), "out_pred": torch.ones(1)})
+    with pytest.raises(ValueError, match="table: expected in_scale of 1"):
+        Sampler(model, scaled)(randn())

@@ -131,7 +131,11 @@ def test_a_request_that_is_taken_out_leaves_the_others_alone():
 
 
 BAD = {
-    "no seed": ({"seed": None, "table": LONG}, TypeError, "seed: expected a number, as the table adds noise, got None"),
+    "no seed": ({"seed": None, "table": LONG}, TypeError, "seed: expected an integer, .*, got None"),
+    "numbers": ({"x_T": [1.0]}, TypeError, "x_T: expected a tensor, got list"),
+    "a number of steps": ({"table": 20}, TypeError, "table: expected a StepTable, got int"),
+    "a scale": ({"guidance": 7.5}, TypeError, "guidance: expected a Guidance or None, got float"),
+    "a seed of text": ({"seed": "a"}, TypeError, "seed: expected an integer, as the table adds noise, got 'a'"),
     "two samples": ({"x_T": torch.zeros(2, 3, 4, 5)}, ValueError, r"x_T: expected shape .*, one request, got \(2"),
     "another shape": ({"x_T": torch.zeros(1, 3, 4, 6)}, ValueError, "admit: .* like the first, of shape"),
     "another condition": (
@@ -167,6 +171,91 @@ def test_slots_that_cannot_be():
 
 
 def test_a_whole_loop_as_one_graph_has_no_slots(recorded):  # noqa: F811
-    slots = Sampler(model, LONG, ClassifierFree(1.0), cuda_graph="loop").slots(1)
     with pytest.raises(ValueError, match="cuda_graph: expected 'auto', 'try' or False, as requests come and go"):
-        slots.admit(**request_of(1))
+        Sampler(model, LONG, cuda_graph="loop").slots(1)
+    with pytest.raises(ValueError, match="scalar_timestep: expected False, as requests stand at different timesteps"):
+        Sampler(model, LONG, scalar_timestep=True).slots(1)
+
+
+def test_steps_without_the_unconditional_prediction():
+    """Where all requests leave it out."""
+    sizes = []
+
+    def spy(x, t, y):
+        sizes.append(len(x))
+        return model(x, t, y)
+
+    plain, strong = ClassifierFree(1.0), ClassifierFree.per_step([1.0, 1.0, 4.0, 4.0, 1.0])
+    slots = Sampler(spy, SHORT, plain, skip_unconditional=True).slots(3)
+    slots.admit(**{**request_of(1), "table": SHORT, "guidance": plain})
+    slots.step()
+    slots.admit(**{**request_of(2), "table": SHORT, "guidance": strong})
+    finished = {}
+    while slots.active:
+        finished |= slots.step()
+    assert sizes == [3, 3, 3, 6, 6, 3]
+    single = Sampler(model, SHORT, plain)
+    for slot, guidance in ((0, plain), (1, strong)):
+        expected = alone(single, request_of(slot + 1), table=SHORT, guidance=guidance)
+        torch.testing.assert_close(finished[slot], expected)
+
+
+def test_an_interrupted_step_gives_up_its_requests():
+    interrupted = []
+
+    def interrupts(x, t, y):
+        if len(interrupted) == 3:
+            interrupted.append(None)
+            raise KeyboardInterrupt
+        interrupted.append(None)
+        return model(x, t, y)
+
+    slots = Sampler(interrupts, LONG, ClassifierFree(1.0)).slots(2)
+    slots.admit(**request_of(1))
+    for _ in range(3):
+        slots.step()
+    with pytest.raises(KeyboardInterrupt):
+        slots.step()
+    assert slots.active == ()
+    slot = slots.admit(**{**request_of(2), "table": SHORT})
+    finished = {}
+    while slots.active:
+        finished |= slots.step()
+    assert torch.equal(finished[slot], alone(Sampler(model, LONG, ClassifierFree(1.0)), request_of(2), table=SHORT))
+
+
+def test_slots_are_of_one_user_at_a_time():
+    def reenters(x, t, y):
+        for use in (slots.step, lambda: slots.admit(**request_of(2)), lambda: slots.cancel(0), slots.clear):
+            with pytest.raises(RuntimeError, match="slots: are in use already"):
+                use()
+        return model(x, t, y)
+
+    slots = Sampler(reenters, LONG, ClassifierFree(1.0)).slots(2)
+    slots.admit(**request_of(1))
+    slots.step()
+
+
+def test_cleared_slots_take_requests_of_another_kind():
+    slots = Sampler(model, SHORT).slots(2)
+    slots.admit(torch.zeros(1, 3), cond=torch.zeros(1))
+    slots.clear()
+    slots.admit(torch.zeros(1, 5, dtype=torch.float64), cond=torch.zeros(1))
+    assert slots.active == (0,)
+
+
+def test_a_request_that_is_refused_decides_nothing():
+    slots = Sampler(model, SHORT).slots(2, capacity=3)
+    with pytest.raises(ValueError, match="table: expected at most 3 rows"):
+        slots.admit(torch.zeros(1, 3), cond=torch.zeros(1))
+    assert slots.admit(torch.zeros(1, 7), cond=torch.zeros(1), table=SHORT[3:]) == 0
+
+
+def test_a_cancelled_request_s_place_is_left_as_it_is():
+    slots = Sampler(model, SHORT).slots(2)
+    for _ in range(2):
+        slots.admit(torch.ones(SHAPE), cond=torch.zeros(1))
+    slots.step()
+    there = slots.cancel(0)
+    slots.step()
+    assert torch.equal(slots._loop.sample[:1], there)

@@ -223,7 +223,8 @@ def _step_tile(
         if gradient is not None:
             result = _add(result, _add(shift, tl.load(r + OUT_VAR_GRAD) * _exp(log_variance), PTX) * g, PTX)
         if NOISE != NONE:
-            result = _add(result, deviation * _exp(0.5 * log_variance) * z, PTX)
+            shaken = deviation * _exp(0.5 * log_variance) * z
+            result = _add(result, tl.where(deviation != 0.0, shaken, 0.0), PTX)  # the variance may be anything else
     else:
         if gradient is not None:
             result = _add(result, shift * g, PTX)
@@ -235,7 +236,8 @@ def _step_tile(
         zk = _load(_place(known_noise, known_noise_stride, sample, first, BLOCK), inside, EVEN)
         painted = _load(_place(mask, mask_stride, sample, first, BLOCK), inside, EVEN)
         level = _add(tl.load(r + KNOWN_SAMPLE) * k, tl.load(r + KNOWN_NOISE) * zk, PTX)
-        result = _add(painted * result, (1.0 - painted) * level, PTX)
+        blended = _add(painted * result, (1.0 - painted) * level, PTX)
+        result = tl.where(painted == 1.0, result, tl.where(painted == 0.0, level, blended))
     result = tl.where(in_table, result, float("nan"))
     _store(_place(out, out_stride, sample, first, BLOCK), result, inside, EVEN)
     if original is not None:

@@ -43,11 +43,14 @@ def ddim_transitions(
     a, a_prev = alphas[here], torch.where(there >= 0, alphas[there.clamp(min=0)], final)
     if inverse:
         a, a_prev = a_prev, a
+    a_known = a_prev.clone()
+    if at is not None:  # a loop, which ends with its last step
+        a_known[-1] = 1.0
     return ddim_table(
         here,
         a,
         a_prev,
-        a_known=torch.where(there >= 0, a_prev, 1.0),
+        a_known=a_known,
         eta=eta,
         use_clipped_model_output=use_clipped_model_output,
         prediction_type=config.prediction_type,

@@ -1,1 +1,1 @@
-"""Benchmarks: ``pytest benchmarks --benchmark-only`` for tables, ``python -m benchmarks.compare`` for the ratios."""
+"""``pytest benchmarks --benchmark-only`` and ``python -m benchmarks.gpu_check``; see README.md here."""

@@ -10,8 +10,7 @@ import sys
 import torch
 
 import fastguide
-
-from .workloads import SCHEDULE
+from fastguide.bench.workloads import SCHEDULE
 
 SHAPES = [
     (1, 5),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import fastguide
+from fastguide.bench.workloads import GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP
 from fastguide.ops import BACKENDS
 
 from .formula import formula_of
-from .workloads import GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP
 
 LARGE = (64, 4, 512, 512)  # 268 MB of float32: beyond any cache, alone
 SMALL = [(1, 4, 64, 64), (1, 16, 128, 128)]

@@ -1,4 +1,4 @@
-"""The command ``fastguide``: ``info`` says what this installation can do, ``demo`` shows it on real images."""
+"""The command ``fastguide``: ``info`` says what this installation can do, ``demo`` shows it, ``bench`` measures it."""
 
 from __future__ import annotations
 
@@ -48,6 +48,32 @@ def _default(device: str) -> str:
         return f"none: {error}"
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import run
+
+    try:
+        unknown = [suite for suite in options.only if suite not in run.SUITES]
+        if unknown:
+            raise ValueError(f"--only: expected some of {', '.join(run.SUITES)}, got {unknown[0]!r}")
+        if options.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device: expected one that torch sees, got {options.device!r} without a GPU")
+        return run.main(
+            options.device,
+            full=options.full,
+            suites=options.only,
+            names=options.workload,
+            json=options.json,
+            compare=options.compare,
+            output=options.output,
+        )
+    except (ValueError, OSError) as error:
+        print(f"fastguide: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nfastguide: interrupted", file=sys.stderr)
+        return 130
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with the given arguments (those of the process by default); returns the exit status."""
     parser = argparse.ArgumentParser(prog="fastguide", description="Guided diffusion sampling in one fused kernel.")
@@ -60,11 +86,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--retrain", action="store_true", help="train again, even if trained weights are in the cache")
     demo.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: %(default)s)")
     demo.add_argument("--backend", choices=tuple(BACKENDS), help="default: the best for the CPU")
+    bench = commands.add_parser("bench", help="time it beside others on this machine: two minutes, and a report")
+    bench.add_argument("--full", action="store_true", help="every shape, dtype, solver and guidance: half an hour")
+    bench.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    bench.add_argument("--only", nargs="+", metavar="SUITE", default=[], help="steps, loops, accuracy, growth, methods")
+    bench.add_argument("--workload", nargs="+", metavar="NAME", default=[], help="steps whose names begin so")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    bench.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="with an earlier run's numbers, by their ratios"
+    )
+    bench.add_argument(
+        "--output", type=Path, default=Path("fastguide-bench"), metavar="DIR", help="default: %(default)s"
+    )
     options = parser.parse_args(arguments)
 
     if options.command == "info":
         print(info())
         return 0
+    if options.command == "bench":
+        return _bench(options)
     try:
         from .demo.run import run
     except ModuleNotFoundError as error:

@@ -1,49 +1,43 @@
-"""Whole loops beside diffusers', in turns in one run: a small model, which waits for the host, and a large one.
-
-    python -m benchmarks.loop --output benchmarks/results/loop-cpu.json
-
-Classifier-free guidance, DDIM, batch 1. Each contender's pictures are compared with diffusers' before it is timed. On a
-GPU a loop is timed from an idle device to an idle device; "host us a step" is of a model that does nothing: what the
-loop itself costs.
-"""
+"""Whole loops beside diffusers': small models, which wait for the host, and a large one, which does not."""
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
-import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import diffusers
 import torch
-from diffusers.models.unets.unet_1d import UNet1DOutput
 from torch import Tensor
 
-import fastguide
-import fastguide.diffusers
-
-from .compare import processor
+from ..guidance import ClassifierFree
+from ..sampler import Sampler
+from ..schedule import NoiseSchedule
+from ..solvers import ddim, ddpm
+from .timing import in_turns
 
 SCALE = 7.5
-SHAPE = (1, 4, 32, 32)
-MODELS = {  # a robot's policy; about 200 launches a call; and one that a GPU is busy with
+MODELS: dict[str, dict[str, Any]] = {  # a robot's policy; about 200 launches a call; and one that a GPU is busy with
     "policy": {"cross_attention_dim": 32},
-    "small": {
-        "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "cross_attention_dim": 32,
-    },
-    "large": {
-        "block_out_channels": (320, 640),
-        "layers_per_block": 2,
-        "cross_attention_dim": 768,
-    },
+    "small UNet": {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32},
+    "small DiT": {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16, "cross_attention_dim": 64},
+    "large UNet": {"block_out_channels": (320, 640), "layers_per_block": 2, "cross_attention_dim": 768},
 }
-LATENTS = {"policy": (1, 16, 7), "small": SHAPE, "large": (1, 4, 64, 64)}
+LATENTS = {
+    "policy": (1, 16, 7),
+    "small UNet": (1, 4, 32, 32),
+    "small DiT": (1, 4, 16, 16),
+    "large UNet": (1, 4, 64, 64),
+}
+MODES = {False: "Sampler, eager", "auto": "Sampler, a graph of a step", "loop": "Sampler, one graph"}
+_AGREEMENT = 1e-2  # relative: products in another order, magnified by 50 steps of a random model
+
+
+class _Output(dict[str, Tensor]):
+    """As diffusers' outputs: ``.sample``."""
+
+    @property
+    def sample(self) -> Tensor:
+        return self["sample"]
 
 
 class Policy(torch.nn.Module):
@@ -57,29 +51,39 @@ class Policy(torch.nn.Module):
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True
-    ) -> UNet1DOutput | tuple[Tensor]:
-        """``encoder_hidden_states`` are observations; their mean is seen."""
-        time = (timestep.expand(len(sample)) / 1000).to(sample.dtype)
-        inputs = torch.cat([sample.flatten(1), encoder_hidden_states.mean(1), time[:, None]], 1)
+    ) -> _Output | tuple[Tensor]:
+        """``encoder_hidden_states`` are observations, of which the mean is seen."""
+        time_ = (timestep.expand(len(sample)) / 1000).to(sample.dtype)
+        inputs = torch.cat([sample.flatten(1), encoder_hidden_states.mean(1), time_[:, None]], 1)
         output = self.layers(inputs).view_as(sample)
-        return UNet1DOutput(sample=output) if return_dict else (output,)
+        return _Output(sample=output) if return_dict else (output,)
 
 
 def denoiser(kind: str, device: torch.device) -> torch.nn.Module:
     """Randomly initialised."""
+    import diffusers as installed
+
+    diffusers: Any = installed
     torch.manual_seed(0)
+    model: Any
     if kind == "policy":
-        return Policy().eval().to(device)
-    model = diffusers.UNet2DConditionModel(
-        sample_size=LATENTS[kind][-1],
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=8,
-        **MODELS[kind],
-    )
-    return model.eval().to(device)
+        model = Policy()
+    elif kind.endswith("DiT"):
+        model = diffusers.PixArtTransformer2DModel(
+            **MODELS[kind], in_channels=4, out_channels=4, sample_size=16, patch_size=2, caption_channels=32
+        )
+    else:
+        model = diffusers.UNet2DConditionModel(
+            sample_size=LATENTS[kind][-1],
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=8,
+            **MODELS[kind],
+        )
+    module: torch.nn.Module = model.eval().to(device)
+    return module
 
 
 class Loops:
@@ -87,21 +91,30 @@ class Loops:
 
     def __init__(self, kind: str, steps: int, device: torch.device) -> None:
         self.kind, self.steps, self.device = kind, steps, device
-        self.model = denoiser(kind, device)
+        self.model: Any = denoiser(kind, device)
         generator = torch.Generator().manual_seed(1)
-        width = MODELS[kind]["cross_attention_dim"]
+        width = 32 if kind.endswith("DiT") else MODELS[kind]["cross_attention_dim"]
         self.x_T = torch.randn(LATENTS[kind], generator=generator).to(device)
         self.embeddings = torch.randn(2, 77, width, generator=generator).to(device)
-        self.compiled = torch.compile(self.model, mode="reduce-overhead") if device.type == "cuda" else None
+        self.compiled: Any = torch.compile(self.model, mode="reduce-overhead") if device.type == "cuda" else None
 
-    def by_hand(self, scheduler: diffusers.SchedulerMixin, model: Callable[..., object], fused: bool) -> Tensor:
+    @property
+    def _more(self) -> dict[str, Any]:
+        """What a DiT wants to be told besides."""
+        if not self.kind.endswith("DiT"):
+            return {}
+        return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+
+    def by_hand(self, scheduler: Any, model: Any, fused: bool) -> Tensor:
         """The loop as pipelines write it."""
         scheduler.set_timesteps(self.steps, device=self.device)
         x = self.x_T
         for t in scheduler.timesteps:
             if self.compiled is not None:
                 torch.compiler.cudagraph_mark_step_begin()
-            output = model(torch.cat([x, x]), t, encoder_hidden_states=self.embeddings).sample
+            output = model(
+                torch.cat([x, x]), timestep=t.expand(2), encoder_hidden_states=self.embeddings, **self._more
+            ).sample
             if fused:
                 x = scheduler.step(output, t, x, guidance_scale=SCALE).prev_sample
             else:
@@ -111,120 +124,100 @@ class Loops:
 
     def contenders(self) -> dict[str, Callable[[], Tensor]]:
         """By name, diffusers first."""
-        config = {"clip_sample": False, "beta_schedule": "scaled_linear"}
-        theirs, ours = diffusers.DDIMScheduler(**config), fastguide.diffusers.DDIMScheduler(**config)
-        table = fastguide.diffusers.step_table(theirs, self.steps).to(self.device)
+        import diffusers as installed
+
+        from .. import diffusers as ours
+
+        diffusers: Any = installed
+        config: dict[str, Any] = {"clip_sample": False, "beta_schedule": "scaled_linear"}
+        theirs, fused = diffusers.DDIMScheduler(**config), ours.DDIMScheduler(**config)
+        table = ours.step_table(theirs, self.steps).to(self.device)
         uncond, cond = self.embeddings[:1], self.embeddings[1:]
-        calls = {
+        calls: dict[str, Callable[[], Tensor]] = {
             "diffusers": lambda: self.by_hand(theirs, self.model, False),
-            "diffusers, fastguide's scheduler": lambda: self.by_hand(ours, self.model, True),
+            "diffusers, fastguide's scheduler": lambda: self.by_hand(fused, self.model, True),
         }
         if self.compiled is not None:
             calls["diffusers, compiled model"] = lambda: self.by_hand(theirs, self.compiled, False)
-        modes = (False, "auto", "loop") if self.device.type == "cuda" else (False,)
-        for mode in modes:
-            model = fastguide.diffusers.as_model(self.model)
-            sampler = fastguide.Sampler(model, table, fastguide.ClassifierFree(SCALE), cuda_graph=mode)
-            name = {False: "Sampler, eager", "auto": "Sampler, a graph of a step", "loop": "Sampler, one graph"}[mode]
-            calls[name] = lambda sampler=sampler: sampler(self.x_T, cond=cond, uncond=uncond)
+
+        def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            output: Tensor = self.model(x, timestep=t, encoder_hidden_states=y, return_dict=False, **self._more)[0]
+            return output
+
+        for mode in MODES if self.device.type == "cuda" else (False,):
+            sampler = Sampler(model, table, ClassifierFree(SCALE), cuda_graph=mode)  # type: ignore[arg-type]
+            calls[MODES[mode]] = lambda sampler=sampler: sampler(self.x_T, cond=cond, uncond=uncond)  # type: ignore
         return calls
 
 
-def milliseconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Of one run, to the end of its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - begin) * 1e3
-
-
 @torch.no_grad()
-def measure(kind: str, steps: int, device: torch.device, seconds: float) -> dict[str, object]:
-    """Median milliseconds of every contender, in turns; on a GPU also the memory that each reserves."""
-    calls = Loops(kind, steps, device).contenders()
+def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """A row for each contender: its time, its speed beside diffusers', and on a GPU the memory that it reserves."""
+    row = {"suite": "loops", "workload": f"{kind}, {steps} steps"}
+    try:
+        calls = Loops(kind, steps, device).contenders()
+    except ImportError:
+        yield row | {"contender": "all", "status": "not run", "reason": "diffusers is not installed"}
+        return
     reference = calls["diffusers"]()
-    memory, errors = {}, {}
-    for name, call in calls.items():
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
-        for _ in range(2):
-            result = call()
-        error = float((result - reference).norm() / reference.norm())
-        if not error < 1e-2:
-            raise RuntimeError(f"{name}: expected diffusers' latents, got a relative difference of {error}")
-        errors[name] = error
-        if device.type == "cuda":
-            memory[name] = (torch.cuda.max_memory_reserved() - before) / 2**20
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["diffusers"]) < 3:
-        for name, call in calls.items():
-            times[name].append(milliseconds(call, device))
-    result = {"milliseconds": {name: statistics.median(values) for name, values in times.items()}, "errors": errors}
-    return result | ({"MiB more reserved": memory} if memory else {})
+    memory: dict[str, int] = {}
+    for name in list(calls):
+        before = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+        difference = float((calls[name]() - reference).norm() / reference.norm())
+        if not difference < _AGREEMENT:
+            del calls[name]
+            reason = f"differs from diffusers by {difference:.1e}"
+            yield row | {"contender": name, "status": "wrong", "reason": reason}
+        elif device.type == "cuda":
+            memory[name] = torch.cuda.max_memory_reserved(device) - before
+    calls_to_end = {name: _finished(call, device) for name, call in calls.items()}
+    times = in_turns(calls_to_end, seconds, device)
+    for name, found in times.items():
+        yield row | {
+            "contender": name,
+            "status": "ok",
+            "seconds": found.median,
+            "p10": found.low,
+            "p90": found.high,
+            "calls": found.calls,
+            "bytes_more_reserved": memory.get(name),
+            "faster_than_diffusers": times["diffusers"].median / found.median,
+        }
+
+
+def _finished(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    if device.type != "cuda":
+        return call
+
+    def finished() -> Tensor:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return finished
 
 
 @torch.no_grad()
-def loop_cost(device: torch.device) -> dict[str, float]:
-    """Host microseconds a step of a model that does nothing: (1,4,64,64), without and with noise."""
+def host_cost(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Host time a step of a model that does nothing: what the loop itself costs, without and with noise."""
     x = torch.randn(1, 4, 64, 64, device=device)
     output = torch.randn(2, 4, 64, 64, device=device)
-    steps, costs = 200, {}
-    y = torch.zeros(1, device=device)
-    for name, solver in (("DDIM", fastguide.ddim), ("DDPM", fastguide.ddpm)):
-        table = solver(fastguide.NoiseSchedule.linear(), steps).to(device)
-        sampler = fastguide.Sampler(lambda x, t, y: output, table, fastguide.ClassifierFree(SCALE))
-        options = {"seeds": torch.ones(1, dtype=torch.int64, device=device)} if solver is fastguide.ddpm else {}
-        times = []
-        for _ in range(20):
+    y, steps = torch.zeros(1, device=device), 200
+    for name, solver in (("DDIM", ddim), ("DDPM with seeds", ddpm)):
+        table = solver(NoiseSchedule.linear(), steps).to(device)
+        sampler = Sampler(lambda x, t, y: output, table, ClassifierFree(SCALE))
+        seeds = torch.ones(1, dtype=torch.int64, device=device) if name != "DDIM" else None
+        found = []
+        for _ in range(12):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             begin = time.perf_counter()
-            sampler(x, cond=y, uncond=y, **options)
-            times.append((time.perf_counter() - begin) / steps * 1e6)
-        costs[name] = statistics.median(times)
-    return costs
-
-
-def main() -> None:
-    """Measure and print; write the JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="also write the results here, as JSON")
-    parser.add_argument("--seconds", type=float, default=20.0, help="per model and number of steps")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--steps", nargs="+", type=int, default=[20, 50])
-    options = parser.parse_args()
-    device = torch.empty(0, device=options.device).device
-    costs = loop_cost(device)
-    print("host us a step of the loop itself:", {name: round(value, 1) for name, value in costs.items()})
-    results: dict[str, object] = {"host us a step": costs}
-    for kind in options.models:
-        for steps in options.steps:
-            found = results[f"{kind} model, {steps} steps"] = measure(kind, steps, device, options.seconds)
-            print(f"\n{kind} model, {steps} steps")
-            baseline = found["milliseconds"]["diffusers"]
-            for name, value in found["milliseconds"].items():
-                print(f"  {name:<34} {value:9.1f} ms  {baseline / value:5.2f} x faster than diffusers")
-    if options.output is not None:
-        machine = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "processor": processor(),
-            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "fastguide": fastguide.__version__,
+            sampler(x, cond=y, uncond=y, seeds=seeds)
+            found.append((time.perf_counter() - begin) / steps)
+        yield {
+            "suite": "loops",
+            "workload": f"an idle model, {name}",
+            "contender": "Sampler, host time a step",
+            "status": "ok",
+            "seconds": sorted(found)[len(found) // 2],
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"machine": machine, **results}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""The benchmark suite behind ``fastguide bench``: workloads, contenders, measurements and their report."""

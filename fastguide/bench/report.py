@@ -1,0 +1,243 @@
+"""The report: a table in the terminal, plots as PNG, and one HTML page that holds them all."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+_RED, _GREEN, _PLAIN = "\033[31m", "\033[32m", "\033[0m"
+_BAD = ("missed", "wrong", "worse")
+
+
+def terminal(rows: Sequence[Row], colour: bool) -> str:
+    """All that was measured, and at its end what was promised; a miss is red, and is never left out."""
+    lines: list[str] = []
+    for title, head, body in tables(rows):
+        widths = [max(len(line[c]) for line in [head, *(b for _, b in body)]) for c in range(len(head))]
+        lines += ["", title, "  " + "  ".join(cell.ljust(w) for cell, w in zip(head, widths, strict=True))]
+        for status, cells in body:
+            text = "  " + "  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)).rstrip()
+            if colour and status in _BAD:
+                text = f"{_RED}{text}{_PLAIN}"
+            elif colour and status == "met":
+                text = f"{_GREEN}{text}{_PLAIN}"
+            lines.append(text)
+    return "\n".join(lines)
+
+
+Table = tuple[str, list[str], list[tuple[str, list[str]]]]
+
+
+def tables(rows: Sequence[Row]) -> Iterable[Table]:
+    """Each a title, a head, and lines with their status."""
+    for suite in ("steps", "loops"):
+        for workload in dict.fromkeys(row["workload"] for row in rows if row["suite"] == suite):
+            yield _times(workload, [r for r in rows if r["suite"] == suite and r["workload"] == workload])
+    found = [r for r in rows if r["suite"] == "accuracy"]
+    if found:
+        body = [(r["status"], [r["solver"], r["dtype"], r["contender"], _error(r)]) for r in found]
+        yield "50 guided steps against float64", ["solver", "model's dtype", "", "relative error"], body
+    found = [r for r in rows if r["suite"] == "growth"]
+    if found:
+        body = [
+            (
+                r["status"],
+                [r["against"], f"{1e6 * r['seconds_each']:.4g} us", f"{1e6 * r['seconds_fixed']:.3g} us",
+                 f"{r['r_squared']:.4f}", "linear" if r["r_squared"] > 0.99 else "not linear"],
+            )
+            for r in found
+        ]  # fmt: skip
+        yield "Cost by growth", ["time against", "each", "fixed", "R^2", ""], body
+    found = [r for r in rows if r["suite"] == "methods" and r.get("what") == "cost"]
+    if found:
+        body = [
+            (
+                r["status"],
+                [r["method"], str(r["parameters"]), _time(r["seconds_per_image_step"]),
+                 f"{r['peak_bytes_per_image'] / 1024:.0f} KiB"],
+            )
+            for r in found
+        ]  # fmt: skip
+        head = ["guidance", "model's parameters", "an image's step", "peak memory an image"]
+        yield "Both guidance methods, as the models grow", head, body
+    found = [r for r in rows if r["suite"] == "methods" and r.get("what") == "quality"]
+    if found:
+        body = [
+            (
+                r["status"],
+                [r["method"], f"{r['scale']:g}", f"{r['agreement']:.1%}", f"{r['diversity']:.2f}",
+                 _time(r["seconds_per_image"])],
+            )
+            for r in found
+        ]  # fmt: skip
+        yield "Both guidance methods, on digits", ["guidance", "scale", "agreement", "diversity", "an image"], body
+    found = [r for r in rows if r["suite"] == "methods" and r["status"] != "ok"]
+    if found:
+        yield "Both guidance methods", ["", ""], [(r["status"], [r["status"], r["reason"]]) for r in found]
+    found = [r for r in rows if r["suite"] == "compared"]
+    if found:
+        body = [
+            (r["status"], [r["workload"], r["contender"], f"{r['then']:.2f}", f"{r['now']:.2f}", r["status"]])
+            for r in found
+        ]
+        yield "Time over the baseline's of the same run, then and now", ["", "", "then", "now", ""], body
+    found = [r for r in rows if r["suite"] == "targets"]
+    if found:
+        body = [
+            (r["status"], [r["target"], r["expected"], f"{r['measured']:.3g}" if "measured" in r else "", r["status"],
+                           r.get("reason", "")])
+            for r in found
+        ]  # fmt: skip
+        yield "Targets", ["", "expected", "measured", "", ""], body
+
+
+def _times(workload: str, rows: Sequence[Row]) -> Table:
+    base = next((r["seconds"] for r in rows if r["contender"] == "diffusers" and r["status"] == "ok"), None)
+    body = []
+    for r in sorted(rows, key=lambda r: r.get("seconds", float("inf"))):
+        if r["status"] != "ok":
+            body.append((r["status"], [r["contender"], r["status"], "", "", r["reason"]]))
+            continue
+        share = f"{r['share_of_copy']:.0%} of copy_" if "share_of_copy" in r else ""
+        ratio = f"{base / r['seconds']:.2f} x" if base is not None else ""
+        spread = f"{_time(r['p10'])} .. {_time(r['p90'])}" if "p10" in r else ""
+        spread += f", host {_time(r['host_seconds'])}" if "host_seconds" in r else ""
+        body.append(("ok", [r["contender"], _time(r["seconds"]), ratio, share, spread]))
+    return workload, ["", "median", "faster than diffusers", "bandwidth", "tenths"], body
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _error(row: Row) -> str:
+    return f"{row['error']:.2e}" if "error" in row else row["reason"]
+
+
+def write(results: dict[str, Any], folder: Path) -> list[Path]:
+    """The page and its plots; without matplotlib, the page says that there are none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written, images = [], []
+    try:
+        plots = list(_plots(results["rows"]))
+        missing = ""
+    except ImportError:
+        plots, missing = [], "<p class=bad>no plots: matplotlib is not installed</p>"
+    for name, figure in plots:
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=130, bbox_inches="tight")
+        path = folder / f"{name}.png"
+        path.write_bytes(data.getvalue())
+        written.append(path)
+        images.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">')
+    parts: list[str] = []
+    for title, head, body in tables(results["rows"]):
+        heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        lines = [
+            f"<tr class={'bad' if status in _BAD else 'ok'}>"
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+            + "</tr>"
+            for status, cells in body
+        ]
+        part = f"<h2>{html.escape(title)}</h2><table><tr>{heads}</tr>{''.join(lines)}</table>"
+        parts.insert(0, part) if title == "Targets" else parts.append(part)
+    machine = "".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in results["machine"].items())
+    style = (
+        "body{font:14px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}"
+        "td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}.bad{color:#b00020;font-weight:bold}"
+        "img{max-width:100%;display:block;margin:1em 0}"
+    )
+    page = folder / "index.html"
+    page.write_text(
+        f"<!doctype html><meta charset=utf-8><title>fastguide bench</title><style>{style}</style>"
+        f"<h1>fastguide bench</h1><ul>{machine}</ul>{missing}{parts[0] if parts else ''}"
+        f"{''.join(images)}{''.join(parts[1:])}\n"
+    )
+    return [page, *written]
+
+
+def _plots(rows: Sequence[Row]) -> Iterable[tuple[str, Any]]:
+    """Speed-up by workload, roofline, error against speed, loops by steps: each if it was measured."""
+    from matplotlib.figure import Figure
+
+    steps = [r for r in rows if r["suite"] == "steps" and r["status"] == "ok"]
+    by: dict[str, dict[str, Row]] = {}
+    for r in steps:
+        by.setdefault(r["workload"], {})[r["contender"]] = r
+    rivals = ("diffusers", "guided-diffusion", "torch eager", "torch.compile out=")
+    if steps:
+        figure = Figure(figsize=(9, 0.9 + 0.55 * len(by)))
+        axes = figure.subplots()
+        for n, rival in enumerate(rivals):
+            places, values = [], []
+            for w, found in enumerate(by.values()):
+                if rival in found and "fastguide out=" in found:
+                    places.append(w + 0.2 * (n - 1.5))
+                    values.append(found[rival]["seconds"] / found["fastguide out="]["seconds"])
+            axes.barh(places, values, height=0.18, label=rival)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(by)), list(by), fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xlabel("times slower than fastguide with out=")
+        axes.legend(fontsize=7)
+        yield "speed-up", figure
+
+        figure = Figure(figsize=(7, 4.5))
+        axes = figure.subplots()
+        marks = {"fastguide out=": "o", "torch.compile out=": "s", "diffusers": "x", "copy_ of the same bytes": "_"}
+        for contender, mark in marks.items():
+            of = [r for r in steps if r["contender"] == contender and not r["adds_noise"]]
+            points = sorted((r["bytes"], r["bytes_per_second"] / 1e9) for r in of)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=mark, linestyle=":", label=contender)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("bytes of a step without noise")
+        axes.set_ylabel("GB/s")
+        axes.legend(fontsize=7)
+        yield "roofline", figure
+
+    errors = [r for r in rows if r["suite"] == "accuracy" and r["status"] == "ok"]
+    small = by.get("SD 512, ddim, classifier-free, (1, 4, 64, 64), float32", {})
+    if errors and {"fastguide", "diffusers"} <= small.keys():
+        figure = Figure(figsize=(6, 4.5))
+        axes = figure.subplots()
+        for contender in ("fastguide", "diffusers"):
+            of = [r for r in errors if r["contender"] == contender and r["solver"] == "ddim"]
+            microseconds = 1e6 * small[contender]["seconds"]
+            axes.scatter([microseconds] * len(of), [r["error"] for r in of], label=contender)
+            for r in of:
+                axes.annotate(r["dtype"], (microseconds, r["error"]), fontsize=7)
+        axes.set_yscale("log")
+        axes.set_xlabel("us of a step (1, 4, 64, 64)")
+        axes.set_ylabel("relative error of 50 DDIM steps")
+        axes.legend(fontsize=7)
+        yield "error-against-speed", figure
+
+    loops = [r for r in rows if r["suite"] == "loops" and r["status"] == "ok" and " steps" in r["workload"]]
+    kinds = list(dict.fromkeys(r["workload"].rpartition(", ")[0] for r in loops))
+    if kinds:
+        figure = Figure(figsize=(4 * len(kinds), 4))
+        for place, kind in enumerate(kinds):
+            axes = figure.add_subplot(1, len(kinds), place + 1)
+            for contender in dict.fromkeys(r["contender"] for r in loops):
+                points = sorted(
+                    (int(r["workload"].rpartition(", ")[2].split()[0]), 1e3 * r["seconds"])
+                    for r in loops
+                    if r["contender"] == contender and r["workload"].startswith(kind + ", ")
+                )
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", label=contender)
+            axes.set_title(kind, fontsize=9)
+            axes.set_xlabel("steps")
+            axes.set_ylabel("ms of a loop")
+            axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
+        figure.axes[0].legend(fontsize=7)
+        yield "loops", figure

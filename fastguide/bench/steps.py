@@ -1,0 +1,110 @@
+"""Guided steps, each contender checked against float64 before it is timed; and what a step costs as things grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ..guidance import ClassifierFree, Composed, Guidance
+from ..ops import guided_step
+from ..sampler import Sampler
+from ..solvers import ddim
+from .contenders import CEILINGS, CONTENDERS, SLOW, NotRunError, relative_error, tolerance
+from .timing import host_seconds, in_turns
+from .workloads import SCHEDULE, STEP, Inputs, Workload
+
+Row = dict[str, Any]
+
+
+def measure(workload: Workload, device: torch.device, seconds: float, slow: bool) -> Iterator[Row]:
+    """A row for each contender: its times, or why there are none. What is wrong is not timed."""
+    torch._dynamo.reset()  # or torch.compile would reach its limit of recompilations
+    inputs = Inputs(workload, device)
+    calls, errors = {}, {}
+    for name, make in (CONTENDERS | (SLOW if slow else {}) | CEILINGS).items():
+        row: Row = {"suite": "steps", "workload": workload.title, "contender": name}
+        try:
+            call = make(inputs)
+            if name not in CEILINGS:
+                with torch.no_grad():
+                    errors[name] = relative_error(inputs, name, call())
+                if not errors[name] < tolerance(inputs, name):
+                    yield row | {"status": "wrong", "reason": f"relative error {errors[name]:.1e}"}
+                    continue
+        except NotRunError as reason:
+            yield row | {"status": "not run", "reason": str(reason)}
+            continue
+        except Exception as error:  # of somebody else's library: said, and the others are timed
+            yield row | {"status": "not run", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+            continue
+        calls[name] = call
+    times = in_turns(calls, seconds, device)
+    copy = times["copy_ of the same bytes"].median
+    for name, found in times.items():
+        ahead = {"host_seconds": host_seconds(calls[name], device)} if device.type == "cuda" else {}
+        yield ahead | {
+            "suite": "steps",
+            "workload": workload.title,
+            "contender": name,
+            "status": "ok",
+            "seconds": found.median,
+            "p10": found.low,
+            "p90": found.high,
+            "calls": found.calls,
+            "bytes": inputs.bytes,
+            "adds_noise": inputs.noisy,
+            "bytes_per_second": inputs.bytes / found.median,
+            "share_of_copy": copy / found.median,
+            "error": errors.get(name),
+        }
+
+
+def growth(device: torch.device, seconds: float) -> Iterator[Row]:
+    """Time against number of elements, batch, conditions and steps, each with a line through it."""
+
+    def step(shape: tuple[int, ...], guidance: Guidance) -> Callable[[], object]:
+        table = ddim(SCHEDULE, 50).to(device)
+        sample = torch.randn(shape, device=device)
+        predictions = [torch.randn(shape, device=device) for _ in range(guidance.num_predictions)]
+        out = torch.empty_like(sample)
+        return lambda: guided_step(table, STEP, sample, predictions, guidance, out=out)
+
+    def loop(steps: int) -> Callable[[], object]:
+        sampler = Sampler(lambda x, t: 0.1 * x, ddim(SCHEDULE, steps).to(device))
+        x = torch.randn(1, 4, 64, 64, device=device)
+        return lambda: sampler(x)
+
+    free = ClassifierFree(7.5)
+    grown: dict[str, dict[int, Callable[[], object]]] = {
+        "elements": {n: step((1, n), free) for n in (2**18, 2**19, 2**20, 2**21, 2**22)},
+        "batch": {b: step((b, 4, 64, 64), free) for b in (16, 32, 64, 128, 256)},
+        "conditions": {k: step((16, 4, 64, 64), Composed([1.0] * k)) for k in (1, 2, 4, 8, 16)},
+        "steps": {n: loop(n) for n in (10, 20, 40, 80, 160)},
+    }
+    for what, calls in grown.items():
+        times = in_turns({str(x): call for x, call in calls.items()}, seconds, device)
+        points = [(x, times[str(x)].median) for x in calls]
+        slope, intercept, determination = line(points)
+        yield {
+            "suite": "growth",
+            "against": what,
+            "points": points,
+            "seconds_each": slope,
+            "seconds_fixed": intercept,
+            "r_squared": determination,
+            "status": "ok",
+        }
+
+
+def line(points: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
+    """Slope and intercept of the least squares, each point weighed by its value, and how much of it they explain."""
+    pairs = torch.tensor(list(points), dtype=torch.float64)
+    x, y = pairs.unbind(1)
+    weight = 1 / y
+    design = torch.stack([x, torch.ones_like(x)], 1)
+    slope, intercept = torch.linalg.lstsq(design * weight[:, None], (y * weight)[:, None]).solution[:, 0].tolist()
+    residual = (y - slope * x - intercept).square().sum()
+    total = (y - y.mean()).square().sum()
+    return slope, intercept, float(1 - residual / total)

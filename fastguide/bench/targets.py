@@ -1,0 +1,137 @@
+"""What fastguide promises, and whether this run kept it: ratios within the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+_SMALL = "SD 512, ddim, classifier-free, (1, 4, 64, 64), float32"
+_SMALL_NOISY = "SD 512, ddpm, classifier-free, (1, 4, 64, 64), float32"
+_LARGE = "pixels, ddim, classifier-free, (64, 3, 256, 256), float32"
+_SLACK = 1.02  # two runs of one program differ by that
+
+
+_WHY = {  # what is known of targets that are missed
+    "a small step:": "checks, the dispatcher and a new output take about 20 us a call",
+    "a small DDIM step through fastguide's scheduler": "20 times less than diffusers takes is what copy_ takes",
+    "a small DDPM step through fastguide's scheduler": "caches are cold in turns with others; alone it adds 24 us",
+    "50 DDIM steps": "what is left is the rounding of the model's own output",
+}
+
+
+class _MissingError(Exception):
+    """A row that a target needs was not measured."""
+
+
+def judged(rows: Sequence[Row], device: str) -> list[Row]:
+    """A row for each target: met, missed, or why it was not measured."""
+    found = []
+    for name, expected, measure, met in _targets(rows, device):
+        row: Row = {"suite": "targets", "target": name, "expected": expected}
+        try:
+            value = measure()
+        except _MissingError as missing:
+            found.append(row | {"status": "not run", "reason": f"needs {missing}"})
+            continue
+        missed = {"status": "missed", "reason": next((why for what, why in _WHY.items() if name.startswith(what)), "")}
+        found.append(row | {"measured": value} | ({"status": "met"} if met(value) else missed))
+    return found
+
+
+def _targets(rows: Sequence[Row], device: str) -> list[tuple[str, str, Callable[[], float], Callable[[float], bool]]]:
+    def seconds(workload: str, contender: str, which: str = "seconds") -> float:
+        for row in rows:
+            if (row.get("workload"), row.get("contender")) == (workload, contender) and row["status"] == "ok":
+                return float(row[which])
+        raise _MissingError(f"{contender!r} of {workload!r}")
+
+    def slowest_beside_compile() -> float:
+        pairs = (("fastguide", "torch.compile"), ("fastguide out=", "torch.compile out="))
+        workloads = {row["workload"] for row in rows if row["suite"] == "steps"}
+        ratios = []
+        for workload in workloads:
+            for ours, theirs in pairs:
+                try:
+                    # The fastest tenth: what a new output costs otherwise depends on the memory that is at hand.
+                    ratios.append(seconds(workload, ours, "p10") / seconds(workload, theirs, "p10"))
+                except _MissingError:
+                    continue
+        if not ratios:
+            raise _MissingError("a workload with torch.compile")
+        return max(ratios)
+
+    def accuracy() -> float:
+        errors = {
+            row["contender"]: row["error"]
+            for row in rows
+            if row["suite"] == "accuracy"
+            and row["status"] == "ok"
+            and (row["solver"], row["dtype"]) == ("ddim", "bfloat16")
+        }
+        if len(errors) < 2:
+            raise _MissingError("the accuracy of fastguide and diffusers")
+        return float(errors["diffusers"] / errors["fastguide"])
+
+    host = 30.0 if device == "cpu" else 10.0
+    found: list[tuple[str, str, Callable[[], float], Callable[[float], bool]]] = [
+        (
+            "a large step into out=, over copy_ of the same bytes",
+            "<= 1.15",
+            lambda: seconds(_LARGE, "fastguide out=") / seconds(_LARGE, "copy_ of the same bytes"),
+            lambda v: v <= 1.15,
+        ),
+        (
+            "a step, over torch.compile of the same formula, where it is slowest",
+            "<= 1",
+            slowest_beside_compile,
+            lambda v: v <= _SLACK,
+        ),
+        (
+            "a small step: times faster than torch.compile",
+            ">= 3",
+            lambda: seconds(_SMALL, "torch.compile") / seconds(_SMALL, "fastguide"),
+            lambda v: v >= 3,
+        ),
+        (
+            "a small DDIM step through fastguide's scheduler: times faster than diffusers",
+            ">= 20",
+            lambda: seconds(_SMALL, "diffusers") / seconds(_SMALL, "fastguide's scheduler"),
+            lambda v: v >= 20,
+        ),
+        (
+            "a small DDPM step through fastguide's scheduler, less torch's noise alone, in us",
+            "<= 25",
+            lambda: (
+                1e6 * (seconds(_SMALL_NOISY, "fastguide's scheduler") - seconds(_SMALL_NOISY, "torch's noise alone"))
+            ),
+            lambda v: v <= 25,
+        ),
+        (
+            "50 DDIM steps of a bfloat16 model: times nearer to float64 than diffusers",
+            ">= 5",
+            accuracy,
+            lambda v: v >= 5,
+        ),
+        (
+            "what the loop costs the host a step, in us",
+            f"<= {host:g}",
+            lambda: 1e6 * seconds("an idle model, DDIM", "Sampler, host time a step"),
+            lambda v: v <= host,
+        ),
+    ]
+    if device != "cpu":
+        for rival, least in (("diffusers", 3.0), ("diffusers, compiled model", 1.3)):
+            found.append(
+                (
+                    f"a small UNet's loop of 50 steps: times faster than {rival}",
+                    f">= {least:g}",
+                    lambda rival=rival: (
+                        seconds("small UNet, 50 steps", rival)  # type: ignore[misc]
+                        / seconds("small UNet, 50 steps", "Sampler, a graph of a step")
+                    ),
+                    lambda v, least=least: v >= least,  # type: ignore[misc]
+                )
+            )
+    return found

@@ -1,0 +1,83 @@
+"""How calls are timed: in turns, so that a busy neighbour slows all of them alike; on a GPU between events."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+Call = Callable[[], object]
+
+_WARM_UPS, _FEWEST = 3, 5
+_FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
+
+
+class Times(NamedTuple):
+    """Seconds of one call: quantiles of all that were timed."""
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Times:
+        """Of a list: the median, and the tenths at both ends."""
+        if len(seconds) < 2:
+            return cls(seconds[0], seconds[0], seconds[0], len(seconds))
+        tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+        return cls(statistics.median(seconds), tenths[0], tenths[-1], len(seconds))
+
+
+@torch.no_grad()
+def in_turns(calls: Mapping[str, Call], seconds: float, device: torch.device) -> dict[str, Times]:
+    """Each call again and again, one after the other, for so long altogether."""
+    for call in calls.values():
+        for _ in range(_WARM_UPS):
+            call()
+    timed = _on_gpu if device.type == "cuda" else _on_cpu
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < _FEWEST or time.perf_counter() < end:
+        for name, call in calls.items():
+            times[name].append(timed(call))
+        rounds += 1
+    return {name: Times.of(values) for name, values in times.items()}
+
+
+def _on_cpu(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _on_gpu(call: Call) -> float:
+    """Between events, of a device whose cache has been overwritten; the host is ahead, as in a loop over a model."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+@torch.no_grad()
+def host_seconds(call: Call, device: torch.device, calls: int = 200) -> float:
+    """Of one call, until it returns; on a GPU the device is left behind."""
+    for _ in range(_WARM_UPS):
+        call()
+    found = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        found.append((time.perf_counter() - begin) / calls)
+    return min(found)

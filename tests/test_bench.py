@@ -1,0 +1,238 @@
+"""The benchmark suite: what is wrong is not timed, a miss is not hidden, and results are compared by their ratios."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguide import cli
+from fastguide.bench import accuracy, contenders, loops, methods, report, results, run, steps, targets, workloads
+from fastguide.bench.workloads import Inputs, Workload
+
+CPU = torch.device("cpu")
+SMALL = Workload("tiny", (2, 3, 8, 8))
+EVERY = [
+    Workload("tiny", (2, 3, 8, 8), solver, guidance, dtype)
+    for solver in workloads.SOLVERS
+    for guidance in workloads.GUIDANCES
+    for dtype in (torch.float32, torch.bfloat16)
+    if (solver != "add_noise" or guidance == "none") and (solver, guidance) != ("ddim", "mean gradient")
+]
+
+
+@pytest.mark.parametrize("workload", EVERY, ids=lambda w: w.title)
+def test_every_contender_computes_the_same(workload):
+    """Or says why it does not serve a workload; those that are compiled are as those that are not."""
+    pytest.importorskip("diffusers")
+    inputs = Inputs(workload, CPU)
+    served = []
+    for name, make in contenders.CONTENDERS.items():
+        if name.startswith("torch.compile"):
+            continue
+        try:
+            with torch.no_grad():
+                error = contenders.relative_error(inputs, name, make(inputs)())
+        except contenders.NotRunError:
+            continue
+        assert error < contenders.tolerance(inputs, name), name
+        served.append(name)
+    assert {"fastguide", "fastguide out=", "torch eager"} <= set(served)
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch):
+    wrong = {"fastguide": lambda i: lambda: 1.01 * contenders.fastguide(i)(), "torch eager": contenders.torch_eager}
+    broken = {"diffusers": lambda i: 1 / 0}
+    monkeypatch.setattr(steps, "CONTENDERS", wrong | broken)
+    rows = {row["contender"]: row for row in steps.measure(SMALL, CPU, 0.01, False)}
+    assert rows["fastguide"]["status"] == "wrong"
+    assert "seconds" not in rows["fastguide"]
+    assert rows["diffusers"] | {"status": "not run"} == rows["diffusers"]
+    assert rows["diffusers"]["reason"] == "ZeroDivisionError: division by zero"
+    assert rows["torch eager"]["status"] == "ok"
+    assert rows["torch eager"]["share_of_copy"] == pytest.approx(
+        rows["copy_ of the same bytes"]["seconds"] / rows["torch eager"]["seconds"]
+    )
+    assert "wrong" in report.terminal(list(rows.values()), colour=False)
+    assert report._RED in report.terminal(list(rows.values()), colour=True)
+
+
+def ok(workload, contender, seconds, suite="steps"):
+    return {
+        "suite": suite, "workload": workload, "contender": contender, "status": "ok", "seconds": seconds,
+        "p10": seconds, "p90": seconds, "share_of_copy": 0.5, "bytes": 8, "bytes_per_second": 1.0, "adds_noise": False,
+    }  # fmt: skip
+
+
+def of_bfloat16(contender, error):
+    kind = {"suite": "accuracy", "solver": "ddim", "dtype": "bfloat16"}
+    return {**kind, "contender": contender, "status": "ok", "error": error}
+
+
+def rows_of_a_run(ours=1.0):
+    large, small = targets._LARGE, targets._SMALL
+    return [
+        ok(large, "fastguide out=", 1.1 * ours),
+        ok(large, "copy_ of the same bytes", 1.0),
+        ok(large, "torch.compile out=", 1.1),
+        ok(small, "fastguide", 0.1 * ours),
+        ok(small, "torch.compile", 0.4),
+        ok(small, "fastguide's scheduler", 0.1),
+        ok(small, "diffusers", 1.0),
+        ok("an idle model, DDIM", "Sampler, host time a step", 1e-5, "loops"),
+        of_bfloat16("fastguide", 1.0),
+        of_bfloat16("diffusers", 6.0),
+    ]
+
+
+def test_targets_are_met_missed_or_said_to_be_missing():
+    judged = targets.judged(rows_of_a_run(), "cpu")
+    assert [row["status"] for row in judged] == ["met", "met", "met", "missed", "not run", "met", "met"]
+    worse = targets.judged(rows_of_a_run(2.0), "cpu")
+    assert [row["status"] for row in worse] == ["missed", "missed", "missed", "missed", "not run", "met", "met"]
+    assert all(row["status"] == "not run" and row["reason"] for row in targets.judged([], "cpu"))
+    assert len(targets.judged([], "cuda")) == len(judged) + 2
+    text = report.terminal([*rows_of_a_run(2.0), *worse], colour=False)
+    assert text.count("missed") == 4
+
+
+def test_a_page_holds_everything(tmp_path):
+    rows = rows_of_a_run(2.0)
+    rows += targets.judged(rows, "cpu")
+    found = {"machine": {"torch": "<2>"}, "rows": rows}
+    written = report.write(found, tmp_path)
+    page = written[0].read_text()
+    assert page.count("<tr class=bad>") == 4
+    assert "&lt;2&gt;" in page
+    assert page.count("data:image/png;base64,") == len(written) - 1
+    assert page.index("Targets") < page.index("SD 512")
+
+
+def test_two_runs_are_compared_by_ratios_within_each():
+    """A machine of half the speed is no regression; a contender that lost ground is."""
+    slow = [row | {"seconds": 2 * row["seconds"]} if "seconds" in row else row for row in rows_of_a_run()]
+    alike = results.compared(slow, rows_of_a_run())
+    assert {row["status"] for row in alike} == {"alike"}
+    assert {row["contender"] for row in alike} == {"fastguide", "fastguide's scheduler"}
+    worse = {row["contender"]: row["status"] for row in results.compared(rows_of_a_run(2.0), rows_of_a_run())}
+    assert worse == {"fastguide": "worse", "fastguide's scheduler": "alike"}
+    better = results.compared(rows_of_a_run(), rows_of_a_run(2.0))
+    assert {row["status"] for row in better} == {"better", "alike"}
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    found = {"machine": results.machine(CPU), "rows": rows_of_a_run()}
+    results.save(found, tmp_path / "deep" / "a.json")
+    assert results.load(tmp_path / "deep" / "a.json")["rows"] == found["rows"]
+    (tmp_path / "old.json").write_text(json.dumps({"format": 0, "rows": []}))
+    (tmp_path / "none.json").write_text("[]")
+    for name, message in (
+        ("old.json", "of format 1, got format 0"),
+        ("none.json", "got format list"),
+        ("not-there.json", "expected a result of fastguide bench"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            results.load(tmp_path / name)
+
+
+def test_lines_through_points():
+    slope, intercept, explained = steps.line([(1, 5.0), (2, 7.0), (4, 11.0)])
+    assert (slope, intercept, explained) == pytest.approx((2.0, 3.0, 1.0))
+    assert steps.line([(1, 1.0), (2, 4.0), (3, 9.0), (4, 16.0)])[2] < 0.99
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    with methods.PeakMemory() as memory:
+        for _ in range(3):
+            x = torch.ones(256)
+            y = x + 1
+            del x, y
+    assert memory.peak == 2 * 1024
+    assert memory._now == 0
+
+
+def test_accuracy_knows_what_is_nearer():
+    pytest.importorskip("diffusers")
+    rows = {(r["solver"], r["dtype"], r["contender"]): r["error"] for r in accuracy.measure(CPU)}
+    for solver in ("ddim", "ddpm"):
+        assert rows[solver, "float32", "fastguide"] < 1e-6
+        for dtype in ("bfloat16", "float16"):
+            assert rows[solver, dtype, "fastguide"] < 0.6 * rows[solver, dtype, "diffusers"]
+
+
+@pytest.mark.parametrize("kind", ["policy", "small DiT"])
+def test_loops_agree_with_diffusers_before_they_are_timed(kind):
+    pytest.importorskip("diffusers")
+    rows = list(loops.measure(kind, 2, CPU, 0.01))
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert {row["contender"] for row in rows} >= {"diffusers", "Sampler, eager"}
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workloads, "quick", lambda: [SMALL])
+    monkeypatch.setattr(steps, "CONTENDERS", {"fastguide": contenders.fastguide, "torch eager": contenders.torch_eager})
+    monkeypatch.chdir(tmp_path)
+    arguments = ["bench", "--device", "cpu", "--only", "steps", "--json", "one.json"]
+    assert cli.main(arguments) == 0
+    assert json.loads(Path("one.json").read_text())["machine"]["device"] == "cpu"
+    assert Path("fastguide-bench/index.html").exists()
+    assert "tiny, ddim, classifier-free, (2, 3, 8, 8), float32" in capsys.readouterr().out
+    monkeypatch.setattr(results, "_WORSE", 1e9)
+    assert cli.main([*arguments, "--compare", "one.json"]) == 0
+    assert "then and now" in capsys.readouterr().out
+    monkeypatch.setattr(results, "_WORSE", 0.0)
+    assert cli.main([*arguments, "--compare", "one.json"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "steps", "speed"], "--only: expected some of steps, loops, .*, got 'speed'"),
+        (["--only", "steps", "--workload", "nothing"], "--workload: expected the beginning of one of"),
+        (["--compare", "nowhere.json"], "nowhere.json: expected a result of fastguide bench"),
+    ],
+)
+def test_what_the_command_refuses(arguments, message, capsys):
+    import re
+
+    assert cli.main(["bench", "--device", "cpu", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_gpu_that_is_not_there(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cli.main(["bench", "--device", "cuda"]) == 1
+    assert "--device: expected one that torch sees, got 'cuda' without a GPU" in capsys.readouterr().err
+
+
+def test_without_what_is_optional_the_rest_runs(monkeypatch, tmp_path):
+    """No diffusers, no matplotlib: rows say so, and the page too."""
+    import builtins
+
+    real = builtins.__import__
+
+    def no_such(name, *arguments, **keywords):
+        if name.partition(".")[0] in ("diffusers", "matplotlib") and not name.startswith("fastguide"):
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", no_such)
+    monkeypatch.setattr(steps, "CONTENDERS", {"fastguide": contenders.fastguide, "diffusers": contenders.diffusers})
+    rows = list(steps.measure(SMALL, CPU, 0.01, False))
+    assert {r["contender"]: r["status"] for r in rows}["diffusers"] == "not run"
+    assert [r["reason"] for r in loops.measure("policy", 2, CPU, 0.01)] == ["diffusers is not installed"]
+    written = report.write({"machine": {}, "rows": rows}, tmp_path)
+    assert "no plots: matplotlib is not installed" in written[0].read_text()
+
+
+def test_workloads_have_names_of_their_own():
+    for made in (workloads.quick(), workloads.full()):
+        assert len({w.title for w in made}) == len(made)
+    for workload in workloads.full():
+        small = Workload(workload.name, (1, 4, 8, 8), workload.solver, workload.guidance, workload.dtype)
+        with torch.no_grad():
+            assert contenders.fastguide(Inputs(small, CPU))().isfinite().all()
+    assert [w.title for w in run.chosen(["SDXL, add"], False)] == ["SDXL, add_noise, (1, 4, 128, 128), float32"]

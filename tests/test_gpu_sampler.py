@@ -209,3 +209,40 @@ def test_slots_are_each_request_alone(gpu_backend):
         alone.table = table[n % 5 :]
         x = fastguide.portable_noise([n], (1, *SHAPE[1:])).cuda()
         assert torch.equal(x_0, alone(x, seeds=[n]))
+
+
+def test_one_graph_of_all_steps_takes_no_more_memory_for_tensors():
+    """Each step takes again what the one before has given back: what grows is the graph's own nodes."""
+    table = fastguide.ddim(SCHEDULE, 20).to("cuda")
+    x = x_T(8, 4, 64, 64).cuda()
+    reserved = {}
+    for mode in ("auto", "loop"):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        sampler = Sampler(Model().cuda(), table, cuda_graph=mode)
+        sampler(x)
+        torch.cuda.empty_cache()
+        reserved[mode] = torch.cuda.memory_reserved() - before
+        del sampler
+    assert reserved["loop"] <= reserved["auto"] + 4 * 2**20
+
+
+def test_what_others_draw_between_the_steps_is_not_drawn_again(gpu_backend):
+    """A callback that draws from the loop's generator: as if the loop had been written by hand."""
+    table = DDPM.to("cuda")
+    ours, theirs = (torch.Generator("cuda").manual_seed(5) for _ in range(2))
+    drawn = []
+
+    def draw(step, timestep, sample):
+        drawn.append(torch.randn(SHAPE, device="cuda", generator=ours))
+
+    model = Model().cuda()
+    got = Sampler(model, table, backend=gpu_backend)(x_T().cuda(), generator=ours, callback=draw)
+    x = x_T().cuda()
+    with torch.no_grad():
+        for step, t in enumerate(table.timesteps):
+            noise = torch.randn(SHAPE, device="cuda", generator=theirs) if table.adds_noise[step] else None
+            x = fastguide.guided_step(table, step, x, model(x, t.expand(3)), noise=noise, backend=gpu_backend)
+            assert torch.equal(drawn[step], torch.randn(SHAPE, device="cuda", generator=theirs))
+    assert torch.equal(got, x)
+    assert ours.get_offset() == theirs.get_offset()

@@ -220,3 +220,22 @@ def test_native_library_exports_no_kernel_symbols():
     ).stdout
     ours = [line.split()[-1] for line in symbols.splitlines() if " T " in line]
     assert ours == ["fastguide_cpu_capability", "fastguide_cuda_code"]
+
+
+def test_every_package_is_installed():
+    """An editable install finds them all; a wheel has those that are named."""
+    text = (ROOT / "pyproject.toml").read_text()
+    named = re.findall(r'"([^"]+)"', re.search(r"^packages = \[(.*)\]$", text, re.M).group(1))
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(named) == there
+
+
+def test_environment_variables_are_in_the_readme():
+    sources = [ROOT / "setup.py", *PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    read = set()
+    for path in sources:
+        read |= set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', path.read_text()))
+    read |= {native.CAPABILITY_VARIABLE}
+    table = (ROOT / "README.md").read_text()
+    set_by_us = {"PYTORCH_NO_CUDA_MEMORY_CACHING"}
+    assert all(f"`{name}`" in table for name in read - set_by_us), read

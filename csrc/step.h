@@ -130,8 +130,11 @@ FASTGUIDE_INLINE StepResult<T> step_element(const Coefficients<T>& c, T x, T m, 
   if constexpr (has_prediction) next += c.out_pred != T(0) ? c.out_pred * m : T(0);  // m may have overflowed
   if constexpr (has_variance) {
     const T log_variance = c.logvar_base + c.logvar_span * v;
-    if constexpr (has_gradient) next += (c.out_grad + c.out_var_grad * exponential(log_variance)) * g;
-    if constexpr (has_noise) {  // where none is added, the variance may be anything
+    // Where the variance has no part in the step, it may be anything.
+    if constexpr (has_gradient) {
+      next += (c.out_grad + (c.out_var_grad != T(0) ? c.out_var_grad * exponential(log_variance) : T(0))) * g;
+    }
+    if constexpr (has_noise) {
       next += c.out_noise != T(0) ? c.out_noise * exponential(T(0.5) * log_variance) * z : T(0);
     }
   } else {

@@ -13,7 +13,7 @@ WARM_UPS = 2
 """Runs before a capture: libraries make their plans and kernels are compiled at the first, autograd's at the second."""
 
 
-_capturing = threading.Lock()  # a process captures one graph at a time
+_capturing = threading.RLock()  # a process captures one graph at a time
 _failed: list[torch.cuda.CUDAGraph] = []  # the allocator goes on pointing to them
 
 

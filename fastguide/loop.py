@@ -285,11 +285,10 @@ class Loop:
         first = 1 if conditional else 0
         if self.kind.batched:
             return self._split(self._call(slice(first * batch, count * batch)), count - first)
-        outputs = [self._call(slice(k * batch, (k + 1) * batch)) for k in range(first, count)]
-        places = {output.untyped_storage().data_ptr() for output in outputs if isinstance(output, Tensor)}
-        if batch and len(places) < len(outputs):
+        parts = [self._split(self._call(slice(k * batch, (k + 1) * batch)), 1) for k in range(first, count)]
+        places = [p.data_ptr() for predictions, _ in parts for p in predictions if p.numel()]
+        if len(set(places)) < len(places):
             raise ValueError("model: expected new memory at each call with batched=False, got the same twice")
-        parts = [self._split(output, 1) for output in outputs]
         return [prediction for predictions, _ in parts for prediction in predictions], parts[-1][1]
 
     def _call(self, rows: slice) -> Tensor:

@@ -71,7 +71,7 @@ def guided_step(
     shift, deviation = row["out_grad"], row["out_noise"]
     if variance is not None:
         log_variance = row["logvar_base"] + row["logvar_span"] * variance.to(dtype)
-        shift = shift + row["out_var_grad"] * torch.exp(log_variance)
+        shift = shift + torch.where(row["out_var_grad"] != 0, row["out_var_grad"] * torch.exp(log_variance), 0.0)
         deviation = torch.where(deviation != 0, deviation * torch.exp(0.5 * log_variance), 0.0)
     if gradient is not None:
         result = result + shift * scale * gradient.to(dtype)

@@ -229,7 +229,8 @@ class Sampler:
             labels: int64 of shape (batch,), for the classifier of ``Classifier``.
             image: an x_0 of x_T's shape, to begin from or to keep a part of.
             mask: 1 where the model paints, 0 where ``image`` is kept (inpainting, outpainting): any shape that
-                broadcasts to x_T's, bool or floating-point; between 0 and 1 it blends. At every step the kept part is
+                broadcasts to x_T's, bool or floating-point; between 0 and 1 it blends, beyond it is refused (on a GPU
+                not looked at). At every step the kept part is
                 ``image`` with x_T for its noise, at the step's level; in the end it is ``image``.
             strength: 0 to 1, with ``image``: how much of the table is run, from ``image`` noised by x_T to that level
                 (image-to-image); 0 returns ``image``. With a mask, ``None`` or 1 starts from x_T itself.
@@ -371,8 +372,12 @@ class Sampler:
                 kept = _Kept(Loop(kind, guidance), Graphs(pool, max(self.max_loops, 2), only_one))
             try:
                 yield kept
-            finally:
+            except BaseException:
                 pool.leave()
+                if kind not in self._loops:  # it is given up, and its memory
+                    pool.finish()
+                raise
+            pool.leave()
             self._loops.pop(kind, None)
             while len(self._loops) >= max(self.max_loops, 1):
                 self._drop(next(iter(self._loops)))

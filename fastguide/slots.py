@@ -116,43 +116,48 @@ class Slots:
             TypeError, ValueError: as in ``Sampler``; or the request is of another kind than the first.
         """
         self._refuse_others()
-        if not self.free:
-            raise RuntimeError(f"admit: expected a free slot, got all {self._batch} under way")
-        table = self._table if table is None else table
-        guidance = self._guidance if guidance is None else guidance
-        kinds = (("x_T", x_T, Tensor), ("table", table, StepTable), ("guidance", guidance, (Guidance, type(None))))
-        for name, value, expected in kinds:
-            if not isinstance(value, expected):
-                what = {"x_T": "a tensor", "table": "a StepTable", "guidance": "a Guidance or None"}[name]
-                raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
-        check_run(table, "x_T", x_T, guidance, self._options.backend)
-        guidance = UNGUIDED if guidance is None else guidance
-        if x_T.dim() == 0 or x_T.shape[0] != 1:
-            raise ValueError(f"x_T: expected shape (1, ...), one request, got {tuple(x_T.shape)}")
-        if not counted_layout(x_T):
-            raise ValueError(f"x_T: expected it contiguous or channels_last, got strides {x_T.stride()}")
-        check_rows(table, 0)
-        conditions = conditioning.listed(cond, uncond, guidance.num_predictions)
-        conditioning.check_labels(labels, guidance, 1)
-        if (table.adds_noise_anywhere or seed is not None) and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise TypeError(f"seed: expected an integer, as the table adds noise, got {seed!r}")
-        loop, steps = self._loop_for(x_T, conditioning.signature(conditions, 1), table, guidance, labels is not None)
-        begin = self._region(loop, table, guidance)
-        self._loop, self._steps = loop, steps  # kept, now that the request is taken
-        slot = next(number for number in range(self._batch) if number not in self._requests)
-        place = slice(slot, slot + 1)
-        loop.write_weights(begin, place, table, guidance)
-        loop.write_conditions(conditions, place)
-        loop.sample[place].copy_(x_T)
-        if loop.staged is not None:
-            loop.staged[slot :: self._batch].copy_(x_T.expand(loop.staged[slot :: self._batch].shape))
-        if loop.labels is not None and labels is not None:
-            loop.labels[place].copy_(labels)
-        if loop.seeds is not None and seed is not None:
-            loop.seeds[place].fill_(signed_word(seed))
-        loop.cursor.place(slot, begin, begin + len(table), table.host_timesteps[0])
-        self._requests[slot] = _Request(table, guidance, self._options.skipped(guidance, len(table)))
-        return slot
+        with self._in_use:
+            if not self.free:
+                raise RuntimeError(f"admit: expected a free slot, got all {self._batch} under way")
+            table = self._table if table is None else table
+            guidance = self._guidance if guidance is None else guidance
+            kinds = (("x_T", x_T, Tensor), ("table", table, StepTable), ("guidance", guidance, (Guidance, type(None))))
+            for name, value, expected in kinds:
+                if not isinstance(value, expected):
+                    what = {"x_T": "a tensor", "table": "a StepTable", "guidance": "a Guidance or None"}[name]
+                    raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
+            check_run(table, "x_T", x_T, guidance, self._options.backend)
+            guidance = UNGUIDED if guidance is None else guidance
+            if x_T.dim() == 0 or x_T.shape[0] != 1:
+                raise ValueError(f"x_T: expected shape (1, ...), one request, got {tuple(x_T.shape)}")
+            if not counted_layout(x_T):
+                raise ValueError(f"x_T: expected it contiguous or channels_last, got strides {x_T.stride()}")
+            check_rows(table, 0)
+            conditions = conditioning.listed(cond, uncond, guidance.num_predictions)
+            conditioning.check_labels(labels, guidance, 1)
+            if (table.adds_noise_anywhere or seed is not None) and (
+                not isinstance(seed, int) or isinstance(seed, bool)
+            ):
+                raise TypeError(f"seed: expected an integer, as the table adds noise, got {seed!r}")
+            loop, steps = self._loop_for(
+                x_T, conditioning.signature(conditions, 1), table, guidance, labels is not None
+            )
+            begin = self._region(loop, table, guidance)
+            self._loop, self._steps = loop, steps  # kept, now that the request is taken
+            slot = next(number for number in range(self._batch) if number not in self._requests)
+            place = slice(slot, slot + 1)
+            loop.write_weights(begin, place, table, guidance)
+            loop.write_conditions(conditions, place)
+            loop.sample[place].copy_(x_T)
+            if loop.staged is not None:
+                loop.staged[slot :: self._batch].copy_(x_T.expand(loop.staged[slot :: self._batch].shape))
+            if loop.labels is not None and labels is not None:
+                loop.labels[place].copy_(labels)
+            if loop.seeds is not None and seed is not None:
+                loop.seeds[place].fill_(signed_word(seed))
+            loop.cursor.place(slot, begin, begin + len(table), table.host_timesteps[0])
+            self._requests[slot] = _Request(table, guidance, self._options.skipped(guidance, len(table)))
+            return slot
 
     @torch.no_grad()
     def step(self) -> dict[int, Tensor]:
@@ -190,16 +195,18 @@ class Slots:
     def clear(self) -> None:
         """Give up all requests and buffers: the next request may be of another kind."""
         self._refuse_others()
-        self._requests, self._regions, self._loop, self._steps = {}, {}, None, {}
+        with self._in_use:
+            self._requests, self._regions, self._loop, self._steps = {}, {}, None, {}
 
     def cancel(self, slot: int) -> Tensor:
         """Take a request out before its end; returns its sample as it is."""
         self._refuse_others()
         if self._loop is None or not isinstance(slot, int) or slot not in self._requests:
             raise ValueError(f"slot: expected one under way, {self.active}, got {slot!r}")
-        del self._requests[slot]
-        self._loop.cursor.place(slot, 0, 0, 0)
-        return self._loop.sample[slot : slot + 1].clone()
+        with self._in_use:
+            del self._requests[slot]
+            self._loop.cursor.place(slot, 0, 0, 0)
+            return self._loop.sample[slot : slot + 1].clone()
 
     def _loop_for(
         self, x_T: Tensor, conditions: conditioning.Signature, table: StepTable, guidance: Guidance, labels: bool

@@ -42,7 +42,7 @@ class NoiseSource(NamedTuple):
     def stands(self) -> object:
         """Where the caller's generator stands: if others draw from it between two steps, the loop goes on behind."""
         (generator,) = self.generators
-        return generator.get_offset() if isinstance(generator, torch.Generator) else None
+        return (generator.initial_seed(), generator.get_offset()) if isinstance(generator, torch.Generator) else None
 
     def end(self, state: DeviceGenerator) -> None:
         """Give a generator on the device its state back."""

@@ -47,6 +47,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     broken = {"diffusers": lambda i: 1 / 0}
     monkeypatch.setattr(steps, "CONTENDERS", wrong | broken)
     rows = {row["contender"]: row for row in steps.measure(SMALL, CPU, 0.01, False)}
+    assert list(rows)[:2] == ["fastguide", "diffusers"]
     assert rows["fastguide"]["status"] == "wrong"
     assert "seconds" not in rows["fastguide"]
     assert rows["diffusers"] | {"status": "not run"} == rows["diffusers"]
@@ -137,6 +138,52 @@ def test_results_are_read_as_they_were_written(tmp_path):
             results.load(tmp_path / name)
 
 
+def test_what_is_broken_is_worse_and_what_was_not_asked_for_is_left_out():
+    before = rows_of_a_run()
+    now = [row for row in before if row.get("contender") != "fastguide"]
+    now.append(ok(targets._SMALL, "fastguide", 1.0) | {"status": "failed", "reason": "kernel broke"})
+    found = {row["contender"]: row for row in results.compared(now, before)}
+    assert (found["fastguide"]["status"], found["fastguide"]["reason"]) == ("worse", "kernel broke")
+    assert "kernel broke" in report.terminal(list(found.values()), colour=False)
+    without = [row for row in before if row.get("contender") != "diffusers"]
+    assert {row["status"] for row in results.compared(without, before)} == {"not compared"}
+    assert results.compared([], before) == []
+    with pytest.raises(ValueError, match=r"--compare: expected a run on cuda, as this one, got a\.json of cpu"):
+        results.check_comparable({"machine": {"device": "cpu"}}, Path("a.json"), torch.device("cuda"))
+
+
+def test_what_fails_is_not_hidden(monkeypatch, tmp_path, capsys):
+    """Neither by its row, nor by a target, nor by the exit status."""
+    monkeypatch.setattr(workloads, "quick", lambda: [SMALL])
+    monkeypatch.setattr(targets, "_SMALL", SMALL.title)
+    monkeypatch.chdir(tmp_path)
+
+    def broken(inputs):
+        raise RuntimeError
+
+    for name, status in (("fastguide", "failed"), ("torch.compile", "not run")):
+        monkeypatch.setattr(steps, "CONTENDERS", {"torch eager": contenders.torch_eager, name: broken})
+        assert cli.main(["bench", "--only", "steps", "--json", "a.json"]) == (1 if status == "failed" else 0)
+        rows = json.loads(Path("a.json").read_text())["rows"]
+        assert {r["contender"]: r["status"] for r in rows if r["suite"] == "steps"}[name] == status
+        missed = [r["target"] for r in rows if r["suite"] == "targets" and r["status"] == "missed"]
+        assert [target.partition(",")[0] for target in missed] == (["a step"] if status == "failed" else [])
+        assert status in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
+    def interrupted(device):
+        yield of_bfloat16("fastguide", torch.nan)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accuracy, "measure", interrupted)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--only", "accuracy", "--json", "a.json"]) == 130
+    found = json.loads(Path("a.json").read_text())
+    assert found["interrupted"]
+    assert found["rows"][0]["error"] is None  # JSON has no NaN
+
+
 def test_lines_through_points():
     slope, intercept, explained = steps.line([(1, 5.0), (2, 7.0), (4, 11.0)])
     assert (slope, intercept, explained) == pytest.approx((2.0, 3.0, 1.0))
@@ -151,6 +198,10 @@ def test_peak_memory_counts_what_lives_at_once():
             del x, y
     assert memory.peak == 2 * 1024
     assert memory._now == 0
+    layer, row = torch.nn.Linear(256, 256), torch.ones(1, 256)
+    with methods.PeakMemory() as memory, torch.no_grad():
+        layer(row)
+    assert memory.peak == 1024  # and not its weights
 
 
 def test_accuracy_knows_what_is_nearer():
@@ -191,7 +242,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     [
         (["--only", "steps", "speed"], "--only: expected some of steps, loops, .*, got 'speed'"),
         (["--only", "steps", "--workload", "nothing"], "--workload: expected the beginning of one of"),
+        (
+            ["--only", "loops", "--workload", "nothing"],
+            "--workload: expected .* of\n  policy, 20 steps",
+        ),
         (["--compare", "nowhere.json"], "nowhere.json: expected a result of fastguide bench"),
+        (["--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
+        (["--device", "abacus"], "--device: expected one that torch sees, got 'abacus'"),
+        (["--output", "/proc/nowhere"], "--output: expected a folder that can be written"),
     ],
 )
 def test_what_the_command_refuses(arguments, message, capsys):
@@ -205,7 +263,7 @@ def test_a_gpu_that_is_not_there(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert cli.main(["bench", "--device", "cuda"]) == 1
-    assert "--device: expected one that torch sees, got 'cuda' without a GPU" in capsys.readouterr().err
+    assert "--device: expected one that torch sees, got 'cuda'" in capsys.readouterr().err
 
 
 def test_without_what_is_optional_the_rest_runs(monkeypatch, tmp_path):
@@ -235,4 +293,5 @@ def test_workloads_have_names_of_their_own():
         small = Workload(workload.name, (1, 4, 8, 8), workload.solver, workload.guidance, workload.dtype)
         with torch.no_grad():
             assert contenders.fastguide(Inputs(small, CPU))().isfinite().all()
-    assert [w.title for w in run.chosen(["SDXL, add"], False)] == ["SDXL, add_noise, (1, 4, 128, 128), float32"]
+    assert [w.title for w in run.chosen_steps(["SDXL, add"], False)] == ["SDXL, add_noise, (1, 4, 128, 128), float32"]
+    assert run.chosen_loops(["policy, 5"], False) == [("policy", 50)]

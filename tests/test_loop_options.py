@@ -371,10 +371,12 @@ def test_predictions_need_memory_of_their_own():
 def test_a_model_may_return_its_input(view):
     options = {"cond": COND, "uncond": UNCOND}
     for guidance, call in ((ClassifierFree(2.0), options), (None, {"cond": COND})):
-        got, expected = (
-            Sampler(lambda x, t, y, f=f: f(x), TABLE, guidance)(randn(), **call) for f in (view, torch.clone)
-        )
-        assert torch.equal(got, expected)
+        for batched in (True, False):
+            got, expected = (
+                Sampler(lambda x, t, y, f=f: f(x), TABLE, guidance, batched=batched)(randn(), **call)
+                for f in (view, torch.clone)
+            )
+            assert torch.equal(got, expected)
 
 
 def test_what_a_kept_region_s_prediction_is_does_not_matter():
@@ -426,3 +428,14 @@ def test_undefined_rows_and_scaled_inputs_are_refused():
     scaled = fastguide.StepTable(torch.tensor([9]), {"in_scale": torch.tensor([0.5]), "out_pred": torch.ones(1)})
     with pytest.raises(ValueError, match="table: expected in_scale of 1"):
         Sampler(model, scaled)(randn())
+
+
+def test_a_gradient_by_a_variance_that_overflowed(backend, generator):
+    """Where the mean is not moved by the variance, it may be anything."""
+    table = fastguide.ddpm(SCHEDULE, 5, variance_type="learned")
+    x, prediction, gradient = (torch.randn(2, 40, generator=generator) for _ in range(3))
+    variance = torch.full((2, 40), torch.inf)
+    got = fastguide.guided_step(
+        table, 4, x, prediction, Classifier(None, 1.0), gradient=gradient, variance=variance, backend=backend
+    )
+    assert got.isfinite().all()

@@ -221,7 +221,9 @@ def _step_tile(
         v = _load(_place(variance, variance_stride, sample, first, BLOCK), inside, EVEN)
         log_variance = _add(tl.load(r + LOGVAR_BASE), tl.load(r + LOGVAR_SPAN) * v, PTX)
         if gradient is not None:
-            result = _add(result, _add(shift, tl.load(r + OUT_VAR_GRAD) * _exp(log_variance), PTX) * g, PTX)
+            var_grad = tl.load(r + OUT_VAR_GRAD)
+            by_variance = tl.where(var_grad != 0.0, var_grad * _exp(log_variance), 0.0)
+            result = _add(result, _add(shift, by_variance, PTX) * g, PTX)
         if NOISE != NONE:
             shaken = deviation * _exp(0.5 * log_variance) * z
             result = _add(result, tl.where(deviation != 0.0, shaken, 0.0), PTX)  # the variance may be anything else

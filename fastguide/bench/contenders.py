@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..noise import portable_noise
 from ..ops import guided_step
-from ..table import ROW_COLUMNS
 from .workloads import GRADIENT_SCALE, GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP, Inputs
 
 Call = Callable[[], Tensor]
@@ -65,35 +64,70 @@ def drop_in(i: Inputs) -> Call:
 
 
 def guided_diffusion(i: Inputs) -> Call:
-    """guided-diffusion's p_sample restated: float64 tables on the host, a row of them uploaded at every use."""
-    if not i.workload.solver.startswith("ddpm") or i.workload.guidance == "composed":
-        raise NotRunError("its loop is DDPM, with classifier guidance or none, or classifier-free by hand")
-    rows = {name: values.numpy() for name, values in i.table.coefficients(_form(i)).items()}
+    """guided-diffusion's p_sample restated: float64 tables on the host, of which each use uploads a row."""
+    w = i.workload
+    if not w.solver.startswith("ddpm") or w.guidance in ("composed", "epsilon gradient"):
+        raise NotRunError("its loop is DDPM, unguided, by a classifier's mean form, or classifier-free by hand")
+    abar = i.table.alphas_cumprod
+    assert abar is not None
+    before = torch.cat([abar[1:], torch.ones(1, dtype=abar.dtype)])  # its steps are in falling order here
+    beta = 1 - abar / before
+    posterior = (1 - before) / (1 - abar) * beta
+    tables = {
+        "sqrt_recip": (1 / abar).sqrt(),
+        "sqrt_recipm1": (1 / abar - 1).sqrt(),
+        "mean_coef1": beta * before.sqrt() / (1 - abar),
+        "mean_coef2": (1 - before) * (abar / before).sqrt() / (1 - abar),
+        "variance": posterior,
+        "log_variance": posterior.clamp(min=1e-20).log(),
+        "log_beta": beta.log(),
+    }
+    host = {name: values.numpy() for name, values in tables.items()}
     t = torch.full((i.sample.shape[0],), STEP, device=i.device)
     generator = torch.Generator(i.device).manual_seed(0)
 
     def extract(name: str) -> Tensor:
-        values = torch.from_numpy(rows[name]).to(device=i.device)[t].float()
+        values = torch.from_numpy(host[name]).to(device=i.device)[t].float()
         return values.reshape(-1, *[1] * (i.sample.dim() - 1)).expand(i.sample.shape)
 
     def step() -> Tensor:
+        output = _combined([prediction.float() for prediction in i.predictions])
+        if i.variance is not None:
+            fraction = (i.variance.float() + 1) / 2
+            log_variance = fraction * extract("log_beta") + (1 - fraction) * extract("log_variance")
+            variance = torch.exp(log_variance)
+        else:
+            variance, log_variance = extract("variance"), extract("log_variance")
+        x0 = extract("sqrt_recip") * i.sample - extract("sqrt_recipm1") * output
+        if w.solver.endswith("clipped"):
+            x0 = x0.clamp(-1, 1)
+        mean = extract("mean_coef1") * x0 + extract("mean_coef2") * i.sample
+        if i.gradient is not None:
+            mean = mean.float() + variance * GRADIENT_SCALE * i.gradient.float()
         noise = torch.randn(i.sample.shape, device=i.device, generator=generator)
-        return _formula(extract, i.sample, i.predictions, i.gradient, i.variance, noise)
+        nonzero_mask = (t != NUM_STEPS - 1).float().view(-1, *[1] * (i.sample.dim() - 1))
+        return mean + nonzero_mask * torch.exp(0.5 * log_variance) * noise
 
     return step
 
 
 def torch_eager(i: Inputs, compiled: str | None = None, *, out: bool = False) -> Call:
-    """The formula in torch, without synchronisation, as careful users write it; or under torch.compile."""
-    row = i.table.device_rows(_form(i), torch.float32)[STEP].clone()
+    """The formula in torch, of the terms that the step has and no others, without synchronisation.
+
+    Eager, with numbers; under torch.compile, with the coefficients in tensors, as numbers would compile each step anew.
+    """
+    numbers = _row(i)
+    row: dict[str, Any] = dict(numbers)
+    if compiled is not None:
+        row = {name: torch.tensor(value, device=i.device, dtype=torch.float32) for name, value in numbers.items()}
     place = torch.empty_like(i.sample) if out else None
     generator = torch.Generator(i.device).manual_seed(0)
 
-    def formula(noise: Tensor | None, into: Tensor | None, *tensors: Tensor) -> Tensor:
+    def formula(noise: Tensor | None, into: Tensor | None, row: dict[str, Any], *tensors: Tensor) -> Tensor:
         sample, *predictions = tensors
         variance = predictions.pop() if i.variance is not None else None
         gradient = predictions.pop() if i.gradient is not None else None
-        result = _formula(lambda name: row[_COLUMN[name]], sample, predictions, gradient, variance, noise)
+        result = _formula(numbers, row, sample, predictions, gradient, variance, noise)
         return result if into is None else into.copy_(result)
 
     function = formula
@@ -104,7 +138,7 @@ def torch_eager(i: Inputs, compiled: str | None = None, *, out: bool = False) ->
 
     def step() -> Tensor:
         noise = torch.randn(i.sample.shape, device=i.device, generator=generator) if i.noisy else None
-        return function(noise, place, i.sample, *i.predictions, *extras)
+        return function(noise, place, row, i.sample, *i.predictions, *extras)
 
     return step
 
@@ -136,6 +170,13 @@ CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "torch.compile": lambda i: torch_eager(i, "default"),
     "torch.compile out=": lambda i: torch_eager(i, "default", out=True),
 }
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contender is fastguide, or runs on it: then a failure is one of the run."""
+    return name.startswith("Sampler") or "fastguide" in name
+
+
 SLOW = {"torch.compile max-autotune": lambda i: torch_eager(i, "max-autotune")}
 """In ``--full`` only: a minute of compilation each."""
 CEILINGS = {"copy_ of the same bytes": copy, "torch's noise alone": noise_alone}
@@ -152,10 +193,10 @@ def relative_error(i: Inputs, name: str, got: Tensor) -> float:
         else:
             generator = torch.Generator(i.device).manual_seed(0)
             noise = torch.randn(i.sample.shape, device=i.device, dtype=dtype, generator=generator)
-    row = i.table.coefficients(_form(i))
+    row = _row(i)
     double = [None if t is None else t.double() for t in (i.gradient, i.variance, noise)]
     predictions = [prediction.double() for prediction in i.predictions]
-    truth = _formula(lambda column: row[column][STEP].to(i.device), i.sample.double(), predictions, *double)
+    truth = _formula(row, row, i.sample.double(), predictions, *double)
     return float((got.double() - truth).norm() / truth.norm())
 
 
@@ -165,7 +206,6 @@ def tolerance(i: Inputs, name: str) -> float:
     return 3e-2 if coarse else 1e-4 if name in ("diffusers", "fastguide's scheduler") else 1e-5
 
 
-_COLUMN = {name: place for place, name in enumerate(ROW_COLUMNS)}
 _COMPOSED = (GUIDANCE_SCALE, 2.0, -1.0)
 
 
@@ -184,33 +224,58 @@ def _combined(predictions: list[Tensor]) -> Tensor:
     return guided
 
 
+def _row(i: Inputs) -> dict[str, float]:
+    """The step's coefficients."""
+    return {name: float(values[STEP]) for name, values in i.table.coefficients(_form(i)).items()}
+
+
 def _formula(
-    row: Callable[[str], Tensor],
+    has: dict[str, float],
+    row: dict[str, Any],
     sample: Tensor,
     predictions: list[Tensor],
     gradient: Tensor | None,
     variance: Tensor | None,
     noise: Tensor | None,
 ) -> Tensor:
-    """DESIGN's algebra, of one row, in the sample's dtype."""
-    result = row("out_sample") * sample
-    if predictions:
-        m = _combined([prediction.to(sample.dtype) for prediction in predictions])
-        x0 = row("x0_sample") * sample + row("x0_pred") * m
-        if gradient is not None:
-            x0 = x0 + row("x0_grad") * GRADIENT_SCALE * gradient.to(sample.dtype)
-        x0 = row("x0_scale") * x0
-        x0 = torch.minimum(torch.maximum(x0, -row("clip")), row("clip"))
-        result = row("out_x0") * x0 + result + row("out_pred") * m
-    deviation = row("out_noise")
-    shift = row("out_grad")
+    """One step in the sample's dtype: the terms whose coefficients ``has`` says are not 0 (or 1), with ``row``'s."""
+    terms: list[Tensor] = []
+
+    def add(column: str, values: Tensor) -> None:
+        if has[column] != 0:
+            terms.append(values if has[column] == 1 else row[column] * values)
+
+    def total() -> Tensor:
+        result = terms[0]
+        for term in terms[1:]:
+            result = result + term
+        terms.clear()
+        return result
+
+    g = None if gradient is None else GRADIENT_SCALE * gradient.to(sample.dtype)
+    m = _combined([prediction.to(sample.dtype) for prediction in predictions]) if predictions else None
+    if m is not None:
+        add("x0_sample", sample)
+        add("x0_pred", m)
+        if g is not None:
+            add("x0_grad", g)
+        x0 = row["x0_scale"] * total()
+        if has["clip"] < float("inf"):
+            x0 = x0.clamp(-has["clip"], has["clip"])
+        add("out_x0", x0)
+        add("out_pred", m)
+    add("out_sample", sample)
+    log_variance = None
     if variance is not None:
-        log_variance = row("logvar_base") + row("logvar_span") * variance.to(sample.dtype)
-        deviation = deviation * torch.exp(0.5 * log_variance)
-        shift = shift + row("out_var_grad") * torch.exp(log_variance)
-    if gradient is not None:
-        result = result + shift * GRADIENT_SCALE * gradient.to(sample.dtype)
-    return result if noise is None else result + deviation * noise.to(sample.dtype)
+        log_variance = row["logvar_base"] + row["logvar_span"] * variance.to(sample.dtype)
+    if g is not None:
+        add("out_grad", g)
+        if log_variance is not None:
+            add("out_var_grad", torch.exp(log_variance) * g)
+    if noise is not None:
+        z = noise.to(sample.dtype)
+        add("out_noise", z if log_variance is None else torch.exp(0.5 * log_variance) * z)
+    return total()
 
 
 def _scheduler(i: Inputs, whose: str) -> Any:

@@ -13,6 +13,8 @@ from ..guidance import ClassifierFree
 from ..sampler import Sampler
 from ..schedule import NoiseSchedule
 from ..solvers import ddim, ddpm
+from .contenders import is_ours
+from .steps import said
 from .timing import in_turns
 
 SCALE = 7.5
@@ -107,7 +109,6 @@ class Loops:
 
     def by_hand(self, scheduler: Any, model: Any, fused: bool) -> Tensor:
         """The loop as pipelines write it."""
-        scheduler.set_timesteps(self.steps, device=self.device)
         x = self.x_T
         for t in scheduler.timesteps:
             if self.compiled is not None:
@@ -131,6 +132,8 @@ class Loops:
         diffusers: Any = installed
         config: dict[str, Any] = {"clip_sample": False, "beta_schedule": "scaled_linear"}
         theirs, fused = diffusers.DDIMScheduler(**config), ours.DDIMScheduler(**config)
+        for scheduler in (theirs, fused):
+            scheduler.set_timesteps(self.steps, device=self.device)
         table = ours.step_table(theirs, self.steps).to(self.device)
         uncond, cond = self.embeddings[:1], self.embeddings[1:]
         calls: dict[str, Callable[[], Tensor]] = {
@@ -162,8 +165,16 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
     reference = calls["diffusers"]()
     memory: dict[str, int] = {}
     for name in list(calls):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-        difference = float((calls[name]() - reference).norm() / reference.norm())
+        try:
+            difference = float((calls[name]() - reference).norm() / reference.norm())
+        except Exception as error:  # such as a model that cannot be compiled
+            del calls[name]
+            yield row | {"contender": name, "status": "failed" if is_ours(name) else "not run", "reason": said(error)}
+            continue
         if not difference < _AGREEMENT:
             del calls[name]
             reason = f"differs from diffusers by {difference:.1e}"

@@ -32,14 +32,18 @@ class PeakMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        for tensor in tree_leaves((arguments, keywords)):
+            if isinstance(tensor, Tensor):  # what comes from outside, such as weights, is not made here
+                self._count(tensor.untyped_storage(), 0)
         result = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                self._count(storage, storage.nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
         if key in self._known:
             return
         self._known.add(key)
@@ -130,8 +134,9 @@ def quality(device: torch.device) -> Iterator[dict[str, Any]]:
         )
         for method, guidance, options in methods:
             sampler = Sampler(denoiser, table, guidance)
-            begin = time.perf_counter()
             images = sampler(x_T, **options).cpu()
+            begin = time.perf_counter()
+            sampler(x_T, **options).cpu()
             yield {
                 "suite": "methods",
                 "what": "quality",

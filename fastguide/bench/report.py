@@ -12,7 +12,7 @@ from typing import Any
 Row = dict[str, Any]
 
 _RED, _GREEN, _PLAIN = "\033[31m", "\033[32m", "\033[0m"
-_BAD = ("missed", "wrong", "worse")
+_BAD = ("missed", "wrong", "worse", "failed")
 
 
 def terminal(rows: Sequence[Row], colour: bool) -> str:
@@ -83,7 +83,15 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
     found = [r for r in rows if r["suite"] == "compared"]
     if found:
         body = [
-            (r["status"], [r["workload"], r["contender"], f"{r['then']:.2f}", f"{r['now']:.2f}", r["status"]])
+            (
+                r["status"],
+                [
+                    r["workload"],
+                    r["contender"],
+                    *(f"{r[k]:.2f}" if k in r else "" for k in ("then", "now")),
+                    r.get("reason", r["status"]),
+                ],
+            )
             for r in found
         ]
         yield "Time over the baseline's of the same run, then and now", ["", "", "then", "now", ""], body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from .. import __version__
 from ..ops import BACKENDS, default_backend
+from .contenders import is_ours
 
 FORMAT = 1
 _BASELINES = ("diffusers", "torch eager")
@@ -34,7 +36,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "backend": f"{default_backend(device)}: {BACKENDS[default_backend(device)].status}",
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     for package in ("diffusers", "triton", "matplotlib", "scikit-learn"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -56,7 +58,17 @@ def processor() -> str:
 def save(results: dict[str, Any], path: Path) -> None:
     """Write them as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format": FORMAT, **results}, indent=1) + "\n")
+    text = json.dumps(_finite({"format": FORMAT, **results}), indent=1, allow_nan=False)
+    path.write_text(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """With None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -72,45 +84,51 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != FORMAT or "rows" not in found:
         got = found.get("format") if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{path}: expected a result of fastguide bench of format {FORMAT}, got format {got}")
+    rows = found["rows"]
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"suite", "status"} <= row.keys() for row in rows
+    ):
+        raise ValueError(f"{path}: expected rows with a suite and a status")
     return dict(found)
 
 
 def compared(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each of fastguide's rows in both: its time over the same run's baseline, then and now."""
-    ratios_now, ratios_then = _ratios(rows), _ratios(before)
+    """For each of fastguide's rows of the earlier run: its time over the same baseline's, then and now.
+
+    A row that was measured then and is wrong or failed now is worse; one that was not asked for now is left out.
+    """
+    now, then = _seconds(rows), _seconds(before)
+    asked = {row["workload"] for row in rows if row["suite"] in ("steps", "loops")}
+    broken = {(r["workload"], r["contender"]): r["reason"] for r in rows if r["status"] in ("wrong", "failed")}
     found = []
-    for key, now in ratios_now.items():
-        then = ratios_then.get(key)
-        if then is None:
+    for (workload, contender), value in then.items():
+        if not is_ours(contender) or workload not in asked or not any((workload, b) in then for b in _BASELINES):
             continue
-        status = "worse" if now > _WORSE * then else "better" if then > _WORSE * now else "alike"
-        workload, contender, baseline = key
-        found.append(
-            {
-                "suite": "compared",
-                "workload": workload,
-                "contender": contender,
-                "baseline": baseline,
-                "then": then,
-                "now": now,
-                "status": status,
-            }
-        )
+        row = {"suite": "compared", "workload": workload, "contender": contender}
+        if (workload, contender) not in now:
+            reason = broken.get((workload, contender), "not measured now")
+            found.append(row | {"status": "worse", "reason": reason})
+            continue
+        shared = [b for b in _BASELINES if (workload, b) in now and (workload, b) in then]
+        if not shared:
+            found.append(row | {"status": "not compared", "reason": f"no common baseline of {', '.join(_BASELINES)}"})
+            continue
+        ratios = [value / then[workload, shared[0]], now[workload, contender] / now[workload, shared[0]]]
+        status = "worse" if ratios[1] > _WORSE * ratios[0] else "better" if ratios[0] > _WORSE * ratios[1] else "alike"
+        found.append(row | {"baseline": shared[0], "then": ratios[0], "now": ratios[1], "status": status})
     return found
 
 
-def _ratios(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], float]:
-    seconds = {
+def check_comparable(before: dict[str, Any], path: Path, device: torch.device) -> None:
+    """Refuse a run of another device."""
+    was = before.get("machine", {}).get("device")
+    if was != device.type:
+        raise ValueError(f"--compare: expected a run on {device.type}, as this one, got {path} of {was}")
+
+
+def _seconds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    return {
         (row["workload"], row["contender"]): row["seconds"]
         for row in rows
-        if row.get("status") == "ok" and row["suite"] in ("steps", "loops")
+        if row["status"] == "ok" and row["suite"] in ("steps", "loops")
     }
-    found = {}
-    for (workload, contender), value in seconds.items():
-        if not contender.startswith(("fastguide", "Sampler")):
-            continue
-        for baseline in _BASELINES:
-            if (workload, baseline) in seconds:
-                found[workload, contender, baseline] = value / seconds[workload, baseline]
-                break
-    return found

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import accuracy, loops, methods, report, results, steps, targets, workloads
+from .contenders import is_ours
 
 SUITES = ("steps", "loops", "accuracy", "growth", "methods")
-
-
-def chosen(names: Sequence[str], full: bool) -> list[workloads.Workload]:
-    """The workloads whose names begin so; all, if none are named.
-
-    Raises:
-        ValueError: a name that no workload has.
-    """
-    known = workloads.full() if full else workloads.quick()
-    if not names:
-        return known
-    found = []
-    for name in names:
-        matching = [workload for workload in known if workload.title.startswith(name)]
-        if not matching:
-            titles = "\n  ".join(workload.title for workload in known)
-            raise ValueError(f"--workload: expected the beginning of one of\n  {titles}\ngot {name!r}")
-        found += matching
-    return list(dict.fromkeys(found))
 
 
 def run(
@@ -43,39 +25,73 @@ def run(
     before: dict[str, Any] | None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> dict[str, Any]:
-    """Measure, judge, and compare with an earlier result; returns all of it."""
+    """Measure, judge, and compare with an earlier result; returns all of it, also of a run that is interrupted."""
     begin = time.perf_counter()
     rows: list[dict[str, Any]] = []
-
-    def keep(what: str, found: Iterable[dict[str, Any]]) -> None:
-        say(f"[{time.perf_counter() - begin:5.1f} s] {what}")
-        rows.extend(found)
-
-    each = 4.0 if full else 1.2
-    if "steps" in suites:
-        for workload in chosen(names, full):
-            keep(workload.title, steps.measure(workload, device, each, slow=full))
-    if "loops" in suites:
-        keep("what the loop itself costs", loops.host_cost(device))
-        large = full or device.type == "cuda"
-        for kind in loops.MODELS:
-            if kind == "large UNet" and not large:
-                continue
-            for count in (20, 50) if large or kind == "policy" else (2, 4):
-                title = f"{kind}, {count} steps"
-                if not names or any(title.startswith(name) for name in names):
-                    keep(f"loop: {title}", loops.measure(kind, count, device, each))
-    if "accuracy" in suites:
-        keep("accuracy of 50 steps", accuracy.measure(device))
-    if "growth" in suites:
-        keep("cost by growth", steps.growth(device, each))
-    if "methods" in suites:
-        keep("both guidance methods: cost", methods.costs(device))
-        keep("both guidance methods: quality", methods.quality(device))
+    interrupted = False
+    try:
+        for what, found in _parts(device, full, suites, names):
+            say(f"[{time.perf_counter() - begin:5.1f} s] {what}")
+            for row in found:
+                rows.append(row)
+    except KeyboardInterrupt:
+        say("interrupted: what follows is what was measured")
+        interrupted = True
     if before is not None:
         rows.extend(results.compared(rows, before["rows"]))
     rows.extend(targets.judged(rows, device.type))
-    return {"machine": results.machine(device), "seconds": time.perf_counter() - begin, "rows": rows}
+    seconds = time.perf_counter() - begin
+    return {"machine": results.machine(device), "seconds": seconds, "interrupted": interrupted, "rows": rows}
+
+
+def _parts(
+    device: torch.device, full: bool, suites: Sequence[str], names: Sequence[str]
+) -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
+    """What to measure, with its title."""
+    each = 4.0 if full else 1.2
+    if "steps" in suites:
+        for workload in chosen_steps(names, full):
+            yield workload.title, steps.measure(workload, device, each, slow=full)
+    if "loops" in suites:
+        yield "what the loop itself costs", loops.host_cost(device)
+        for kind, count in chosen_loops(names, full or device.type == "cuda"):
+            yield f"loop: {kind}, {count} steps", loops.measure(kind, count, device, each)
+    if "accuracy" in suites:
+        yield "accuracy of 50 steps", accuracy.measure(device)
+    if "growth" in suites:
+        yield "cost by growth", steps.growth(device, each)
+    if "methods" in suites:
+        yield "both guidance methods: cost", methods.costs(device)
+        yield "both guidance methods: quality", methods.quality(device)
+
+
+def check_names(names: Sequence[str], suites: Sequence[str], full: bool, large: bool) -> None:
+    """Refuse a name that no workload of these suites has.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    known = (
+        [workload.title for workload in (workloads.full() if full else workloads.quick())] if "steps" in suites else []
+    )
+    known += [f"{kind}, {count} steps" for kind, count in chosen_loops([], large)] if "loops" in suites else []
+    for name in names:
+        if not any(title.startswith(name) for title in known):
+            listed = "\n  ".join(known)
+            raise ValueError(f"--workload: expected the beginning of one of\n  {listed}\ngot {name!r}")
+
+
+def chosen_steps(names: Sequence[str], full: bool) -> list[workloads.Workload]:
+    """The steps whose titles begin with a name; all, if none are named."""
+    known = workloads.full() if full else workloads.quick()
+    return [w for w in known if not names or any(w.title.startswith(name) for name in names)]
+
+
+def chosen_loops(names: Sequence[str], large: bool) -> list[tuple[str, int]]:
+    """The loops whose titles begin with a name; all, if none are named. Without ``large``, of few steps."""
+    kinds = [kind for kind in loops.MODELS if large or not kind.startswith("large")]
+    found = [(kind, n) for kind in kinds for n in ((20, 50) if large or kind == "policy" else (2, 4))]
+    return [(kind, n) for kind, n in found if not names or any(f"{kind}, {n} steps".startswith(x) for x in names)]
 
 
 def main(
@@ -88,15 +104,57 @@ def main(
     compare: Path | None,
     output: Path,
 ) -> int:
-    """The command; the exit status is 1 if a contender of fastguide was wrong or a comparison became worse."""
-    before = None if compare is None else results.load(compare)
-    found = run(torch.device(device), full=full, suites=suites or SUITES, names=names, before=before)
+    """The command.
+
+    Returns:
+        1 if something of fastguide's was wrong or failed, or a comparison became worse; missed targets are shown, and
+        are no failure. 130 if it was interrupted.
+
+    Raises:
+        ValueError, OSError: an option is not as it has to be; nothing has been measured then.
+    """
+    place = _device(device)
+    suites = suites or SUITES
+    check_names(names, suites, full, full or place.type == "cuda")
+    before = None
+    if compare is not None:
+        before = results.load(compare)
+        results.check_comparable(before, compare, place)
+    for option, folder in (("--output", output), ("--json", None if json is None else json.parent)):
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ".fastguide").touch()
+                (folder / ".fastguide").unlink()
+            except OSError as error:
+                raise ValueError(f"{option}: expected a folder that can be written, got {error}") from None
+    found = run(place, full=full, suites=suites, names=names, before=before)
     print(report.terminal(found["rows"], sys.stdout.isatty()))
     written = report.write(found, output)
     results.save(found, output / "results.json")
     if json is not None:
         results.save(found, json)
     print(f"\nreport: {written[0]}; numbers: {output / 'results.json'}; {found['seconds']:.0f} s")
-    wrong = [r for r in found["rows"] if r["status"] == "wrong" and r["contender"].startswith(("fastguide", "Sampler"))]
-    worse = [r for r in found["rows"] if r["suite"] == "compared" and r["status"] == "worse"]
-    return 1 if wrong or worse else 0
+    if found["interrupted"]:
+        return 130
+    broken = [r for r in found["rows"] if r["status"] in ("wrong", "failed") and is_ours(r.get("contender", ""))]
+    comparisons = [r for r in found["rows"] if r["suite"] == "compared"]
+    if compare is not None and not comparisons:
+        print(f"fastguide: --compare: {compare} has nothing that was measured now", file=sys.stderr)
+        return 1
+    return 1 if broken or any(r["status"] == "worse" for r in comparisons) else 0
+
+
+def _device(name: str) -> torch.device:
+    """A device that can be measured."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device: expected one that torch sees, got {name!r}: {str(error).splitlines()[0]}"
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

@@ -11,7 +11,7 @@ from ..guidance import ClassifierFree, Composed, Guidance
 from ..ops import guided_step
 from ..sampler import Sampler
 from ..solvers import ddim
-from .contenders import CEILINGS, CONTENDERS, SLOW, NotRunError, relative_error, tolerance
+from .contenders import CEILINGS, CONTENDERS, SLOW, NotRunError, is_ours, relative_error, tolerance
 from .timing import host_seconds, in_turns
 from .workloads import SCHEDULE, STEP, Inputs, Workload
 
@@ -36,8 +36,8 @@ def measure(workload: Workload, device: torch.device, seconds: float, slow: bool
         except NotRunError as reason:
             yield row | {"status": "not run", "reason": str(reason)}
             continue
-        except Exception as error:  # of somebody else's library: said, and the others are timed
-            yield row | {"status": "not run", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+        except Exception as error:  # said, and the others are timed; one of ours fails the run
+            yield row | {"status": "failed" if is_ours(name) else "not run", "reason": said(error)}
             continue
         calls[name] = call
     times = in_turns(calls, seconds, device)
@@ -59,6 +59,11 @@ def measure(workload: Workload, device: torch.device, seconds: float, slow: bool
             "share_of_copy": copy / found.median,
             "error": errors.get(name),
         }
+
+
+def said(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
 
 
 def growth(device: torch.device, seconds: float) -> Iterator[Row]:

@@ -126,10 +126,10 @@ class Slots:
                 if not isinstance(value, expected):
                     what = {"x_T": "a tensor", "table": "a StepTable", "guidance": "a Guidance or None"}[name]
                     raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
-            check_run(table, "x_T", x_T, guidance, self._options.backend)
-            guidance = UNGUIDED if guidance is None else guidance
             if x_T.dim() == 0 or x_T.shape[0] != 1:
                 raise ValueError(f"x_T: expected shape (1, ...), one request, got {tuple(x_T.shape)}")
+            check_run(table, "x_T", x_T, guidance, self._options.backend)
+            guidance = UNGUIDED if guidance is None else guidance
             if not counted_layout(x_T):
                 raise ValueError(f"x_T: expected it contiguous or channels_last, got strides {x_T.stride()}")
             check_rows(table, 0)

@@ -136,6 +136,7 @@ BAD = {
     "a number of steps": ({"table": 20}, TypeError, "table: expected a StepTable, got int"),
     "a scale": ({"guidance": 7.5}, TypeError, "guidance: expected a Guidance or None, got float"),
     "a seed of text": ({"seed": "a"}, TypeError, "seed: expected an integer, as the table adds noise, got 'a'"),
+    "a number": ({"x_T": torch.tensor(1.0)}, ValueError, r"x_T: expected shape \(1, ...\), one request, got \(\)"),
     "two samples": ({"x_T": torch.zeros(2, 3, 4, 5)}, ValueError, r"x_T: expected shape .*, one request, got \(2"),
     "another shape": ({"x_T": torch.zeros(1, 3, 4, 6)}, ValueError, "admit: .* like the first, of shape"),
     "another condition": (

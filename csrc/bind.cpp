@@ -38,7 +38,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 32768;  // elements per thread at least, as in torch's elementwise operators
+constexpr int64_t kGrain = 32768;            // elements per thread at least, as in torch's elementwise operators
+constexpr int64_t kNoiseGrain = kGrain / 4;  // where noise is made as well, which takes several times as long
 
 // ---- Instruction sets ----
 
@@ -287,10 +288,11 @@ void set_cursor(StepArguments* a, const Tensor& cursor, const std::optional<Tens
 void run_on_cpu(const StepArguments& a) {
   const int64_t total = a.batch * a.elements_per_sample;
   const StepRange step_range = selected_step_range();
-  if (total <= kGrain) {
+  const int64_t grain = a.noise_kind == Noise::portable ? kNoiseGrain : kGrain;
+  if (total <= grain) {
     step_range(a, 0, total);
   } else {
-    torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) { step_range(a, begin, end); });
+    torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { step_range(a, begin, end); });
   }
   if (a.cursor != nullptr) advance(a, position_of(a, 0), 0, 1);
 }

@@ -134,7 +134,7 @@ def loops() -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "loops.json"
         command = [sys.executable, "-m", "fastguide", "bench", "--device", "cuda", "--only", "loops", "--workload"]
-        record = run([*command, "small UNet, 50 steps", "--json", str(place), "--output", folder], 150)
+        record = run([*command, "tiny UNet, 50 steps", "--json", str(place), "--output", folder], 150)
         record["output"] = str(record["output"])[-3000:]
         return record | ({"results": json.loads(place.read_text())} if place.exists() else {})
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import fastguide
+from fastguide.bench import formula
+from fastguide.bench.timing import in_a_graph
 from fastguide.bench.workloads import GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP
 from fastguide.ops import BACKENDS
-
-from .formula import formula_of
 
 LARGE = (64, 4, 512, 512)  # 268 MB of float32: beyond any cache, alone
 SMALL = [(1, 4, 64, 64), (1, 16, 128, 128)]
@@ -66,15 +66,14 @@ class GpuStep:
     def compiled(self) -> Callable[[], object]:
         """The formula under torch.compile into ``out``; noise, where the step draws it, by torch.randn_like."""
         torch._dynamo.reset()  # or the formula would reach the limit of recompilations
-        noisy, drawn = self.noise != "none", self.noise in ("torch", "portable")
-        formula, given, out = formula_of(noisy), self.given, self.out
-        row = self.table.device_rows(None, torch.float32)[STEP].clone()
-        scale = torch.tensor(GUIDANCE_SCALE, device="cuda")
+        drawn, given, out = self.noise in ("torch", "portable"), self.given, self.out
+        has = {name: float(values[STEP]) for name, values in self.table.coefficients().items()}
+        row = {name: torch.tensor(value, device="cuda", dtype=torch.float32) for name, value in has.items()}
 
         @torch.compile(fullgraph=True, dynamic=False)
         def step(x: Tensor, uncond: Tensor, cond: Tensor) -> None:
             noise = torch.randn_like(x) if drawn else given
-            out.copy_(formula(row, scale, x, uncond, cond, noise))
+            out.copy_(formula.guided_step(has, row, x, [uncond, cond], noise=noise))
 
         return lambda: step(self.sample, self.uncond, self.cond)
 
@@ -88,26 +87,9 @@ def plain_triton(s: GpuStep) -> Callable[[], object] | None:
     return lambda: plain_step(s.out, s.sample, s.uncond, s.cond, GUIDANCE_SCALE)
 
 
-def gpu_microseconds(call: Callable[[], object], repeats: int, replays: int = 11) -> float:
-    """Median GPU time of one call, among ``repeats`` in a captured graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            call()
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / repeats)
-    return statistics.median(times[1:])
+def gpu_microseconds(call: Callable[[], object], repeats: int) -> float:
+    """GPU time of one call, among ``repeats`` in a captured graph."""
+    return 1e6 * in_a_graph(call, repeats)
 
 
 def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:

@@ -1,7 +1,7 @@
 """pytest-benchmark: every contender on every workload. ``pytest benchmarks --benchmark-only``; groups are workloads.
 
-``FASTGUIDE_BENCH=full`` takes the whole list. Of the CPU: host timers say nothing of a GPU's work, which ``fastguide
-bench --device cuda`` times between events.
+``FASTGUIDE_BENCH=full`` takes the whole list. On a GPU a call is timed between two events, with the cache overwritten
+and the device kept busy until the host has launched everything; on the CPU by the host's clock.
 """
 
 from __future__ import annotations
@@ -12,23 +12,30 @@ import os
 import pytest
 import torch
 
-from fastguide.bench.contenders import CEILINGS, CONTENDERS, NotRunError, is_ours, relative_error, tolerance
-from fastguide.bench.workloads import Inputs, full, quick
+from fastguide.bench.contenders import CEILINGS, CONTENDERS, is_ours, relative_error, tolerance
+from fastguide.bench.timing import Stamp, host_seconds, occupy
+from fastguide.bench.workloads import Inputs, NotRunError, full, quick
 
 WORKLOADS = {w.title: w for w in (full() if os.environ.get("FASTGUIDE_BENCH") == "full" else quick())}
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU, pytest.mark.benchmark(timer=Stamp)]),
+]
 
 
 @functools.lru_cache(maxsize=1)
-def inputs_of(title: str) -> Inputs:
+def inputs_of(title: str, device: str) -> Inputs:
     torch._dynamo.reset()  # or torch.compile would reach its limit of recompilations
-    return Inputs(WORKLOADS[title], torch.device("cpu"))
+    return Inputs(WORKLOADS[title], torch.device(device))
 
 
 @pytest.mark.parametrize("contender", [*CONTENDERS, *CEILINGS])
 @pytest.mark.parametrize("title", WORKLOADS)
-def test_step(benchmark, title, contender):
-    inputs = inputs_of(title)
-    benchmark.group = title
+@pytest.mark.parametrize("device", DEVICES)
+def test_step(benchmark, device, title, contender):
+    inputs = inputs_of(title, device)
+    benchmark.group = f"{device}: {title}"
     benchmark.extra_info["bytes"] = inputs.bytes
     with torch.no_grad():
         try:
@@ -41,7 +48,11 @@ def test_step(benchmark, title, contender):
                 raise
             pytest.skip(f"{type(error).__name__}: {error}")
         if contender in CONTENDERS:
-            error = relative_error(inputs, contender, CONTENDERS[contender](inputs)())
+            error = relative_error(inputs, contender, result)
             assert error < tolerance(inputs, contender), f"relative error {error:.1e}"
         del result
-        benchmark(call)
+        if device == "cpu":
+            benchmark(call)
+            return
+        host = host_seconds(call, inputs.device)
+        benchmark.pedantic(call, setup=lambda: occupy(host), rounds=100, warmup_rounds=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from fastguide.bench.workloads import Inputs, Workload
 CPU = torch.device("cpu")
 SMALL = Workload("tiny", (2, 3, 8, 8))
 EVERY = [
-    Workload("tiny", (2, 3, 8, 8), solver, guidance, dtype)
+    Workload("tiny", (2, 3, 8, 8), solver, guidance, dtype, state)
     for solver in workloads.SOLVERS
     for guidance in workloads.GUIDANCES
-    for dtype in (torch.float32, torch.bfloat16)
+    for dtype, state in ((torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2)
     if (solver != "add_noise" or guidance == "none") and (solver, guidance) != ("ddim", "mean gradient")
 ]
 
@@ -35,11 +36,16 @@ def test_every_contender_computes_the_same(workload):
         try:
             with torch.no_grad():
                 error = contenders.relative_error(inputs, name, make(inputs)())
-        except contenders.NotRunError:
+        except workloads.NotRunError:
             continue
         assert error < contenders.tolerance(inputs, name), name
         served.append(name)
-    assert {"fastguide", "fastguide out=", "torch eager"} <= set(served)
+    assert {"fastguide", "fastguide out=", "torch eager", "diffusers"} <= set(served)
+    by_gradient_elsewhere = (workload.solver == "ddim", workload.form) in ((True, "mean"), (False, "epsilon"))
+    assert ("guided-diffusion" in served) is not by_gradient_elsewhere
+    assert inputs.sample.dtype == workload.state
+    count = workload.count + (workload.form is not None) + workload.solver.endswith("learned")
+    assert inputs.bytes == 2 * inputs.sample.nbytes + count * inputs.sample.numel() * workload.dtype.itemsize
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
@@ -69,7 +75,7 @@ def ok(workload, contender, seconds, suite="steps"):
 
 def of_bfloat16(contender, error):
     kind = {"suite": "accuracy", "solver": "ddim", "dtype": "bfloat16"}
-    return {**kind, "contender": contender, "status": "ok", "error": error}
+    return {**kind, "contender": contender, "status": "ok", "error": error, "seconds": 1e-5}
 
 
 def rows_of_a_run(ours=1.0):
@@ -90,11 +96,11 @@ def rows_of_a_run(ours=1.0):
 
 def test_targets_are_met_missed_or_said_to_be_missing():
     judged = targets.judged(rows_of_a_run(), "cpu")
-    assert [row["status"] for row in judged] == ["met", "met", "met", "missed", "not run", "met", "met"]
+    assert [row["status"] for row in judged] == ["met", "met", "met", "met", "missed", "not run", "met", "met"]
     worse = targets.judged(rows_of_a_run(2.0), "cpu")
-    assert [row["status"] for row in worse] == ["missed", "missed", "missed", "missed", "not run", "met", "met"]
+    assert [row["status"] for row in worse] == [*["missed"] * 2, "met", *["missed"] * 2, "not run", "met", "met"]
     assert all(row["status"] == "not run" and row["reason"] for row in targets.judged([], "cpu"))
-    assert len(targets.judged([], "cuda")) == len(judged) + 2
+    assert len(targets.judged([], "cuda")) == len(judged) + 4
     text = report.terminal([*rows_of_a_run(2.0), *worse], colour=False)
     assert text.count("missed") == 4
 
@@ -107,6 +113,9 @@ def test_a_page_holds_everything(tmp_path):
     page = written[0].read_text()
     assert page.count("<tr class=bad>") == 4
     assert "&lt;2&gt;" in page
+    tables = (tmp_path / "tables.md").read_text()
+    assert tables.count("**missed**") == 4
+    assert "| fastguide out= | 2200.00 ms |" in tables
     assert page.count("data:image/png;base64,") == len(written) - 1
     assert page.index("Targets") < page.index("SD 512")
 
@@ -150,6 +159,10 @@ def test_what_is_broken_is_worse_and_what_was_not_asked_for_is_left_out():
     assert results.compared([], before) == []
     with pytest.raises(ValueError, match=r"--compare: expected a run on cuda, as this one, got a\.json of cpu"):
         results.check_comparable({"machine": {"device": "cpu"}}, Path("a.json"), torch.device("cuda"))
+    here = results.machine(CPU)
+    assert results.check_comparable({"machine": here}, Path("a.json"), CPU) == []
+    (said,) = results.check_comparable({"machine": here | {"processor": "abacus"}}, Path("a.json"), CPU)
+    assert said.startswith("processor was 'abacus', and is ")
 
 
 def test_what_fails_is_not_hidden(monkeypatch, tmp_path, capsys):
@@ -167,7 +180,9 @@ def test_what_fails_is_not_hidden(monkeypatch, tmp_path, capsys):
         rows = json.loads(Path("a.json").read_text())["rows"]
         assert {r["contender"]: r["status"] for r in rows if r["suite"] == "steps"}[name] == status
         missed = [r["target"] for r in rows if r["suite"] == "targets" and r["status"] == "missed"]
-        assert [target.partition(",")[0] for target in missed] == (["a step"] if status == "failed" else [])
+        assert [target.partition(",")[0] for target in missed] == (
+            ["a step into a new output"] if status == "failed" else []
+        )
         assert status in capsys.readouterr().out
 
 
@@ -188,6 +203,8 @@ def test_lines_through_points():
     slope, intercept, explained = steps.line([(1, 5.0), (2, 7.0), (4, 11.0)])
     assert (slope, intercept, explained) == pytest.approx((2.0, 3.0, 1.0))
     assert steps.line([(1, 1.0), (2, 4.0), (3, 9.0), (4, 16.0)])[2] < 0.99
+    assert steps.steeper([(n, 5.0 + 2 * n) for n in (1, 2, 4, 8, 16)]) == pytest.approx(1.0)
+    assert steps.steeper([(n, 5.0 + n * n) for n in (1, 2, 4, 8, 16)]) == pytest.approx(4.0)
 
 
 def test_peak_memory_counts_what_lives_at_once():
@@ -206,11 +223,25 @@ def test_peak_memory_counts_what_lives_at_once():
 
 def test_accuracy_knows_what_is_nearer():
     pytest.importorskip("diffusers")
-    rows = {(r["solver"], r["dtype"], r["contender"]): r["error"] for r in accuracy.measure(CPU)}
+    rows = {(r["solver"], r["dtype"], r["contender"]): r["error"] for r in accuracy.measure(CPU, 0.01)}
+    assert len(rows) == 24
     for solver in ("ddim", "ddpm"):
-        assert rows[solver, "float32", "fastguide"] < 1e-6
+        for contender in accuracy.CONTENDERS:
+            assert rows[solver, "float32", contender] < 1e-5
         for dtype in ("bfloat16", "float16"):
-            assert rows[solver, dtype, "fastguide"] < 0.6 * rows[solver, dtype, "diffusers"]
+            for contender in ("fastguide", "torch eager", "guided-diffusion"):
+                assert rows[solver, dtype, contender] < 0.6 * rows[solver, dtype, "diffusers"]
+
+
+def test_accuracy_leaves_diffusers_noise_as_it_was():
+    scheduling = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
+    drawn, x = scheduling.randn_tensor, torch.randn(accuracy.SHAPE)
+    step = accuracy._diffusers("ddpm", CPU)
+    given = step(3, x, x, x, torch.ones_like(x)) - step(3, x, x, x, torch.zeros_like(x))
+    assert given.std() < 1e-5 < given.mean()
+    with pytest.raises(RuntimeError):
+        step(3, x, x[..., :3], x[..., :3], x)
+    assert scheduling.randn_tensor is drawn
 
 
 @pytest.mark.parametrize("kind", ["policy", "small DiT"])
@@ -290,8 +321,11 @@ def test_workloads_have_names_of_their_own():
     for made in (workloads.quick(), workloads.full()):
         assert len({w.title for w in made}) == len(made)
     for workload in workloads.full():
-        small = Workload(workload.name, (1, 4, 8, 8), workload.solver, workload.guidance, workload.dtype)
+        small = dataclasses.replace(workload, shape=(1, 4, 8, 8))
         with torch.no_grad():
             assert contenders.fastguide(Inputs(small, CPU))().isfinite().all()
-    assert [w.title for w in run.chosen_steps(["SDXL, add"], False)] == ["SDXL, add_noise, (1, 4, 128, 128), float32"]
+    (chosen,) = run.chosen_steps(["SDXL, add"], False, False)
+    assert chosen.title == "SDXL, add_noise, (1, 4, 128, 128), float32"
+    assert [w.title for w in run.chosen_steps(["pixels, batch"], False, False)] == []
+    assert all(Inputs(w, torch.device("meta")).bytes > 256e6 for w in workloads.large()[:1])
     assert run.chosen_loops(["policy, 5"], False) == [("policy", 50)]

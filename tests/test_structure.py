@@ -58,6 +58,8 @@ FLOORS = [  # a module imports modules of lower floors only, or of its own floor
         "demo.run",
         "bench",
         "bench.workloads",
+        "bench.formula",
+        "bench.baselines",
         "bench.contenders",
         "bench.timing",
         "bench.steps",

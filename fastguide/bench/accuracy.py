@@ -1,105 +1,155 @@
-"""Whole loops against float64: how far each is off after 50 steps, by the dtype of the model's output."""
+"""Whole loops against float64: how far each is off after 50 steps by the dtype of the model's output, and how fast."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..guidance import ClassifierFree
 from ..noise import portable_noise
-from ..sampler import Sampler
-from ..schedule import NoiseSchedule
+from ..ops import guided_step
 from ..solvers import ddim, ddpm
+from . import formula
+from .baselines import GuidedDiffusion, scheduler
+from .timing import in_turns
+from .workloads import SCHEDULE, STEP, NotRunError
 
-STEPS, SCALE, SHAPE = 50, 7.5, (2, 4, 32, 32)
-SCHEDULE = NoiseSchedule.scaled_linear()
+STEPS, SCALE, SHAPE = 50, 7.5, (1, 4, 64, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+Step: TypeAlias = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""The next sample, from a step's index, the sample, both predictions and the noise."""
 
-def measure(device: torch.device) -> Iterator[dict[str, Any]]:
-    """A row for each solver, dtype and contender."""
+
+@torch.no_grad()
+def measure(device: torch.device, seconds: float = 0.3) -> Iterator[dict[str, Any]]:
+    """A row for each solver, dtype and contender: the loop's error, and the time of one of its steps by itself."""
     x_T = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(device)
     for solver in ("ddim", "ddpm"):
-        truth = _float64(solver, x_T)
+        truth = _loop(_textbook(solver), x_T.double(), torch.float64)
         for dtype in DTYPES:
-            for name, run in (("fastguide", _ours), ("diffusers", _theirs)):
+            rows, calls = {}, {}
+            for name, make in CONTENDERS.items():
                 row = {"suite": "accuracy", "solver": solver, "dtype": str(dtype)[6:], "contender": name}
                 try:
-                    got = run(solver, x_T, dtype)
-                except ImportError:
-                    yield row | {"status": "not run", "reason": "diffusers is not installed"}
+                    step = make(solver, device)
+                except NotRunError as reason:
+                    yield row | {"status": "not run", "reason": str(reason)}
                     continue
-                yield row | {"status": "ok", "error": float((got.double() - truth).norm() / truth.norm())}
+                # As pipelines keep their latents: diffusers' in the model's dtype
+                x = x_T.to(dtype) if name == "diffusers" else x_T
+                error = float((_loop(step, x, dtype).double() - truth).norm() / truth.norm())
+                rows[name] = row | {"status": "ok", "error": error}
+                low, high = (x_T.flip(d).to(dtype) for d in (2, 3))
+                noise = _noise(STEP, device).to(x.dtype)
+                calls[name] = lambda step=step, x=x, low=low, high=high, z=noise: step(STEP, x, low, high, z)
+            for name, times in in_turns(calls, seconds, device).items():
+                yield rows[name] | {"seconds": times.median}
 
 
-def _model(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The exact noise prediction of a Gaussian for each condition, computed in float64 and rounded as a model's is."""
-    abar = SCHEDULE.alphas_cumprod
-
-    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        a = abar.to(x.device)[t].reshape(-1, 1, 1, 1)
-        mean = y.double().reshape(-1, 1, 1, 1)
-        epsilon = (1 - a).sqrt() * (x.double() - a.sqrt() * mean) / (a * 0.25 + 1 - a)
-        return epsilon.to(dtype)
-
-    return model
+def _loop(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The guided loop, over a model's predictions in a dtype."""
+    timesteps = SCHEDULE.timesteps(STEPS).tolist()
+    for index, timestep in enumerate(timesteps):
+        low, high = (_prediction(x, timestep, mean).to(dtype) for mean in (0.0, 1.0))
+        x = step(index, x, low, high, _noise(index, x.device).to(x.dtype))
+    return x
 
 
-def _table(solver: str) -> Any:
-    return ddim(SCHEDULE, STEPS) if solver == "ddim" else ddpm(SCHEDULE, STEPS)
+def _prediction(x: Tensor, timestep: int, mean: float) -> Tensor:
+    """The exact noise prediction for normal images of this mean and deviation 0.5, in float64."""
+    a = SCHEDULE.alphas_cumprod[timestep].to(x.device)
+    return (1 - a).sqrt() * (x.double() - a.sqrt() * mean) / (a * 0.25 + 1 - a)
 
 
 def _noise(step: int, device: torch.device) -> Tensor:
     return portable_noise(range(SHAPE[0]), SHAPE, step=step, device=device)
 
 
-def _float64(solver: str, x_T: Tensor) -> Tensor:
-    table, model, x = _table(solver), _model(torch.float64), x_T.double()
-    cond, uncond = torch.ones(SHAPE[0], device=x.device), torch.zeros(SHAPE[0], device=x.device)
-    rows = table.coefficients()
-    for step, timestep in enumerate(table.host_timesteps):
-        t = torch.full((SHAPE[0],), timestep, device=x.device)
-        low = model(x, t, uncond)
-        m = low + SCALE * (model(x, t, cond) - low)
-        row = {name: float(values[step]) for name, values in rows.items()}
-        x0 = row["x0_scale"] * (row["x0_sample"] * x + row["x0_pred"] * m)
-        x = row["out_x0"] * x0 + row["out_sample"] * x + row["out_pred"] * m
-        x = x + row["out_noise"] * _noise(step, x.device).double()
-    return x
+def _textbook(solver: str) -> Step:
+    """In float64, from the papers: nothing that fastguide computes with is used."""
+    taken = SCHEDULE.alphas_cumprod[SCHEDULE.timesteps(STEPS)].tolist()
+
+    def step(index: int, x: Tensor, low: Tensor, high: Tensor, noise: Tensor) -> Tensor:
+        a, before = taken[index], [*taken[1:], 1.0][index]
+        epsilon = low + SCALE * (high - low)
+        x0 = (x - (1 - a) ** 0.5 * epsilon) / a**0.5
+        if solver == "ddim":  # Song et al. 2021, eq. 12 with sigma = 0
+            x = before**0.5 * x0 + (1 - before) ** 0.5 * epsilon
+            return x
+        alpha = a / before  # Ho et al. 2020, eq. 6 and 7
+        x = (before**0.5 * (1 - alpha) * x0 + alpha**0.5 * (1 - before) * x) / (1 - a)
+        x = x + ((1 - before) / (1 - a) * (1 - alpha)) ** 0.5 * noise
+        return x
+
+    return step
 
 
-def _ours(solver: str, x_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """The state in float32, the model in its dtype."""
-    sampler = Sampler(_model(dtype), _table(solver).to(x_T.device), ClassifierFree(SCALE))
-    ones = torch.ones(SHAPE[0], device=x_T.device)
-    return sampler(x_T, cond=ones, uncond=0 * ones, seeds=list(range(SHAPE[0])))
+def _fastguide(solver: str, device: torch.device) -> Step:
+    """The state in float32, the model's outputs as they are."""
+    table = (ddim if solver == "ddim" else ddpm)(SCHEDULE, STEPS).to(device)
+    guidance = ClassifierFree(SCALE)
+    if solver == "ddim":
+        return lambda index, x, low, high, noise: guided_step(table, index, x, [low, high], guidance)
+    return lambda index, x, low, high, noise: guided_step(table, index, x, [low, high], guidance, noise=noise)
 
 
-def _theirs(solver: str, x_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """As a pipeline in the model's dtype: latents, guidance and scheduler."""
-    import diffusers as installed
+def _torch(solver: str, device: torch.device) -> Step:
+    """The state in float32, and everything computed in it."""
+    columns = (ddim if solver == "ddim" else ddpm)(SCHEDULE, STEPS).coefficients()
+    rows = [{name: float(values[index]) for name, values in columns.items()} for index in range(STEPS)]
 
-    diffusers: Any = installed
-    abar = SCHEDULE.alphas_cumprod
-    betas = (1 - abar / torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])).float().numpy()
-    kind = diffusers.DDIMScheduler if solver == "ddim" else diffusers.DDPMScheduler
-    scheduler = kind(trained_betas=betas, clip_sample=False)
-    scheduler.set_timesteps(STEPS)
-    model, x = _model(dtype), x_T.to(dtype)
-    ones = torch.ones(SHAPE[0], device=x.device)
-    for step, timestep in enumerate(scheduler.timesteps):
-        t = torch.full((SHAPE[0],), int(timestep), device=x.device)
-        low = model(x, t, 0 * ones)
-        prediction = low + SCALE * (model(x, t, ones) - low)
+    def step(index: int, x: Tensor, low: Tensor, high: Tensor, noise: Tensor) -> Tensor:
+        return formula.guided_step(rows[index], rows[index], x, [low, high], noise=noise)
+
+    return step
+
+
+def _diffusers(solver: str, device: torch.device) -> Step:
+    """As a pipeline in the model's dtype; instead of its own noise it gets everybody's, in the dtype that it draws."""
+    theirs = scheduler(solver, STEPS, device)
+    module: Any = importlib.import_module("diffusers.schedulers.scheduling_ddpm")
+    drawn = module.randn_tensor
+
+    def step(index: int, x: Tensor, low: Tensor, high: Tensor, noise: Tensor) -> Tensor:
+        output = low + SCALE * (high - low)
+        result: Tensor
         if solver == "ddim":
-            x = scheduler.step(prediction, timestep, x).prev_sample
-            continue
-        # the same noise for both: its own is added where it draws it
-        mean = scheduler.step(prediction, timestep, x, generator=torch.Generator().manual_seed(0)).prev_sample
-        drawn = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=dtype).to(x.device)
-        deviation = float(_table(solver).coefficients()["out_noise"][step])
-        x = (mean - deviation * drawn + deviation * _noise(step, x.device).to(dtype)).to(dtype)
-    return x
+            result = theirs.step(output, theirs.timesteps[index], x).prev_sample
+            return result
+
+        def given(shape: object, dtype: torch.dtype, **options: object) -> Tensor:
+            return noise.to(dtype)
+
+        module.randn_tensor = given
+        try:
+            result = theirs.step(output, theirs.timesteps[index], x).prev_sample
+        finally:
+            module.randn_tensor = drawn
+        return result
+
+    return step
+
+
+def _guided_diffusion(solver: str, device: torch.device) -> Step:
+    """The state in float32, as it is there whatever the model computes in."""
+    theirs = GuidedDiffusion(SCHEDULE.alphas_cumprod[SCHEDULE.timesteps(STEPS)], device)
+    kind = theirs.ddim_sample if solver == "ddim" else theirs.p_sample
+
+    def step(index: int, x: Tensor, low: Tensor, high: Tensor, noise: Tensor) -> Tensor:
+        epsilon = formula.combined([low.float(), high.float()], [SCALE])
+        return kind(x, torch.full((x.shape[0],), index, device=device), epsilon, noise)
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[str, torch.device], Step]] = {
+    "fastguide": _fastguide,
+    "diffusers": _diffusers,
+    "guided-diffusion": _guided_diffusion,
+    "torch eager": _torch,
+}

@@ -18,15 +18,15 @@ from .steps import said
 from .timing import in_turns
 
 SCALE = 7.5
-MODELS: dict[str, dict[str, Any]] = {  # a robot's policy; about 200 launches a call; and one that a GPU is busy with
+MODELS: dict[str, dict[str, Any]] = {  # a robot's policy; two of many launches a call; one that keeps a device busy
     "policy": {"cross_attention_dim": 32},
-    "small UNet": {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32},
+    "tiny UNet": {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32},
     "small DiT": {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16, "cross_attention_dim": 64},
     "large UNet": {"block_out_channels": (320, 640), "layers_per_block": 2, "cross_attention_dim": 768},
 }
 LATENTS = {
     "policy": (1, 16, 7),
-    "small UNet": (1, 4, 32, 32),
+    "tiny UNet": (1, 4, 16, 16),
     "small DiT": (1, 4, 16, 16),
     "large UNet": (1, 4, 64, 64),
 }

@@ -41,19 +41,20 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
             yield _times(workload, [r for r in rows if r["suite"] == suite and r["workload"] == workload])
     found = [r for r in rows if r["suite"] == "accuracy"]
     if found:
-        body = [(r["status"], [r["solver"], r["dtype"], r["contender"], _error(r)]) for r in found]
-        yield "50 guided steps against float64", ["solver", "model's dtype", "", "relative error"], body
+        body = [(r["status"], [r["solver"], r["dtype"], r["contender"], *_error(r)]) for r in found]
+        head = ["solver", "model's dtype", "", "relative error", "a step, its noise at hand"]
+        yield "50 guided steps against float64", head, body
     found = [r for r in rows if r["suite"] == "growth"]
     if found:
         body = [
             (
                 r["status"],
                 [r["against"], f"{1e6 * r['seconds_each']:.4g} us", f"{1e6 * r['seconds_fixed']:.3g} us",
-                 f"{r['r_squared']:.4f}", "linear" if r["r_squared"] > 0.99 else "not linear"],
+                 f"{r['r_squared']:.4f}", f"{r['bend']:.2f} x", "linear" if r["linear"] else "not linear"],
             )
             for r in found
         ]  # fmt: skip
-        yield "Cost by growth", ["time against", "each", "fixed", "R^2", ""], body
+        yield "Cost by growth", ["time against", "each", "fixed", "R^2", "upper half steeper", ""], body
     found = [r for r in rows if r["suite"] == "methods" and r.get("what") == "cost"]
     if found:
         body = [
@@ -124,13 +125,26 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def _error(row: Row) -> str:
-    return f"{row['error']:.2e}" if "error" in row else row["reason"]
+def _error(row: Row) -> list[str]:
+    return [f"{row['error']:.2e}", _time(row["seconds"])] if row["status"] == "ok" else [row["reason"], ""]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The tables as a text for a README or an issue; what missed is bold."""
+    parts = []
+    for title, head, body in tables(rows):
+        lines = [f"{title}:", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for status, cells in body:
+            texts = [f"**{cell}**" if cell and status in _BAD else cell for cell in cells]
+            lines.append(f"| {' | '.join(texts)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def write(results: dict[str, Any], folder: Path) -> list[Path]:
-    """The page and its plots; without matplotlib, the page says that there are none."""
+    """The page, its plots and the tables as Markdown; without matplotlib, the page says that there are no plots."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tables.md").write_text(markdown(results["rows"]))
     written, images = [], []
     try:
         plots = list(_plots(results["rows"]))
@@ -212,18 +226,18 @@ def _plots(rows: Sequence[Row]) -> Iterable[tuple[str, Any]]:
         yield "roofline", figure
 
     errors = [r for r in rows if r["suite"] == "accuracy" and r["status"] == "ok"]
-    small = by.get("SD 512, ddim, classifier-free, (1, 4, 64, 64), float32", {})
-    if errors and {"fastguide", "diffusers"} <= small.keys():
-        figure = Figure(figsize=(6, 4.5))
+    if errors:
+        figure = Figure(figsize=(7, 4.5))
         axes = figure.subplots()
-        for contender in ("fastguide", "diffusers"):
+        for contender in dict.fromkeys(r["contender"] for r in errors):
             of = [r for r in errors if r["contender"] == contender and r["solver"] == "ddim"]
-            microseconds = 1e6 * small[contender]["seconds"]
-            axes.scatter([microseconds] * len(of), [r["error"] for r in of], label=contender)
-            for r in of:
-                axes.annotate(r["dtype"], (microseconds, r["error"]), fontsize=7)
+            points = [(1e6 * r["seconds"], r["error"]) for r in of]
+            axes.scatter(*zip(*points, strict=True), label=contender)
+            for r, point in zip(of, points, strict=True):
+                axes.annotate(r["dtype"], point, fontsize=7, xytext=(4, 3), textcoords="offset points")
         axes.set_yscale("log")
-        axes.set_xlabel("us of a step (1, 4, 64, 64)")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("us of a DDIM step (1, 4, 64, 64)")
         axes.set_ylabel("relative error of 50 DDIM steps")
         axes.legend(fontsize=7)
         yield "error-against-speed", figure
@@ -231,7 +245,7 @@ def _plots(rows: Sequence[Row]) -> Iterable[tuple[str, Any]]:
     loops = [r for r in rows if r["suite"] == "loops" and r["status"] == "ok" and " steps" in r["workload"]]
     kinds = list(dict.fromkeys(r["workload"].rpartition(", ")[0] for r in loops))
     if kinds:
-        figure = Figure(figsize=(4 * len(kinds), 4))
+        figure = Figure(figsize=(4 * len(kinds), 4), layout="constrained")
         for place, kind in enumerate(kinds):
             axes = figure.add_subplot(1, len(kinds), place + 1)
             for contender in dict.fromkeys(r["contender"] for r in loops):

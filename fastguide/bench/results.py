@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import math
 import platform
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,23 @@ def machine(device: torch.device) -> dict[str, Any]:
         "backend": f"{default_backend(device)}: {BACKENDS[default_backend(device)].status}",
     }
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        found |= {"gpu": torch.cuda.get_device_name(device), "driver": driver(), "cuda": torch.version.cuda}
     for package in ("diffusers", "triton", "matplotlib", "scikit-learn"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def driver() -> str:
+    """The GPU driver's version, where nvidia-smi tells."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return "nvidia-smi is not there"
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True)
+    return found.stdout.strip().partition("\n")[0] or f"nvidia-smi: {found.stderr.strip()}"
 
 
 def processor() -> str:
@@ -119,11 +131,17 @@ def compared(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -
     return found
 
 
-def check_comparable(before: dict[str, Any], path: Path, device: torch.device) -> None:
-    """Refuse a run of another device."""
+def check_comparable(before: dict[str, Any], path: Path, device: torch.device) -> list[str]:
+    """Refuse a run of another kind of device; returns, in words, what else was not as it is now."""
     was = before.get("machine", {}).get("device")
     if was != device.type:
         raise ValueError(f"--compare: expected a run on {device.type}, as this one, got {path} of {was}")
+    now = machine(device)
+    return [
+        f"{what} was {before['machine'].get(what)!r}, and is {now[what]!r}: ratios may differ by that"
+        for what in ("processor", "gpu", "threads", "torch", "diffusers")
+        if before["machine"].get(what) != now.get(what)
+    ]
 
 
 def _seconds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:

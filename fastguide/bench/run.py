@@ -48,13 +48,13 @@ def _parts(
     device: torch.device, full: bool, suites: Sequence[str], names: Sequence[str]
 ) -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
     """What to measure, with its title."""
-    each = 4.0 if full else 1.2
+    each = 4.0 if full else 1.5
     if "steps" in suites:
-        for workload in chosen_steps(names, full):
+        for workload in chosen_steps(names, full, device.type == "cuda"):
             yield workload.title, steps.measure(workload, device, each, slow=full)
     if "loops" in suites:
         yield "what the loop itself costs", loops.host_cost(device)
-        for kind, count in chosen_loops(names, full or device.type == "cuda"):
+        for kind, count in chosen_loops(names, device.type == "cuda"):
             yield f"loop: {kind}, {count} steps", loops.measure(kind, count, device, each)
     if "accuracy" in suites:
         yield "accuracy of 50 steps", accuracy.measure(device)
@@ -65,32 +65,30 @@ def _parts(
         yield "both guidance methods: quality", methods.quality(device)
 
 
-def check_names(names: Sequence[str], suites: Sequence[str], full: bool, large: bool) -> None:
+def check_names(names: Sequence[str], suites: Sequence[str], full: bool, gpu: bool) -> None:
     """Refuse a name that no workload of these suites has.
 
     Raises:
         ValueError: naming those that there are.
     """
-    known = (
-        [workload.title for workload in (workloads.full() if full else workloads.quick())] if "steps" in suites else []
-    )
-    known += [f"{kind}, {count} steps" for kind, count in chosen_loops([], large)] if "loops" in suites else []
+    known = [workload.title for workload in chosen_steps([], full, gpu)] if "steps" in suites else []
+    known += [f"{kind}, {count} steps" for kind, count in chosen_loops([], gpu)] if "loops" in suites else []
     for name in names:
         if not any(title.startswith(name) for title in known):
             listed = "\n  ".join(known)
             raise ValueError(f"--workload: expected the beginning of one of\n  {listed}\ngot {name!r}")
 
 
-def chosen_steps(names: Sequence[str], full: bool) -> list[workloads.Workload]:
-    """The steps whose titles begin with a name; all, if none are named."""
-    known = workloads.full() if full else workloads.quick()
+def chosen_steps(names: Sequence[str], full: bool, gpu: bool) -> list[workloads.Workload]:
+    """The steps whose titles begin with a name; all, if none are named; a GPU's bandwidth takes large ones."""
+    known = workloads.full() if full else workloads.quick() + (workloads.large() if gpu else [])
     return [w for w in known if not names or any(w.title.startswith(name) for name in names)]
 
 
-def chosen_loops(names: Sequence[str], large: bool) -> list[tuple[str, int]]:
-    """The loops whose titles begin with a name; all, if none are named. Without ``large``, of few steps."""
-    kinds = [kind for kind in loops.MODELS if large or not kind.startswith("large")]
-    found = [(kind, n) for kind in kinds for n in ((20, 50) if large or kind == "policy" else (2, 4))]
+def chosen_loops(names: Sequence[str], gpu: bool) -> list[tuple[str, int]]:
+    """The loops whose titles begin with a name; all, if none are named; the large model would take a CPU an hour."""
+    kinds = [kind for kind in loops.MODELS if gpu or not kind.startswith("large")]
+    found = [(kind, n) for kind in kinds for n in (20, 50)]
     return [(kind, n) for kind, n in found if not names or any(f"{kind}, {n} steps".startswith(x) for x in names)]
 
 
@@ -115,11 +113,12 @@ def main(
     """
     place = _device(device)
     suites = suites or SUITES
-    check_names(names, suites, full, full or place.type == "cuda")
+    check_names(names, suites, full, place.type == "cuda")
     before = None
     if compare is not None:
         before = results.load(compare)
-        results.check_comparable(before, compare, place)
+        for difference in results.check_comparable(before, compare, place):
+            print(f"fastguide: --compare: {difference}", file=sys.stderr)
     for option, folder in (("--output", output), ("--json", None if json is None else json.parent)):
         if folder is not None:
             try:

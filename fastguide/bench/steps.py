@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,14 @@ from ..guidance import ClassifierFree, Composed, Guidance
 from ..ops import guided_step
 from ..sampler import Sampler
 from ..solvers import ddim
-from .contenders import CEILINGS, CONTENDERS, SLOW, NotRunError, is_ours, relative_error, tolerance
-from .timing import host_seconds, in_turns
-from .workloads import SCHEDULE, STEP, Inputs, Workload
+from .contenders import CEILINGS, CONTENDERS, SLOW, is_ours, relative_error, tolerance
+from .timing import host_seconds, in_a_graph, in_turns
+from .workloads import SCHEDULE, STEP, Inputs, NotRunError, Workload
 
 Row = dict[str, Any]
+
+_GRAPHED = ("fastguide out=", "fastguide out=, seeds=", "torch.compile out=", "copy_ of the same bytes")
+_SMALL_BYTES = 2**22  # of a step that is also timed in a graph, as launches are what it takes
 
 
 def measure(workload: Workload, device: torch.device, seconds: float, slow: bool) -> Iterator[Row]:
@@ -42,6 +45,8 @@ def measure(workload: Workload, device: torch.device, seconds: float, slow: bool
         calls[name] = call
     times = in_turns(calls, seconds, device)
     copy = times["copy_ of the same bytes"].median
+    if device.type == "cuda" and inputs.bytes < _SMALL_BYTES:
+        yield from _graphed(inputs, {name: calls[name] for name in _GRAPHED if name in calls})
     for name, found in times.items():
         ahead = {"host_seconds": host_seconds(calls[name], device)} if device.type == "cuda" else {}
         yield ahead | {
@@ -59,6 +64,21 @@ def measure(workload: Workload, device: torch.device, seconds: float, slow: bool
             "share_of_copy": copy / found.median,
             "error": errors.get(name),
         }
+
+
+def _graphed(inputs: Inputs, calls: dict[str, Callable[[], Any]]) -> Iterator[Row]:
+    """The calls again in a CUDA graph; torch's generator is left out, whose noise is no part of the kernel there."""
+    for name, call in calls.items():
+        if inputs.noisy and not name.endswith("seeds=") and name != "copy_ of the same bytes":
+            continue
+        contender = f"{name}, in a graph"
+        row: Row = {"suite": "steps", "workload": inputs.workload.title, "contender": contender}
+        try:
+            seconds = in_a_graph(call, 50)
+        except Exception as error:
+            yield row | {"status": "failed" if is_ours(contender) else "not run", "reason": said(error)}
+            continue
+        yield row | {"status": "ok", "seconds": seconds, "bytes": inputs.bytes, "adds_noise": inputs.noisy}
 
 
 def said(error: Exception) -> str:
@@ -92,6 +112,7 @@ def growth(device: torch.device, seconds: float) -> Iterator[Row]:
         times = in_turns({str(x): call for x, call in calls.items()}, seconds, device)
         points = [(x, times[str(x)].median) for x in calls]
         slope, intercept, determination = line(points)
+        bend = steeper(points)
         yield {
             "suite": "growth",
             "against": what,
@@ -99,8 +120,19 @@ def growth(device: torch.device, seconds: float) -> Iterator[Row]:
             "seconds_each": slope,
             "seconds_fixed": intercept,
             "r_squared": determination,
+            "bend": bend,
+            "linear": determination > 0.99 and 1 / _STRAIGHT < bend < _STRAIGHT,
             "status": "ok",
         }
+
+
+_STRAIGHT = 1.25  # a square bends by 4; what fits a cache, and what no longer does, by a tenth
+
+
+def steeper(points: Sequence[tuple[float, float]]) -> float:
+    """How much steeper the upper half of five points is than the lower: 1 of a line, 4 of a square, doubled each."""
+    (a, low), (b, middle), (c, high) = points[0], points[len(points) // 2], points[-1]
+    return (high - middle) / (c - b) / ((middle - low) / (b - a))
 
 
 def line(points: Iterable[tuple[float, float]]) -> tuple[float, float, float]:

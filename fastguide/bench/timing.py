@@ -12,7 +12,7 @@ import torch
 Call = Callable[[], object]
 
 _WARM_UPS, _FEWEST = 3, 9
-_SLOW = 1.0  # seconds of a call that is not repeated as often
+_SLOW, _SLOWEST = 0.1, 1.0  # seconds of a call that is not repeated as often
 _CYCLES_PER_SECOND = 2e9  # of a GPU, about
 _FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
@@ -36,24 +36,32 @@ class Times(NamedTuple):
 
 @torch.no_grad()
 def in_turns(calls: Mapping[str, Call], seconds: float, device: torch.device) -> dict[str, Times]:
-    """Each call again and again, one after the other, for so long altogether."""
-    slowest = 0.0
-    for call in calls.values():
-        for _ in range(_WARM_UPS):
-            begin = time.perf_counter()
-            call()
-            slowest = max(slowest, time.perf_counter() - begin)
-            if slowest > _SLOW:
-                break
+    """Each call again and again, one after the other, for so long altogether; slow ones leave the turns early."""
+    fewest = {name: _fewest(call) for name, call in calls.items()}
     hosts = {name: host_seconds(call, device) if device.type == "cuda" else 0.0 for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    rounds, fewest = 0, _FEWEST if slowest < _SLOW else 2
-    while rounds < fewest or time.perf_counter() < end:
-        for name, call in calls.items():
+    while True:
+        late = time.perf_counter() >= end
+        turn = [n for n in calls if len(times[n]) < fewest[n] or (not late and fewest[n] == _FEWEST)]
+        if not turn:
+            return {name: Times.of(values) for name, values in times.items()}
+        for name in turn:
+            call = calls[name]
             times[name].append(_on_gpu(call, hosts[name]) if device.type == "cuda" else _on_cpu(call))
-        rounds += 1
-    return {name: Times.of(values) for name, values in times.items()}
+
+
+def _fewest(call: Call) -> int:
+    """Warm a call up, and say how often it is timed at least."""
+    call()
+    begin = time.perf_counter()
+    call()
+    last = time.perf_counter() - begin
+    if last > _SLOW:
+        return 5 if last < _SLOWEST else 2
+    for _ in range(_WARM_UPS - 2):
+        call()
+    return _FEWEST
 
 
 def _on_cpu(call: Call) -> float:
@@ -68,15 +76,51 @@ def _on_gpu(call: Call, host: float) -> float:
     The device is kept busy until the host has launched everything, as it is by a model; who waits for the device in
     between, as some contenders do, cannot be covered so, and shows it.
     """
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
-    torch.cuda._sleep(int(_CYCLES_PER_SECOND * 1.5 * host))
-    begin.record()
+    occupy(host)
+    begin = Stamp()
     call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
+    return Stamp() - begin
+
+
+def occupy(host: float) -> None:
+    """Overwrite the GPU's cache, and keep it busy for longer than the host takes for a call."""
+    torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    torch.cuda._sleep(int(_CYCLES_PER_SECOND * 1.5 * host))
+
+
+class Stamp:
+    """A moment of the current GPU's stream; the difference of two is in seconds, and waits for the later one."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: Stamp) -> float:
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
+@torch.no_grad()
+def in_a_graph(call: Call, repeats: int, replays: int = 11) -> float:
+    """GPU time of one call among ``repeats`` in a captured graph, where launches cost the host nothing; the median."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    found = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(float(begin.elapsed_time(end)) / 1e3 / repeats)
+    return statistics.median(found[1:])
 
 
 @torch.no_grad()

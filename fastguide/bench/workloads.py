@@ -15,6 +15,7 @@ from ..table import StepTable
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 GUIDANCE_SCALE, GRADIENT_SCALE = 7.5, 1.3
+COMPOSED_SCALES = (GUIDANCE_SCALE, 2.0, -1.0)
 NUM_STEPS, STEP = 50, 20
 
 SHAPES = {
@@ -28,20 +29,27 @@ SOLVERS = ("ddim", "ddpm", "ddpm learned", "ddpm clipped", "add_noise")
 GUIDANCES = ("none", "classifier-free", "composed", "epsilon gradient", "mean gradient")
 
 
+class NotRunError(Exception):
+    """Why a contender does not serve a workload here."""
+
+
 @dataclass(frozen=True)
 class Workload:
-    """One step; ``dtype`` is that of the model's outputs, the state is float32."""
+    """One step; ``dtype`` is that of the model's outputs, ``state`` that of the sample."""
 
     name: str
     shape: tuple[int, ...]
     solver: str = "ddim"
     guidance: str = "classifier-free"
     dtype: torch.dtype = torch.float32
+    state: torch.dtype = torch.float32
 
     @property
     def title(self) -> str:
         """For people: name, solver, guidance, shape and dtype."""
-        parts = [self.name, self.solver, self.guidance, str(tuple(self.shape)), str(self.dtype).removeprefix("torch.")]
+        dtype = str(self.dtype).removeprefix("torch.")
+        dtype += "" if self.state == torch.float32 else f", state {str(self.state).removeprefix('torch.')}"
+        parts = [self.name, self.solver, self.guidance, str(tuple(self.shape)), dtype]
         return ", ".join(part for part in parts if part != "none")
 
     @property
@@ -67,7 +75,6 @@ class Inputs:
     predictions: list[Tensor] = field(init=False)
     gradient: Tensor | None = field(init=False)
     variance: Tensor | None = field(init=False)
-    noise: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         w, generator = self.workload, torch.Generator().manual_seed(0)
@@ -75,11 +82,10 @@ class Inputs:
         def draw(dtype: torch.dtype) -> Tensor:
             return torch.randn(w.shape, generator=generator).to(self.device, dtype)
 
-        self.sample = draw(torch.float32)
+        self.sample = draw(w.state)
         self.predictions = [draw(w.dtype) for _ in range(w.count)]
         self.gradient = draw(w.dtype) if w.form is not None else None
         self.variance = draw(w.dtype).clamp_(-1, 1) if w.solver == "ddpm learned" else None
-        self.noise = draw(torch.float32)
 
     @cached_property
     def table(self) -> StepTable:
@@ -109,7 +115,7 @@ class Inputs:
         if kind == "classifier-free":
             return ClassifierFree(GUIDANCE_SCALE)
         if kind == "composed":
-            return Composed([GUIDANCE_SCALE, 2.0, -1.0])
+            return Composed(list(COMPOSED_SCALES))
         return Classifier(None, GRADIENT_SCALE, "mean" if self.workload.form == "mean" else "epsilon")
 
     @property
@@ -126,13 +132,16 @@ class Inputs:
 
 def quick() -> list[Workload]:
     """The ones that tell most, in a minute."""
-    pixels, bf16 = SHAPES["pixels"], torch.bfloat16
+    pixels, bf16, fp16 = SHAPES["pixels"], torch.bfloat16, torch.float16
     return [
         Workload("SD 512", SHAPES["SD 512"]),
         Workload("SD 512", SHAPES["SD 512"], "ddpm"),
         Workload("SDXL", SHAPES["SDXL"], dtype=bf16),
+        Workload("SDXL", SHAPES["SDXL"], dtype=bf16, state=bf16),
+        Workload("SDXL", SHAPES["SDXL"], guidance="epsilon gradient"),
         Workload("16 channels", SHAPES["16 channels"], guidance="composed", dtype=bf16),
         Workload("16 channels", SHAPES["16 channels"], "ddpm learned", "mean gradient"),
+        Workload("video", SHAPES["video"], dtype=fp16),
         Workload("pixels", pixels),
         Workload("pixels", pixels, "ddpm clipped"),
         Workload("pixels", pixels, dtype=bf16),
@@ -140,15 +149,22 @@ def quick() -> list[Workload]:
     ]
 
 
+def large() -> list[Workload]:
+    """Of more than 256 MB: what shows a GPU's bandwidth."""
+    shape, bf16 = (128, *SHAPES["pixels"][1:]), torch.bfloat16
+    return [Workload("pixels, batch 128", shape), Workload("pixels, batch 128", shape, dtype=bf16, state=bf16)]
+
+
 def full() -> list[Workload]:
     """Every shape, solver, guidance and dtype, each varied by itself around the quick ones, and batches of 1 to 64."""
-    found = quick()
+    found = quick() + large()
     for name, shape in SHAPES.items():
-        found += [Workload(name, shape, "ddim", "classifier-free", d) for d in (torch.float16, torch.bfloat16)]
+        for dtype in (torch.float16, torch.bfloat16):
+            found += [Workload(name, shape, dtype=dtype), Workload(name, shape, dtype=dtype, state=dtype)]
         found += [Workload(name, shape, solver, "classifier-free") for solver in SOLVERS[:-1]]
     for guidance in GUIDANCES:
         solvers = ("ddpm",) if guidance == "mean gradient" else ("ddim", "ddpm")  # DDIM has no variance to move by
         found += [Workload("SDXL", SHAPES["SDXL"], solver, guidance) for solver in solvers]
-    found += [Workload(f"SD 512, batch {b}", (b, 4, 64, 64)) for b in (1, 4, 16, 64)]
+    found += [Workload(f"SD 512, batch {b}", (b, 4, 64, 64)) for b in (4, 16, 64)]
     found += [Workload(name, shape, "add_noise", "none") for name, shape in SHAPES.items()]
     return list(dict.fromkeys(found))

@@ -1,0 +1,159 @@
+"""How the benchmarks time: with a clock and a GPU made up here, of which everything is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from fastguide.bench import timing
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+class Clock:
+    """Goes on by what calls are said to take."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.log = 0.0, []
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def call(self, name, *seconds):
+        """Takes the given times, one after the other, and then the last one each time."""
+        left = list(seconds)
+
+        def called():
+            self.log.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return called
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_calls_take_turns_until_the_time_is_over(clock):
+    found = timing.in_turns({"a": clock.call("a", 1.0, 0.01), "b": clock.call("b", 0.03)}, 3.99, CPU)
+    assert clock.log[:6] == ["a"] * 3 + ["b"] * 3  # warm-ups, the first of which compiles
+    assert clock.log[6:] == ["a", "b"] * 100
+    assert found["a"] == pytest.approx((0.01, 0.01, 0.01, 100))
+    assert found["b"].median == pytest.approx(0.03)
+
+
+def test_calls_are_repeated_some_times_however_little_time_there_is(clock):
+    found = timing.in_turns({"a": clock.call("a", 0.05), "b": clock.call("b", 0.05)}, 0.0, CPU)
+    assert found["a"].calls == found["b"].calls == 9
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.2, 5), (2.0, 2)])
+def test_slow_calls_leave_the_turns(clock, seconds, calls):
+    found = timing.in_turns({"fast": clock.call("fast", 0.01), "slow": clock.call("slow", seconds)}, 10.0, CPU)
+    assert found["slow"].calls == calls
+    assert found["fast"].calls > 100
+    assert clock.log.count("slow") == calls + 2
+
+
+def test_quantiles():
+    assert timing.Times.of([3.0]) == (3.0, 3.0, 3.0, 1)
+    assert timing.Times.of([float(n) for n in range(11)]) == pytest.approx((5.0, 1.0, 9.0, 11))
+
+
+class Gpu:
+    """Does what it was given in order, later than the host; events are marks in its time."""
+
+    def __init__(self, monkeypatch, clock):
+        self.clock, self.done_at, self.log, self.captured = clock, 0.0, [], None
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.done_at = max(gpu.done_at, clock.now)
+                gpu.log.append("event")
+
+            def synchronize(self):
+                clock.now = max(clock.now, self.at)
+
+            def elapsed_time(self, later):
+                assert clock.now >= later.at, "read before it was over"
+                return 1e3 * (later.at - self.at)
+
+        class Graph:
+            def replay(self):
+                gpu.work("replay", self.seconds)
+
+        class Capture:
+            def __init__(self, graph):
+                self.graph = graph
+
+            def __enter__(self):
+                gpu.captured = 0.0
+
+            def __exit__(self, *error):
+                self.graph.seconds, gpu.captured = gpu.captured, None
+
+        class Stream:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                return None
+
+        empty = torch.empty
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(clock, "now", max(clock.now, self.done_at)))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work("sleep", cycles / timing._CYCLES_PER_SECOND))
+        monkeypatch.setattr(timing.torch, "empty", lambda *a, device=None, **k: empty(1, **k) if device else empty(*a))
+
+    def work(self, name, seconds):
+        self.log.append(name)
+        if self.captured is not None:
+            self.captured += seconds
+            return
+        self.done_at = max(self.done_at, self.clock.now) + seconds
+
+    def call(self, name, host, device):
+        def called():
+            self.clock.now += host
+            self.work(name, device)
+
+        return called
+
+
+@pytest.fixture
+def gpu(monkeypatch, clock):
+    return Gpu(monkeypatch, clock)
+
+
+def test_a_gpu_is_timed_between_events_while_the_host_runs_ahead(gpu):
+    """A launch of 50 us does not show in a kernel of 3 us, as the device is busy meanwhile."""
+    found = timing.in_turns({"step": gpu.call("step", 50e-6, 3e-6)}, 1e-3, GPU)
+    assert found["step"].median == pytest.approx(3e-6)
+    assert gpu.log[-4:] == ["sleep", "event", "step", "event"]
+
+
+def test_who_waits_for_the_device_shows_it(gpu, clock):
+    def waits():
+        gpu.work("a kernel", 3e-6)
+        clock.now = max(clock.now, gpu.done_at) + 20e-6
+        gpu.work("another", 3e-6)
+
+    assert timing.in_turns({"step": waits}, 1e-3, GPU)["step"].median == pytest.approx(26e-6)
+
+
+def test_host_time_is_that_until_the_call_returns(gpu):
+    assert timing.host_seconds(gpu.call("step", 50e-6, 1.0), GPU) == pytest.approx(50e-6)
+
+
+def test_a_graph_has_no_launches(gpu):
+    assert timing.in_a_graph(gpu.call("step", 50e-6, 3e-6), 20) == pytest.approx(3e-6)
+    assert Counter(gpu.log)["replay"] == 11

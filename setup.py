@@ -7,14 +7,18 @@ chooses their architectures, such as ``"8.0+PTX;9.0"``.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -24,7 +28,7 @@ try:
 except ImportError:
     raise SystemExit('fastguide: building needs a newer setuptools: pip install "setuptools>=77"') from None
 
-TORCH_FLOOR = (2, 10)  # the oldest torch whose stable ABI has all that csrc/bind.cpp uses
+TORCH_FLOOR = runpy.run_path(str(Path(__file__).resolve().parent / "fastguide" / "_version.py"))["TORCH_FLOOR"]
 FLAGS = (
     "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra"
 )
@@ -35,11 +39,17 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 CUDA_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # the PTX serves every other GPU from 8.0 on
 # -fmad=false: products and sums stay apart, or an element's bits would depend on where in a vector it lies.
-CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden --threads=2 -Xfatbin=-compress-all"
+CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden --threads=2"
 
 
 class BuildNative(build_ext):
     """One shared library that depends on neither Python nor the version of torch."""
+
+    def finalize_options(self) -> None:
+        # One folder for every Python and kind of install: ninja then compiles what changed, and nothing else.
+        asked = self.build_temp
+        super().finalize_options()
+        self.build_temp = asked or str(Path(__file__).resolve().parent / "build" / "native")
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -52,6 +62,8 @@ class BuildNative(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         note = library.with_suffix(".txt")
         compiler = find_compiler()
+        if compiler is None and os.environ.get("FASTGUIDE_CUDA") == "1":
+            raise SystemExit("fastguide: FASTGUIDE_CUDA=1: expected a C++ compiler too (g++, c++, clang++ or $CXX)")
         if compiler is None:
             library.unlink(missing_ok=True)
             note.write_text(
@@ -62,8 +74,15 @@ class BuildNative(build_ext):
         note.unlink(missing_ok=True)
         directory = Path(self.build_temp).resolve()
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "build.ninja").write_text(ninja_file(compiler, library))
-        subprocess.run([ninja(), "-C", str(directory)], check=True)
+        code = cuda_code()
+        (directory / "build.ninja").write_text(ninja_file(compiler, library, code))
+        if subprocess.run([ninja(), "-C", str(directory)]).returncode != 0:
+            hint = "" if code.nvcc is None else "; FASTGUIDE_CUDA=0 leaves the GPU kernels out"
+            raise SystemExit(f"fastguide: the native library could not be compiled: the error is above{hint}")
+        print(
+            f"fastguide: native library built for the CPU ({', '.join(INSTRUCTION_SETS)}); for GPUs: {code.said}",
+            file=sys.stderr,
+        )
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install: the library, or the note why there is none, in place of what was there before."""
@@ -77,6 +96,11 @@ class BuildNative(build_ext):
 
 class AnyPythonWheel(bdist_wheel):
     """The library uses no Python API: one wheel serves every Python 3 on the platform."""
+
+    def run(self) -> None:
+        # What an earlier build left there may have been deleted since, and would be packed.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
@@ -107,10 +131,31 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
+class CudaCode(NamedTuple):
+    """What the GPU kernels are compiled for, and with what."""
+
+    nvcc: Path | None
+    architectures: list[tuple[str, bool]]
+    """("90", with PTX)."""
+    said: str
+    """For people: such as ``sm_80 sm_90 PTX 80``; or ``none: `` and why. ``fastguide info`` shows it."""
+
+
+def cuda_code() -> CudaCode:
+    """What can be compiled here, or is asked for."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        off = os.environ.get("FASTGUIDE_CUDA") == "0"
+        return CudaCode(None, [], "none: FASTGUIDE_CUDA was 0" if off else "none: no nvcc was found")
+    architectures = cuda_architectures(nvcc)
+    names = [f"sm_{name}" for name, _ in architectures]
+    return CudaCode(nvcc, architectures, " ".join([*names, *(f"PTX {name}" for name, ptx in architectures if ptx)]))
+
+
 def cuda_architectures(nvcc: Path) -> list[tuple[str, bool]]:
     """What to compile for: ("90", with PTX). Those of the default that an older nvcc does not know are left out."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = asked_of(nvcc, "--list-gpu-arch").stdout.split()
     architectures = []
     for entry in (asked or CUDA_ARCHITECTURES).replace(";", " ").split():
         version, plus, ptx = entry.partition("+")
@@ -120,37 +165,44 @@ def cuda_architectures(nvcc: Path) -> list[tuple[str, bool]]:
         if f"compute_{name.rstrip('af')}" in known:
             architectures.append((name, bool(ptx)))
         elif asked:
-            raise SystemExit(f"fastguide: TORCH_CUDA_ARCH_LIST: {nvcc} has no code for {entry!r}; it knows {known}")
+            raise SystemExit(
+                f"fastguide: TORCH_CUDA_ARCH_LIST: {nvcc} has no code for {entry!r}; it knows {' '.join(known)}. "
+                "Ask for some of these, or take another CUDA toolkit (12.8 and newer know 12.0)"
+            )
+        else:
+            announce(f"fastguide: {nvcc} is too old for sm_{name}, which is left out")
+    if not architectures:
+        raise SystemExit(f"fastguide: TORCH_CUDA_ARCH_LIST: expected architectures, got {asked!r}")
     return architectures
 
 
-def ninja_file(compiler: str, library: Path) -> str:
-    """What to compile and how, for ninja."""
+def asked_of(nvcc: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What nvcc says to arguments that compile nothing; an error if it does not work."""
+    advice = "Mend it, name another with CUDA_HOME, or build without the GPU kernels: FASTGUIDE_CUDA=0"
     try:
-        import torch
-    except ImportError:
-        raise SystemExit(
-            "fastguide: building needs torch. Install it first and use --no-build-isolation:\n"
-            "    pip install torch 'setuptools>=77' ninja && pip install --no-build-isolation ."
-        ) from None
-    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if found < TORCH_FLOOR:
-        raise SystemExit(
-            f"fastguide: expected torch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or newer, got {torch.__version__}"
-        )
-    torch_root = Path(torch.__file__).parent
+        result = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    except OSError as error:
+        raise SystemExit(f"fastguide: {nvcc} cannot be run: {error}. {advice}") from None
+    if result.returncode != 0:
+        said = (result.stderr or result.stdout).strip() or "nothing"
+        raise SystemExit(f"fastguide: {nvcc} {arguments[0]} fails with {result.returncode}, and says {said}. {advice}")
+    return result
+
+
+def compression(nvcc: Path) -> str:
+    """The smallest code that every driver of the toolkit loads: before CUDA 13, some know the older format alone."""
+    release = re.search(r"release (\d+)", asked_of(nvcc, "--version").stdout)
+    return "--compress-mode=size" if release and int(release[1]) >= 13 else "-Xfatbin=-compress-all"
+
+
+def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
+    """What to compile and how, for ninja."""
+    torch_root = find_torch()
     target = f"0x{TORCH_FLOOR[0]:02X}{TORCH_FLOOR[1]:02X}000000000000"
     source = Path(__file__).resolve().parent / "csrc"
-    nvcc = find_nvcc()
-    if nvcc is None:
-        architectures = []
-        code = "none: FASTGUIDE_CUDA was 0" if os.environ.get("FASTGUIDE_CUDA") == "0" else "none: no nvcc was found"
-    else:
-        architectures = cuda_architectures(nvcc)
-        names = [f"sm_{name}" for name, _ in architectures]
-        code = " ".join([*names, *(f"PTX {name}" for name, ptx in architectures if ptx)])
+    nvcc, architectures, said = code
     # torch loads the library itself: it must name libtorch, or its symbols are not found.
-    keep = "" if sys.platform == "darwin" else "-Wl,--no-as-needed "
+    keep = "" if sys.platform == "darwin" else "-Wl,--no-as-needed -Wl,--strip-all "
     lines = [
         "ninja_required_version = 1.5",
         "cxx = " + compiler.replace("$", "$$"),
@@ -164,7 +216,7 @@ def ninja_file(compiler: str, library: Path) -> str:
         f"build bind.o: compile {escape(source / 'bind.cpp')}",
         f"  extra = -DTORCH_TARGET_VERSION={target} -isystem {escape(torch_root / 'include')} "
         f"-ffile-prefix-map={escape(source)}=csrc "  # error messages name files; not where they were built
-        f"'-DFASTGUIDE_CUDA_CODE=\"{code}\"'" + (" -DFASTGUIDE_CUDA" if nvcc else ""),
+        f"'-DFASTGUIDE_CUDA_CODE=\"{said}\"'" + (" -DFASTGUIDE_CUDA" if nvcc else ""),
     ]
     objects = ["bind.o"]
     for name, flags in INSTRUCTION_SETS.items():
@@ -187,7 +239,7 @@ def ninja_file(compiler: str, library: Path) -> str:
             "  depfile = $out.d",
             "  deps = gcc",
             f"build step_cuda.o: compile_cuda {escape(source / 'step_cuda.cu')}",
-            f"  extra = {' '.join(generate)}",
+            f"  extra = {' '.join([*generate, compression(nvcc)])}",
         ]
         # The runtime is linked in: the library then needs no CUDA to be loaded. Its symbols are kept inside.
         libraries += f" {cudart(nvcc)} -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"
@@ -195,9 +247,24 @@ def ninja_file(compiler: str, library: Path) -> str:
     return "\n".join(lines)
 
 
+def find_torch() -> Path:
+    """Where torch is, of which headers and one name to link are needed: it is not imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(
+            "fastguide: building needs torch. Install it first and use --no-build-isolation:\n"
+            "    pip install torch 'setuptools>=77' ninja && pip install --no-build-isolation ."
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < TORCH_FLOOR:
+        floor = f"{TORCH_FLOOR[0]}.{TORCH_FLOOR[1]}"
+        raise SystemExit(f"fastguide: expected torch {floor} or newer, got {version}: pip install 'torch>={floor}'")
+    return Path(spec.submodule_search_locations[0])
+
+
 def cudart(nvcc: Path) -> str:
     """The static CUDA runtime of an nvcc's toolkit; nvcc itself says where that is, as it may be called by a script."""
-    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    plan = asked_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull)
     root = re.search(r"\bTOP=(\S+)", plan.stderr)
     if root is None:
         raise SystemExit(f"fastguide: {nvcc} --dryrun does not say where its toolkit is:\n{plan.stderr}")

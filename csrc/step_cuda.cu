@@ -137,7 +137,7 @@ const char* text_of(cudaError_t error) {
       return "the library has no code for this GPU; fastguide info says which it has";
     case cudaErrorInsufficientDriver:
       return "the driver is older than the CUDA runtime that this library was built with; "
-             "update it, or build fastguide from source with an older toolkit";
+             "update it, take backend='triton', or build fastguide from source with an older toolkit";
     default:
       return cudaGetErrorString(error);
   }

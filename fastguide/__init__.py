@@ -1,5 +1,6 @@
 """Guided diffusion sampling in one fused kernel: guidance is weights, a solver is a table of rows."""
 
+from . import _floor as _floor  # isort: skip
 from . import backends as backends
 from ._version import __version__ as __version__
 from .cursor import Cursor

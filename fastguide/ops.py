@@ -50,7 +50,8 @@ class Backend(NamedTuple):
     """One implementation of the step.
 
     ``devices`` are the device types that it serves here and now, ``None`` all; ``status`` says in a line what it is,
-    or why it serves none; ``torch_stream`` whether its kernel on a GPU draws torch's noise itself.
+    or why it serves none; ``torch_stream`` whether its kernel on a GPU draws torch's noise itself; ``broken`` whether
+    it should serve the CPU and cannot: nothing else is chosen in its place.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Backend(NamedTuple):
     devices: tuple[str, ...] | None
     status: str
     torch_stream: bool = False
+    broken: bool = False
 
     def serves(self, device: str) -> bool:
         """Whether it serves a type of device here and now."""
@@ -79,7 +81,8 @@ def default_backend(device: torch.device | str) -> str:
     """Name of the backend that serves a device when none is named.
 
     Raises:
-        ValueError: it is a GPU, and no backend for GPUs is there; ``backend="reference"`` has to be asked for.
+        ValueError: it is a GPU, and no backend for GPUs is there; or the compiled one is there, and cannot be loaded.
+            ``backend="reference"`` has to be asked for then.
     """
     return backend_for(None, torch.device(device).type).name
 
@@ -306,6 +309,10 @@ def backend_for(name: str | None, device: str) -> Backend:
             if device == "cuda":  # the reference would be a hundred times slower than what was asked for
                 reasons = "; ".join(f"{b.name}: {b.status}" for b in BACKENDS.values() if b.devices is not None)
                 raise ValueError(f"backend: none for a sample on a GPU is there ({reasons}); 'reference' is, if named")
+            for backend in BACKENDS.values():
+                if backend.broken:
+                    said = f"{backend.name}: {backend.status}"
+                    raise ValueError(f"backend: none for a sample on {device!r} ({said}); 'reference' is, if named")
             return BACKENDS["reference"]
         return default
     chosen = BACKENDS.get(name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -97,13 +99,82 @@ def test_without_the_library_the_reference_works_and_info_says_why(tmp_path):
     assert str(fastguide.guided_step(table, 0, x, [x], backend="reference").tolist()) in result.stdout
 
 
-def test_a_library_that_cannot_be_loaded_is_said_aloud(tmp_path):
+BROKEN = """
+import torch, fastguide
+from fastguide.cli import info
+print(info())
+table = fastguide.ddim(fastguide.NoiseSchedule.linear(), 5)
+x = torch.ones(1, 2)
+for backend in (None, None, "native", "reference"):
+    try:
+        print("a step:", fastguide.guided_step(table, 0, x, [x], backend=backend).shape)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def loads_and_needs(tmp_path, symbol):
+    """A library that is one, but needs what no torch has."""
+    source = tmp_path / "needs.c"
+    source.write_text(f"void {symbol}(void);\nvoid fastguide(void) {{ {symbol}(); }}\n")
+    library = tmp_path / "fastguide" / "_native.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("what", "meaning"),
+    [
+        ("no library", r"it is no library for \w+ on \w+; install fastguide again \(.*(ELF|file too short)"),
+        ("a newer torch's", r"torch [\w.+]+ lacks what it was built for, .* \(.*undefined symbol: torch_of_tomorrow\)"),
+    ],
+)
+def test_a_library_that_cannot_be_loaded_is_an_error_once_it_is_used(tmp_path, what, meaning):
+    """Importing says so, info shows it, and nothing slower is taken in its place."""
     copied_package(tmp_path)
-    (tmp_path / "fastguide" / "_native.so").write_bytes(b"not a library")
-    result = run_python(CODE, PYTHONPATH=str(tmp_path))
+    if what == "no library":
+        (tmp_path / "fastguide" / "_native.so").write_bytes(b"not a library" * 100)
+    else:
+        if shutil.which("gcc") is None:
+            pytest.skip("there is no gcc")
+        loads_and_needs(tmp_path, "torch_of_tomorrow")
+    result = run_python(BROKEN, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "UserWarning: fastguide: the native backend is built, but torch" in result.stderr
-    assert "native     serves nothing here: built, but torch" in result.stdout
+    assert "UserWarning: fastguide: the native backend is there, but cannot be loaded: " in result.stderr
+    lines = result.stdout.splitlines()
+    (shown,) = [line for line in lines if line.startswith("  native ")]
+    assert re.search(f"serves nothing here: there, but cannot be loaded: {meaning}", shown), shown
+    assert any(line.startswith("  cpu        none: backend: none for a sample on 'cpu'") for line in lines)
+    (first, second, named, reference) = lines[-4:]
+    assert first == second
+    assert re.search(rf"none for a sample on 'cpu' \(native: there, .*{meaning}.*; 'reference' is, if named", first)
+    assert "'native' does not serve a sample on 'cpu' here: there, but cannot be loaded" in named
+    assert reference == "a step: torch.Size([1, 2])"
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        ("/a.so: undefined symbol: torch_x", "lacks what it was built for"),
+        ("/lib/libc.so.6: version `GLIBC_2.39' not found (required by /a.so)", "built on a newer system"),
+        ("/lib/libstdc++.so.6: version `CXXABI_1.3.15' not found", "built on a newer system"),
+        ("/a.so: wrong ELF class: ELFCLASS32", "no library for"),
+        ("/a.so: cannot open shared object file: Permission denied", "install fastguide again"),
+    ],
+)
+def test_what_the_loader_says_is_explained(error, meaning):
+    said = native._explained(error)
+    assert meaning in said
+    assert said.endswith(f"({error})")
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])
+def test_a_torch_below_the_floor_is_named(version):
+    code = f"import torch; torch.__version__ = {version!r}; import fastguide"
+    result = run_python(code, PYTHONPATH=str(ROOT))
+    assert result.returncode != 0
+    said = f"expected torch 2.10 or newer, got {version}: pip install 'torch>=2.10'"
+    assert result.stderr.strip().endswith(said)
+    assert re.search(r"ImportError: fastguide \d", result.stderr)
 
 
 def build(tmp_path, path, **environment):
@@ -159,6 +230,9 @@ def test_the_sdist_builds_a_wheel_for_any_python(checkout, tmp_path):
     shutil.unpack_archive(archive, tmp_path / "unpacked")
     (source,) = (tmp_path / "unpacked").iterdir()
     assert (source / "tests" / "cases.py").exists()
+    left = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "fastguide" / "old.py"
+    left.parent.mkdir(parents=True)
+    left.touch()
     environment = {**os.environ, "FASTGUIDE_CUDA": "0"}
     command = [sys.executable, "-c", code.format("build_wheel")]
     result = subprocess.run(command, cwd=source, capture_output=True, text=True, env=environment)
@@ -167,6 +241,7 @@ def test_the_sdist_builds_a_wheel_for_any_python(checkout, tmp_path):
     assert "-py3-none-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "fastguide/_native.so" in names
+    assert "fastguide/old.py" not in names
     assert "fastguide/demo/run.py" in names
     assert "fastguide/py.typed" in names
 
@@ -183,6 +258,26 @@ def test_a_cxx_of_several_words_is_used(tmp_path):
     assert (tmp_path / "fastguide" / "_native.so").exists()
 
 
+def test_a_second_build_compiles_what_changed(checkout, tmp_path):
+    """What an editable install does: its objects are kept in build/native."""
+    environment = {**os.environ, "FASTGUIDE_CUDA": "0"}
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+
+    def compiled():
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkout)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "fastguide: native library built for the CPU (baseline" in result.stderr
+        assert "for GPUs: none: FASTGUIDE_CUDA was 0" in result.stderr
+        return {path.name: path.stat().st_mtime_ns for path in (checkout / "build" / "native").glob("*.o")}
+
+    first = compiled()
+    assert compiled() == first
+    with (checkout / "csrc" / "bind.cpp").open("a") as source:
+        source.write("// changed\n")
+    assert {name for name, when in compiled().items() if when != first[name]} == {"bind.o"}
+
+
 def test_install_with_a_compiler_that_fails_fails(tmp_path):
     """A compiler that is there and fails is an error: nobody gets the slow backend without being told."""
     compiler = tmp_path / "broken"
@@ -191,6 +286,8 @@ def test_install_with_a_compiler_that_fails_fails(tmp_path):
     result = build(tmp_path, path=os.environ["PATH"], CXX=str(compiler))
     assert result.returncode != 0
     assert "cannot compile" in result.stdout + result.stderr
+    assert "fastguide: the native library could not be compiled: the error is above" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -201,10 +298,11 @@ def test_install_with_a_compiler_that_fails_fails(tmp_path):
             {"FASTGUIDE_CUDA": "1", "CUDA_HOME": "/nowhere"},
             "FASTGUIDE_CUDA=1: expected nvcc, which is not in CUDA_HOME=/nowhere",
         ),
+        ({"FASTGUIDE_CUDA": "1", "PATH": "/nowhere", "CXX": ""}, "FASTGUIDE_CUDA=1: expected a C++ compiler too"),
     ],
 )
 def test_what_is_asked_of_cuda_and_cannot_be_is_an_error(tmp_path, environment, message):
-    result = build(tmp_path, path=os.environ["PATH"], **environment)
+    result = build(tmp_path, **{"path": os.environ["PATH"], **environment})
     assert result.returncode != 0
     assert message in result.stderr
 
@@ -224,6 +322,27 @@ def test_architectures_that_cannot_be_are_an_error(tmp_path, architectures, mess
     result = build(tmp_path, path=os.environ["PATH"], **environment)
     assert result.returncode != 0
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("#!/bin/sh\necho no licence >&2; exit 3\n", "nvcc --list-gpu-arch fails with 3, and says no licence. Mend it"),
+        ("not a program\n", "nvcc cannot be run: "),
+        ("#!/bin/sh\necho compute_80\n", "nvcc is too old for sm_90, which is left out"),
+        ("#!/bin/sh\necho compute_80\n", "nvcc --dryrun does not say where its toolkit is"),
+    ],
+)
+def test_an_nvcc_that_does_not_work_is_named(tmp_path, script, message):
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(script)
+    nvcc.chmod(0o755)
+    for wanted in ("", "1"):
+        result = build(tmp_path, os.environ["PATH"], FASTGUIDE_CUDA=wanted, CUDA_HOME=str(tmp_path / "toolkit"))
+        assert result.returncode != 0
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_without_cuda_code_a_gpu_s_sample_is_refused_with_the_reasons(tmp_path):

@@ -19,7 +19,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastguide"
 
 FLOORS = [  # a module imports modules of lower floors only, or of its own floor further left
-    ["_version", "schedule", "predictions", "table", "solvers", "guidance", "noise", "reference", "cursor", "known"],
+    [
+        "_version",
+        "_floor",
+        "schedule",
+        "predictions",
+        "table",
+        "solvers",
+        "guidance",
+        "noise",
+        "reference",
+        "cursor",
+        "known",
+    ],
     ["checks", "drawing", "ops"],
     ["backends.native", "backends.triton_kernel", "backends.triton", "backends"],
     [
@@ -208,9 +220,20 @@ def test_native_library_needs_no_python_and_no_unstable_torch():
     ).stdout
     names = [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
     assert any(n.startswith("torch_") for n in names)
+    weak = {line.split()[-1] for line in symbols.splitlines() if " w " in line}
+    assert {n for n in names if n.startswith(("aoti_torch_get_current_cuda", "torch_c10_cuda"))} <= weak
     for name in names:
-        assert not name.startswith("Py"), name
+        assert not name.startswith(("Py", "_Py")), name
         assert not re.match(r"_ZN?K?\d*(2at|3c10|5torch)", name), name
+
+
+def test_floors_of_torch_are_one():
+    """What pip asks for, what the build asks for, what the import asks for, and what the C++ code is compiled for."""
+    from fastguide._version import TORCH_FLOOR
+
+    floor = ".".join(map(str, TORCH_FLOOR))
+    assert set(re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())) == {floor}
+    assert f"torch {floor} or newer" in (ROOT / "README.md").read_text()
 
 
 def test_native_library_exports_no_kernel_symbols():

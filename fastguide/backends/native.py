@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import warnings
 from pathlib import Path
 
@@ -30,9 +31,9 @@ def backend() -> Backend:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        reason = f"built, but torch {torch.__version__} cannot load it: {error}"
-        warnings.warn(f"fastguide: the native backend is {reason}; using the reference", stacklevel=2)
-        return _unavailable(reason)
+        reason = f"there, but cannot be loaded: {_explained(str(error.__cause__ or error))}"
+        warnings.warn(f"fastguide: the native backend is {reason}", stacklevel=2)
+        return _unavailable(reason, broken=True)
     _library = ctypes.CDLL(str(LIBRARY))
     _library.fastguide_cuda_code.restype = ctypes.c_char_p
     wanted = os.environ.get(CAPABILITY_VARIABLE)
@@ -81,5 +82,21 @@ def _loaded() -> ctypes.CDLL:
     return _library
 
 
-def _unavailable(status: str) -> Backend:
-    return Backend("native", torch.ops.fastguide.guided_step.default, (), status)
+def _explained(error: str) -> str:
+    """What the loader says, after what it means."""
+    if "undefined symbol" in error:
+        meaning = (
+            f"torch {torch.__version__} lacks what it was built for, or this file was altered; "
+            "install fastguide again, with a torch that its wheel names"
+        )
+    elif "GLIBC" in error or "CXXABI" in error:  # and GLIBCXX
+        meaning = "it was built on a newer system than this; build it here: pip install --no-binary fastguide fastguide"
+    elif "ELF" in error or "file too short" in error or "mach-o" in error:
+        meaning = f"it is no library for {platform.system()} on {platform.machine()}; install fastguide again"
+    else:
+        meaning = "install fastguide again"
+    return f"{meaning} ({error})"
+
+
+def _unavailable(status: str, *, broken: bool = False) -> Backend:
+    return Backend("native", torch.ops.fastguide.guided_step.default, (), status, broken=broken)

@@ -61,14 +61,15 @@ class BuildNative(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         note = library.with_suffix(".txt")
-        compiler = find_compiler()
-        if compiler is None and os.environ.get("FASTGUIDE_CUDA") == "1":
-            raise SystemExit("fastguide: FASTGUIDE_CUDA=1: expected a C++ compiler too (g++, c++, clang++ or $CXX)")
+        windows = sys.platform == "win32"
+        compiler = None if windows else find_compiler()
         if compiler is None:
+            if os.environ.get("FASTGUIDE_CUDA") == "1":
+                expected = "Linux" if windows else "a C++ compiler too (g++, c++, clang++ or $CXX)"
+                raise SystemExit(f"fastguide: FASTGUIDE_CUDA=1: expected {expected}")
             library.unlink(missing_ok=True)
-            note.write_text(
-                "no C++ compiler was found at install (g++, c++, clang++ or $CXX); install one, reinstall\n"
-            )
+            why = "no C++ compiler was found at install (g++, c++, clang++ or $CXX); install one, reinstall"
+            note.write_text(("there is none for Windows; the Linux subsystem has it" if windows else why) + "\n")
             announce(f"fastguide: native backend not built: {note.read_text().strip()}. The reference works, slower.")
             return
         note.unlink(missing_ok=True)

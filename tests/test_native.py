@@ -197,6 +197,18 @@ def test_install_without_a_compiler_says_so_and_goes_on(tmp_path):
     assert not (tmp_path / "fastguide" / "_native.so").exists()
 
 
+def test_an_install_on_windows_says_that_there_is_no_library(tmp_path):
+    code = (
+        "import runpy, sys, setuptools, setuptools.command.build_ext, setuptools.command.bdist_wheel\n"
+        f"sys.platform, sys.argv = 'win32', ['setup.py', 'build_ext', '--build-lib', {str(tmp_path)!r}]\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "fastguide: native backend not built: there is none for Windows" in result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """What a clone holds that an install reads."""

@@ -18,7 +18,7 @@ _SLACK = 1.02  # two runs of one program differ by that
 
 _WHY = {  # what is known of targets that are missed
     "a step into out=": "look at the rows: where both wait for the memory, two runs differ by a few percent",
-    "a step into a new output": "look at the rows: for large ones, who finds memory that others gave back is luck",
+    "a step into a new output": "look at the rows: of large outputs, fresh pages take several times what a step does",
     "a small step:": "what is left are checks, the dispatcher and a new output",
     "a small DDIM step through fastguide's scheduler": "so many times less is about what copy_ takes",
     "a small DDPM step through fastguide's scheduler": "in turns with others, each call's caches are cold",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -109,12 +110,18 @@ class AnyPythonWheel(bdist_wheel):
 
 def find_compiler() -> str | None:
     """The command of $CXX, which must exist if it is set; else the first of the usual names."""
-    chosen = os.environ.get("CXX")
+    chosen = os.environ.get("CXX", "").strip()
     if chosen:
         if shutil.which(shlex.split(chosen)[0]) is None:
             raise SystemExit(f"fastguide: CXX: expected a compiler, got {chosen!r}, which is not there")
         return chosen
     return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+
+
+def program_of(compiler: str) -> str:
+    """The compiler itself, of a command such as ``ccache g++ -pipe``: the last program before the options."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), shlex.split(compiler)))
+    return words[-1]
 
 
 def find_nvcc() -> Path | None:
@@ -173,6 +180,8 @@ def cuda_architectures(nvcc: Path) -> list[tuple[str, bool]]:
         else:
             announce(f"fastguide: {nvcc} is too old for sm_{name}, which is left out")
     if not architectures:
+        if not asked:
+            raise SystemExit(f"fastguide: {nvcc} is too old: expected one that knows some of {CUDA_ARCHITECTURES}")
         raise SystemExit(f"fastguide: TORCH_CUDA_ARCH_LIST: expected architectures, got {asked!r}")
     return architectures
 
@@ -213,10 +222,10 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared $in -o $out -L{escape(torch_root / 'lib')} $libraries",
+        f"  command = $cxx -shared $in -o $out -L{quote(torch_root / 'lib')} $libraries",
         f"build bind.o: compile {escape(source / 'bind.cpp')}",
-        f"  extra = -DTORCH_TARGET_VERSION={target} -isystem {escape(torch_root / 'include')} "
-        f"-ffile-prefix-map={escape(source)}=csrc "  # error messages name files; not where they were built
+        f"  extra = -DTORCH_TARGET_VERSION={target} -isystem {quote(torch_root / 'include')} "
+        f"-ffile-prefix-map={quote(source)}=csrc "  # error messages name files; not where they were built
         f"'-DFASTGUIDE_CUDA_CODE=\"{said}\"'" + (" -DFASTGUIDE_CUDA" if nvcc else ""),
     ]
     objects = ["bind.o"]
@@ -230,13 +239,13 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
             ]
     libraries = f"{keep}-ltorch"
     if nvcc is not None:
-        words = [word for word in shlex.split(compiler) if not word.startswith("-")]
         generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name, _ in architectures]
         generate += [f"-gencode=arch=compute_{name},code=compute_{name}" for name, ptx in architectures if ptx]
         objects.append("step_cuda.o")
         lines += [
+            f"nvcc = {quote(nvcc)} -ccbin {quote(program_of(compiler))}",
             "rule compile_cuda",
-            f"  command = {escape(nvcc)} -ccbin {escape(words[-1])} {CUDA_FLAGS} $extra -MD -MF $out.d -c $in -o $out",
+            f"  command = $nvcc {CUDA_FLAGS} $extra -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             f"build step_cuda.o: compile_cuda {escape(source / 'step_cuda.cu')}",
@@ -266,19 +275,24 @@ def find_torch() -> Path:
 def cudart(nvcc: Path) -> str:
     """The static CUDA runtime of an nvcc's toolkit; nvcc itself says where that is, as it may be called by a script."""
     plan = asked_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull)
-    root = re.search(r"\bTOP=(\S+)", plan.stderr)
+    root = re.search(r"\bTOP=(.+)", plan.stderr)
     if root is None:
         raise SystemExit(f"fastguide: {nvcc} --dryrun does not say where its toolkit is:\n{plan.stderr}")
     for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
-        library = Path(root[1]) / folder / "libcudart_static.a"
+        library = Path(root[1].strip()) / folder / "libcudart_static.a"
         if library.exists():
-            return escape(library.resolve())
+            return quote(library.resolve())
     raise SystemExit(f"fastguide: expected libcudart_static.a in {root[1]}; FASTGUIDE_CUDA=0 builds without CUDA")
 
 
 def escape(path: str | Path) -> str:
-    """A path as ninja reads it."""
+    """A path of a build line, as ninja reads it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def quote(word: str | Path) -> str:
+    """A word of a command, as ninja hands it to the shell."""
+    return shlex.quote(str(word)).replace("$", "$$")
 
 
 def ninja() -> str:

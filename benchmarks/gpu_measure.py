@@ -68,14 +68,15 @@ class GpuStep:
         torch._dynamo.reset()  # or the formula would reach the limit of recompilations
         drawn, given, out = self.noise in ("torch", "portable"), self.given, self.out
         has = {name: float(values[STEP]) for name, values in self.table.coefficients().items()}
-        row = {name: torch.tensor(value, device="cuda", dtype=torch.float32) for name, value in has.items()}
+        function, values = formula.step_function(has, 2, in_a_tensor=True, noise=self.noise != "none", out=True)
+        row = torch.tensor(values, device="cuda")
 
         @torch.compile(fullgraph=True, dynamic=False)
-        def step(x: Tensor, uncond: Tensor, cond: Tensor) -> None:
-            noise = torch.randn_like(x) if drawn else given
-            out.copy_(formula.guided_step(has, row, x, [uncond, cond], noise=noise))
+        def step(row: Tensor, x: Tensor, uncond: Tensor, cond: Tensor) -> None:
+            noise = [torch.randn_like(x) if drawn else given] if self.noise != "none" else []
+            function(row, x, uncond, cond, *noise, out)
 
-        return lambda: step(self.sample, self.uncond, self.cond)
+        return lambda: step(row, self.sample, self.uncond, self.cond)
 
 
 def plain_triton(s: GpuStep) -> Callable[[], object] | None:
@@ -92,6 +93,7 @@ def gpu_microseconds(call: Callable[[], object], repeats: int) -> float:
     return 1e6 * in_a_graph(call, repeats)
 
 
+@torch.no_grad()
 def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
     """Median time after which the host goes on, with the GPU never behind by much."""
     times = []

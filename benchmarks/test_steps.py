@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastguide.bench.contenders import CEILINGS, CONTENDERS, is_ours, relative_error, tolerance
-from fastguide.bench.timing import Stamp, host_seconds, occupy
+from fastguide.bench.timing import Stamp, Times, host_seconds, in_turns, occupy
 from fastguide.bench.workloads import Inputs, NotRunError, full, quick
 
 WORKLOADS = {w.title: w for w in (full() if os.environ.get("FASTGUIDE_BENCH") == "full" else quick())}
@@ -28,6 +28,13 @@ DEVICES = [
 def inputs_of(title: str, device: str) -> Inputs:
     torch._dynamo.reset()  # or torch.compile would reach its limit of recompilations
     return Inputs(WORKLOADS[title], torch.device(device))
+
+
+@functools.lru_cache(maxsize=1)
+def copy_of(title: str, device: str) -> float:
+    """Seconds of ``copy_`` of the same bytes."""
+    copy = {"copy": CEILINGS["copy_ of the same bytes"](inputs_of(title, device))}
+    return in_turns(copy, 0.3, torch.device(device)).times["copy"].median
 
 
 @pytest.mark.parametrize("contender", [*CONTENDERS, *CEILINGS])
@@ -53,6 +60,11 @@ def test_step(benchmark, device, title, contender):
         del result
         if device == "cpu":
             benchmark(call)
-            return
-        host = host_seconds(call, inputs.device)
-        benchmark.pedantic(call, setup=lambda: occupy(host), rounds=100, warmup_rounds=3)
+        else:
+            host = host_seconds(call, inputs.device)
+            benchmark.pedantic(call, setup=lambda: occupy(host), rounds=100, warmup_rounds=3)
+    if benchmark.stats is None:  # with --benchmark-disable
+        return
+    times = Times.of(benchmark.stats.stats.data)
+    share = copy_of(title, device) / times.median
+    benchmark.extra_info |= {"p10": times.low, "p90": times.high, "share_of_copy": share}

@@ -482,6 +482,16 @@ extern "C" __attribute__((visibility("default"))) int fastguide_cpu_capability(i
 // What the GPU kernels were compiled for, or "none: " and the reason.
 extern "C" __attribute__((visibility("default"))) const char* fastguide_cuda_code() { return FASTGUIDE_CUDA_CODE; }
 
+// Whether there is a driver that is too old for the CUDA runtime in this library.
+extern "C" __attribute__((visibility("default"))) int fastguide_driver_too_old() {
+#if defined(FASTGUIDE_CUDA)
+  const int driver = fastguide::cuda::driver_version();
+  return driver != 0 && driver < fastguide::cuda::runtime_version();
+#else
+  return 0;
+#endif
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastguide, CPU, m) { m.impl("guided_step", TORCH_BOX(&fastguide::guided_step)); }
 
 #if defined(FASTGUIDE_CUDA)

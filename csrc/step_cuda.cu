@@ -157,6 +157,13 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
   return text_of(cudaLaunchKernel(kernel, blocks, dim3(kThreads), parameters, 0, static_cast<cudaStream_t>(stream)));
 }
 
+int runtime_version() { return CUDART_VERSION / 1000; }
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version / 1000 : 0;
+}
+
 int max_predictions() { return kMaxPredictions; }
 
 }  // namespace cuda

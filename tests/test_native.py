@@ -21,6 +21,9 @@ from fastguide.cli import info
 from fastguide.ops import BACKENDS, default_backend
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "c++", "clang++")), reason="there is no C++ compiler"
+)
 
 
 def test_native_is_built_wherever_there_is_a_compiler():
@@ -35,6 +38,23 @@ def test_gpus_are_served_wherever_there_is_nvcc_too():
     assert BACKENDS["native"].serves("cuda")
     assert BACKENDS["native"].torch_stream
     assert default_backend("cuda") == "native"
+
+
+def test_a_driver_that_is_too_old_leaves_gpus_to_others(monkeypatch):
+    if native.cuda_code().startswith("none"):
+        pytest.skip(f"the native library holds no CUDA code: {native.cuda_code()}")
+
+    class Old:
+        def __getattr__(self, name):
+            return (lambda: 1) if name == "fastguide_driver_too_old" else getattr(library, name)
+
+    library = native._loaded()
+    monkeypatch.setattr(native, "_library", library)
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: Old())
+    found = native.backend()
+    assert found.devices == ("cpu",)
+    assert not found.torch_stream
+    assert "of no use here: the driver is older than its CUDA runtime" in found.status
 
 
 def test_capability_is_bounded_by_the_processor_and_kept():
@@ -178,8 +198,8 @@ def test_a_torch_below_the_floor_is_named(version):
 
 
 def build(tmp_path, path, **environment):
-    """Without CUDA, unless it is asked for: that takes half a minute."""
-    environment = {"FASTGUIDE_CUDA": "0", **environment}
+    """Without CUDA, unless it is asked for: that takes half a minute. What the caller exports is left out."""
+    environment = {"FASTGUIDE_CUDA": "0", "CXX": "", "CUDA_HOME": "", "TORCH_CUDA_ARCH_LIST": "", **environment}
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp")],
         capture_output=True,
@@ -233,15 +253,18 @@ def test_editable_install_without_a_compiler_replaces_what_was_there(checkout, t
     assert "not built: no C++ compiler" in run_python(CODE, PYTHONPATH=str(checkout)).stdout
 
 
+@needs_compiler
 def test_the_sdist_builds_a_wheel_for_any_python(checkout, tmp_path):
     """From the source distribution, as a packager does: headers are in it, and the wheel's tag is py3-none."""
     shutil.copytree(ROOT / "tests", checkout / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "fastguide" / "_native.so").write_bytes(b"of an editable install")
     code = "from setuptools import build_meta; print(build_meta.{}('dist'))"
     subprocess.run([sys.executable, "-c", code.format("build_sdist")], check=True, cwd=checkout, capture_output=True)
     (archive,) = (checkout / "dist").glob("*.tar.gz")
     shutil.unpack_archive(archive, tmp_path / "unpacked")
     (source,) = (tmp_path / "unpacked").iterdir()
     assert (source / "tests" / "cases.py").exists()
+    assert not list(source.rglob("*.so"))
     left = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "fastguide" / "old.py"
     left.parent.mkdir(parents=True)
     left.touch()
@@ -265,11 +288,24 @@ def test_a_cxx_that_is_not_there_is_an_error(tmp_path, cxx):
     assert f"fastguide: CXX: expected a compiler, got '{cxx}', which is not there" in result.stderr
 
 
+@needs_compiler
+def test_a_path_with_a_space(checkout, tmp_path):
+    place = tmp_path / "a clone with $paces"
+    checkout.rename(place)
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    environment = {**os.environ, "FASTGUIDE_CUDA": "0"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=place)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (place / "fastguide" / "_native.so").exists()
+
+
+@needs_compiler
 def test_a_cxx_of_several_words_is_used(tmp_path):
-    assert build(tmp_path, path=os.environ["PATH"], CXX="g++ -pipe").returncode == 0
+    assert build(tmp_path, path=os.environ["PATH"], CXX="g++ -pipe -B /usr/bin").returncode == 0
     assert (tmp_path / "fastguide" / "_native.so").exists()
 
 
+@needs_compiler
 def test_a_second_build_compiles_what_changed(checkout, tmp_path):
     """What an editable install does: its objects are kept in build/native."""
     environment = {**os.environ, "FASTGUIDE_CUDA": "0"}
@@ -329,13 +365,14 @@ def test_what_is_asked_of_cuda_and_cannot_be_is_an_error(tmp_path, environment, 
 )
 def test_architectures_that_cannot_be_are_an_error(tmp_path, architectures, message):
     if shutil.which("nvcc") is None:
-        pytest.skip("there is no nvcc")
+        pytest.skip("there is no nvcc on the PATH")
     environment = {"FASTGUIDE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
     result = build(tmp_path, path=os.environ["PATH"], **environment)
     assert result.returncode != 0
     assert message in result.stderr
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("script", "message"),
     [
@@ -357,6 +394,7 @@ def test_an_nvcc_that_does_not_work_is_named(tmp_path, script, message):
         assert "Traceback" not in result.stderr
 
 
+@needs_compiler
 def test_without_cuda_code_a_gpu_s_sample_is_refused_with_the_reasons(tmp_path):
     """Nobody gets the reference, a hundred times slower, without asking for it."""
     assert build(tmp_path, path=os.environ["PATH"]).returncode == 0

@@ -46,6 +46,9 @@ def backend() -> Backend:
     bound = f" (bounded by {CAPABILITY_VARIABLE}={wanted})" if wanted in CAPABILITIES else ""
     code = cuda_code()
     on_gpus = not code.startswith("none") and torch.version.hip is None
+    if on_gpus and _library.fastguide_driver_too_old():
+        on_gpus = False
+        code += ", of no use here: the driver is older than its CUDA runtime; update it, or take the Triton backend"
     return Backend(
         name="native",
         step=torch.ops.fastguide.guided_step.default,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -13,12 +14,13 @@ from ..guidance import ClassifierFree
 from ..noise import portable_noise
 from ..ops import guided_step
 from ..solvers import ddim, ddpm
-from . import formula
+from . import formula, papers
 from .baselines import GuidedDiffusion, scheduler
-from .timing import in_turns
-from .workloads import SCHEDULE, STEP, NotRunError
+from .contenders import is_ours
+from .timing import in_turns, said
+from .workloads import GUIDANCE_SCALE, SCHEDULE, STEP, NotRunError
 
-STEPS, SCALE, SHAPE = 50, 7.5, (1, 4, 64, 64)
+STEPS, SCALE, SHAPE = 50, GUIDANCE_SCALE, (1, 4, 64, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Step: TypeAlias = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -32,23 +34,36 @@ def measure(device: torch.device, seconds: float = 0.3) -> Iterator[dict[str, An
     for solver in ("ddim", "ddpm"):
         truth = _loop(_textbook(solver), x_T.double(), torch.float64)
         for dtype in DTYPES:
-            rows, calls = {}, {}
+            rows: dict[str, dict[str, Any]] = {}
+            calls = {}
             for name, make in CONTENDERS.items():
-                row = {"suite": "accuracy", "solver": solver, "dtype": str(dtype)[6:], "contender": name}
+                row: dict[str, Any] = {
+                    "suite": "accuracy",
+                    "solver": solver,
+                    "dtype": str(dtype)[6:],
+                    "contender": name,
+                }
+                # As pipelines keep their latents: diffusers' in the model's dtype
+                x = x_T.to(dtype) if name == "diffusers" else x_T
                 try:
                     step = make(solver, device)
+                    error = float((_loop(step, x, dtype).double() - truth).norm() / truth.norm())
                 except NotRunError as reason:
                     yield row | {"status": "not run", "reason": str(reason)}
                     continue
-                # As pipelines keep their latents: diffusers' in the model's dtype
-                x = x_T.to(dtype) if name == "diffusers" else x_T
-                error = float((_loop(step, x, dtype).double() - truth).norm() / truth.norm())
+                except Exception as failure:  # said, and the others are measured
+                    yield row | {"status": "failed" if is_ours(name) else "not run", "reason": said(failure)}
+                    continue
                 rows[name] = row | {"status": "ok", "error": error}
                 low, high = (x_T.flip(d).to(dtype) for d in (2, 3))
                 noise = _noise(STEP, device).to(x.dtype)
                 calls[name] = lambda step=step, x=x, low=low, high=high, z=noise: step(STEP, x, low, high, z)
-            for name, times in in_turns(calls, seconds, device).items():
-                yield rows[name] | {"seconds": times.median}
+            timed = in_turns(calls, seconds, device)
+            for name, row in rows.items():
+                if name in timed.failures:
+                    yield row | {"status": "failed", "reason": said(timed.failures[name])}
+                else:
+                    yield row | {"seconds": timed.times[name].median}
 
 
 def _loop(step: Step, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,20 +86,15 @@ def _noise(step: int, device: torch.device) -> Tensor:
 
 
 def _textbook(solver: str) -> Step:
-    """In float64, from the papers: nothing that fastguide computes with is used."""
-    taken = SCHEDULE.alphas_cumprod[SCHEDULE.timesteps(STEPS)].tolist()
+    """In float64, from the papers."""
 
     def step(index: int, x: Tensor, low: Tensor, high: Tensor, noise: Tensor) -> Tensor:
-        a, before = taken[index], [*taken[1:], 1.0][index]
+        a, before = papers.abar_at(STEPS, index)
         epsilon = low + SCALE * (high - low)
-        x0 = (x - (1 - a) ** 0.5 * epsilon) / a**0.5
-        if solver == "ddim":  # Song et al. 2021, eq. 12 with sigma = 0
-            x = before**0.5 * x0 + (1 - before) ** 0.5 * epsilon
-            return x
-        alpha = a / before  # Ho et al. 2020, eq. 6 and 7
-        x = (before**0.5 * (1 - alpha) * x0 + alpha**0.5 * (1 - before) * x) / (1 - a)
-        x = x + ((1 - before) / (1 - a) * (1 - alpha)) ** 0.5 * noise
-        return x
+        if solver == "ddim":
+            return papers.ddim(a, before, x, epsilon)
+        mean = papers.ddpm_mean(a, before, x, papers.predicted_x0(a, x, epsilon))
+        return mean + math.sqrt(papers.ddpm_variance(a, before)) * noise
 
     return step
 
@@ -102,9 +112,11 @@ def _torch(solver: str, device: torch.device) -> Step:
     """The state in float32, and everything computed in it."""
     columns = (ddim if solver == "ddim" else ddpm)(SCHEDULE, STEPS).coefficients()
     rows = [{name: float(values[index]) for name, values in columns.items()} for index in range(STEPS)]
+    noisy = [row["out_noise"] != 0 for row in rows]
+    steps = [formula.step_function(row, 2, in_a_tensor=False, noise=row["out_noise"] != 0)[0] for row in rows]
 
     def step(index: int, x: Tensor, low: Tensor, high: Tensor, noise: Tensor) -> Tensor:
-        return formula.guided_step(rows[index], rows[index], x, [low, high], noise=noise)
+        return steps[index](x, low, high, *([noise] if noisy[index] else []))
 
     return step
 

@@ -45,12 +45,15 @@ def diffusers(i: Inputs) -> Call:
     if w.solver == "add_noise":
         return _diffusers_add_noise(theirs, i, timestep, generator)
 
+    # A model returns prediction and variance in one tensor; guidance takes that apart, and the step wants it again
+    whole = None if i.variance is None else torch.cat([i.predictions[0], i.variance], 1)
+
     def step() -> Tensor:
         output = combined(i.predictions)
         if w.form == "epsilon":
             output = output - (1 - theirs.alphas_cumprod[timestep]) ** 0.5 * GRADIENT_SCALE * i.gradient
-        if i.variance is not None:
-            output = torch.cat([output, i.variance], 1)
+        if i.variance is not None and whole is not None:
+            output = torch.cat([output, i.variance], 1) if w.count > 1 or w.form == "epsilon" else whole
         result: Tensor = theirs.step(output, timestep, i.sample, generator=generator).prev_sample
         if w.form == "mean":
             variance = theirs._get_variance(timestep, predicted_variance=i.variance)
@@ -74,7 +77,9 @@ def _diffusers_add_noise(theirs: Any, i: Inputs, timestep: Tensor, generator: to
 
 
 class GuidedDiffusion:
-    """Its ``p_sample``, ``ddim_sample`` and ``q_sample``: each use of a float64 table on the host uploads it.
+    """Its ``p_sample``, ``ddim_sample`` and ``q_sample``, without what a step computes there and does not use.
+
+    Each use of a float64 table on the host uploads it.
 
     ``abar`` are the cumulative products at the steps taken, in the order of sampling.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..noise import portable_noise
 from ..ops import guided_step
-from . import formula
+from . import formula, papers
 from .baselines import Call, diffusers, guided_diffusion, scheduler
 from .workloads import GUIDANCE_SCALE, NUM_STEPS, STEP, Inputs, NotRunError
 
@@ -47,33 +47,28 @@ def drop_in(i: Inputs) -> Call:
 def torch_eager(i: Inputs, compiled: str | None = None, *, out: bool = False) -> Call:
     """The formula in torch, of the terms that the step has and no others, without synchronisation.
 
-    Eager, with numbers; under torch.compile, with the coefficients in tensors, as numbers would compile each step anew.
+    Eager, with numbers; under torch.compile, with the coefficients in a tensor, as numbers would compile each step
+    anew. With ``out``, into the same memory each time; the noise, too.
     """
-    numbers = _row(i)
-    row: dict[str, Any] = dict(numbers)
-    if compiled is not None:
-        row = {name: torch.tensor(value, device=i.device, dtype=torch.float32) for name, value in numbers.items()}
-    place = torch.empty_like(i.sample) if out else None
-    generator = torch.Generator(i.device).manual_seed(0)
-
-    def step_of(noise: Tensor | None, into: Tensor | None, row: dict[str, Any], *tensors: Tensor) -> Tensor:
-        sample, *predictions = tensors
-        variance = predictions.pop() if i.variance is not None else None
-        gradient = predictions.pop() if i.gradient is not None else None
-        result = formula.guided_step(numbers, row, sample, predictions, gradient, variance, noise)
-        return result.to(sample.dtype) if into is None else into.copy_(result)
-
-    function = step_of
+    extras = {"gradient": i.gradient is not None, "variance": i.variance is not None, "noise": i.noisy, "out": out}
+    in_a_tensor = compiled is not None
+    function, row = formula.step_function(_row(i), i.workload.count, in_a_tensor=in_a_tensor, **extras)
     if compiled is not None:
         mode = None if compiled == "default" else compiled
-        function = torch.compile(step_of, fullgraph=True, dynamic=False, mode=mode)
-    extras = [tensor for tensor in (i.gradient, i.variance) if tensor is not None]
+        function = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+    generator = torch.Generator(i.device).manual_seed(0)
+    place, drawn = torch.empty_like(i.sample), torch.empty_like(i.sample)
+    before = [torch.tensor(row, device=i.device, dtype=torch.float32)] if in_a_tensor else []
+    before += [i.sample, *i.predictions, *(tensor for tensor in (i.gradient, i.variance) if tensor is not None)]
+    after = [place] if out else []
 
     def step() -> Tensor:
-        noise = None
-        if i.noisy:
-            noise = torch.randn(i.sample.shape, device=i.device, dtype=i.sample.dtype, generator=generator)
-        return function(noise, place, row, i.sample, *i.predictions, *extras)
+        if not i.noisy:
+            return function(*before, *after)
+        if out:
+            return function(*before, drawn.normal_(generator=generator), *after)
+        noise = torch.randn(i.sample.shape, device=i.device, dtype=i.sample.dtype, generator=generator)
+        return function(*before, noise, *after)
 
     return step
 
@@ -128,7 +123,7 @@ CEILINGS = {"copy_ of the same bytes": copy, "torch's noise alone": noise_alone}
 
 
 def relative_error(i: Inputs, name: str, got: Tensor) -> float:
-    """Of a contender's result, against the formula in float64 with the noise that it draws."""
+    """Of a contender's result, against the papers' step in float64 with the noise that it draws."""
     noise = None
     if i.noisy:
         # diffusers' step draws in the output's dtype, and so does its drop-in
@@ -139,10 +134,7 @@ def relative_error(i: Inputs, name: str, got: Tensor) -> float:
             generator = torch.Generator(i.device).manual_seed(0)
             dtype = i.workload.dtype if outputs else i.sample.dtype
             noise = torch.randn(i.sample.shape, device=i.device, dtype=dtype, generator=generator)
-    row = _row(i)
-    double = [None if t is None else t.double() for t in (i.gradient, i.variance, noise)]
-    predictions = [prediction.double() for prediction in i.predictions]
-    truth = formula.guided_step(row, row, i.sample.double(), predictions, *double)
+    truth = papers.step(i, noise)
     return float((got.double() - truth).norm() / truth.norm())
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import linecache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,55 +20,68 @@ def combined(predictions: Sequence[Tensor], scales: Sequence[float] = COMPOSED_S
     return guided
 
 
-def guided_step(
-    has: dict[str, float],
-    row: dict[str, Any],
-    sample: Tensor,
-    predictions: Sequence[Tensor],
-    gradient: Tensor | None = None,
-    variance: Tensor | None = None,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """The terms whose coefficients ``has`` says are not 0 (or 1), with ``row``'s; in float32, or the sample's float64.
+_written = 0
 
-    ``has`` are numbers, ``row`` numbers or tensors, by the names of a step table's columns.
+
+def step_function(
+    coefficients: Mapping[str, float],
+    count: int,
+    *,
+    in_a_tensor: bool,
+    gradient: bool = False,
+    variance: bool = False,
+    noise: bool = False,
+    out: bool = False,
+) -> tuple[Callable[..., Tensor], list[float]]:
+    """A function of its own, of straight lines: the terms whose coefficients are not 0, those of 1 unmultiplied.
+
+    It takes ``row`` (if ``in_a_tensor``, the returned list as one tensor; else numbers stand in the code), ``sample``,
+    ``count`` predictions, and of ``gradient``, ``variance``, ``noise`` and ``out`` what is wanted, in this order. It
+    computes in float32.
     """
-    dtype = torch.promote_types(sample.dtype, torch.float32)
-    terms: list[Tensor] = []
+    row: list[float] = []
 
-    def add(column: str, values: Tensor) -> None:
-        if has[column] != 0:
-            terms.append(values if has[column] == 1 else row[column] * values)
+    def coefficient(column: str) -> str:
+        if not in_a_tensor:
+            return repr(coefficients[column])
+        row.append(coefficients[column])
+        return f"row[{len(row) - 1}]"
 
-    def total() -> Tensor:
-        result = terms[0]
-        for term in terms[1:]:
-            result = result + term
-        terms.clear()
-        return result
+    def sum_of(terms: Sequence[tuple[str, str]]) -> str:
+        there = [(column, values) for column, values in terms if coefficients[column] != 0]
+        return " + ".join(v if coefficients[c] == 1 else f"{coefficient(c)} * {v}" for c, v in there)
 
-    x = sample.to(dtype)
-    g = None if gradient is None else GRADIENT_SCALE * gradient.to(dtype)
-    m = combined([prediction.to(dtype) for prediction in predictions]) if predictions else None
-    if m is not None:
-        add("x0_sample", x)
-        add("x0_pred", m)
-        if g is not None:
-            add("x0_grad", g)
-        x0 = row["x0_scale"] * total()
-        if has["clip"] < float("inf"):
-            x0 = x0.clamp(-has["clip"], has["clip"])
-        add("out_x0", x0)
-        add("out_pred", m)
-    add("out_sample", x)
-    log_variance = None
-    if variance is not None:
-        log_variance = row["logvar_base"] + row["logvar_span"] * variance.to(dtype)
-    if g is not None:
-        add("out_grad", g)
-        if log_variance is not None:
-            add("out_var_grad", torch.exp(log_variance) * g)
-    if noise is not None:
-        z = noise.to(dtype)
-        add("out_noise", z if log_variance is None else torch.exp(0.5 * log_variance) * z)
-    return total()
+    predictions = [f"p{k}" for k in range(count)]
+    wanted = {"gradient": gradient, "variance": variance, "noise": noise, "out": out}
+    names = ["row"] * in_a_tensor + ["sample", *predictions, *(name for name, there in wanted.items() if there)]
+    lines = ["x = sample.float()", *(f"{p} = {p}.float()" for p in predictions)]
+    result = [("out_sample", "x")]
+    if gradient:
+        lines.append(f"g = {GRADIENT_SCALE} * gradient.float()")
+    if count:
+        guided = [f" + {scale} * ({p} - p0)" for scale, p in zip(COMPOSED_SCALES, predictions[1:], strict=False)]
+        lines.append(f"m = p0{''.join(guided)}")
+        terms = [("x0_sample", "x"), ("x0_pred", "m"), *([("x0_grad", "g")] if gradient else [])]
+        scaled = f"{coefficient('x0_scale')} * ({sum_of(terms)})"
+        clip = coefficients["clip"]
+        lines.append(f"x0 = ({scaled}).clamp({-clip}, {clip})" if clip < float("inf") else f"x0 = {scaled}")
+        result = [("out_x0", "x0"), ("out_pred", "m"), *result]
+    if variance:
+        lines.append(f"v = {coefficient('logvar_base')} + {coefficient('logvar_span')} * variance.float()")
+    if gradient:
+        result.append(("out_grad", "g"))
+        if variance:
+            result.append(("out_var_grad", "v.exp() * g"))
+    if noise:
+        result.append(("out_noise", "(0.5 * v).exp() * noise.float()" if variance else "noise.float()"))
+    total = sum_of(result)
+    lines.append(f"return out.copy_({total})" if out else f"return ({total}).to(sample.dtype)")
+    global _written
+    _written += 1
+    file = f"<step {_written}>"  # a code object of its own: torch.compile keeps what it compiled by these
+    source = "\n".join([f"def step({', '.join(names)}):", *("    " + line for line in lines)]) + "\n"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    scope: dict[str, Any] = {"torch": torch}
+    exec(compile(source, file, "exec"), scope)
+    function: Callable[..., Tensor] = scope["step"]
+    return function, row

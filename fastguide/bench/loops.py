@@ -14,8 +14,7 @@ from ..sampler import Sampler
 from ..schedule import NoiseSchedule
 from ..solvers import ddim, ddpm
 from .contenders import is_ours
-from .steps import said
-from .timing import in_turns
+from .timing import in_turns, said
 
 SCALE = 7.5
 MODELS: dict[str, dict[str, Any]] = {  # a robot's policy; two of many launches a call; one that keeps a device busy
@@ -181,8 +180,10 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
             yield row | {"contender": name, "status": "wrong", "reason": reason}
         elif device.type == "cuda":
             memory[name] = torch.cuda.max_memory_reserved(device) - before
-    calls_to_end = {name: _finished(call, device) for name, call in calls.items()}
-    times = in_turns(calls_to_end, seconds, device)
+    times, failures = in_turns(calls, seconds, device, wall=True)
+    for name, failure in failures.items():
+        yield row | {"contender": name, "status": "failed" if is_ours(name) else "not run", "reason": said(failure)}
+    base = times.get("diffusers")
     for name, found in times.items():
         yield row | {
             "contender": name,
@@ -192,20 +193,8 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
             "p90": found.high,
             "calls": found.calls,
             "bytes_more_reserved": memory.get(name),
-            "faster_than_diffusers": times["diffusers"].median / found.median,
+            "faster_than_diffusers": None if base is None else base.median / found.median,
         }
-
-
-def _finished(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    if device.type != "cuda":
-        return call
-
-    def finished() -> Tensor:
-        result = call()
-        torch.cuda.synchronize()
-        return result
-
-    return finished
 
 
 @torch.no_grad()

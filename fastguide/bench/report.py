@@ -46,15 +46,8 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
         yield "50 guided steps against float64", head, body
     found = [r for r in rows if r["suite"] == "growth"]
     if found:
-        body = [
-            (
-                r["status"],
-                [r["against"], f"{1e6 * r['seconds_each']:.4g} us", f"{1e6 * r['seconds_fixed']:.3g} us",
-                 f"{r['r_squared']:.4f}", f"{r['bend']:.2f} x", "linear" if r["linear"] else "not linear"],
-            )
-            for r in found
-        ]  # fmt: skip
-        yield "Cost by growth", ["time against", "each", "fixed", "R^2", "upper half steeper", ""], body
+        head = ["time against", "each", "fixed", "R^2", "upper half steeper", ""]
+        yield "Cost by growth", head, [(r["status"], [r["against"], *_growth(r)]) for r in found]
     found = [r for r in rows if r["suite"] == "methods" and r.get("what") == "cost"]
     if found:
         body = [
@@ -81,6 +74,9 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
     found = [r for r in rows if r["suite"] == "methods" and r["status"] != "ok"]
     if found:
         yield "Both guidance methods", ["", ""], [(r["status"], [r["status"], r["reason"]]) for r in found]
+    found = [r for r in rows if r["suite"] == "the suite"]
+    if found:
+        yield "Parts that failed", ["", ""], [(r["status"], [r["workload"], r["reason"]]) for r in found]
     found = [r for r in rows if r["suite"] == "compared"]
     if found:
         body = [
@@ -104,6 +100,13 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
             for r in found
         ]  # fmt: skip
         yield "Targets", ["", "expected", "measured", "", ""], body
+
+
+def _growth(r: Row) -> list[str]:
+    if r["status"] != "ok":
+        return [r["status"], r["reason"], "", "", ""]
+    line = [f"{1e6 * r['seconds_each']:.4g} us", f"{1e6 * r['seconds_fixed']:.3g} us", f"{r['r_squared']:.4f}"]
+    return [*line, f"{r['bend']:.2f} x", "linear" if r["linear"] else "not linear"]
 
 
 def _times(workload: str, rows: Sequence[Row]) -> Table:

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from .. import __version__
 from ..ops import BACKENDS, default_backend
 from .contenders import is_ours
 
-FORMAT = 1
+FORMAT = 2
 _BASELINES = ("diffusers", "torch eager")
 _WORSE = 1.25  # a ratio that grew by more is called a regression: shared machines are noisy
 
@@ -31,6 +32,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "load average": "unknown" if not hasattr(os, "getloadavg") else f"{os.getloadavg()[1]:.2f} in five minutes",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

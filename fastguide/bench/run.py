@@ -12,6 +12,7 @@ import torch
 
 from . import accuracy, loops, methods, report, results, steps, targets, workloads
 from .contenders import is_ours
+from .timing import said
 
 SUITES = ("steps", "loops", "accuracy", "growth", "methods")
 
@@ -32,8 +33,12 @@ def run(
     try:
         for what, found in _parts(device, full, suites, names):
             say(f"[{time.perf_counter() - begin:5.1f} s] {what}")
-            for row in found:
-                rows.append(row)
+            try:
+                for row in found:
+                    rows.append(row)
+            except Exception as error:  # reported, as what was measured before it is worth having
+                failed = {"suite": "the suite", "workload": what, "contender": "fastguide", "status": "failed"}
+                rows.append(failed | {"reason": said(error)})
     except KeyboardInterrupt:
         say("interrupted: what follows is what was measured")
         interrupted = True

@@ -12,7 +12,7 @@ from ..ops import guided_step
 from ..sampler import Sampler
 from ..solvers import ddim
 from .contenders import CEILINGS, CONTENDERS, SLOW, is_ours, relative_error, tolerance
-from .timing import host_seconds, in_a_graph, in_turns
+from .timing import host_seconds, in_a_graph, in_turns, said
 from .workloads import SCHEDULE, STEP, Inputs, NotRunError, Workload
 
 Row = dict[str, Any]
@@ -43,7 +43,10 @@ def measure(workload: Workload, device: torch.device, seconds: float, slow: bool
             yield row | {"status": "failed" if is_ours(name) else "not run", "reason": said(error)}
             continue
         calls[name] = call
-    times = in_turns(calls, seconds, device)
+    times, failures = in_turns(calls, seconds, device)
+    for name, failure in failures.items():
+        row = {"suite": "steps", "workload": workload.title, "contender": name}
+        yield row | {"status": "failed" if is_ours(name) else "not run", "reason": said(failure)}
     copy = times["copy_ of the same bytes"].median
     if device.type == "cuda" and inputs.bytes < _SMALL_BYTES:
         yield from _graphed(inputs, {name: calls[name] for name in _GRAPHED if name in calls})
@@ -81,11 +84,6 @@ def _graphed(inputs: Inputs, calls: dict[str, Callable[[], Any]]) -> Iterator[Ro
         yield row | {"status": "ok", "seconds": seconds, "bytes": inputs.bytes, "adds_noise": inputs.noisy}
 
 
-def said(error: Exception) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
-
-
 def growth(device: torch.device, seconds: float) -> Iterator[Row]:
     """Time against number of elements, batch, conditions and steps, each with a line through it."""
 
@@ -109,7 +107,15 @@ def growth(device: torch.device, seconds: float) -> Iterator[Row]:
         "steps": {n: loop(n) for n in (10, 20, 40, 80, 160)},
     }
     for what, calls in grown.items():
-        times = in_turns({str(x): call for x, call in calls.items()}, seconds, device)
+        times, failures = in_turns({str(x): call for x, call in calls.items()}, seconds, device)
+        if failures:
+            yield {
+                "suite": "growth",
+                "against": what,
+                "status": "failed",
+                "reason": said(next(iter(failures.values()))),
+            }
+            continue
         points = [(x, times[str(x)].median) for x in calls]
         slope, intercept, determination = line(points)
         bend = steeper(points)

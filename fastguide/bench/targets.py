@@ -16,13 +16,20 @@ _GREAT = 256e6  # bytes of a step that shows a GPU's bandwidth
 _SLACK = 1.02  # two runs of one program differ by that
 
 
-_WHY = {  # what is known of targets that are missed
-    "a step into out=": "look at the rows: where both wait for the memory, two runs differ by a few percent",
-    "a step into a new output": "look at the rows: of large outputs, fresh pages take several times what a step does",
-    "a small step:": "what is left are checks, the dispatcher and a new output",
-    "a small DDIM step through fastguide's scheduler": "so many times less is about what copy_ takes",
-    "a small DDPM step through fastguide's scheduler": "in turns with others, each call's caches are cold",
-    "50 DDIM steps": "what is left is the rounding of the model's own output",
+_WHY: dict[str, tuple[Callable[[float], bool], str]] = {
+    # What is known of targets that are missed on the CPU, as long as they are missed by no more than was looked into
+    "a step into out=": (
+        lambda v: v < 1.1,
+        "look at the rows: where both wait for the memory, two runs differ by a few percent",
+    ),
+    "a step into a new output": (
+        lambda v: v < 1.25,
+        "look at the rows: of large outputs, fresh pages take several times what a step does",
+    ),
+    "a small step:": (lambda v: v > 1.3, "what is left are checks, the dispatcher and a new output"),
+    "a small DDIM step through": (lambda v: v > 1.5, "so many times less is about what copy_ takes"),
+    "a small DDPM step through": (lambda v: v < 60, "in turns with others, each call's caches are cold"),
+    "50 DDIM steps": (lambda v: v > 3, "what is left is the rounding of the model's own output"),
 }
 
 
@@ -47,9 +54,21 @@ def judged(rows: Sequence[Row], device: str) -> list[Row]:
         except _BrokenError as broken:
             found.append(row | {"status": "missed", "reason": str(broken)})
             continue
-        missed = {"status": "missed", "reason": next((why for what, why in _WHY.items() if name.startswith(what)), "")}
+        missed = {"status": "missed", "reason": _why(name, value, device)}
         found.append(row | {"measured": value} | ({"status": "met"} if met(value) else missed))
     return found
+
+
+def _why(name: str, value: float, device: str) -> str:
+    for beginning, (known, reason) in _WHY.items():
+        if name.startswith(beginning) and device == "cpu" and known(value):
+            return reason
+    return "unexplained"
+
+
+def _compiled(out: str) -> set[str]:
+    modes = ("", " max-autotune", " reduce-overhead")
+    return {f"torch.compile{mode}{out}" for mode in modes}
 
 
 def _targets(rows: Sequence[Row], device: str) -> list[tuple[str, str, Callable[[], float], Callable[[float], bool]]]:
@@ -62,19 +81,20 @@ def _targets(rows: Sequence[Row], device: str) -> list[tuple[str, str, Callable[
                 raise _BrokenError(f"{contender} is {row['status']}: {row['reason']}")
         raise _MissingError(f"{contender!r} of {workload!r}")
 
+    def fastest_compiled(workload: str, out: str = "") -> float:
+        """Of the modes that were measured."""
+        found = [r for r in rows if r.get("workload") == workload and r.get("contender") in _compiled(out)]
+        measured = [float(r["seconds"]) for r in found if r["status"] == "ok"]
+        if not measured:
+            raise _MissingError(f"'torch.compile{out}' of {workload!r}")
+        return min(measured)
+
     def slowest_beside_compile(out: str) -> float:
-        workloads = {row["workload"] for row in rows if row["suite"] == "steps"}
-        ratios = []
-        for workload in workloads:
-            try:
-                # The fastest tenth is least disturbed by others
-                ours, theirs = (seconds(workload, name + out, "p10") for name in ("fastguide", "torch.compile"))
-            except _MissingError:
-                continue
-            ratios.append(ours / theirs)
-        if not ratios:
+        """Beside the fastest of its modes, on every workload that was asked for: none may be missing."""
+        asked = dict.fromkeys(row["workload"] for row in rows if row["suite"] == "steps")
+        if not asked:
             raise _MissingError("a workload with torch.compile")
-        return max(ratios)
+        return max(seconds(workload, f"fastguide{out}") / fastest_compiled(workload, out) for workload in asked)
 
     def accuracy() -> float:
         errors = {
@@ -105,13 +125,13 @@ def _targets(rows: Sequence[Row], device: str) -> list[tuple[str, str, Callable[
             lambda v: v <= 1.15,
         ),
         (
-            "a step into out=, over torch.compile of the same formula, where it is slowest (fastest tenths)",
+            "a step into out=, over torch.compile of the same formula, where it is slowest",
             f"<= {_SLACK}",
             lambda: slowest_beside_compile(" out="),
             lambda v: v <= _SLACK,
         ),
         (
-            "a step into a new output, over torch.compile of the same formula, where it is slowest (fastest tenths)",
+            "a step into a new output, over torch.compile of the same formula, where it is slowest",
             f"<= {_SLACK}",
             lambda: slowest_beside_compile(""),
             lambda v: v <= _SLACK,
@@ -119,7 +139,7 @@ def _targets(rows: Sequence[Row], device: str) -> list[tuple[str, str, Callable[
         (
             "a small step: times faster than torch.compile",
             ">= 3",
-            lambda: seconds(_SMALL, "torch.compile") / seconds(_SMALL, "fastguide"),
+            lambda: fastest_compiled(_SMALL) / seconds(_SMALL, "fastguide"),
             lambda v: v >= 3,
         ),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ Call = Callable[[], object]
 
 _WARM_UPS, _FEWEST = 3, 9
 _SLOW, _SLOWEST = 0.1, 1.0  # seconds of a call that is not repeated as often
+_HOST_SECONDS = 0.05  # of the calls whose host time is taken at once
 _CYCLES_PER_SECOND = 2e9  # of a GPU, about
 _FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
@@ -34,32 +36,61 @@ class Times(NamedTuple):
         return cls(statistics.median(seconds), tenths[0], tenths[-1], len(seconds))
 
 
+class Timed(NamedTuple):
+    """What was measured, and who raised what meanwhile."""
+
+    times: dict[str, Times]
+    failures: dict[str, Exception]
+
+
 @torch.no_grad()
-def in_turns(calls: Mapping[str, Call], seconds: float, device: torch.device) -> dict[str, Times]:
-    """Each call again and again, one after the other, for so long altogether; slow ones leave the turns early."""
-    fewest = {name: _fewest(call) for name, call in calls.items()}
-    hosts = {name: host_seconds(call, device) if device.type == "cuda" else 0.0 for name, call in calls.items()}
+def in_turns(calls: Mapping[str, Call], seconds: float, device: torch.device, *, wall: bool = False) -> Timed:
+    """Each call again and again, in turns of changing order, for so long altogether; slow ones leave the turns early.
+
+    With ``wall`` by the clock, also on a GPU, until the device is done: whole loops, of which the host is a part.
+    """
+    failures: dict[str, Exception] = {}
+    events = device.type == "cuda" and not wall
+    fewest: dict[str, int] = {}
+    hosts: dict[str, float] = {}
     times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def attempt(name: str, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except Exception as error:  # whatever a contender may raise: it is reported, and the others go on
+            failures[name] = error
+
+    def warm_up(name: str) -> None:
+        fewest[name] = _fewest(calls[name], device)
+        hosts[name] = host_seconds(calls[name], device) if events else 0.0
+
+    def measure(name: str) -> None:
+        call = calls[name]
+        times[name].append(_on_gpu(call, hosts[name]) if events else _by_the_clock(call, device))
+
+    for name in calls:
+        attempt(name, lambda name=name: warm_up(name))  # type: ignore[misc]
     end = time.perf_counter() + seconds
-    while True:
+    for first in itertools.count():
         late = time.perf_counter() >= end
-        turn = [n for n in calls if len(times[n]) < fewest[n] or (not late and fewest[n] == _FEWEST)]
+        turn = [n for n in calls if n not in failures]
+        turn = [n for n in turn if len(times[n]) < fewest[n] or (not late and fewest[n] == _FEWEST)]
         if not turn:
-            return {name: Times.of(values) for name, values in times.items()}
-        for name in turn:
-            call = calls[name]
+            break
+        first %= len(turn)
+        for name in turn[first:] + turn[:first]:
             begin = time.perf_counter()
-            times[name].append(_on_gpu(call, hosts[name]) if device.type == "cuda" else _on_cpu(call))
+            attempt(name, lambda name=name: measure(name))  # type: ignore[misc]
             if fewest[name] != _FEWEST:  # a slow one takes nothing of the others' time
                 end += time.perf_counter() - begin
+    return Timed({name: Times.of(found) for name, found in times.items() if name not in failures}, failures)
 
 
-def _fewest(call: Call) -> int:
+def _fewest(call: Call, device: torch.device) -> int:
     """Warm a call up, and say how often it is timed at least."""
     call()
-    begin = time.perf_counter()
-    call()
-    last = time.perf_counter() - begin
+    last = _by_the_clock(call, device)
     if last > _SLOW:
         return 5 if last < _SLOWEST else 2
     for _ in range(_WARM_UPS - 2):
@@ -67,9 +98,14 @@ def _fewest(call: Call) -> int:
     return _FEWEST
 
 
-def _on_cpu(call: Call) -> float:
+def _by_the_clock(call: Call, device: torch.device) -> float:
+    """Until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
@@ -127,8 +163,9 @@ def in_a_graph(call: Call, repeats: int, replays: int = 11) -> float:
 
 
 @torch.no_grad()
-def host_seconds(call: Call, device: torch.device, calls: int = 20) -> float:
+def host_seconds(call: Call, device: torch.device) -> float:
     """Of one call, until it returns; on a GPU of a few calls at a time, so that no queue is full."""
+    calls = max(1, min(20, int(_HOST_SECONDS / max(_by_the_clock(call, device), 1e-9))))
     found = []
     for _ in range(9):
         if device.type == "cuda":
@@ -138,3 +175,8 @@ def host_seconds(call: Call, device: torch.device, calls: int = 20) -> float:
             call()
         found.append((time.perf_counter() - begin) / calls)
     return statistics.median(found)
+
+
+def said(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"

@@ -7,6 +7,7 @@ chooses their architectures, such as ``"8.0+PTX;9.0"``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -79,7 +80,7 @@ class BuildNative(build_ext):
         code = cuda_code()
         (directory / "build.ninja").write_text(ninja_file(compiler, library, code))
         if subprocess.run([ninja(), "-C", str(directory)]).returncode != 0:
-            hint = "" if code.nvcc is None else "; FASTGUIDE_CUDA=0 leaves the GPU kernels out"
+            hint = "" if code.nvcc is None else "; if it is nvcc's, FASTGUIDE_CUDA=0 builds without it"
             raise SystemExit(f"fastguide: the native library could not be compiled: the error is above{hint}")
         print(
             f"fastguide: native library built for the CPU ({', '.join(INSTRUCTION_SETS)}); for GPUs: {code.said}",
@@ -153,8 +154,10 @@ def cuda_code() -> CudaCode:
     """What can be compiled here, or is asked for."""
     nvcc = find_nvcc()
     if nvcc is None:
+        home = os.environ.get("CUDA_HOME")
+        missing = f"no nvcc was found in CUDA_HOME={home}" if home else "no nvcc was found"
         off = os.environ.get("FASTGUIDE_CUDA") == "0"
-        return CudaCode(None, [], "none: FASTGUIDE_CUDA was 0" if off else "none: no nvcc was found")
+        return CudaCode(None, [], f"none: {'FASTGUIDE_CUDA was 0' if off else missing}")
     architectures = cuda_architectures(nvcc)
     names = [f"sm_{name}" for name, _ in architectures]
     return CudaCode(nvcc, architectures, " ".join([*names, *(f"PTX {name}" for name, ptx in architectures if ptx)]))
@@ -307,12 +310,8 @@ def ninja() -> str:
 def announce(message: str) -> None:
     """Say it where the person sees it: pip hides what a successful build prints, but not the terminal."""
     print(message, file=sys.stderr)
-    if os.path.exists("/dev/tty"):
-        try:
-            with open("/dev/tty", "w") as terminal:
-                print(f"\n{message}", file=terminal)
-        except OSError:
-            print("fastguide: (no terminal to repeat this on)", file=sys.stderr)
+    with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:  # where there is one
+        print(f"\n{message}", file=terminal)
 
 
 NATIVE = Extension(

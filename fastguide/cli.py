@@ -66,7 +66,7 @@ def _bench(options: argparse.Namespace) -> int:
         )
     except (ValueError, OSError) as error:
         print(f"fastguide: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("\nfastguide: interrupted", file=sys.stderr)
         return 130

@@ -197,8 +197,12 @@ def test_two_runs_are_compared_by_ratios_within_each():
     alike = results.compared(slow, rows_of_a_run())
     assert {row["status"] for row in alike} == {"alike"}
     assert {row["contender"] for row in alike} == {"fastguide", "fastguide out=", "fastguide's scheduler"}
-    worse = {row["contender"]: row["status"] for row in results.compared(rows_of_a_run(2.0), rows_of_a_run())}
+    steps_alone = [row for row in rows_of_a_run() if row["suite"] != "accuracy"]
+    worse = {row["contender"]: row["status"] for row in results.compared(rows_of_a_run(2.0), steps_alone)}
     assert worse == {"fastguide": "worse", "fastguide out=": "alike", "fastguide's scheduler": "alike"}
+    less_exact = [*steps_alone, of_bfloat16("fastguide", 1.5), of_bfloat16("diffusers", 6.0)]
+    (row,) = [r for r in results.compared(less_exact, rows_of_a_run()) if r["status"] == "worse"]
+    assert (row["workload"], row["now"]) == ("error of 50 ddim steps, bfloat16", 0.25)
     better = results.compared(rows_of_a_run(), rows_of_a_run(2.0))
     assert {row["status"] for row in better} == {"better", "alike"}
 
@@ -222,18 +226,32 @@ def test_what_is_broken_is_worse_and_what_was_not_asked_for_is_left_out():
     before = rows_of_a_run()
     now = [row for row in before if row.get("contender") != "fastguide"]
     now.append(ok(targets._SMALL, "fastguide", 1.0) | {"status": "failed", "reason": "kernel broke"})
-    found = {row["contender"]: row for row in results.compared(now, before)}
+    found = {row["contender"]: row for row in results.compared(now, before) if row["workload"] == targets._SMALL}
     assert (found["fastguide"]["status"], found["fastguide"]["reason"]) == ("worse", "kernel broke")
     assert "kernel broke" in report.terminal(list(found.values()), colour=False)
     without = [row for row in before if row.get("contender") != "diffusers"]
     assert {row["status"] for row in results.compared(without, before)} == {"not compared"}
     assert results.compared([], before) == []
-    with pytest.raises(ValueError, match=r"--compare: expected a run on cuda, as this one, got a\.json of cpu"):
-        results.check_comparable({"machine": {"device": "cpu"}}, Path("a.json"), torch.device("cuda"))
-    here = results.machine(CPU)
-    assert results.check_comparable({"machine": here}, Path("a.json"), CPU) == []
-    (said,) = results.check_comparable({"machine": here | {"processor": "abacus"}}, Path("a.json"), CPU)
+    here, path = results.machine(CPU), Path("a.json")
+
+    def check(machine, device="cpu", suites=("steps",)):
+        return results.check_comparable({"machine": machine, "rows": before}, path, torch.device(device), suites)
+
+    assert check(here) == []
+    (said,) = check(here | {"processor": "abacus"})
     assert said.startswith("processor was 'abacus', and is ")
+    with pytest.raises(ValueError, match=r"--compare: expected a run on cuda, as this one, got a\.json of cpu"):
+        check(here, "cuda")
+    with pytest.raises(ValueError, match=r"expected some of steps, loops, accuracy in this run .* got growth"):
+        check(here, suites=["growth"])
+
+
+def test_a_disturbed_run_says_so():
+    copy = ok("w", "copy_ of the same bytes", 1e-5)
+    assert results.disturbed([copy, copy | {"p10": 1e-5, "p90": 2e-5}]) == []
+    (row,) = results.disturbed([copy, copy | {"p10": 1e-5, "p90": 8e-3}])
+    assert row["reason"].startswith("copy_ of the same bytes took 10 to 8000 us: the machine was busy")
+    assert report._RED in report.terminal([row], colour=True)
 
 
 def test_what_fails_is_not_hidden(monkeypatch, tmp_path, capsys):
@@ -348,7 +366,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
             ["--only", "loops", "--workload", "nothing"],
             "--workload: expected .* of\n  policy, 20 steps",
         ),
-        (["--compare", "nowhere.json"], "nowhere.json: expected a result of fastguide bench"),
+        (
+            ["--only", "accuracy", "--workload", "SD"],
+            "--workload: expected none, as accuracy has none of these, got 'SD'",
+        ),
+        (["--compare", "nowhere.json"], "--compare: nowhere.json: expected a result of fastguide bench"),
         (["--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
         (["--device", "abacus"], "--device: expected one that torch sees, got 'abacus'"),
         (["--output", "/proc/nowhere"], "--output: expected a folder that can be written"),
@@ -357,14 +379,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_what_the_command_refuses(arguments, message, capsys):
     import re
 
-    assert cli.main(["bench", "--device", "cpu", *arguments]) == 1
+    assert cli.main(["bench", "--device", "cpu", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_gpu_that_is_not_there(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert cli.main(["bench", "--device", "cuda"]) == 1
+    assert cli.main(["bench", "--device", "cuda"]) == 2
     assert "--device: expected one that torch sees, got 'cuda'" in capsys.readouterr().err
 
 

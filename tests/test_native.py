@@ -144,30 +144,39 @@ def loads_and_needs(tmp_path, symbol):
 @pytest.mark.parametrize(
     ("what", "meaning"),
     [
-        ("no library", r"it is no library for \w+ on \w+; install fastguide again \(.*(ELF|file too short)"),
+        ("no library", r"it is no library for \w+ on \w+; install fastguide again \(.*ELF"),
+        ("half of it", r"it was not copied whole; install fastguide again \(.*file too short: 99999 bytes of \d+\)"),
+        ("another's", r"install fastguide again .* \(.*another library, not fastguide's\)"),
+        ("nothing", r"install fastguide again .* \(.*No such file"),
         ("a newer torch's", r"torch [\w.+]+ lacks what it was built for, .* \(.*undefined symbol: torch_of_tomorrow\)"),
     ],
 )
 def test_a_library_that_cannot_be_loaded_is_an_error_once_it_is_used(tmp_path, what, meaning):
     """Importing says so, info shows it, and nothing slower is taken in its place."""
     copied_package(tmp_path)
+    library = tmp_path / "fastguide" / "_native.so"
     if what == "no library":
-        (tmp_path / "fastguide" / "_native.so").write_bytes(b"not a library" * 100)
-    else:
+        library.write_bytes(b"not a library" * 100)
+    elif what == "half of it":
+        if not native.LIBRARY.exists():
+            pytest.skip("the native library is not built; fastguide info says why")
+        library.write_bytes(native.LIBRARY.read_bytes()[:99999])
+    elif what != "nothing":
         if shutil.which("gcc") is None:
             pytest.skip("there is no gcc")
-        loads_and_needs(tmp_path, "torch_of_tomorrow")
+        loads_and_needs(tmp_path, "torch_of_tomorrow" if what == "a newer torch's" else "abort")
+    there = "not there" if what == "nothing" else "there, but cannot be loaded"
     result = run_python(BROKEN, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "UserWarning: fastguide: the native backend is there, but cannot be loaded: " in result.stderr
+    assert f"UserWarning: fastguide: the native backend is {there}: " in result.stderr
     lines = result.stdout.splitlines()
     (shown,) = [line for line in lines if line.startswith("  native ")]
-    assert re.search(f"serves nothing here: there, but cannot be loaded: {meaning}", shown), shown
+    assert re.search(f"serves nothing here: {there}: {meaning}", shown), shown
     assert any(line.startswith("  cpu        none: backend: none for a sample on 'cpu'") for line in lines)
     (first, second, named, reference) = lines[-4:]
     assert first == second
-    assert re.search(rf"none for a sample on 'cpu' \(native: there, .*{meaning}.*; 'reference' is, if named", first)
-    assert "'native' does not serve a sample on 'cpu' here: there, but cannot be loaded" in named
+    assert re.search(rf"none for a sample on 'cpu' \(native: {there}: {meaning}.*; 'reference' is, if named", first)
+    assert f"'native' does not serve a sample on 'cpu' here: {there}" in named
     assert reference == "a step: torch.Size([1, 2])"
 
 
@@ -178,6 +187,7 @@ def test_a_library_that_cannot_be_loaded_is_an_error_once_it_is_used(tmp_path, w
         ("/lib/libc.so.6: version `GLIBC_2.39' not found (required by /a.so)", "built on a newer system"),
         ("/lib/libstdc++.so.6: version `CXXABI_1.3.15' not found", "built on a newer system"),
         ("/a.so: wrong ELF class: ELFCLASS32", "no library for"),
+        ("/a.so: file too short", "not copied whole"),
         ("/a.so: cannot open shared object file: Permission denied", "install fastguide again"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import struct
 import warnings
 from pathlib import Path
 
@@ -25,16 +26,15 @@ _library: ctypes.CDLL | None = None
 def backend() -> Backend:
     """The backend as this process has it: loads the library once."""
     global _library
-    if not LIBRARY.exists():
-        reason = NOT_BUILT_NOTE.read_text().strip() if NOT_BUILT_NOTE.exists() else f"{LIBRARY.name} is not there"
-        return _unavailable(f"not built: {reason}")
+    if not LIBRARY.exists() and NOT_BUILT_NOTE.exists():
+        return _unavailable(f"not built: {NOT_BUILT_NOTE.read_text().strip()}")
     try:
-        torch.ops.load_library(str(LIBRARY))
+        _library = _load()
     except OSError as error:
-        reason = f"there, but cannot be loaded: {_explained(str(error.__cause__ or error))}"
+        there = "there, but cannot be loaded" if LIBRARY.exists() else "not there"
+        reason = f"{there}: {_explained(str(error.__cause__ or error))}"
         warnings.warn(f"fastguide: the native backend is {reason}", stacklevel=2)
         return _unavailable(reason, broken=True)
-    _library = ctypes.CDLL(str(LIBRARY))
     _library.fastguide_cuda_code.restype = ctypes.c_char_p
     wanted = os.environ.get(CAPABILITY_VARIABLE)
     if wanted is not None:
@@ -56,6 +56,25 @@ def backend() -> Backend:
         status=f"C++, instruction set {cpu_capability()}{bound}; CUDA code: {code}",
         torch_stream=on_gpus,
     )
+
+
+def _load() -> ctypes.CDLL:
+    """The library, with its operator entered in torch.
+
+    Raises:
+        OSError: it is not what it has to be.
+    """
+    with LIBRARY.open("rb") as file:
+        head = file.read(64)
+    if head[:5] == b"\x7fELF\x02":  # the section headers are last: a file that was cut would end the process
+        start, size, count = struct.unpack_from("<Q", head, 40)[0], *struct.unpack_from("<HH", head, 58)
+        if LIBRARY.stat().st_size < start + size * count:
+            raise OSError(f"{LIBRARY}: file too short: {LIBRARY.stat().st_size} bytes of {start + size * count}")
+    found = ctypes.CDLL(str(LIBRARY))
+    if not hasattr(found, "fastguide_cuda_code"):
+        raise OSError(f"{LIBRARY}: another library, not fastguide's")
+    torch.ops.load_library(str(LIBRARY))
+    return found
 
 
 def cuda_code() -> str:
@@ -94,10 +113,12 @@ def _explained(error: str) -> str:
         )
     elif "GLIBC" in error or "CXXABI" in error:  # and GLIBCXX
         meaning = "it was built on a newer system than this; build it here: pip install --no-binary fastguide fastguide"
-    elif "ELF" in error or "file too short" in error or "mach-o" in error:
+    elif "file too short" in error:
+        meaning = "it was not copied whole; install fastguide again"
+    elif "ELF" in error or "mach-o" in error:
         meaning = f"it is no library for {platform.system()} on {platform.machine()}; install fastguide again"
     else:
-        meaning = "install fastguide again"
+        meaning = "install fastguide again (in a checkout: pip install --no-build-isolation -e .)"
     return f"{meaning} ({error})"
 
 

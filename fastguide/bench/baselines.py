@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,8 @@ class GuidedDiffusion:
             "log_variance": posterior.clamp(min=1e-20).log(),
             "log_beta": beta.log(),
         }
+        if importlib.util.find_spec("numpy") is None:
+            raise NotRunError("numpy is not installed")
         self.device, self.last = device, len(abar) - 1
         self._host = {name: values.numpy() for name, values in tables.items()}
 

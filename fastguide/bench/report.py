@@ -12,7 +12,7 @@ from typing import Any
 Row = dict[str, Any]
 
 _RED, _GREEN, _PLAIN = "\033[31m", "\033[32m", "\033[0m"
-_BAD = ("missed", "wrong", "worse", "failed")
+_BAD = ("missed", "wrong", "worse", "failed", "disturbed")
 
 
 def terminal(rows: Sequence[Row], colour: bool) -> str:
@@ -73,10 +73,11 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
         yield "Both guidance methods, on digits", ["guidance", "scale", "agreement", "diversity", "an image"], body
     found = [r for r in rows if r["suite"] == "methods" and r["status"] != "ok"]
     if found:
-        yield "Both guidance methods", ["", ""], [(r["status"], [r["status"], r["reason"]]) for r in found]
+        reasons = dict.fromkeys((r["status"], r["reason"]) for r in found)
+        yield "Both guidance methods", ["", ""], [(status, [status, reason]) for status, reason in reasons]
     found = [r for r in rows if r["suite"] == "the suite"]
     if found:
-        yield "Parts that failed", ["", ""], [(r["status"], [r["workload"], r["reason"]]) for r in found]
+        yield "What went wrong", ["", ""], [(r["status"], [r["workload"], r["reason"]]) for r in found]
     found = [r for r in rows if r["suite"] == "compared"]
     if found:
         body = [
@@ -239,7 +240,7 @@ def _plots(rows: Sequence[Row]) -> Iterable[tuple[str, Any]]:
             for r, point in zip(of, points, strict=True):
                 axes.annotate(r["dtype"], point, fontsize=7, xytext=(4, 3), textcoords="offset points")
         axes.set_yscale("log")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.2 * max(1e6 * r["seconds"] for r in errors if r["solver"] == "ddim"))
         axes.set_xlabel("us of a DDIM step (1, 4, 64, 64)")
         axes.set_ylabel("relative error of 50 DDIM steps")
         axes.legend(fontsize=7)

@@ -22,6 +22,8 @@ from .contenders import is_ours
 
 FORMAT = 2
 _BASELINES = ("diffusers", "torch eager")
+COMPARED = ("steps", "loops", "accuracy")
+_STEADY = 2.5  # the slowest tenth of copy_ over its fastest: on an idle machine it is below 1.5
 _WORSE = 1.25  # a ratio that grew by more is called a regression: shared machines are noisy
 
 
@@ -94,26 +96,29 @@ def load(path: Path) -> dict[str, Any]:
     try:
         found: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a result of fastguide bench, got {error}") from None
+        raise ValueError(f"--compare: {path}: expected a result of fastguide bench, got {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT or "rows" not in found:
         got = found.get("format") if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: expected a result of fastguide bench of format {FORMAT}, got format {got}")
+        advice = "run it again with this version"
+        raise ValueError(
+            f"--compare: {path}: expected a result of fastguide bench of format {FORMAT}, got format {got}; {advice}"
+        )
     rows = found["rows"]
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and {"suite", "status"} <= row.keys() for row in rows
     ):
-        raise ValueError(f"{path}: expected rows with a suite and a status")
+        raise ValueError(f"--compare: {path}: expected rows with a suite and a status")
     return dict(found)
 
 
 def compared(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each of fastguide's rows of the earlier run: its time over the same baseline's, then and now.
+    """For each of fastguide's rows of the earlier run: its time or error over the same baseline's, then and now.
 
     A row that was measured then and is wrong or failed now is worse; one that was not asked for now is left out.
     """
-    now, then = _seconds(rows), _seconds(before)
-    asked = {row["workload"] for row in rows if row["suite"] in ("steps", "loops")}
-    broken = {(r["workload"], r["contender"]): r["reason"] for r in rows if r["status"] in ("wrong", "failed")}
+    now, then = _values(rows), _values(before)
+    asked = {workload_of(row) for row in rows if row["suite"] in COMPARED}
+    broken = {(workload_of(r), r["contender"]): r["reason"] for r in rows if r["status"] in ("wrong", "failed")}
     found = []
     for (workload, contender), value in then.items():
         if not is_ours(contender) or workload not in asked or not any((workload, b) in then for b in _BASELINES):
@@ -133,8 +138,30 @@ def compared(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -
     return found
 
 
-def check_comparable(before: dict[str, Any], path: Path, device: torch.device) -> list[str]:
-    """Refuse a run of another kind of device; returns, in words, what else was not as it is now."""
+def workload_of(row: dict[str, Any]) -> str:
+    """What two runs have in common."""
+    if row["suite"] == "accuracy":
+        return f"error of 50 {row['solver']} steps, {row['dtype']}"
+    return str(row.get("workload"))
+
+
+def disturbed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row that says so, if the same copy took now this long, now that: then no number of the run is worth much."""
+    copies = [row for row in rows if row.get("contender") == "copy_ of the same bytes" and "p10" in row]
+    worst = max(copies, key=lambda row: row["p90"] / row["p10"], default=None)
+    if worst is None or worst["p90"] < _STEADY * worst["p10"]:
+        return []
+    low, high = (1e6 * worst[which] for which in ("p10", "p90"))
+    reason = f"copy_ of the same bytes took {low:.0f} to {high:.0f} us: the machine was busy, measure again"
+    return [{"suite": "the suite", "workload": worst["workload"], "status": "disturbed", "reason": reason}]
+
+
+def check_comparable(before: dict[str, Any], path: Path, device: torch.device, suites: Sequence[str]) -> list[str]:
+    """Refuse a run of another kind of device or of other suites; returns, in words, what else was not as it is now."""
+    if not any(row["suite"] in COMPARED and row["suite"] in suites for row in before["rows"]):
+        raise ValueError(
+            f"--compare: expected some of {', '.join(COMPARED)} in this run and in {path}, got {', '.join(suites)}"
+        )
     was = before.get("machine", {}).get("device")
     if was != device.type:
         raise ValueError(f"--compare: expected a run on {device.type}, as this one, got {path} of {was}")
@@ -146,9 +173,9 @@ def check_comparable(before: dict[str, Any], path: Path, device: torch.device) -
     ]
 
 
-def _seconds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+def _values(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
     return {
-        (row["workload"], row["contender"]): row["seconds"]
+        (workload_of(row), row["contender"]): row["error" if row["suite"] == "accuracy" else "seconds"]
         for row in rows
-        if row["status"] == "ok" and row["suite"] in ("steps", "loops")
+        if row["status"] == "ok" and row["suite"] in COMPARED
     }

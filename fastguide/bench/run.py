@@ -28,6 +28,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure, judge, and compare with an earlier result; returns all of it, also of a run that is interrupted."""
     begin = time.perf_counter()
+    say(f"on {device.type}: {results.machine(device)['backend']}")
     rows: list[dict[str, Any]] = []
     interrupted = False
     try:
@@ -44,6 +45,7 @@ def run(
         interrupted = True
     if before is not None:
         rows.extend(results.compared(rows, before["rows"]))
+    rows.extend(results.disturbed(rows))
     rows.extend(targets.judged(rows, device.type))
     seconds = time.perf_counter() - begin
     return {"machine": results.machine(device), "seconds": seconds, "interrupted": interrupted, "rows": rows}
@@ -78,6 +80,8 @@ def check_names(names: Sequence[str], suites: Sequence[str], full: bool, gpu: bo
     """
     known = [workload.title for workload in chosen_steps([], full, gpu)] if "steps" in suites else []
     known += [f"{kind}, {count} steps" for kind, count in chosen_loops([], gpu)] if "loops" in suites else []
+    if names and not known:
+        raise ValueError(f"--workload: expected none, as {' and '.join(suites)} has none of these, got {names[0]!r}")
     for name in names:
         if not any(title.startswith(name) for title in known):
             listed = "\n  ".join(known)
@@ -122,7 +126,7 @@ def main(
     before = None
     if compare is not None:
         before = results.load(compare)
-        for difference in results.check_comparable(before, compare, place):
+        for difference in results.check_comparable(before, compare, place, suites):
             print(f"fastguide: --compare: {difference}", file=sys.stderr)
     for option, folder in (("--output", output), ("--json", None if json is None else json.parent)):
         if folder is not None:

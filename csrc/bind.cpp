@@ -485,8 +485,7 @@ extern "C" __attribute__((visibility("default"))) const char* fastguide_cuda_cod
 // Whether there is a driver that is too old for the CUDA runtime in this library.
 extern "C" __attribute__((visibility("default"))) int fastguide_driver_too_old() {
 #if defined(FASTGUIDE_CUDA)
-  const int driver = fastguide::cuda::driver_version();
-  return driver != 0 && driver < fastguide::cuda::runtime_version();
+  return fastguide::cuda::driver_too_old();
 #else
   return 0;
 #endif

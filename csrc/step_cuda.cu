@@ -157,11 +157,10 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
   return text_of(cudaLaunchKernel(kernel, blocks, dim3(kThreads), parameters, 0, static_cast<cudaStream_t>(stream)));
 }
 
-int runtime_version() { return CUDART_VERSION / 1000; }
-
-int driver_version() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version / 1000 : 0;
+bool driver_too_old() {
+  int version = 0;  // 1000 times the major version of CUDA that the driver is good for; 0 without one
+  if (cudaDriverGetVersion(&version) != cudaSuccess || version == 0) return false;
+  return version / 1000 < CUDART_VERSION / 1000;
 }
 
 int max_predictions() { return kMaxPredictions; }

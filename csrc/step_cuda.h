@@ -11,9 +11,8 @@ namespace cuda {
 // Starts a step on a stream (a cudaStream_t) of a device, and does not wait for it; returns an error's text, or null.
 const char* launch_step(const StepArguments& arguments, int device, void* stream);
 
-// Major versions of CUDA: of the runtime in this library, and what the driver is good for, or 0 if there is no driver.
-int runtime_version();
-int driver_version();
+// Whether there is a driver, and it is too old for the CUDA runtime in this library.
+bool driver_too_old();
 
 // The most predictions that a step takes in tensors of their own.
 int max_predictions();

@@ -255,3 +255,9 @@ def test_a_launch_that_fails_says_why(error, message):
             device_code.guided_step(torch.empty_like(x), None, None, x, [x], *inputs)
     finally:
         device_code.module().refuse(0)
+
+
+@pytest.mark.parametrize(("driver", "too_old"), [(0, False), (12090, True), (13000, False), (14010, False)])
+def test_a_driver_is_too_old_if_its_cuda_is_of_an_earlier_generation(driver, too_old):
+    """The runtime is of CUDA 13.0 here; newer and older minor versions go together."""
+    assert device_code.module().driver_too_old(driver) is too_old

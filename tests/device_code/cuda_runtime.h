@@ -42,6 +42,13 @@ using cudaStream_t = void*;
 
 static cudaError_t refusal = cudaSuccess;  // of the next launches
 
+#define CUDART_VERSION 13000
+static int driver = 0;  // what the driver is good for
+static cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver;
+  return refusal;
+}
+
 static cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 static const char* cudaGetErrorString(cudaError_t) { return "another error"; }
 static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 threads, void** parameters, size_t shared,

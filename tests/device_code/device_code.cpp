@@ -231,6 +231,10 @@ PYBIND11_MODULE(fastguide_device_code, m) {
   m.def("launch", &launch);
   m.def("grid", &grid);
   m.def("refuse", [](int error) { refusal = cudaError_t(error); });
+  m.def("driver_too_old", [](int version) {
+    driver = version;
+    return cuda::driver_too_old();
+  });
   m.def("shared_of_thread", &shared_of_thread);
   m.def("philox", py::vectorize([](uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint64_t key, int i) {
           return word_of(philox4x32_10({x, y, z, w}, key), i);

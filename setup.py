@@ -154,8 +154,7 @@ def cuda_code() -> CudaCode:
     """What can be compiled here, or is asked for."""
     nvcc = find_nvcc()
     if nvcc is None:
-        home = os.environ.get("CUDA_HOME")
-        missing = f"no nvcc was found in CUDA_HOME={home}" if home else "no nvcc was found"
+        missing = "no nvcc was found" + (" in CUDA_HOME" if os.environ.get("CUDA_HOME") else "")
         off = os.environ.get("FASTGUIDE_CUDA") == "0"
         return CudaCode(None, [], f"none: {'FASTGUIDE_CUDA was 0' if off else missing}")
     architectures = cuda_architectures(nvcc)

@@ -115,6 +115,9 @@ def test_targets_are_met_missed_or_said_to_be_missing():
     assert {row["reason"] for row in far if "scheduler" not in row["target"]} == {"unexplained"}
 
 
+LARGE_COMPILED = (targets._LARGE, "torch.compile")
+
+
 def test_a_row_that_is_missing_hides_no_miss():
     """Of what is compared on every workload, and with the fastest that torch.compile has."""
     (new,) = [r for r in targets.judged(rows_of_a_run(1.1), "cpu") if r["target"].startswith("a step into a new")]
@@ -130,6 +133,13 @@ def test_a_row_that_is_missing_hides_no_miss():
             ]
             (new,) = [r for r in targets.judged(rows, "cpu") if r["target"].startswith("a step into a new")]
             assert new["status"] == (expected if contender == "fastguide" else "not run")
+    elsewhere = [row for row in rows_of_a_run() if (row.get("workload"), row.get("contender")) != LARGE_COMPILED]
+    slow = [*elsewhere, ok("w", "fastguide", 9.0), ok("w", "torch.compile", 1.0)]
+    (new,) = [r for r in targets.judged(slow, "cpu") if r["target"].startswith("a step into a new")]
+    assert (new["status"], new["measured"]) == ("missed", 9.0)
+    broken = [*elsewhere, ok("w", "fastguide", 9.0) | {"status": "wrong", "reason": "why"}]
+    (new,) = [r for r in targets.judged(broken, "cpu") if r["target"].startswith("a step into a new")]
+    assert (new["status"], new["reason"]) == ("missed", "fastguide is wrong: why")
     faster = [*rows_of_a_run(), ok(targets._SMALL, "torch.compile max-autotune out=", 0.05)]
     (step,) = [r for r in targets.judged(faster, "cpu") if r["target"].startswith("a step into out=")]
     assert (step["status"], step["measured"]) == ("missed", pytest.approx(2.0))

@@ -20,6 +20,8 @@ NOT_BUILT_NOTE = LIBRARY.with_suffix(".txt")
 CAPABILITIES = ("baseline", "avx2", "avx512")
 CAPABILITY_VARIABLE = "FASTGUIDE_CPU_CAPABILITY"
 
+_EXPORTS = ("fastguide_cpu_capability", "fastguide_cuda_code", "fastguide_driver_too_old")
+
 _library: ctypes.CDLL | None = None
 
 
@@ -64,15 +66,20 @@ def _load() -> ctypes.CDLL:
     Raises:
         OSError: it is not what it has to be.
     """
+    size = LIBRARY.stat().st_size
     with LIBRARY.open("rb") as file:
         head = file.read(64)
-    if head[:5] == b"\x7fELF\x02":  # the section headers are last: a file that was cut would end the process
-        start, size, count = struct.unpack_from("<Q", head, 40)[0], *struct.unpack_from("<HH", head, 58)
-        if LIBRARY.stat().st_size < start + size * count:
-            raise OSError(f"{LIBRARY}: file too short: {LIBRARY.stat().st_size} bytes of {start + size * count}")
+    if head[:6] == b"\x7fELF\x02\x01":  # 64 bits, little-endian; the section headers are last
+        whole = 64
+        if len(head) == 64:
+            start, (entry, count) = struct.unpack_from("<Q", head, 40)[0], struct.unpack_from("<HH", head, 58)
+            whole = start + entry * count
+        if size < whole:  # loading it would end the process
+            raise OSError(f"{LIBRARY}: file too short: {size} bytes of {whole}")
     found = ctypes.CDLL(str(LIBRARY))
-    if not hasattr(found, "fastguide_cuda_code"):
-        raise OSError(f"{LIBRARY}: another library, not fastguide's")
+    missing = [name for name in _EXPORTS if not hasattr(found, name)]
+    if missing:
+        raise OSError(f"{LIBRARY}: another library, or another version: it has no {missing[0]}")
     torch.ops.load_library(str(LIBRARY))
     return found
 

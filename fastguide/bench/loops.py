@@ -161,7 +161,11 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
     except ImportError:
         yield row | {"contender": "all", "status": "not run", "reason": "diffusers is not installed"}
         return
-    reference = calls["diffusers"]()
+    try:
+        reference = calls["diffusers"]()
+    except Exception as error:  # without it nothing is known to be right
+        yield row | {"contender": "diffusers, and all beside it", "status": "not run", "reason": said(error)}
+        return
     memory: dict[str, int] = {}
     for name in list(calls):
         if device.type == "cuda":

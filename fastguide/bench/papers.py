@@ -1,4 +1,4 @@
-"""One step as the papers have it, from alphas_cumprod alone: nothing that fastguide computes with. What is true."""
+"""One step as the papers have it, from the schedule's alphas_cumprod: no table, row or kernel of fastguide's."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def step(i: Inputs, noise: Tensor | None) -> Tensor:
     variance = torch.tensor(ddpm_variance(a, before), dtype=torch.float64, device=x.device)
     if i.variance is not None:  # Nichol and Dhariwal 2021, eq. 15
         part = (i.variance.double() + 1) / 2
-        variance = torch.exp(part * torch.log(torch.tensor(1 - a / before)) + (1 - part) * torch.log(variance))
+        variance = torch.exp(part * math.log(1 - a / before) + (1 - part) * torch.log(variance))
     mean = ddpm_mean(a, before, x, x0)
     if gradient is not None and w.form == "mean":
         mean = mean + variance * gradient  # Dhariwal and Nichol 2021, algorithm 1

@@ -31,6 +31,8 @@ def terminal(rows: Sequence[Row], colour: bool) -> str:
     return "\n".join(lines)
 
 
+_UNSTEADY = 2.0  # the slowest tenth over the fastest, from which on a median says little
+
 Table = tuple[str, list[str], list[tuple[str, list[str]]]]
 
 
@@ -86,13 +88,13 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
                 [
                     r["workload"],
                     r["contender"],
-                    *(f"{r[k]:.2f}" if k in r else "" for k in ("then", "now")),
+                    *(f"{r[k]:.3g}" if k in r else "" for k in ("then", "now")),
                     r.get("reason", r["status"]),
                 ],
             )
             for r in found
         ]
-        yield "Time over the baseline's of the same run, then and now", ["", "", "then", "now", ""], body
+        yield "Time, or error, over the baseline's of the same run, then and now", ["", "", "then", "now", ""], body
     found = [r for r in rows if r["suite"] == "targets"]
     if found:
         body = [
@@ -120,6 +122,7 @@ def _times(workload: str, rows: Sequence[Row]) -> Table:
         share = f"{r['share_of_copy']:.0%} of copy_" if "share_of_copy" in r else ""
         ratio = f"{base / r['seconds']:.2f} x" if base is not None else ""
         spread = f"{_time(r['p10'])} .. {_time(r['p90'])}" if "p10" in r else ""
+        spread += " (unsteady)" if "p10" in r and r["p90"] > _UNSTEADY * r["p10"] else ""
         spread += f", host {_time(r['host_seconds'])}" if "host_seconds" in r else ""
         body.append(("ok", [r["contender"], _time(r["seconds"]), ratio, share, spread]))
     return workload, ["", "median", "faster than diffusers", "bandwidth", "tenths"], body
@@ -236,11 +239,13 @@ def _plots(rows: Sequence[Row]) -> Iterable[tuple[str, Any]]:
         for contender in dict.fromkeys(r["contender"] for r in errors):
             of = [r for r in errors if r["contender"] == contender and r["solver"] == "ddim"]
             points = [(1e6 * r["seconds"], r["error"]) for r in of]
+            if not points:
+                continue
             axes.scatter(*zip(*points, strict=True), label=contender)
             for r, point in zip(of, points, strict=True):
                 axes.annotate(r["dtype"], point, fontsize=7, xytext=(4, 3), textcoords="offset points")
         axes.set_yscale("log")
-        axes.set_xlim(0, 1.2 * max(1e6 * r["seconds"] for r in errors if r["solver"] == "ddim"))
+        axes.set_xlim(0, 1.2 * max((1e6 * r["seconds"] for r in errors if r["solver"] == "ddim"), default=1.0))
         axes.set_xlabel("us of a DDIM step (1, 4, 64, 64)")
         axes.set_ylabel("relative error of 50 DDIM steps")
         axes.legend(fontsize=7)

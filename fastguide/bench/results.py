@@ -34,7 +34,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "load average": "unknown" if not hasattr(os, "getloadavg") else f"{os.getloadavg()[1]:.2f} in five minutes",
+        "load before": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -118,7 +118,8 @@ def compared(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -
     """
     now, then = _values(rows), _values(before)
     asked = {workload_of(row) for row in rows if row["suite"] in COMPARED}
-    broken = {(workload_of(r), r["contender"]): r["reason"] for r in rows if r["status"] in ("wrong", "failed")}
+    wrong = [r for r in rows if r["suite"] in COMPARED and r["status"] in ("wrong", "failed")]
+    broken = {(workload_of(r), r["contender"]): r["reason"] for r in wrong}
     found = []
     for (workload, contender), value in then.items():
         if not is_ours(contender) or workload not in asked or not any((workload, b) in then for b in _BASELINES):

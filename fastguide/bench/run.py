@@ -28,7 +28,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure, judge, and compare with an earlier result; returns all of it, also of a run that is interrupted."""
     begin = time.perf_counter()
-    say(f"on {device.type}: {results.machine(device)['backend']}")
+    machine = results.machine(device)
+    say(f"on {device.type}: {machine['backend']}")
     rows: list[dict[str, Any]] = []
     interrupted = False
     try:
@@ -48,7 +49,7 @@ def run(
     rows.extend(results.disturbed(rows))
     rows.extend(targets.judged(rows, device.type))
     seconds = time.perf_counter() - begin
-    return {"machine": results.machine(device), "seconds": seconds, "interrupted": interrupted, "rows": rows}
+    return {"machine": machine, "seconds": seconds, "interrupted": interrupted, "rows": rows}
 
 
 def _parts(
@@ -137,11 +138,11 @@ def main(
             except OSError as error:
                 raise ValueError(f"{option}: expected a folder that can be written, got {error}") from None
     found = run(place, full=full, suites=suites, names=names, before=before)
-    print(report.terminal(found["rows"], sys.stdout.isatty()))
-    written = report.write(found, output)
     results.save(found, output / "results.json")
     if json is not None:
         results.save(found, json)
+    print(report.terminal(found["rows"], sys.stdout.isatty()))
+    written = report.write(found, output)
     print(f"\nreport: {written[0]}; numbers: {output / 'results.json'}; {found['seconds']:.0f} s")
     if found["interrupted"]:
         return 130

@@ -47,7 +47,7 @@ def measure(workload: Workload, device: torch.device, seconds: float, slow: bool
     for name, failure in failures.items():
         row = {"suite": "steps", "workload": workload.title, "contender": name}
         yield row | {"status": "failed" if is_ours(name) else "not run", "reason": said(failure)}
-    copy = times["copy_ of the same bytes"].median
+    copy = times.get("copy_ of the same bytes")
     if device.type == "cuda" and inputs.bytes < _SMALL_BYTES:
         yield from _graphed(inputs, {name: calls[name] for name in _GRAPHED if name in calls})
     for name, found in times.items():
@@ -64,7 +64,7 @@ def measure(workload: Workload, device: torch.device, seconds: float, slow: bool
             "bytes": inputs.bytes,
             "adds_noise": inputs.noisy,
             "bytes_per_second": inputs.bytes / found.median,
-            "share_of_copy": copy / found.median,
+            **({} if copy is None else {"share_of_copy": copy.median / found.median}),
             "error": errors.get(name),
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -72,14 +72,15 @@ def in_turns(calls: Mapping[str, Call], seconds: float, device: torch.device, *,
     for name in calls:
         attempt(name, lambda name=name: warm_up(name))  # type: ignore[misc]
     end = time.perf_counter() + seconds
-    for first in itertools.count():
+    shuffled = random.Random(0)
+    while True:
         late = time.perf_counter() >= end
         turn = [n for n in calls if n not in failures]
         turn = [n for n in turn if len(times[n]) < fewest[n] or (not late and fewest[n] == _FEWEST)]
         if not turn:
             break
-        first %= len(turn)
-        for name in turn[first:] + turn[:first]:
+        shuffled.shuffle(turn)  # or each would always find what the same one before it leaves in the cache
+        for name in turn:
             begin = time.perf_counter()
             attempt(name, lambda name=name: measure(name))  # type: ignore[misc]
             if fewest[name] != _FEWEST:  # a slow one takes nothing of the others' time

@@ -59,20 +59,58 @@ StepRun<T> choose_run(bool gradient, bool variance, bool noise, bool original) {
   return kRuns[8 * gradient + 4 * variance + 2 * noise + original];
 }
 
-// m of three and more predictions, into scratch.
 template <typename T>
-const T* combine(const StepArguments& a, const T* weights, int64_t sample, int64_t offset, int64_t count, T* m,
-                 T* first_scratch, T* scratch) {
-  const Input& first = a.predictions[0];
-  const T* p0 = load(first, sample * first.batch_stride + offset, count, first_scratch);
-  for (int64_t i = 0; i < count; ++i) m[i] = weights[0] * p0[i];
-  for (int k = 1; k < a.num_predictions; ++k) {
-    const Input& input = a.predictions[k];
-    const T weight = weights[k];
-    const T* p = load(input, sample * input.batch_stride + offset, count, scratch);
-    for (int64_t i = 0; i < count; ++i) m[i] += weight * (p[i] - p0[i]);
+FASTGUIDE_INLINE T value_of(T stored) {
+  return stored;
+}
+
+template <typename T>
+FASTGUIDE_INLINE T value_of(uint16_t bfloat16) {
+  return T(from_bfloat16(bfloat16));
+}
+
+// m = weight p_0, or what m is, and then + sum_k weights[k] (others[k] - p_0): a pass over `more` of the others.
+template <typename T, typename Stored, int more, bool begins>
+void add_guidance(T weight, const T* weights, const Stored* first, const Stored* const* others, int64_t count, T* m) {
+  T w[more];
+  const Stored* p[more];
+  for (int k = 0; k < more; ++k) {
+    w[k] = weights[k];
+    p[k] = others[k];
   }
-  return m;
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) {
+    const T p0 = value_of<T>(first[i]);
+    T sum = begins ? weight * p0 : m[i];
+    for (int k = 0; k < more; ++k) sum += w[k] * (value_of<T>(p[k][i]) - p0);
+    m[i] = sum;
+  }
+}
+
+constexpr int kTogether = 3;  // predictions beside the first that one pass takes
+
+template <typename T, typename Stored, bool begins>
+void add_guidance(int more, T weight, const T* weights, const Stored* first, const Stored* const* others, int64_t count,
+                  T* m) {
+  if (more == 1) add_guidance<T, Stored, 1, begins>(weight, weights, first, others, count, m);
+  if (more == 2) add_guidance<T, Stored, 2, begins>(weight, weights, first, others, count, m);
+  if (more == 3) add_guidance<T, Stored, 3, begins>(weight, weights, first, others, count, m);
+}
+
+// m of three and more predictions; run(k, n) is where prediction k is, and may use the n-th place for it.
+template <typename T, typename Stored, typename Run>
+void combine(int num_predictions, const T* weights, const Run& run, int64_t count, T* m) {
+  const Stored* first = run(0, 0);
+  for (int k = 1; k < num_predictions; k += kTogether) {
+    const int left = num_predictions - k, more = left < kTogether ? left : kTogether;
+    const Stored* others[kTogether];
+    for (int n = 0; n < more; ++n) others[n] = run(k + n, n + 1);
+    if (k == 1) {
+      add_guidance<T, Stored, true>(more, weights[0], weights + k, first, others, count, m);
+    } else {
+      add_guidance<T, Stored, false>(more, weights[0], weights + k, first, others, count, m);
+    }
+  }
 }
 
 template <typename T>
@@ -110,6 +148,10 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
                   (!gradient || stored_as<T>(a.gradient.element)) && (!variance || stored_as<T>(a.variance.element)) &&
                   (a.noise.data == nullptr || stored_as<T>(a.noise.element));
   for (int k = 0; k < a.num_predictions; ++k) in_place = in_place && stored_as<T>(a.predictions[k].element);
+  bool as_bfloat16 = many;  // converted where they are combined
+  for (int k = 0; k < a.num_predictions; ++k) {
+    as_bfloat16 = as_bfloat16 && a.predictions[k].element == Element::bfloat16;
+  }
   const int64_t block = in_place ? end - begin : kBlock;  // nothing to convert: one run of all
 
   alignas(64) T scratch[9][kBlock];
@@ -121,7 +163,18 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
     Run<T> run{};
     run.x = load_run(a.sample, scratch[0]);
     if (many) {
-      run.p0 = combine(a, weights, sample, offset, count, scratch[1], scratch[7], scratch[8]);
+      T* const m = scratch[1];
+      if (as_bfloat16) {
+        const auto stored = [&](int k, int) {
+          const Input& input = a.predictions[k];
+          return static_cast<const uint16_t*>(input.data) + sample * input.batch_stride + offset;
+        };
+        combine<T, uint16_t>(a.num_predictions, weights, stored, count, m);
+      } else {
+        const auto converted = [&](int k, int place) { return load_run(a.predictions[k], scratch[2 + place]); };
+        combine<T, T>(a.num_predictions, weights, converted, count, m);
+      }
+      run.p0 = m;
     } else {
       if (a.num_predictions > 0) run.p0 = load_run(a.predictions[0], scratch[1]);
       if (a.num_predictions > 1) run.p1 = load_run(a.predictions[1], scratch[2]);

@@ -111,6 +111,20 @@ def test_state_and_model_may_differ_in_dtype(backend, name, sample_dtype, dtype,
         assert_accurate(name, table, 4, inputs, "epsilon", out, original, coarsest)
 
 
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES[2:3], DTYPES[:3]], ids=lambda d: f"{len(d)} {d[0]}")
+def test_predictions_are_combined_in_passes_of_three(backend, dtypes, generator):
+    """Whole passes, passes of one and two, and predictions of several dtypes, which none can take unconverted."""
+    table = TABLES["ddim"]
+    for count in (3, 4, 5, 6, 7, 8):
+        inputs = make_inputs(table, (2, 3, 17, 19), generator, count=count)
+        inputs.predictions = [p.to(dtypes[k % len(dtypes)]) for k, p in enumerate(inputs.predictions)]
+        guidance = make_guidance(count, None)
+        result, original = fastguide.guided_step(
+            table, 4, inputs.sample, inputs.predictions, guidance, return_original=True, backend=backend
+        )
+        assert_accurate("ddim", table, 4, inputs, None, result, original, torch.float32)
+
+
 def test_bfloat16_output_is_the_rounded_float32_result(backend, generator):
     """One rounding, at the end: what a float32 output holds, rounded, is the bfloat16 output to the bit."""
     table = TABLES["ddpm"]

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from .checks import counted_layout
+from .memory import empty_like
 from .noise import TorchGrid
-
-
-def empty_like(sample: Tensor) -> Tensor:
-    """A new tensor in the sample's layout within a sample, samples one after the other."""
-    if sample.is_contiguous():
-        return torch.empty_like(sample)
-    strides = (sample.numel() // max(sample.shape[0], 1), *sample.stride()[1:])
-    return torch.empty_strided(sample.shape, strides, dtype=sample.dtype, device=sample.device)
-
 
 NO_GRID = TorchGrid(0, 0)
 """Of a step that draws nothing from torch's stream."""
@@ -56,6 +48,8 @@ def draw_noise(generator: torch.Generator, sample: Tensor, place: Tensor | None)
         noise = torch.randn(sample.shape, dtype=sample.dtype, generator=generator).to(sample.device)
     elif place is not None and place.dtype == sample.dtype and place.is_contiguous():
         return place.normal_(generator=generator)
+    elif sample.is_contiguous():
+        return empty_like(sample).normal_(generator=generator)
     else:
         noise = torch.randn(sample.shape, dtype=sample.dtype, device=sample.device, generator=generator)
     return noise if sample.is_contiguous() else empty_like(sample).copy_(noise)

@@ -14,8 +14,9 @@ from . import conditions as conditioning
 from .checks import DTYPES
 from .conditions import Condition, Signature
 from .cursor import Cursor
-from .drawing import NO_GRID, draw_noise, empty_like, torch_grid
+from .drawing import NO_GRID, draw_noise, torch_grid
 from .guidance import Guidance
+from .memory import empty_like, empty_strided
 from .noise import DeviceGenerator
 from .ops import StepFunction, backend_for
 from .table import ROW_COLUMNS, StepTable
@@ -170,7 +171,7 @@ class Loop:
             if copies > 1 or kind.model_dtype != kind.dtype:
                 strides = (self.sample.numel() // max(batch, 1), *self.sample.stride()[1:])
                 whole = (copies * batch, *kind.shape[1:])
-                self.staged = torch.empty_strided(whole, strides, dtype=kind.model_dtype, device=device).zero_()
+                self.staged = empty_strided(whole, strides, kind.model_dtype, device).zero_()
             self.input = self.sample if self.staged is None else self.staged
             self.original = torch.zeros_like(self.sample) if kind.originals else None
             self.noise = torch.zeros_like(self.sample) if kind.noise == "given" else None

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import checks, drawing, reference
+from . import checks, drawing, memory, reference
 from .cursor import Cursor
 from .guidance import Guidance
 from .known import Known
@@ -228,12 +228,12 @@ def guided_step(
         raise ValueError("generator: torch.compile takes none; expected noise= or seeds=")
     apart = out is None  # whether the output shares no memory with an input: then noise may be drawn into it
     if out is None:
-        out = drawing.empty_like(sample)
+        out = memory.empty_like(sample)
     elif not compiling:
         if generator is not None or step is reference.guided_step:
             apart = not checks.check_overlap(out, sample, inputs, gradient, variance, noise, known)
         _bump_version(out)
-    original = drawing.empty_like(out) if return_original else None
+    original = memory.empty_like(out) if return_original else None
     if staged is not None and not compiling:
         checks.check_apart(staged, out, sample, inputs, gradient, variance, noise, indices, seeds, known)
         _bump_version(staged)

@@ -31,6 +31,7 @@ FLOORS = [  # a module imports modules of lower floors only, or of its own floor
         "reference",
         "cursor",
         "known",
+        "memory",
     ],
     ["checks", "drawing", "ops"],
     ["backends.native", "backends.triton_kernel", "backends.triton", "backends"],

@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..guidance import Classifier, ClassifierFree, Guidance
+from ..memory import empty_like
 from ..noise import DeviceGenerator
 from ..ops import guided_step
 from ..solvers import VarianceType
@@ -179,7 +180,7 @@ class FusedStep:
             source["noise"] = _laid_out(noise, sample)
         elif draws:
             source = self._noise(table, row, generator, sample, first.dtype)
-        out = None if dtype == sample.dtype else torch.empty_like(sample, dtype=dtype)
+        out = None if dtype == sample.dtype else empty_like(sample, dtype)
         arguments = (table, row, sample, predictions, guidance)
         others: dict[str, Any] = {"gradient": gradient, "variance": variance}
         step: Callable[..., Any] = guided_step

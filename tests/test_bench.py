@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -52,7 +55,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     wrong = {"fastguide": lambda i: lambda: 1.01 * contenders.fastguide(i)(), "torch eager": contenders.torch_eager}
     broken = {"diffusers": lambda i: 1 / 0}
     monkeypatch.setattr(steps, "CONTENDERS", wrong | broken)
-    rows = {row["contender"]: row for row in steps.measure(SMALL, CPU, 0.01, False)}
+    rows = {row["contender"]: row for row in steps.measure(SMALL, CPU, 0.01)}
     assert list(rows)[:2] == ["fastguide", "diffusers"]
     assert rows["fastguide"]["status"] == "wrong"
     assert "seconds" not in rows["fastguide"]
@@ -160,7 +163,7 @@ def test_what_raises_late_costs_its_own_row_alone(monkeypatch, tmp_path):
         return called
 
     monkeypatch.setattr(steps, "CONTENDERS", {"fastguide": tires, "torch eager": contenders.torch_eager})
-    rows = {row["contender"]: row for row in steps.measure(SMALL, CPU, 0.05, False)}
+    rows = {row["contender"]: row for row in steps.measure(SMALL, CPU, 0.05)}
     assert (rows["fastguide"]["status"], rows["fastguide"]["reason"]) == ("failed", "RuntimeError: tired")
     assert rows["torch eager"]["status"] == "ok"
 
@@ -199,6 +202,35 @@ def test_a_page_holds_everything(tmp_path):
     assert "| fastguide out= | 2200.00 ms |" in tables
     assert page.count("data:image/png;base64,") == len(written) - 1
     assert page.index("Targets") < page.index("SD 512")
+
+
+def test_every_suite_has_its_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = [[1, 1e-6], [2, 2e-6]]
+    line = {"points": points, "seconds_each": 1e-6, "seconds_fixed": 0.0, "r_squared": 1.0, "bend": 1.0, "linear": True}
+    method = {"suite": "methods", "status": "ok", "method": "classifier"}
+    rows = [
+        *rows_of_a_run(),
+        *(ok(f"policy, {n} steps", "diffusers", 1.0, "loops") for n in (20, 50)),
+        {"suite": "growth", "status": "ok", "against": "batch", **line},
+        method | {"what": "cost", "parameters": 10, "seconds_per_image_step": 1e-6, "peak_bytes_per_image": 1024},
+        method | {"what": "quality", "scale": 1.0, "agreement": 0.9, "diversity": 1.0, "seconds_per_image": 1e-3},
+    ]
+    written = report.write({"machine": {}, "rows": rows}, tmp_path)
+    names = ["speed-up", "roofline", "error-against-speed", "loops", "growth", "methods"]
+    assert [path.stem for path in written[1:]] == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
+
+
+def test_what_was_not_run_is_one_line_for_each_reason():
+    missing = {"suite": "steps", "workload": "w", "status": "not run"}
+    rows = [ok("w", "diffusers", 1.0)] + [missing | {"contender": c, "reason": "why"} for c in ("a", "b")]
+    (table,) = report.tables([*rows, missing | {"contender": "c", "reason": "else"}])
+    assert [cells[0] for _, cells in table.body] == ["diffusers"]
+    assert table.notes == ["not run: a, b: why", "not run: c: else"]
+    alone = [missing | {"contender": "a", "reason": "why"}]
+    for text in (report.terminal(alone, colour=False), report.markdown(alone)):
+        assert "not run: a: why" in text
 
 
 def test_two_runs_are_compared_by_ratios_within_each():
@@ -258,10 +290,39 @@ def test_what_is_broken_is_worse_and_what_was_not_asked_for_is_left_out():
 
 def test_a_disturbed_run_says_so():
     copy = ok("w", "copy_ of the same bytes", 1e-5)
-    assert results.disturbed([copy, copy | {"p10": 1e-5, "p90": 2e-5}]) == []
-    (row,) = results.disturbed([copy, copy | {"p10": 1e-5, "p90": 8e-3}])
+    assert results.disturbed([copy, copy | {"p10": 1e-5, "p90": 2e-5}], 0.05) == []
+    (row,) = results.disturbed([copy, copy | {"p10": 1e-5, "p90": 8e-3}], None)
     assert row["reason"].startswith("copy_ of the same bytes took 10 to 8000 us: the machine was busy")
     assert report._RED in report.terminal([row], colour=True)
+
+
+def test_neighbours_that_are_always_there_are_said(monkeypatch):
+    ticks = iter([(1000, 600), (1100, 640), (7, 7), (7, 7), None, None])
+    monkeypatch.setattr(results, "_ticks", lambda: next(ticks))
+    assert [results.busy(0.0) for _ in range(3)] == [pytest.approx(0.6), None, None]
+    (row,) = results.disturbed([], 0.6)
+    assert row["reason"].startswith("others used 60% of the processors before")
+    assert report._RED in report.terminal([row], colour=True)
+
+
+def test_the_share_of_others_is_what_the_system_counts():
+    """An own loop in the place of a neighbour."""
+    if results._ticks() is None:
+        pytest.skip("this system has no /proc/stat")
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            hashlib.sha256(bytes(2**20))
+
+    neighbour = threading.Thread(target=work)
+    neighbour.start()
+    try:
+        share = results.busy(0.5)
+    finally:
+        stop.set()
+        neighbour.join()
+    assert share > 0.5 / os.cpu_count()
 
 
 def test_what_fails_is_not_hidden(monkeypatch, tmp_path, capsys):
@@ -413,7 +474,7 @@ def test_without_what_is_optional_the_rest_runs(monkeypatch, tmp_path):
 
     monkeypatch.setattr(builtins, "__import__", no_such)
     monkeypatch.setattr(steps, "CONTENDERS", {"fastguide": contenders.fastguide, "diffusers": contenders.diffusers})
-    rows = list(steps.measure(SMALL, CPU, 0.01, False))
+    rows = list(steps.measure(SMALL, CPU, 0.01))
     assert {r["contender"]: r["status"] for r in rows}["diffusers"] == "not run"
     assert [r["reason"] for r in loops.measure("policy", 2, CPU, 0.01)] == ["diffusers is not installed"]
     written = report.write({"machine": {}, "rows": rows}, tmp_path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastguide.bench import timing
+from fastguide.bench import caches, timing
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -190,3 +191,62 @@ def test_host_time_is_that_until_the_call_returns(gpu):
 def test_a_graph_has_no_launches(gpu):
     assert timing.in_a_graph(gpu.call("step", 50e-6, 3e-6), 20) == pytest.approx(3e-6)
     assert Counter(gpu.log)["replay"] == 11
+
+
+def test_what_comes_before_a_call_is_not_timed(clock):
+    """And not before the warm-ups, nor on a GPU, whose cache is overwritten in another way."""
+    before = clock.call("before", 1.0)
+    found = timing.in_turns({"a": clock.call("a", 0.25), "b": clock.call("b", 0.5)}, 0.0, CPU, before=before)
+    assert found.times["a"].median == 0.25
+    assert found.times["b"].median == 0.5
+    measured = clock.log[clock.log.index("before") :]
+    assert len(measured) == 4 * 5
+    assert set(measured[::2]) == {"before"}
+    assert set(measured[1::2]) == {"a", "b"}
+
+
+def test_a_gpu_is_given_nothing_to_do_before(gpu):
+    timing.in_turns({"step": gpu.call("step", 50e-6, 3e-6)}, 1e-3, GPU, before=lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "output", "overwritten", "trimmed"),
+    [
+        (2**20, 2**18, 2 * 2 * 2**21, False),  # twice the second level of two threads
+        (2**22, 2**20, 3 * 2**24, False),  # one and a half of a last level of 32 MB
+        (2**28, 2**25, 3 * 2**24, True),
+    ],
+)
+def test_caches_and_freed_memory_before_a_step(monkeypatch, step, output, overwritten, trimmed):
+    log = []
+    monkeypatch.setattr(caches.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(caches, "last_level", lambda: 2**25)
+    monkeypatch.setattr(caches, "_buffer", lambda size: log.append(size) or torch.zeros(1))
+    monkeypatch.setattr(caches, "_malloc_trim", lambda keep: log.append(f"keep {keep}"))
+    caches.between(step, output)()
+    assert log == [overwritten, *["keep 0"] * trimmed]
+
+
+def test_freed_memory_is_given_back():
+    """Resident memory falls by what was freed, if glibc's allocator had kept it."""
+    status = Path("/proc/self/statm")
+    if caches._malloc_trim is None or not status.exists():
+        pytest.skip("this system has no malloc_trim")
+    before = caches.between(2**20, 2**25)
+    before()
+    tensors = [torch.ones(2**16) for _ in range(256)]  # 64 MB in pieces that the allocator does not map one by one
+    last = torch.ones(2**14)
+    there = int(status.read_text().split()[1])
+    del tensors
+    before()
+    assert int(status.read_text().split()[1]) * 4096 < there * 4096 - 2**25
+    assert last.sum() == 2**14
+
+
+def test_the_largest_cache_is_what_linux_says(monkeypatch, tmp_path):
+    assert caches.last_level() >= 2**25
+    for index, size in enumerate(("48K", "1024K", "262144K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    monkeypatch.setattr(caches, "Path", lambda name: tmp_path)
+    assert caches.last_level() == 2**28

@@ -16,6 +16,7 @@ from ..ops import guided_step
 from ..solvers import ddim, ddpm
 from . import formula, papers
 from .baselines import GuidedDiffusion, scheduler
+from .caches import between
 from .contenders import is_ours
 from .timing import in_turns, said
 from .workloads import GUIDANCE_SCALE, SCHEDULE, STEP, NotRunError
@@ -31,6 +32,7 @@ Step: TypeAlias = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
 def measure(device: torch.device, seconds: float = 0.3) -> Iterator[dict[str, Any]]:
     """A row for each solver, dtype and contender: the loop's error, and the time of one of its steps by itself."""
     x_T = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(device)
+    before = between(5 * x_T.nbytes, x_T.nbytes)
     for solver in ("ddim", "ddpm"):
         truth = _loop(_textbook(solver), x_T.double(), torch.float64)
         for dtype in DTYPES:
@@ -58,7 +60,7 @@ def measure(device: torch.device, seconds: float = 0.3) -> Iterator[dict[str, An
                 low, high = (x_T.flip(d).to(dtype) for d in (2, 3))
                 noise = _noise(STEP, device).to(x.dtype)
                 calls[name] = lambda step=step, x=x, low=low, high=high, z=noise: step(STEP, x, low, high, z)
-            timed = in_turns(calls, seconds, device)
+            timed = in_turns(calls, seconds, device, before=before)
             for name, row in rows.items():
                 if name in timed.failures:
                     yield row | {

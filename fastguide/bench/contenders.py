@@ -105,6 +105,9 @@ CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "torch eager": torch_eager,
     "torch.compile": lambda i: torch_eager(i, "default"),
     "torch.compile out=": lambda i: torch_eager(i, "default", out=True),
+    "torch.compile max-autotune": lambda i: torch_eager(i, "max-autotune"),
+    "torch.compile max-autotune out=": lambda i: torch_eager(i, "max-autotune", out=True),
+    "torch.compile reduce-overhead": lambda i: _on_a_gpu(i, "reduce-overhead"),
 }
 
 
@@ -113,12 +116,8 @@ def is_ours(name: str) -> bool:
     return name.startswith("Sampler") or "fastguide" in name
 
 
-SLOW: dict[str, Callable[[Inputs], Call]] = {
-    "torch.compile max-autotune": lambda i: torch_eager(i, "max-autotune"),
-    "torch.compile max-autotune out=": lambda i: torch_eager(i, "max-autotune", out=True),
-    "torch.compile reduce-overhead": lambda i: _on_a_gpu(i, "reduce-overhead"),
-}
-"""In ``--full`` only: they compile for long, on a GPU."""
+COMPILED = ("torch.compile", "torch.compile max-autotune", "torch.compile reduce-overhead")
+"""The modes of the same rival, of which the fastest counts."""
 CEILINGS = {"copy_ of the same bytes": copy, "torch's noise alone": noise_alone}
 
 

@@ -6,7 +6,6 @@ import linecache
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .workloads import COMPOSED_SCALES, GRADIENT_SCALE
@@ -81,7 +80,7 @@ def step_function(
     file = f"<step {_written}>"  # a code object of its own: torch.compile keeps what it compiled by these
     source = "\n".join([f"def step({', '.join(names)}):", *("    " + line for line in lines)]) + "\n"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-    scope: dict[str, Any] = {"torch": torch}
+    scope: dict[str, Any] = {}
     exec(compile(source, file, "exec"), scope)
     function: Callable[..., Tensor] = scope["step"]
     return function, row

@@ -192,10 +192,7 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
         yield row | {
             "contender": name,
             "status": "ok",
-            "seconds": found.median,
-            "p10": found.low,
-            "p90": found.high,
-            "calls": found.calls,
+            **found.fields,
             "bytes_more_reserved": memory.get(name),
             "faster_than_diffusers": None if base is None else base.median / found.median,
         }

@@ -1,4 +1,4 @@
-"""The report: a table in the terminal, plots as PNG, and one HTML page that holds them all."""
+"""The report: tables in the terminal, as Markdown, and with the plots in one HTML page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from .plots import plots
 
 Row = dict[str, Any]
 
@@ -15,25 +17,33 @@ _RED, _GREEN, _PLAIN = "\033[31m", "\033[32m", "\033[0m"
 _BAD = ("missed", "wrong", "worse", "failed", "disturbed")
 
 
+class Table(NamedTuple):
+    """Lines with their status, and what is said below them."""
+
+    title: str
+    head: list[str]
+    body: list[tuple[str, list[str]]]
+    notes: Sequence[str] = ()
+
+
 def terminal(rows: Sequence[Row], colour: bool) -> str:
     """All that was measured, and at its end what was promised; a miss is red, and is never left out."""
     lines: list[str] = []
-    for title, head, body in tables(rows):
+    for title, head, body, notes in tables(rows):
         widths = [max(len(line[c]) for line in [head, *(b for _, b in body)]) for c in range(len(head))]
-        lines += ["", title, "  " + "  ".join(cell.ljust(w) for cell, w in zip(head, widths, strict=True))]
+        lines += ["", title, ("  " + "  ".join(map(str.ljust, head, widths))).rstrip()]
         for status, cells in body:
-            text = "  " + "  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)).rstrip()
+            text = ("  " + "  ".join(map(str.ljust, cells, widths))).rstrip()
             if colour and status in _BAD:
                 text = f"{_RED}{text}{_PLAIN}"
             elif colour and status == "met":
                 text = f"{_GREEN}{text}{_PLAIN}"
             lines.append(text)
+        lines += [f"  {note}" for note in notes]
     return "\n".join(lines)
 
 
 _UNSTEADY = 2.0  # the slowest tenth over the fastest, from which on a median says little
-
-Table = tuple[str, list[str], list[tuple[str, list[str]]]]
 
 
 def tables(rows: Sequence[Row]) -> Iterable[Table]:
@@ -45,11 +55,11 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
     if found:
         body = [(r["status"], [r["solver"], r["dtype"], r["contender"], *_error(r)]) for r in found]
         head = ["solver", "model's dtype", "", "relative error", "a step, its noise at hand"]
-        yield "50 guided steps against float64", head, body
+        yield Table("50 guided steps against float64", head, body)
     found = [r for r in rows if r["suite"] == "growth"]
     if found:
         head = ["time against", "each", "fixed", "R^2", "upper half steeper", ""]
-        yield "Cost by growth", head, [(r["status"], [r["against"], *_growth(r)]) for r in found]
+        yield Table("Cost by growth", head, [(r["status"], [r["against"], *_growth(r)]) for r in found])
     found = [r for r in rows if r["suite"] == "methods" and r.get("what") == "cost"]
     if found:
         body = [
@@ -61,7 +71,7 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
             for r in found
         ]  # fmt: skip
         head = ["guidance", "model's parameters", "an image's step", "peak memory an image"]
-        yield "Both guidance methods, as the models grow", head, body
+        yield Table("Both guidance methods, as the models grow", head, body)
     found = [r for r in rows if r["suite"] == "methods" and r.get("what") == "quality"]
     if found:
         body = [
@@ -72,14 +82,15 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
             )
             for r in found
         ]  # fmt: skip
-        yield "Both guidance methods, on digits", ["guidance", "scale", "agreement", "diversity", "an image"], body
+        head = ["guidance", "scale", "agreement", "diversity", "an image"]
+        yield Table("Both guidance methods, on digits", head, body)
     found = [r for r in rows if r["suite"] == "methods" and r["status"] != "ok"]
     if found:
         reasons = dict.fromkeys((r["status"], r["reason"]) for r in found)
-        yield "Both guidance methods", ["", ""], [(status, [status, reason]) for status, reason in reasons]
+        yield Table("Both guidance methods", ["", ""], [(status, [status, reason]) for status, reason in reasons])
     found = [r for r in rows if r["suite"] == "the suite"]
     if found:
-        yield "What went wrong", ["", ""], [(r["status"], [r["workload"], r["reason"]]) for r in found]
+        yield Table("What went wrong", ["", ""], [(r["status"], [r["workload"], r["reason"]]) for r in found])
     found = [r for r in rows if r["suite"] == "compared"]
     if found:
         body = [
@@ -94,7 +105,8 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
             )
             for r in found
         ]
-        yield "Time, or error, over the baseline's of the same run, then and now", ["", "", "then", "now", ""], body
+        title = "Time, or error, over the baseline's of the same run, then and now"
+        yield Table(title, ["", "", "then", "now", ""], body)
     found = [r for r in rows if r["suite"] == "targets"]
     if found:
         body = [
@@ -102,7 +114,7 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
                            r.get("reason", "")])
             for r in found
         ]  # fmt: skip
-        yield "Targets", ["", "expected", "measured", "", ""], body
+        yield Table("Targets", ["", "expected", "measured", "", ""], body)
 
 
 def _growth(r: Row) -> list[str]:
@@ -113,19 +125,28 @@ def _growth(r: Row) -> list[str]:
 
 
 def _times(workload: str, rows: Sequence[Row]) -> Table:
+    """A line for each that was measured or should have been, without the columns that nothing is in."""
     base = next((r["seconds"] for r in rows if r["contender"] == "diffusers" and r["status"] == "ok"), None)
-    body = []
+    head = ["", "median", "faster than diffusers", "bandwidth", "tenths", ""]
+    body: list[tuple[str, list[str]]] = []
+    reasons: dict[str, list[str]] = {}
     for r in sorted(rows, key=lambda r: r.get("seconds", float("inf"))):
+        if r["status"] == "not run":
+            reasons.setdefault(r["reason"], []).append(r["contender"])
+            continue
         if r["status"] != "ok":
-            body.append((r["status"], [r["contender"], r["status"], "", "", r["reason"]]))
+            body.append((r["status"], [r["contender"], r["status"], "", "", "", r["reason"]]))
             continue
         share = f"{r['share_of_copy']:.0%} of copy_" if "share_of_copy" in r else ""
         ratio = f"{base / r['seconds']:.2f} x" if base is not None else ""
         spread = f"{_time(r['p10'])} .. {_time(r['p90'])}" if "p10" in r else ""
-        spread += " (unsteady)" if "p10" in r and r["p90"] > _UNSTEADY * r["p10"] else ""
-        spread += f", host {_time(r['host_seconds'])}" if "host_seconds" in r else ""
-        body.append(("ok", [r["contender"], _time(r["seconds"]), ratio, share, spread]))
-    return workload, ["", "median", "faster than diffusers", "bandwidth", "tenths"], body
+        more = ["unsteady"] if "p10" in r and r["p90"] > _UNSTEADY * r["p10"] else []
+        more += [f"host {_time(r['host_seconds'])}"] if "host_seconds" in r else []
+        body.append(("ok", [r["contender"], _time(r["seconds"]), ratio, share, spread, ", ".join(more)]))
+    used = [c for c in range(len(head)) if any(cells[c] for _, cells in body)]
+    body = [(status, [cells[c] for c in used]) for status, cells in body]
+    notes = [f"not run: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return Table(workload, [head[c] for c in used], body, notes)
 
 
 def _time(seconds: float) -> str:
@@ -139,11 +160,12 @@ def _error(row: Row) -> list[str]:
 def markdown(rows: Sequence[Row]) -> str:
     """The tables as a text for a README or an issue; what missed is bold."""
     parts = []
-    for title, head, body in tables(rows):
-        lines = [f"{title}:", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for title, head, body, notes in tables(rows):
+        lines = [f"{title}:", ""] + ([f"| {' | '.join(head)} |", "|---" * len(head) + "|"] if body else [])
         for status, cells in body:
             texts = [f"**{cell}**" if cell and status in _BAD else cell for cell in cells]
             lines.append(f"| {' | '.join(texts)} |")
+        lines += [part for note in notes for part in ("", note)]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -154,11 +176,11 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
     (folder / "tables.md").write_text(markdown(results["rows"]))
     written, images = [], []
     try:
-        plots = list(_plots(results["rows"]))
+        figures = list(plots(results["rows"]))
         missing = ""
     except ImportError:
-        plots, missing = [], "<p class=bad>no plots: matplotlib is not installed</p>"
-    for name, figure in plots:
+        figures, missing = [], "<p class=bad>no plots: matplotlib is not installed</p>"
+    for name, figure in figures:
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=130, bbox_inches="tight")
         path = folder / f"{name}.png"
@@ -166,7 +188,7 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
         written.append(path)
         images.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">')
     parts: list[str] = []
-    for title, head, body in tables(results["rows"]):
+    for title, head, body, notes in tables(results["rows"]):
         heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
         lines = [
             f"<tr class={'bad' if status in _BAD else 'ok'}>"
@@ -175,6 +197,7 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
             for status, cells in body
         ]
         part = f"<h2>{html.escape(title)}</h2><table><tr>{heads}</tr>{''.join(lines)}</table>"
+        part += "".join(f"<p>{html.escape(note)}</p>" for note in notes)
         parts.insert(0, part) if title == "Targets" else parts.append(part)
     machine = "".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in results["machine"].items())
     style = (
@@ -189,86 +212,3 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
         f"{''.join(images)}{''.join(parts[1:])}\n"
     )
     return [page, *written]
-
-
-def _plots(rows: Sequence[Row]) -> Iterable[tuple[str, Any]]:
-    """Speed-up by workload, roofline, error against speed, loops by steps: each if it was measured."""
-    from matplotlib.figure import Figure
-
-    steps = [r for r in rows if r["suite"] == "steps" and r["status"] == "ok"]
-    by: dict[str, dict[str, Row]] = {}
-    for r in steps:
-        by.setdefault(r["workload"], {})[r["contender"]] = r
-    rivals = ("diffusers", "guided-diffusion", "torch eager", "torch.compile out=")
-    if steps:
-        figure = Figure(figsize=(9, 0.9 + 0.55 * len(by)))
-        axes = figure.subplots()
-        for n, rival in enumerate(rivals):
-            places, values = [], []
-            for w, found in enumerate(by.values()):
-                if rival in found and "fastguide out=" in found:
-                    places.append(w + 0.2 * (n - 1.5))
-                    values.append(found[rival]["seconds"] / found["fastguide out="]["seconds"])
-            axes.barh(places, values, height=0.18, label=rival)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(by)), list(by), fontsize=7)
-        axes.set_xscale("log")
-        axes.set_xlabel("times slower than fastguide with out=")
-        axes.legend(fontsize=7)
-        yield "speed-up", figure
-
-        figure = Figure(figsize=(7, 4.5))
-        axes = figure.subplots()
-        marks = {"fastguide out=": "o", "torch.compile out=": "s", "diffusers": "x", "copy_ of the same bytes": "_"}
-        for contender, mark in marks.items():
-            of = [r for r in steps if r["contender"] == contender and not r["adds_noise"]]
-            points = sorted((r["bytes"], r["bytes_per_second"] / 1e9) for r in of)
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=mark, linestyle=":", label=contender)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("bytes of a step without noise")
-        axes.set_ylabel("GB/s")
-        axes.legend(fontsize=7)
-        yield "roofline", figure
-
-    errors = [r for r in rows if r["suite"] == "accuracy" and r["status"] == "ok"]
-    if errors:
-        figure = Figure(figsize=(7, 4.5))
-        axes = figure.subplots()
-        for contender in dict.fromkeys(r["contender"] for r in errors):
-            of = [r for r in errors if r["contender"] == contender and r["solver"] == "ddim"]
-            points = [(1e6 * r["seconds"], r["error"]) for r in of]
-            if not points:
-                continue
-            axes.scatter(*zip(*points, strict=True), label=contender)
-            for r, point in zip(of, points, strict=True):
-                axes.annotate(r["dtype"], point, fontsize=7, xytext=(4, 3), textcoords="offset points")
-        axes.set_yscale("log")
-        axes.set_xlim(0, 1.2 * max((1e6 * r["seconds"] for r in errors if r["solver"] == "ddim"), default=1.0))
-        axes.set_xlabel("us of a DDIM step (1, 4, 64, 64)")
-        axes.set_ylabel("relative error of 50 DDIM steps")
-        axes.legend(fontsize=7)
-        yield "error-against-speed", figure
-
-    loops = [r for r in rows if r["suite"] == "loops" and r["status"] == "ok" and " steps" in r["workload"]]
-    kinds = list(dict.fromkeys(r["workload"].rpartition(", ")[0] for r in loops))
-    if kinds:
-        figure = Figure(figsize=(4 * len(kinds), 4), layout="constrained")
-        for place, kind in enumerate(kinds):
-            axes = figure.add_subplot(1, len(kinds), place + 1)
-            for contender in dict.fromkeys(r["contender"] for r in loops):
-                points = sorted(
-                    (int(r["workload"].rpartition(", ")[2].split()[0]), 1e3 * r["seconds"])
-                    for r in loops
-                    if r["contender"] == contender and r["workload"].startswith(kind + ", ")
-                )
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", label=contender)
-            axes.set_title(kind, fontsize=9)
-            axes.set_xlabel("steps")
-            axes.set_ylabel("ms of a loop")
-            axes.set_ylim(bottom=0)
-            axes.set_xlim(left=0)
-        figure.axes[0].legend(fontsize=7)
-        yield "loops", figure

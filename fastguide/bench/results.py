@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .contenders import is_ours
 FORMAT = 2
 _BASELINES = ("diffusers", "torch eager")
 COMPARED = ("steps", "loops", "accuracy")
+_IDLE = 0.15  # the share of the processors that a waiting system may use
 _STEADY = 2.5  # the slowest tenth of copy_ over its fastest: on an idle machine it is below 1.5
 _WORSE = 1.25  # a ratio that grew by more is called a regression: shared machines are noisy
 
@@ -34,7 +36,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "load before": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
+        "huge pages": huge_pages(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -49,6 +51,32 @@ def machine(device: torch.device) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def huge_pages() -> str:
+    """What the system says of transparent huge pages, on which the time of large new tensors depends."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    found = setting.read_text().partition("[")[2].partition("]")[0] if setting.exists() else "unknown"
+    return f"{found}; torch asks for them itself" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else found
+
+
+def busy(seconds: float = 0.5) -> float | None:
+    """The share of all processors that others use meanwhile; None where the system does not say."""
+    before = _ticks()
+    time.sleep(seconds)
+    after = _ticks()
+    if before is None or after is None or after[0] == before[0]:
+        return None
+    return 1 - (after[1] - before[1]) / (after[0] - before[0])
+
+
+def _ticks() -> tuple[int, int] | None:
+    """Of all processors since the start: all, and idle ones."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    found = [int(value) for value in stat.read_text().partition("\n")[0].split()[1:9]]  # the rest is in these
+    return sum(found), found[3] + found[4]
 
 
 def driver() -> str:
@@ -146,15 +174,19 @@ def workload_of(row: dict[str, Any]) -> str:
     return str(row.get("workload"))
 
 
-def disturbed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row that says so, if the same copy took now this long, now that: then no number of the run is worth much."""
+def disturbed(rows: Sequence[dict[str, Any]], busy_before: float | None) -> list[dict[str, Any]]:
+    """Rows that say so, if others were at work before, or the same copy took now this long, now that."""
+    found = []
+    if busy_before is not None and busy_before > _IDLE:
+        reason = f"others used {busy_before:.0%} of the processors before: measure again when the machine is idle"
+        found.append({"suite": "the suite", "workload": "before", "status": "disturbed", "reason": reason})
     copies = [row for row in rows if row.get("contender") == "copy_ of the same bytes" and "p10" in row]
     worst = max(copies, key=lambda row: row["p90"] / row["p10"], default=None)
     if worst is None or worst["p90"] < _STEADY * worst["p10"]:
-        return []
+        return found
     low, high = (1e6 * worst[which] for which in ("p10", "p90"))
     reason = f"copy_ of the same bytes took {low:.0f} to {high:.0f} us: the machine was busy, measure again"
-    return [{"suite": "the suite", "workload": worst["workload"], "status": "disturbed", "reason": reason}]
+    return [*found, {"suite": "the suite", "workload": worst["workload"], "status": "disturbed", "reason": reason}]
 
 
 def check_comparable(before: dict[str, Any], path: Path, device: torch.device, suites: Sequence[str]) -> list[str]:

@@ -29,6 +29,8 @@ def run(
     """Measure, judge, and compare with an earlier result; returns all of it, also of a run that is interrupted."""
     begin = time.perf_counter()
     machine = results.machine(device)
+    busy = results.busy()
+    machine["busy before"] = "unknown" if busy is None else f"{busy:.0%}"
     say(f"on {device.type}: {machine['backend']}")
     rows: list[dict[str, Any]] = []
     interrupted = False
@@ -46,7 +48,7 @@ def run(
         interrupted = True
     if before is not None:
         rows.extend(results.compared(rows, before["rows"]))
-    rows.extend(results.disturbed(rows))
+    rows.extend(results.disturbed(rows, busy))
     rows.extend(targets.judged(rows, device.type))
     seconds = time.perf_counter() - begin
     return {"machine": machine, "seconds": seconds, "interrupted": interrupted, "rows": rows}
@@ -56,10 +58,10 @@ def _parts(
     device: torch.device, full: bool, suites: Sequence[str], names: Sequence[str]
 ) -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
     """What to measure, with its title."""
-    each = 4.0 if full else 1.5
+    each = 4.0 if full else 1.2
     if "steps" in suites:
         for workload in chosen_steps(names, full, device.type == "cuda"):
-            yield workload.title, steps.measure(workload, device, each, slow=full)
+            yield workload.title, steps.measure(workload, device, each)
     if "loops" in suites:
         yield "what the loop itself costs", loops.host_cost(device)
         for kind, count in chosen_loops(names, device.type == "cuda"):

@@ -11,7 +11,8 @@ from ..guidance import ClassifierFree, Composed, Guidance
 from ..ops import guided_step
 from ..sampler import Sampler
 from ..solvers import ddim
-from .contenders import CEILINGS, CONTENDERS, SLOW, is_ours, relative_error, tolerance
+from .caches import between
+from .contenders import CEILINGS, CONTENDERS, is_ours, relative_error, tolerance
 from .timing import host_seconds, in_a_graph, in_turns, said
 from .workloads import SCHEDULE, STEP, Inputs, NotRunError, Workload
 
@@ -21,12 +22,12 @@ _GRAPHED = ("fastguide out=", "fastguide out=, seeds=", "torch.compile out=", "c
 _SMALL_BYTES = 2**22  # of a step that is also timed in a graph, as launches are what it takes
 
 
-def measure(workload: Workload, device: torch.device, seconds: float, slow: bool) -> Iterator[Row]:
+def measure(workload: Workload, device: torch.device, seconds: float) -> Iterator[Row]:
     """A row for each contender: its times, or why there are none. What is wrong is not timed."""
     torch._dynamo.reset()  # or torch.compile would reach its limit of recompilations
     inputs = Inputs(workload, device)
     calls, errors = {}, {}
-    for name, make in (CONTENDERS | (SLOW if slow else {}) | CEILINGS).items():
+    for name, make in (CONTENDERS | CEILINGS).items():
         row: Row = {"suite": "steps", "workload": workload.title, "contender": name}
         try:
             call = make(inputs)
@@ -43,7 +44,8 @@ def measure(workload: Workload, device: torch.device, seconds: float, slow: bool
             yield row | {"status": "failed" if is_ours(name) else "not run", "reason": said(error)}
             continue
         calls[name] = call
-    times, failures = in_turns(calls, seconds, device)
+    before = between(inputs.bytes, inputs.sample.nbytes)
+    times, failures = in_turns(calls, seconds, device, before=before)
     for name, failure in failures.items():
         row = {"suite": "steps", "workload": workload.title, "contender": name}
         yield row | {"status": "failed" if is_ours(name) else "not run", "reason": said(failure)}
@@ -57,10 +59,7 @@ def measure(workload: Workload, device: torch.device, seconds: float, slow: bool
             "workload": workload.title,
             "contender": name,
             "status": "ok",
-            "seconds": found.median,
-            "p10": found.low,
-            "p90": found.high,
-            "calls": found.calls,
+            **found.fields,
             "bytes": inputs.bytes,
             "adds_noise": inputs.noisy,
             "bytes_per_second": inputs.bytes / found.median,
@@ -107,7 +106,8 @@ def growth(device: torch.device, seconds: float) -> Iterator[Row]:
         "steps": {n: loop(n) for n in (10, 20, 40, 80, 160)},
     }
     for what, calls in grown.items():
-        times, failures = in_turns({str(x): call for x, call in calls.items()}, seconds, device)
+        before = None if what == "steps" else between(2**26, 2**24)  # the largest of these
+        times, failures = in_turns({str(x): call for x, call in calls.items()}, seconds, device, before=before)
         if failures:
             yield {
                 "suite": "growth",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .contenders import is_ours
+from .contenders import COMPILED, is_ours
 
 Row = dict[str, Any]
 
@@ -66,11 +66,6 @@ def _why(name: str, value: float, device: str) -> str:
     return "unexplained"
 
 
-def _compiled(out: str) -> set[str]:
-    modes = ("", " max-autotune", " reduce-overhead")
-    return {f"torch.compile{mode}{out}" for mode in modes}
-
-
 def _targets(rows: Sequence[Row], device: str) -> list[tuple[str, str, Callable[[], float], Callable[[float], bool]]]:
     def seconds(workload: str, contender: str, which: str = "seconds") -> float:
         for row in rows:
@@ -83,7 +78,8 @@ def _targets(rows: Sequence[Row], device: str) -> list[tuple[str, str, Callable[
 
     def fastest_compiled(workload: str, out: str = "") -> float:
         """Of the modes that were measured."""
-        found = [r for r in rows if r.get("workload") == workload and r.get("contender") in _compiled(out)]
+        names = {f"{mode}{out}" for mode in COMPILED}
+        found = [r for r in rows if r.get("workload") == workload and r.get("contender") in names]
         measured = [float(r["seconds"]) for r in found if r["status"] == "ok"]
         if not measured:
             raise _MissingError(f"'torch.compile{out}' of {workload!r}")

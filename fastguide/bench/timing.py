@@ -1,4 +1,4 @@
-"""How calls are timed: in turns, so that a busy neighbour slows all of them alike; on a GPU between events."""
+"""How calls are timed: in turns, each from the same state of the caches; on a GPU between events."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ class Times(NamedTuple):
         tenths = statistics.quantiles(seconds, n=10, method="inclusive")
         return cls(statistics.median(seconds), tenths[0], tenths[-1], len(seconds))
 
+    @property
+    def fields(self) -> dict[str, float]:
+        """As results have them."""
+        return {"seconds": self.median, "p10": self.low, "p90": self.high, "calls": self.calls}
+
 
 class Timed(NamedTuple):
     """What was measured, and who raised what meanwhile."""
@@ -44,10 +49,18 @@ class Timed(NamedTuple):
 
 
 @torch.no_grad()
-def in_turns(calls: Mapping[str, Call], seconds: float, device: torch.device, *, wall: bool = False) -> Timed:
+def in_turns(
+    calls: Mapping[str, Call],
+    seconds: float,
+    device: torch.device,
+    *,
+    wall: bool = False,
+    before: Callable[[], None] | None = None,
+) -> Timed:
     """Each call again and again, in turns of changing order, for so long altogether; slow ones leave the turns early.
 
     With ``wall`` by the clock, also on a GPU, until the device is done: whole loops, of which the host is a part.
+    ``before`` comes ahead of each call that is timed on the CPU; on a GPU its cache is overwritten.
     """
     failures: dict[str, Exception] = {}
     events = device.type == "cuda" and not wall
@@ -67,6 +80,8 @@ def in_turns(calls: Mapping[str, Call], seconds: float, device: torch.device, *,
 
     def measure(name: str) -> None:
         call = calls[name]
+        if before is not None and device.type == "cpu":
+            before()
         times[name].append(_on_gpu(call, hosts[name]) if events else _by_the_clock(call, device))
 
     for name in calls:

@@ -17,7 +17,14 @@ namespace fastguide {
 template <typename T>
 FASTGUIDE_INLINE void load_float16(const uint16_t* from, T* to, int64_t count) {
   int64_t i = 0;
-#if defined(__F16C__)
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    for (; i + 16 <= count; i += 16) {
+      _mm512_storeu_ps(to + i,
+                       _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+    }
+  }
+#elif defined(__F16C__)
   if constexpr (sizeof(T) == sizeof(float)) {
     for (; i + 8 <= count; i += 8) {
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
@@ -30,7 +37,14 @@ FASTGUIDE_INLINE void load_float16(const uint16_t* from, T* to, int64_t count) {
 template <typename T>
 FASTGUIDE_INLINE void store_float16(const T* from, uint16_t* to, int64_t count) {
   int64_t i = 0;
-#if defined(__F16C__)
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    for (; i + 16 <= count; i += 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm512_maskz_cvtps_ph(0xFFFF, _mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+#elif defined(__F16C__)
   if constexpr (sizeof(T) == sizeof(float)) {
     for (; i + 8 <= count; i += 8) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),

@@ -87,23 +87,26 @@ void add_guidance(T weight, const T* weights, const Stored* first, const Stored*
   }
 }
 
-constexpr int kTogether = 3;  // predictions beside the first that one pass takes
+template <typename T>
+constexpr int together = sizeof(T) == sizeof(float) ? 3 : 1;  // predictions beside the first that one pass takes
 
 template <typename T, typename Stored, bool begins>
 void add_guidance(int more, T weight, const T* weights, const Stored* first, const Stored* const* others, int64_t count,
                   T* m) {
   if (more == 1) add_guidance<T, Stored, 1, begins>(weight, weights, first, others, count, m);
-  if (more == 2) add_guidance<T, Stored, 2, begins>(weight, weights, first, others, count, m);
-  if (more == 3) add_guidance<T, Stored, 3, begins>(weight, weights, first, others, count, m);
+  if constexpr (together<T> == 3) {
+    if (more == 2) add_guidance<T, Stored, 2, begins>(weight, weights, first, others, count, m);
+    if (more == 3) add_guidance<T, Stored, 3, begins>(weight, weights, first, others, count, m);
+  }
 }
 
 // m of three and more predictions; run(k, n) is where prediction k is, and may use the n-th place for it.
 template <typename T, typename Stored, typename Run>
 void combine(int num_predictions, const T* weights, const Run& run, int64_t count, T* m) {
   const Stored* first = run(0, 0);
-  for (int k = 1; k < num_predictions; k += kTogether) {
-    const int left = num_predictions - k, more = left < kTogether ? left : kTogether;
-    const Stored* others[kTogether];
+  for (int k = 1; k < num_predictions; k += together<T>) {
+    const int left = num_predictions - k, more = left < together<T> ? left : together<T>;
+    const Stored* others[together<T>] = {};
     for (int n = 0; n < more; ++n) others[n] = run(k + n, n + 1);
     if (k == 1) {
       add_guidance<T, Stored, true>(more, weights[0], weights + k, first, others, count, m);
@@ -125,6 +128,71 @@ const T* draw(const StepArguments& a, int64_t sample, uint32_t step, int64_t off
   return z;
 }
 
+// ---- The step of a model of 16 bits without noise, converted in registers ----
+
+constexpr int64_t kChunk = 32;  // a loop over 16 would be unrolled before it is vectorised, and then not be
+
+template <Element state, Element prediction, int predictions>
+void step_chunks(const StepArguments& a, const Coefficients<float>& coefficients, int64_t sample, int64_t begin,
+                 int64_t end) {
+  const Coefficients<float> c = coefficients;
+  const int64_t last = predictions - 1;
+  const int64_t x_offset = sample * a.sample.batch_stride, out_offset = sample * a.out.batch_stride;
+  const int64_t p0_offset = sample * a.predictions[0].batch_stride;
+  const int64_t p1_offset = sample * a.predictions[last].batch_stride;
+  // With constants for their elements, nothing of load and store is left but the conversion.
+  const Input x_in{a.sample.data, 0, state}, p0_in{a.predictions[0].data, 0, prediction};
+  const Input p1_in{a.predictions[last].data, 0, prediction};
+  const Output out_to{a.out.data, 0, state};
+  for (int64_t i = begin; i < end; i += kChunk) {
+    alignas(64) float scratch[3][kChunk], out[kChunk];
+    const float* x = load(x_in, x_offset + i, kChunk, scratch[0]);
+    const float* p0 = load(p0_in, p0_offset + i, kChunk, scratch[1]);
+    const float* p1 = predictions == 2 ? load(p1_in, p1_offset + i, kChunk, scratch[2]) : p0;
+    for (int64_t j = 0; j < kChunk; ++j) {
+      const float m = predictions == 2 ? guided_prediction(c, p0[j], p1[j]) : c.weight_sum * p0[j];
+      out[j] = step_element<float, true, false, false, false>(c, x[j], m, 0, 0, 0).sample;
+    }
+    store(out, out_to, out_offset + i, kChunk);
+  }
+}
+
+using StepChunks = void (*)(const StepArguments&, const Coefficients<float>&, int64_t, int64_t, int64_t);
+
+// Null where there is more to do, or nothing to convert.
+StepChunks choose_chunks(const StepArguments& a) {
+  if (a.num_predictions < 1 || a.num_predictions > 2 || a.noise_kind != Noise::none || a.gradient.data != nullptr ||
+      a.variance.data != nullptr || a.staged.data != nullptr || a.mask.data != nullptr || a.original.data != nullptr) {
+    return nullptr;
+  }
+  const Element state = a.sample.element, prediction = a.predictions[0].element;
+  const bool half = prediction == Element::float16, bfloat16 = prediction == Element::bfloat16;
+  if (a.out.element != state || a.predictions[a.num_predictions - 1].element != prediction || !(half || bfloat16) ||
+      !(state == prediction || state == Element::float32)) {
+    return nullptr;
+  }
+  static constexpr StepChunks kChunks[8] = {
+      step_chunks<Element::bfloat16, Element::bfloat16, 1>, step_chunks<Element::bfloat16, Element::bfloat16, 2>,
+      step_chunks<Element::float32, Element::bfloat16, 1>,  step_chunks<Element::float32, Element::bfloat16, 2>,
+      step_chunks<Element::float16, Element::float16, 1>,   step_chunks<Element::float16, Element::float16, 2>,
+      step_chunks<Element::float32, Element::float16, 1>,   step_chunks<Element::float32, Element::float16, 2>,
+  };
+  return kChunks[4 * half + 2 * (state == Element::float32) + (a.num_predictions - 1)];
+}
+
+// ---- Blocks: every step ----
+
+// Called, as conversions of four dtypes would be inlined a dozen times.
+template <typename T>
+__attribute__((noinline)) const T* load_block(const Input& input, int64_t offset, int64_t count, T* scratch) {
+  return load(input, offset, count, scratch);
+}
+
+template <typename T>
+__attribute__((noinline)) void store_block(const T* from, const Output& output, int64_t offset, int64_t count) {
+  store(from, output, offset, count);
+}
+
 template <typename T>
 void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t end) {
   const Position position = position_of(a, sample);
@@ -132,6 +200,14 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
   const int64_t row = position.index;
   const T* weights = static_cast<const T*>(a.weights) + row * a.weights_step_stride + sample * a.weights_batch_stride;
   Coefficients<T> c = coefficients(static_cast<const T*>(a.rows) + row * num_columns, weights, a.num_predictions);
+
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (const StepChunks step_chunks = choose_chunks(a)) {
+      const int64_t whole = (end - begin) / kChunk * kChunk;
+      step_chunks(a, c, sample, begin, begin + whole);
+      begin += whole;
+    }
+  }
 
   const bool gradient = a.gradient.data != nullptr, variance = a.variance.data != nullptr;
   const bool noise = a.noise_kind != Noise::none, original = a.original.data != nullptr;
@@ -148,7 +224,7 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
                   (!gradient || stored_as<T>(a.gradient.element)) && (!variance || stored_as<T>(a.variance.element)) &&
                   (a.noise.data == nullptr || stored_as<T>(a.noise.element));
   for (int k = 0; k < a.num_predictions; ++k) in_place = in_place && stored_as<T>(a.predictions[k].element);
-  bool as_bfloat16 = many;  // converted where they are combined
+  bool as_bfloat16 = many && sizeof(T) == sizeof(float);  // converted where they are combined
   for (int k = 0; k < a.num_predictions; ++k) {
     as_bfloat16 = as_bfloat16 && a.predictions[k].element == Element::bfloat16;
   }
@@ -158,7 +234,7 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
   for (int64_t offset = begin; offset < end; offset += block) {
     const int64_t count = end - offset < block ? end - offset : block;
     const auto load_run = [&](const Input& input, T* into) {
-      return load(input, sample * input.batch_stride + offset, count, into);
+      return load_block(input, sample * input.batch_stride + offset, count, into);
     };
     Run<T> run{};
     run.x = load_run(a.sample, scratch[0]);
@@ -169,7 +245,7 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
           const Input& input = a.predictions[k];
           return static_cast<const uint16_t*>(input.data) + sample * input.batch_stride + offset;
         };
-        combine<T, uint16_t>(a.num_predictions, weights, stored, count, m);
+        if constexpr (sizeof(T) == sizeof(float)) combine<T, uint16_t>(a.num_predictions, weights, stored, count, m);
       } else {
         const auto converted = [&](int k, int place) { return load_run(a.predictions[k], scratch[2 + place]); };
         combine<T, T>(a.num_predictions, weights, converted, count, m);
@@ -198,12 +274,12 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
       const T* z = load_run(a.known_noise, scratch[3]);
       for (int64_t i = 0; i < count; ++i) run.out[i] = with_known(c, run.out[i], mask[i], known[i], z[i]);
     }
-    if (!out_direct) store(run.out, a.out, out_offset, count);
-    if (original && !original_direct) store(run.original, a.original, original_offset, count);
+    if (!out_direct) store_block(run.out, a.out, out_offset, count);
+    if (original && !original_direct) store_block(run.original, a.original, original_offset, count);
     if (staged) {
       for (int64_t i = 0; i < count; ++i) scratch[8][i] = c.in_scale * run.out[i];
       for (int k = 0; k < a.staged_copies; ++k) {
-        store(scratch[8], a.staged, (k * a.batch + sample) * a.staged.batch_stride + offset, count);
+        store_block(scratch[8], a.staged, (k * a.batch + sample) * a.staged.batch_stride + offset, count);
       }
     }
   }

@@ -125,6 +125,23 @@ def test_predictions_are_combined_in_passes_of_three(backend, dtypes, generator)
         assert_accurate("ddim", table, 4, inputs, None, result, original, torch.float32)
 
 
+@pytest.mark.parametrize(("shape", "branch"), [*SHAPES, ((2, 3, 5, 43), "whole chunks and a rest")], ids=lambda x: x)
+@pytest.mark.parametrize("state", [None, torch.float32], ids=["state as the model", "state in float32"])
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_a_model_of_16_bits_and_nothing_else_to_do(backend, dtype, state, shape, branch, generator):
+    """No noise, no gradient, no predicted original: the CPU kernel converts in registers."""
+    table = TABLES["ddim clipped"]
+    for count in (1, 2):
+        inputs = make_inputs(table, shape, generator, count=count, dtype=dtype, sample_dtype=state or dtype)
+        last = inputs.predictions[-1]
+        inputs.predictions[-1] = torch.stack([last, last + 1], 1)[:, 0]  # its samples lie apart, the others' do not
+        arguments = (inputs.sample, inputs.predictions, make_guidance(count, None))
+        result = fastguide.guided_step(table, 3, *arguments, backend=backend)
+        with_original, original = fastguide.guided_step(table, 3, *arguments, return_original=True, backend=backend)
+        assert torch.equal(result, with_original)  # which goes another way, with the same arithmetic
+        assert_accurate("ddim clipped", table, 3, inputs, None, result, original, state or dtype)
+
+
 def test_bfloat16_output_is_the_rounded_float32_result(backend, generator):
     """One rounding, at the end: what a float32 output holds, rounded, is the bfloat16 output to the bit."""
     table = TABLES["ddpm"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 _LARGE = 2**25
 """Bytes from which on glibc maps every allocation anew: a fault for each small page takes longer than the step."""
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
+if os.environ.get("FASTGUIDE_HUGE_PAGES") == "0":
+    _HUGE_PAGES = None
 _madvise = None if _HUGE_PAGES is None else ctypes.CDLL(None).madvise
 
 

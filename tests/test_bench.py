@@ -256,7 +256,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
     (tmp_path / "old.json").write_text(json.dumps({"format": 0, "rows": []}))
     (tmp_path / "none.json").write_text("[]")
     for name, message in (
-        ("old.json", "of format 2, got format 0"),
+        ("old.json", "of format 3, got format 0"),
         ("none.json", "got format list"),
         ("not-there.json", "expected a result of fastguide bench"),
     ):

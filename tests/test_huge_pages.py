@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,13 @@ def test_compiled_step():
     x = torch.ones(LARGE)
     compiled = torch.compile(lambda x: guided_step(table, 1, x, x), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), guided_step(table, 1, x, x))
+
+
+def test_user_who_wants_none():
+    program = "import torch, fastguide.memory as m; print(m._madvise); m.empty_like(torch.empty(2**24))"
+    environment = os.environ | {"FASTGUIDE_HUGE_PAGES": "0"}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "None\n"
 
 
 def test_system_without_huge_pages(monkeypatch):

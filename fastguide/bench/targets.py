@@ -23,12 +23,15 @@ _WHY: dict[str, tuple[Callable[[float], bool], str]] = {
         "look at the rows: where both wait for the memory, two runs differ by a few percent",
     ),
     "a step into a new output": (
-        lambda v: v < 1.25,
-        "look at the rows: of large outputs, fresh pages take several times what a step does",
+        lambda v: v < 1.1,
+        "look at the rows: what fresh memory takes differs from call to call",
     ),
-    "a small step:": (lambda v: v > 1.3, "what is left are checks, the dispatcher and a new output"),
+    "a small step:": (lambda v: v > 1.25, "what is left are checks, the dispatcher and a new output"),
     "a small DDIM step through": (lambda v: v > 1.5, "so many times less is about what copy_ takes"),
-    "a small DDPM step through": (lambda v: v < 60, "in turns with others, each call's caches are cold"),
+    "a small DDPM step through": (
+        lambda v: v < 60,
+        "its code is out of the caches, as after a model; back to back it is about 26",
+    ),
     "50 DDIM steps": (lambda v: v > 3, "what is left is the rounding of the model's own output"),
 }
 

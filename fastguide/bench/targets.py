@@ -29,7 +29,7 @@ _WHY: dict[str, tuple[Callable[[float], bool], str]] = {
     "a small step:": (lambda v: v > 1.25, "what is left are checks, the dispatcher and a new output"),
     "a small DDIM step through": (lambda v: v > 1.5, "so many times less is about what copy_ takes"),
     "a small DDPM step through": (
-        lambda v: v < 60,
+        lambda v: v < 70,
         "its code is out of the caches, as after a model; back to back it is about 26",
     ),
     "50 DDIM steps": (lambda v: v > 3, "what is left is the rounding of the model's own output"),

@@ -59,10 +59,10 @@ def _speed_up(rows: Sequence[Row]) -> Figure:
             if there and "fastguide out=" in seconds:
                 places.append(w + 0.2 * (n - 1.5))
                 values.append(min(there) / seconds["fastguide out="])
-        axes.barh(places, values, height=0.18, label=label)
+        axes.barh(places, [value - 1 for value in values], left=1, height=0.18, label=label)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(by)), list(by), fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(by) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.set_xlabel("times slower than fastguide with out=")
     axes.legend(fontsize=7)
@@ -152,6 +152,7 @@ def _methods(rows: Sequence[Row]) -> Figure:
             points = [(r[across], factor * r[up]) for r in of if r["method"] == method]
             axes.plot(*zip(*points, strict=True), marker="o", label=method)
         if of is quality:
+            axes.margins(x=0.15)
             for r in of:
                 point = (r[across], r[up])
                 axes.annotate(f"scale {r['scale']:g}", point, fontsize=7, xytext=(4, 3), textcoords="offset points")

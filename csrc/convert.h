@@ -17,7 +17,7 @@ namespace fastguide {
 template <typename T>
 FASTGUIDE_INLINE void load_float16(const uint16_t* from, T* to, int64_t count) {
   int64_t i = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX512F__)  // masked with all ones, as g++ 12 warns of the others
   if constexpr (sizeof(T) == sizeof(float)) {
     for (; i + 16 <= count; i += 16) {
       _mm512_storeu_ps(to + i,

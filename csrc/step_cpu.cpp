@@ -4,6 +4,8 @@
 // No templates of the standard library here: their code could be shared with another instruction set's.
 #include "step_cpu.h"
 
+#include <cstring>
+
 #include "convert.h"
 #include "cursor.h"
 #include "step.h"
@@ -87,8 +89,8 @@ void add_guidance(T weight, const T* weights, const Stored* first, const Stored*
   }
 }
 
-template <typename T>
-constexpr int together = sizeof(T) == sizeof(float) ? 3 : 1;  // predictions beside the first that one pass takes
+template <typename T>  // predictions beside the first that one pass takes; double is not worth its code
+constexpr int together = sizeof(T) == sizeof(float) ? 3 : 1;
 
 template <typename T, typename Stored, bool begins>
 void add_guidance(int more, T weight, const T* weights, const Stored* first, const Stored* const* others, int64_t count,
@@ -100,14 +102,14 @@ void add_guidance(int more, T weight, const T* weights, const Stored* first, con
   }
 }
 
-// m of three and more predictions; run(k, n) is where prediction k is, and may use the n-th place for it.
-template <typename T, typename Stored, typename Run>
-void combine(int num_predictions, const T* weights, const Run& run, int64_t count, T* m) {
-  const Stored* first = run(0, 0);
+// m of three and more predictions; find(k, n) is where prediction k is, and may put it into the n-th place.
+template <typename T, typename Stored, typename Find>
+void combine(int num_predictions, const T* weights, const Find& find, int64_t count, T* m) {
+  const Stored* first = find(0, 0);
   for (int k = 1; k < num_predictions; k += together<T>) {
     const int left = num_predictions - k, more = left < together<T> ? left : together<T>;
     const Stored* others[together<T>] = {};
-    for (int n = 0; n < more; ++n) others[n] = run(k + n, n + 1);
+    for (int n = 0; n < more; ++n) others[n] = find(k + n, n + 1);
     if (k == 1) {
       add_guidance<T, Stored, true>(more, weights[0], weights + k, first, others, count, m);
     } else {
@@ -136,24 +138,37 @@ template <Element state, Element prediction, int predictions>
 void step_chunks(const StepArguments& a, const Coefficients<float>& coefficients, int64_t sample, int64_t begin,
                  int64_t end) {
   const Coefficients<float> c = coefficients;
-  const int64_t last = predictions - 1;
-  const int64_t x_offset = sample * a.sample.batch_stride, out_offset = sample * a.out.batch_stride;
-  const int64_t p0_offset = sample * a.predictions[0].batch_stride;
-  const int64_t p1_offset = sample * a.predictions[last].batch_stride;
-  // With constants for their elements, nothing of load and store is left but the conversion.
-  const Input x_in{a.sample.data, 0, state}, p0_in{a.predictions[0].data, 0, prediction};
-  const Input p1_in{a.predictions[last].data, 0, prediction};
-  const Output out_to{a.out.data, 0, state};
-  for (int64_t i = begin; i < end; i += kChunk) {
-    alignas(64) float scratch[3][kChunk], out[kChunk];
-    const float* x = load(x_in, x_offset + i, kChunk, scratch[0]);
-    const float* p0 = load(p0_in, p0_offset + i, kChunk, scratch[1]);
-    const float* p1 = predictions == 2 ? load(p1_in, p1_offset + i, kChunk, scratch[2]) : p0;
-    for (int64_t j = 0; j < kChunk; ++j) {
-      const float m = predictions == 2 ? guided_prediction(c, p0[j], p1[j]) : c.weight_sum * p0[j];
-      out[j] = step_element<float, true, false, false, false>(c, x[j], m, 0, 0, 0).sample;
+  constexpr int64_t state_bytes = state == Element::float32 ? 4 : 2, bytes = 2;  // of an element
+  const Input& last = a.predictions[predictions - 1];
+  const char* x = static_cast<const char*>(a.sample.data) + (sample * a.sample.batch_stride + begin) * state_bytes;
+  const char* p0 =
+      static_cast<const char*>(a.predictions[0].data) + (sample * a.predictions[0].batch_stride + begin) * bytes;
+  const char* p1 = static_cast<const char*>(last.data) + (sample * last.batch_stride + begin) * bytes;
+  char* out = static_cast<char*>(a.out.data) + (sample * a.out.batch_stride + begin) * state_bytes;
+  alignas(64) char rest[4][kChunk * sizeof(float)] = {};
+  for (int64_t left = end - begin; left > 0; left -= kChunk) {
+    char* to = out;
+    if (left < kChunk) {  // computed in the same way, so that no bit depends on where a range ends
+      std::memcpy(rest[0], x, left * state_bytes);
+      std::memcpy(rest[1], p0, left * bytes);
+      std::memcpy(rest[2], p1, left * bytes);
+      x = rest[0], p0 = rest[1], p1 = rest[2], to = rest[3];
     }
-    store(out, out_to, out_offset + i, kChunk);
+    alignas(64) float scratch[3][kChunk], result[kChunk];
+    // With constants for their elements, nothing of load and store is left but the conversion.
+    const float* sample_run = load(Input{x, 0, state}, 0, kChunk, scratch[0]);
+    const float* p0_run = load(Input{p0, 0, prediction}, 0, kChunk, scratch[1]);
+    const float* p1_run = predictions == 2 ? load(Input{p1, 0, prediction}, 0, kChunk, scratch[2]) : p0_run;
+    for (int64_t j = 0; j < kChunk; ++j) {
+      const float m = predictions == 2 ? guided_prediction(c, p0_run[j], p1_run[j]) : c.weight_sum * p0_run[j];
+      result[j] = step_element<float, true, false, false, false>(c, sample_run[j], m, 0, 0, 0).sample;
+    }
+    store(result, Output{to, 0, state}, 0, kChunk);
+    if (left < kChunk) {
+      std::memcpy(out, to, left * state_bytes);
+      return;
+    }
+    x += kChunk * state_bytes, p0 += kChunk * bytes, p1 += kChunk * bytes, out += kChunk * state_bytes;
   }
 }
 
@@ -202,11 +217,7 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
   Coefficients<T> c = coefficients(static_cast<const T*>(a.rows) + row * num_columns, weights, a.num_predictions);
 
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (const StepChunks step_chunks = choose_chunks(a)) {
-      const int64_t whole = (end - begin) / kChunk * kChunk;
-      step_chunks(a, c, sample, begin, begin + whole);
-      begin += whole;
-    }
+    if (const StepChunks chunks = choose_chunks(a)) return chunks(a, c, sample, begin, end);
   }
 
   const bool gradient = a.gradient.data != nullptr, variance = a.variance.data != nullptr;

@@ -173,11 +173,11 @@ class Loop:
                 whole = (copies * batch, *kind.shape[1:])
                 self.staged = empty_strided(whole, strides, kind.model_dtype, device).zero_()
             self.input = self.sample if self.staged is None else self.staged
-            self.original = torch.zeros_like(self.sample) if kind.originals else None
-            self.noise = torch.zeros_like(self.sample) if kind.noise == "given" else None
+            self.original = empty_like(self.sample).zero_() if kind.originals else None
+            self.noise = empty_like(self.sample).zero_() if kind.noise == "given" else None
             self.seeds = torch.zeros(batch, dtype=torch.int64, device=device) if kind.noise == "portable" else None
             self.labels = torch.zeros(batch, dtype=torch.int64, device=device) if kind.labels else None
-            self.known = [torch.zeros_like(self.sample) for _ in range(3)] if kind.known else [None] * 3
+            self.known = [empty_like(self.sample).zero_() for _ in range(3)] if kind.known else [None] * 3
             columns = max(count, 1) + 1
             scales = batch if kind.scales_per_sample else 1
             self.rows = torch.zeros(kind.capacity, len(ROW_COLUMNS), dtype=arithmetic, device=device)

@@ -35,10 +35,14 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dty
 
 
 def _in_huge_pages(new: Tensor) -> Tensor:
-    """Advise the system, which may do as it likes: no values depend on it."""
-    if new.nbytes < _LARGE or _madvise is None or new.device.type != "cpu":
+    """Advise the system, which may do as it likes: no values depend on it.
+
+    An allocator that keeps the memory for other tensors keeps the advice with it.
+    """
+    # Without memory there is nothing to advise: a compiled or fake tensor's size may not even be a number
+    if _madvise is None or torch.compiler.is_compiling() or type(new) is not Tensor:
         return new
-    if torch.compiler.is_compiling() or type(new) is not Tensor:  # such as a fake one, which has no memory
+    if new.nbytes < _LARGE or new.device.type != "cpu":
         return new
     begin = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (new.data_ptr() + new.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

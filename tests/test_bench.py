@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_rows import of_bfloat16, ok, rows_of_a_run
 
 from fastguide import cli
 from fastguide.bench import accuracy, contenders, loops, methods, report, results, run, steps, targets, workloads
@@ -61,91 +62,13 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     assert "seconds" not in rows["fastguide"]
     assert rows["diffusers"] | {"status": "not run"} == rows["diffusers"]
     assert rows["diffusers"]["reason"] == "ZeroDivisionError: division by zero"
+    assert rows["diffusers"]["raised"]
     assert rows["torch eager"]["status"] == "ok"
     assert rows["torch eager"]["share_of_copy"] == pytest.approx(
         rows["copy_ of the same bytes"]["seconds"] / rows["torch eager"]["seconds"]
     )
     assert "wrong" in report.terminal(list(rows.values()), colour=False)
     assert report._RED in report.terminal(list(rows.values()), colour=True)
-
-
-def ok(workload, contender, seconds, suite="steps"):
-    return {
-        "suite": suite, "workload": workload, "contender": contender, "status": "ok", "seconds": seconds,
-        "p10": seconds, "p90": seconds, "share_of_copy": 0.5, "bytes": 8, "bytes_per_second": 1.0, "adds_noise": False,
-    }  # fmt: skip
-
-
-def of_bfloat16(contender, error):
-    kind = {"suite": "accuracy", "solver": "ddim", "dtype": "bfloat16"}
-    return {**kind, "contender": contender, "status": "ok", "error": error, "seconds": 1e-5}
-
-
-def rows_of_a_run(ours=1.0):
-    large, small = targets._LARGE, targets._SMALL
-    return [
-        ok(large, "fastguide out=", 1.1 * ours),
-        ok(large, "copy_ of the same bytes", 1.0),
-        ok(large, "torch.compile out=", 1.1),
-        ok(large, "fastguide", 1.1 * ours),
-        ok(large, "torch.compile", 1.1),
-        ok(large, "torch.compile max-autotune", 1.2),
-        ok(small, "fastguide out=", 0.1),
-        ok(small, "torch.compile out=", 0.3),
-        ok(small, "fastguide", 0.1 * ours),
-        ok(small, "torch.compile", 0.4),
-        ok(small, "fastguide's scheduler", 0.1),
-        ok(small, "diffusers", 1.0),
-        ok("an idle model, DDIM", "Sampler, host time a step", 1e-5, "loops"),
-        of_bfloat16("fastguide", 1.0),
-        of_bfloat16("diffusers", 6.0),
-    ]
-
-
-def test_targets_are_met_missed_or_said_to_be_missing():
-    judged = targets.judged(rows_of_a_run(), "cpu")
-    assert [row["status"] for row in judged] == ["met", "met", "met", "met", "missed", "not run", "met", "met"]
-    worse = targets.judged(rows_of_a_run(2.0), "cpu")
-    assert [row["status"] for row in worse] == [*["missed"] * 5, "not run", "met", "met"]
-    assert all(row["status"] == "not run" and row["reason"] for row in targets.judged([], "cpu"))
-    assert len(targets.judged([], "cuda")) == len(judged) + 4
-    text = report.terminal([*rows_of_a_run(2.0), *worse], colour=False)
-    assert text.count("missed") == 5
-    reasons = {row["target"].partition(":")[0]: row["reason"] for row in worse if row["status"] == "missed"}
-    assert reasons["a small step"].startswith("what is left are checks")
-    assert reasons["a large step into out=, over copy_ of the same bytes"] == "unexplained"
-    far = [row for row in targets.judged(rows_of_a_run(9.0), "cpu") if row["status"] == "missed"]
-    assert {row["reason"] for row in far if "scheduler" not in row["target"]} == {"unexplained"}
-
-
-LARGE_COMPILED = (targets._LARGE, "torch.compile")
-
-
-def test_a_row_that_is_missing_hides_no_miss():
-    """Of what is compared on every workload, and with the fastest that torch.compile has."""
-    (new,) = [r for r in targets.judged(rows_of_a_run(1.1), "cpu") if r["target"].startswith("a step into a new")]
-    assert new["status"] == "missed"
-    for status, expected in (("not run", "not run"), ("wrong", "missed")):
-        for contender in ("fastguide", "torch.compile"):
-            rows = [
-                row | {"status": status, "reason": "why"}
-                if (row.get("workload"), row.get("contender")) == (targets._LARGE, contender)
-                else row
-                for row in rows_of_a_run(1.1)
-                if row.get("contender") != "torch.compile max-autotune"
-            ]
-            (new,) = [r for r in targets.judged(rows, "cpu") if r["target"].startswith("a step into a new")]
-            assert new["status"] == (expected if contender == "fastguide" else "not run")
-    elsewhere = [row for row in rows_of_a_run() if (row.get("workload"), row.get("contender")) != LARGE_COMPILED]
-    slow = [*elsewhere, ok("w", "fastguide", 9.0), ok("w", "torch.compile", 1.0)]
-    (new,) = [r for r in targets.judged(slow, "cpu") if r["target"].startswith("a step into a new")]
-    assert (new["status"], new["measured"]) == ("missed", 9.0)
-    broken = [*elsewhere, ok("w", "fastguide", 9.0) | {"status": "wrong", "reason": "why"}]
-    (new,) = [r for r in targets.judged(broken, "cpu") if r["target"].startswith("a step into a new")]
-    assert (new["status"], new["reason"]) == ("missed", "fastguide is wrong: why")
-    faster = [*rows_of_a_run(), ok(targets._SMALL, "torch.compile max-autotune out=", 0.05)]
-    (step,) = [r for r in targets.judged(faster, "cpu") if r["target"].startswith("a step into out=")]
-    assert (step["status"], step["measured"]) == ("missed", pytest.approx(2.0))
 
 
 def test_what_raises_late_costs_its_own_row_alone(monkeypatch, tmp_path):
@@ -292,7 +215,12 @@ def test_a_disturbed_run_says_so():
     copy = ok("w", "copy_ of the same bytes", 1e-5)
     assert results.disturbed([copy, copy | {"p10": 1e-5, "p90": 2e-5}], 0.05) == []
     (row,) = results.disturbed([copy, copy | {"p10": 1e-5, "p90": 8e-3}], None)
-    assert row["reason"].startswith("copy_ of the same bytes took 10 to 8000 us: the machine was busy")
+    assert row["reason"].startswith("copy_ took 10 to 8000 us: the machine was busy")
+    other = copy | {"workload": "another", "seconds": 1.4e-5, "p90": 1.4e-5}
+    assert results.disturbed([copy, other | {"bytes": 9}], None) == []
+    (row,) = results.disturbed([copy, other], None)
+    assert (row["workload"], row["status"]) == ("another", "disturbed")
+    assert "took 14 us here, of as many bytes elsewhere 10" in row["reason"]
     assert report._RED in report.terminal([row], colour=True)
 
 
@@ -301,7 +229,7 @@ def test_neighbours_that_are_always_there_are_said(monkeypatch):
     monkeypatch.setattr(results, "_ticks", lambda: next(ticks))
     assert [results.busy(0.0) for _ in range(3)] == [pytest.approx(0.6), None, None]
     (row,) = results.disturbed([], 0.6)
-    assert row["reason"].startswith("others used 60% of the processors before")
+    assert row["reason"].startswith("others used 60% of the processors")
     assert report._RED in report.terminal([row], colour=True)
 
 

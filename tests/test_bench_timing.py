@@ -195,36 +195,45 @@ def test_a_graph_has_no_launches(gpu):
 
 def test_what_comes_before_a_call_is_not_timed(clock):
     """And not before the warm-ups, nor on a GPU, whose cache is overwritten in another way."""
-    before = clock.call("before", 1.0)
-    found = timing.in_turns({"a": clock.call("a", 0.25), "b": clock.call("b", 0.5)}, 0.0, CPU, before=before)
-    assert found.times["a"].median == 0.25
-    assert found.times["b"].median == 0.5
-    measured = clock.log[clock.log.index("before") :]
-    assert len(measured) == 4 * 5
-    assert set(measured[::2]) == {"before"}
-    assert set(measured[1::2]) == {"a", "b"}
+    calls = {"a": clock.call("a", 0.0625), "b": clock.call("b", 0.03125)}
+    prepare = clock.call("prepare", 1.0)
+    asked = []
+
+    def before(call):
+        asked.append(next(name for name in calls if calls[name] is call))
+        prepare()
+
+    found = timing.in_turns(calls, 0.0, CPU, before=before)
+    assert found.times["a"].median == 0.0625
+    assert found.times["b"].median == 0.03125
+    measured = clock.log[clock.log.index("prepare") :]
+    assert len(measured) == 4 * 9
+    assert set(measured[::2]) == {"prepare"}
+    assert measured[1::2] == asked
 
 
 def test_a_gpu_is_given_nothing_to_do_before(gpu):
-    timing.in_turns({"step": gpu.call("step", 50e-6, 3e-6)}, 1e-3, GPU, before=lambda: 1 / 0)
+    timing.in_turns({"step": gpu.call("step", 50e-6, 3e-6)}, 1e-3, GPU, before=lambda call: 1 / 0)
 
 
 @pytest.mark.parametrize(
-    ("step", "output", "overwritten", "trimmed"),
+    ("step", "output", "filled", "trimmed"),
     [
         (2**20, 2**18, 2 * 2 * 2**21, False),  # twice the second level of two threads
         (2**22, 2**20, 3 * 2**24, False),  # one and a half of a last level of 32 MB
         (2**28, 2**25, 3 * 2**24, True),
     ],
 )
-def test_caches_and_freed_memory_before_a_step(monkeypatch, step, output, overwritten, trimmed):
+def test_caches_and_freed_memory_before_a_step(monkeypatch, step, output, filled, trimmed):
     log = []
+    buffer = torch.ones(1)
     monkeypatch.setattr(caches.torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(caches, "last_level", lambda: 2**25)
-    monkeypatch.setattr(caches, "_buffer", lambda size: log.append(size) or torch.zeros(1))
+    monkeypatch.setattr(caches, "_buffer", lambda size: log.append(size) or buffer)
     monkeypatch.setattr(caches, "_malloc_trim", lambda keep: log.append(f"keep {keep}"))
-    caches.between(step, output)()
-    assert log == [overwritten, *["keep 0"] * trimmed]
+    caches.between(step, output)(lambda: log.append("the call"))
+    assert log == [filled, *["keep 0", "the call"] * trimmed]
+    assert buffer == 1  # what is written would have to leave the caches while the step is timed
 
 
 def test_freed_memory_is_given_back():
@@ -233,12 +242,12 @@ def test_freed_memory_is_given_back():
     if caches._malloc_trim is None or not status.exists():
         pytest.skip("this system has no malloc_trim")
     before = caches.between(2**20, 2**25)
-    before()
+    before(lambda: None)
     tensors = [torch.ones(2**16) for _ in range(256)]  # 64 MB in pieces that the allocator does not map one by one
     last = torch.ones(2**14)
     there = int(status.read_text().split()[1])
     del tensors
-    before()
+    before(lambda: None)
     assert int(status.read_text().split()[1]) * 4096 < there * 4096 - 2**25
     assert last.sum() == 2**14
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import subprocess
@@ -11,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastguide import ClassifierFree, NoiseSchedule, Sampler, ddim, ddpm, guided_step, memory
 
-pytestmark = pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no transparent huge pages"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no transparent huge pages"
+    ),
+    pytest.mark.skipif(os.environ.get("THP_MEM_ALLOC_ENABLE") == "1", reason="torch asks for huge pages itself"),
+]
 LARGE = (1, memory._LARGE // 4 + 3)  # float32: just above the bound, and no whole number of pages
 
 
@@ -42,11 +47,21 @@ def test_new_output_and_predicted_original(generator):
     assert not asked(x)  # the caller's memory is none of ours
 
 
-def test_noise_of_a_step_in_place(generator):
+@pytest.fixture
+def sizes(monkeypatch):
+    """Bytes of what huge pages are asked for."""
+    found = []
+    monkeypatch.setattr(memory, "_madvise", lambda begin, size, advice: found.append(size.value))
+    return found
+
+
+def test_noise_of_a_step_in_place(sizes):
     """Drawn into new memory, with the values of torch.randn."""
     x, drawing = torch.zeros(LARGE), torch.Generator().manual_seed(1)
     table = ddpm(NoiseSchedule.linear(), 3)
     guided_step(table, 1, x, x, generator=drawing, out=x)
+    assert len(sizes) == 1
+    assert 0 <= x.nbytes - sizes[0] < 2 * mmap.PAGESIZE
     other = torch.Generator().manual_seed(1)
     expected = guided_step(table, 1, torch.zeros(LARGE), torch.zeros(LARGE), noise=torch.randn(LARGE, generator=other))
     assert torch.equal(x, expected)
@@ -58,6 +73,24 @@ def test_buffers_of_a_sampler():
     sampler(torch.zeros(LARGE))
     (kept,) = sampler._loops.values()
     assert asked(kept.loop.sample)
+
+
+def test_every_buffer_of_a_sampler(sizes):
+    """State, doubled input of the model's dtype, and noise."""
+    sampler = Sampler(lambda x, t, y: x, ddpm(NoiseSchedule.linear(), 2), ClassifierFree(2.0), dtype=torch.bfloat16)
+    y = torch.zeros(1)
+    sampler(torch.zeros(LARGE), cond=y, uncond=y, generator=torch.Generator().manual_seed(0))
+    assert len([size for size in sizes if size > memory._LARGE - 2 * mmap.PAGESIZE]) == 3
+
+
+def test_output_of_a_scheduler_whose_model_has_another_dtype(sizes):
+    ours = pytest.importorskip("fastguide.diffusers")
+    scheduler = ours.DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(2)
+    x = torch.zeros(LARGE, dtype=torch.bfloat16)
+    result = scheduler.step(x.float(), scheduler.timesteps[0], x).prev_sample
+    assert result.dtype == torch.float32
+    assert len(sizes) == 1
 
 
 def test_sliced_sample(generator):
@@ -79,11 +112,22 @@ def test_what_is_no_memory_of_this_process():
     assert memory.empty_like(torch.empty(LARGE, device="meta")).is_meta
 
 
-def test_compiled_step():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_step_of_several_shapes(dynamic):
+    """Whose sizes are no numbers while it is traced."""
     table = ddim(NoiseSchedule.linear(), 3)
-    x = torch.ones(LARGE)
-    compiled = torch.compile(lambda x: guided_step(table, 1, x, x), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(x), guided_step(table, 1, x, x))
+    compiled = torch.compile(lambda x: guided_step(table, 1, x, x), fullgraph=True, backend="eager", dynamic=dynamic)
+    for shape in ((2, 64), (3, 64), (5, 32), LARGE):
+        x = torch.ones(shape)
+        assert torch.equal(compiled(x), guided_step(table, 1, x, x))
+
+
+def test_traced_step_of_symbolic_shape():
+    table = ddim(NoiseSchedule.linear(), 3)
+    trace = make_fx(lambda x: guided_step(table, 1, x, x), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    traced = trace(torch.ones(2, 64))
+    x = torch.ones(3, 64)
+    assert torch.equal(traced(x), guided_step(table, 1, x, x))
 
 
 def test_user_who_wants_none():

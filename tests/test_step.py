@@ -142,6 +142,29 @@ def test_a_model_of_16_bits_and_nothing_else_to_do(backend, dtype, state, shape,
         assert_accurate("ddim clipped", table, 3, inputs, None, result, original, state or dtype)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("state", [None, torch.float32], ids=["state as the model", "state in float32"])
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_a_model_of_16_bits_writes_where_it_reads(backend, dtype, state, count, generator):
+    """Into an input element for element, and nowhere else; no sample sees another's infinities."""
+    table = TABLES["ddim"]
+    inputs = make_inputs(table, (2, 7, 107), generator, count=count, dtype=dtype, sample_dtype=state or dtype)
+    inputs.predictions[-1][0, 3, 40] = torch.inf
+    inputs.sample[1, 0, 5] = torch.nan
+    guidance = make_guidance(count, None)
+    expected = fastguide.guided_step(table, 3, inputs.sample, inputs.predictions, guidance, backend=backend)
+    assert (~expected.isfinite()).nonzero().tolist() == [[0, 3, 40], [1, 0, 5]]
+    places = [inputs.sample] if state is not None else [inputs.sample, *inputs.predictions]
+    for place in range(len(places)):
+        copies = [tensor.clone() for tensor in (inputs.sample, *inputs.predictions)]
+        around = torch.full((2, 9, 107), 7.0, dtype=expected.dtype)
+        around[:, 1:-1] = copies[place]
+        copies[place] = around[:, 1:-1]
+        fastguide.guided_step(table, 3, copies[0], copies[1:], guidance, out=copies[place], backend=backend)
+        assert torch.equal(around[:, 1:-1].nan_to_num(9.0), expected.nan_to_num(9.0))
+        assert (around[:, [0, -1]] == 7).all()
+
+
 def test_bfloat16_output_is_the_rounded_float32_result(backend, generator):
     """One rounding, at the end: what a float32 output holds, rounded, is the bfloat16 output to the bit."""
     table = TABLES["ddpm"]

@@ -111,7 +111,7 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
     if found:
         body = [
             (r["status"], [r["target"], r["expected"], f"{r['measured']:.3g}" if "measured" in r else "", r["status"],
-                           r.get("reason", "")])
+                           "; ".join(r[key] for key in ("slowest", "reason") if key in r)])
             for r in found
         ]  # fmt: skip
         yield Table("Targets", ["", "expected", "measured", "", ""], body)

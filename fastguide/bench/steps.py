@@ -41,14 +41,14 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> Iterato
             yield row | {"status": "not run", "reason": str(reason)}
             continue
         except Exception as error:  # said, and the others are timed; one of ours fails the run
-            yield row | {"status": "failed" if is_ours(name) else "not run", "reason": said(error)}
+            yield row | failed(name, error)
             continue
         calls[name] = call
     before = between(inputs.bytes, inputs.sample.nbytes)
     times, failures = in_turns(calls, seconds, device, before=before)
     for name, failure in failures.items():
         row = {"suite": "steps", "workload": workload.title, "contender": name}
-        yield row | {"status": "failed" if is_ours(name) else "not run", "reason": said(failure)}
+        yield row | failed(name, failure)
     copy = times.get("copy_ of the same bytes")
     if device.type == "cuda" and inputs.bytes < _SMALL_BYTES:
         yield from _graphed(inputs, {name: calls[name] for name in _GRAPHED if name in calls})
@@ -68,6 +68,11 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> Iterato
         }
 
 
+def failed(contender: str, error: Exception) -> Row:
+    """What raised: a failure of the run if it is ours; of a rival the reason, and that it should have run."""
+    return {"status": "failed" if is_ours(contender) else "not run", "reason": said(error), "raised": True}
+
+
 def _graphed(inputs: Inputs, calls: dict[str, Callable[[], Any]]) -> Iterator[Row]:
     """The calls again in a CUDA graph; torch's generator is left out, whose noise is no part of the kernel there."""
     for name, call in calls.items():
@@ -78,7 +83,7 @@ def _graphed(inputs: Inputs, calls: dict[str, Callable[[], Any]]) -> Iterator[Ro
         try:
             seconds = in_a_graph(call, 50)
         except Exception as error:
-            yield row | {"status": "failed" if is_ours(contender) else "not run", "reason": said(error)}
+            yield row | failed(contender, error)
             continue
         yield row | {"status": "ok", "seconds": seconds, "bytes": inputs.bytes, "adds_noise": inputs.noisy}
 

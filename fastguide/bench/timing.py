@@ -55,12 +55,12 @@ def in_turns(
     device: torch.device,
     *,
     wall: bool = False,
-    before: Callable[[], None] | None = None,
+    before: Callable[[Call], None] | None = None,
 ) -> Timed:
     """Each call again and again, in turns of changing order, for so long altogether; slow ones leave the turns early.
 
     With ``wall`` by the clock, also on a GPU, until the device is done: whole loops, of which the host is a part.
-    ``before`` comes ahead of each call that is timed on the CPU; on a GPU its cache is overwritten.
+    ``before`` is given each call ahead of its being timed on the CPU; on a GPU the cache is overwritten.
     """
     failures: dict[str, Exception] = {}
     events = device.type == "cuda" and not wall
@@ -81,7 +81,7 @@ def in_turns(
     def measure(name: str) -> None:
         call = calls[name]
         if before is not None and device.type == "cpu":
-            before()
+            before(call)
         times[name].append(_on_gpu(call, hosts[name]) if events else _by_the_clock(call, device))
 
     for name in calls:

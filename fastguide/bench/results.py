@@ -26,7 +26,7 @@ _BASELINES = ("diffusers", "torch eager")
 COMPARED = ("steps", "loops", "accuracy")
 _IDLE = 0.15  # the share of the processors that a waiting system may use
 _STEADY = 2.5  # the slowest tenth of copy_ over its fastest: up to 2.4 was seen where nobody else ran
-_SAME = 1.3  # one copy_ over another of as many bytes
+_SAME, _WAITING = 1.3, 1e7  # one copy_ over another of as many bytes, if they are so many that it waits for the memory
 _WORSE = 1.25  # a ratio that grew by more is called a regression: shared machines are noisy
 
 
@@ -191,7 +191,7 @@ def disturbed(rows: Sequence[dict[str, Any]], busy_before: float | None) -> list
     if worst is not None and worst["p90"] > _STEADY * worst["p10"]:
         low, high = (1e6 * worst[which] for which in ("p10", "p90"))
         add(worst["workload"], f"copy_ took {low:.0f} to {high:.0f} us: the machine was busy, measure again")
-    for size in dict.fromkeys(row["bytes"] for row in copies):
+    for size in dict.fromkeys(row["bytes"] for row in copies if row["bytes"] > _WAITING):
         alike = sorted((row for row in copies if row["bytes"] == size), key=lambda row: float(row["seconds"]))
         low, high = (1e6 * row["seconds"] for row in (alike[0], alike[-1]))
         if high > _SAME * low:

@@ -20,7 +20,7 @@ _WHY: dict[str, tuple[Callable[[float], bool], str]] = {
     # What is known of targets that are missed on the CPU, as long as they are missed by no more than was looked into
     "a small step:": (lambda v: v > 1.25, "what is left are checks and the dispatcher, whose code a model has evicted"),
     "a small DDIM step through": (lambda v: v > 1.5, "so many times less is about what copy_ takes"),
-    "a small DDPM step through": (lambda v: v < 70, "what is left is Python's, whose code a model has evicted"),
+    "a small DDPM step through": (lambda v: v < 80, "what is left is Python's, whose code a model has evicted"),
     "50 DDIM steps": (lambda v: v > 3, "what is left is the rounding of the model's own output"),
 }
 _WAITING = 1e8  # bytes of a step that waits for the memory, where two runs differ by some percent

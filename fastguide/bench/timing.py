@@ -108,7 +108,7 @@ def _fewest(call: Call, device: torch.device) -> int:
     call()
     last = _by_the_clock(call, device)
     if last > _SLOW:
-        return 5 if last < _SLOWEST else 2
+        return 3 if last < _SLOWEST else 2
     for _ in range(_WARM_UPS - 2):
         call()
     return _FEWEST

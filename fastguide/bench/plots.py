@@ -70,7 +70,7 @@ def _speed_up(rows: Sequence[Row]) -> Figure:
     axes.set_ylim(len(by) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.set_xlabel("times slower than fastguide")
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=7)
     return figure
 
 

@@ -38,21 +38,29 @@ def asked(tensor: torch.Tensor) -> bool:
     raise AssertionError("no mapping holds the tensor")
 
 
-def test_new_output_and_predicted_original(generator):
-    table = ddim(NoiseSchedule.linear(), 3)
-    x = torch.randn(LARGE, generator=generator)
-    result, original = guided_step(table, 1, x, [x, x], ClassifierFree(2.0), return_original=True)
-    assert asked(result)
-    assert asked(original)
-    assert not asked(x)  # the caller's memory is none of ours
-
-
 @pytest.fixture
 def sizes(monkeypatch):
     """Bytes of what huge pages are asked for."""
     found = []
     monkeypatch.setattr(memory, "_madvise", lambda begin, size, advice: found.append(size.value))
     return found
+
+
+def test_new_output_and_predicted_original(generator):
+    table = ddim(NoiseSchedule.linear(), 3)
+    x = torch.randn(LARGE, generator=generator)
+    result, original = guided_step(table, 1, x, [x, x], ClassifierFree(2.0), return_original=True)
+    assert asked(result)
+    assert asked(original)
+
+
+def test_nothing_but_what_is_written_anew(sizes):
+    table = ddim(NoiseSchedule.linear(), 3)
+    x = torch.zeros(LARGE)
+    guided_step(table, 1, x, x, out=x)
+    assert sizes == []
+    guided_step(table, 1, x, x)
+    assert len(sizes) == 1
 
 
 def test_noise_of_a_step_in_place(sizes):
@@ -101,9 +109,11 @@ def test_sliced_sample(generator):
     assert asked(new)
 
 
-def test_small_output_is_left_alone():
-    x = torch.zeros(1, memory._LARGE // 4 - 64)
-    assert not asked(memory.empty_like(x))
+def test_small_output_is_left_alone(sizes):
+    memory.empty_like(torch.zeros(1, memory._LARGE // 4 - 64))
+    assert sizes == []
+    memory.empty_like(torch.zeros(1, memory._LARGE // 4))
+    assert len(sizes) == 1
 
 
 def test_what_is_no_memory_of_this_process():
@@ -139,4 +149,4 @@ def test_user_who_wants_none():
 
 def test_system_without_huge_pages(monkeypatch):
     monkeypatch.setattr(memory, "_madvise", None)
-    assert not asked(memory.empty_like(torch.empty(LARGE)))
+    assert memory.empty_like(torch.empty(LARGE)).shape == LARGE

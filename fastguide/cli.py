@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: %(default)s)")
     demo.add_argument("--backend", choices=tuple(BACKENDS), help="default: the best for the CPU")
     bench = commands.add_parser("bench", help="time it beside others on this machine: two minutes, and a report")
-    bench.add_argument("--full", action="store_true", help="every shape, dtype, solver and guidance: ten minutes")
+    bench.add_argument("--full", action="store_true", help="every shape, dtype, solver and guidance: eight minutes")
     bench.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     bench.add_argument("--only", nargs="+", metavar="SUITE", default=[], help="steps, loops, accuracy, growth, methods")
     bench.add_argument("--workload", nargs="+", metavar="NAME", default=[], help="steps and loops whose names begin so")

@@ -226,6 +226,26 @@ def test_a_disturbed_run_says_so():
     assert report._RED in report.terminal([row], colour=True)
 
 
+def test_a_busy_machine_meets_no_target_and_changes_no_ratio():
+    """But what was missed, and what is wrong, stays so."""
+    (busy,) = results.disturbed([], 0.6)
+    target = {"suite": "targets", "target": "t", "expected": ">= 1", "measured": 2.0}
+    compared = {"suite": "compared", "workload": "w", "contender": "fastguide"}
+    rows = [
+        target | {"status": "met"},
+        target | {"status": "missed", "reason": "why"},
+        *(compared | {"then": 1.0, "now": 2.0, "status": status} for status in ("worse", "better", "alike")),
+        compared | {"status": "worse", "reason": "wrong now"},
+    ]
+    statuses = [row["status"] for row in rows]
+    assert results.doubted(rows, []) == rows
+    then = results.doubted(rows, [busy])
+    assert [row["status"] for row in then] == [*statuses[:2], "unsure", "unsure", *statuses[4:]]
+    now = results.doubted([*rows, busy], [])
+    assert [row["status"] for row in now[:-1]] == ["unsure", "missed", "unsure", "unsure", "alike", "worse"]
+    assert "unsure" in report.terminal(now, colour=False)
+
+
 def test_neighbours_that_are_always_there_are_said(monkeypatch):
     ticks = iter([(1000, 600), (1100, 640), (7, 7), (7, 7), None, None])
     monkeypatch.setattr(results, "_ticks", lambda: next(ticks))
@@ -345,6 +365,8 @@ def test_loops_agree_with_diffusers_before_they_are_timed(kind):
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workloads, "quick", lambda: [SMALL])
     monkeypatch.setattr(steps, "CONTENDERS", {"fastguide": contenders.fastguide, "torch eager": contenders.torch_eager})
+    monkeypatch.setattr(results, "busy", lambda: 0.0)  # whatever else this machine does
+    monkeypatch.setattr(results, "_STEADY", 1e9)
     monkeypatch.chdir(tmp_path)
     arguments = ["bench", "--device", "cpu", "--only", "steps", "--json", "one.json"]
     assert cli.main(arguments) == 0

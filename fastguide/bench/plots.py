@@ -130,7 +130,7 @@ def _loops(rows: Sequence[Row]) -> Figure:
         axes.set_title(kind, fontsize=9)
         axes.set_xlabel("steps")
         axes.set_ylabel("ms of a loop")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(y for points in contenders.values() for _, y in points))
         axes.set_xlim(left=0)
     figure.axes[0].legend(fontsize=7)
     return figure
@@ -147,7 +147,7 @@ def _growth(rows: Sequence[Row]) -> Figure:
         axes.set_title(f"R^2 = {r['r_squared']:.4f}", fontsize=9)
         axes.set_xlabel(r["against"])
         axes.set_ylabel("us")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1e6 * max(seconds))
     figure.axes[0].legend(fontsize=7)
     return figure
 
@@ -172,7 +172,7 @@ def _methods(rows: Sequence[Row]) -> Figure:
                 axes.annotate(f"scale {r['scale']:g}", point, fontsize=7, xytext=(4, 3), textcoords="offset points")
         else:
             axes.set_xscale("log")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * factor * max((r[up] for r in of), default=1.0))
         axes.set_xlabel(f"model's {across}" if across == "parameters" else across)
         axes.set_ylabel(label)
         axes.legend(fontsize=7)

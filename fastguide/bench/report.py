@@ -14,7 +14,7 @@ from .plots import plots
 Row = dict[str, Any]
 
 _RED, _GREEN, _PLAIN = "\033[31m", "\033[32m", "\033[0m"
-_BAD = ("missed", "wrong", "worse", "failed", "disturbed")
+_BAD = ("missed", "wrong", "worse", "failed", "disturbed", "interrupted", "unsure")
 
 
 class Table(NamedTuple):
@@ -90,7 +90,8 @@ def tables(rows: Sequence[Row]) -> Iterable[Table]:
         yield Table("Both guidance methods", ["", ""], [(status, [status, reason]) for status, reason in reasons])
     found = [r for r in rows if r["suite"] == "the suite"]
     if found:
-        yield Table("What went wrong", ["", ""], [(r["status"], [r["workload"], r["reason"]]) for r in found])
+        body = [(r["status"], [r["workload"], r["status"], r["reason"]]) for r in found]
+        yield Table("What to know of this run", ["", "", ""], body)
     found = [r for r in rows if r["suite"] == "compared"]
     if found:
         body = [

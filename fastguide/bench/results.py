@@ -181,23 +181,41 @@ def disturbed(rows: Sequence[dict[str, Any]], busy_before: float | None) -> list
     """Rows that say so, if others were at work before, or the same copy took now this long, now that."""
     found = []
 
-    def add(workload: str, reason: str) -> None:
-        found.append({"suite": "the suite", "workload": workload, "status": "disturbed", "reason": reason})
+    def add(workload: str, reason: str, busy: bool) -> None:
+        row = {"suite": "the suite", "workload": workload, "status": "disturbed", "reason": reason, "busy": busy}
+        found.append(row)
 
     if busy_before is not None and busy_before > _IDLE:
-        add("before", f"others used {busy_before:.0%} of the processors: measure again when the machine is idle")
+        add("before", f"others used {busy_before:.0%} of the processors: measure again when the machine is idle", True)
     copies = [row for row in rows if row.get("contender") == "copy_ of the same bytes" and "p10" in row]
-    worst = max(copies, key=lambda row: row["p90"] / row["p10"], default=None)
-    if worst is not None and worst["p90"] > _STEADY * worst["p10"]:
-        low, high = (1e6 * worst[which] for which in ("p10", "p90"))
-        add(worst["workload"], f"copy_ took {low:.0f} to {high:.0f} us: the machine was busy, measure again")
+    for row in copies:
+        if row["p90"] > _STEADY * row["p10"]:
+            low, high = (1e6 * row[which] for which in ("p10", "p90"))
+            add(row["workload"], f"copy_ took {low:.0f} to {high:.0f} us: the machine was busy, measure again", True)
     for size in dict.fromkeys(row["bytes"] for row in copies if row["bytes"] > _WAITING):
         alike = sorted((row for row in copies if row["bytes"] == size), key=lambda row: float(row["seconds"]))
         low, high = (1e6 * row["seconds"] for row in (alike[0], alike[-1]))
         if high > _SAME * low:
             here, elsewhere = f"copy_ took {high:.0f} us here", f"of as many bytes elsewhere {low:.0f}"
             reason = f"{here}, {elsewhere}: compare within a table alone"
-            add(alike[-1]["workload"], reason)
+            add(alike[-1]["workload"], reason, False)
+    return found
+
+
+def doubted(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Targets and comparisons as they are, or, where the machine was busy now or then, without what that may have done.
+
+    What was met is not claimed then, and nothing is called better or worse by its time; what was missed stays missed,
+    and what is wrong or failed stays worse.
+    """
+    now, then = (any(row.get("busy") for row in run) for run in (rows, before))
+    found = []
+    for row in rows:
+        met = row["suite"] == "targets" and row["status"] == "met"
+        differs = row["suite"] == "compared" and row["status"] in ("better", "worse") and "now" in row
+        if (met and now) or (differs and (now or then)):
+            row = row | {"status": "unsure", "reason": "the machine was busy"}
+        found.append(row)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,10 +47,16 @@ def run(
     except KeyboardInterrupt:
         say("interrupted: what follows is what was measured")
         interrupted = True
+        reason = "the tables and targets are of what was measured until then"
+        rows.append({"suite": "the suite", "workload": "the run", "status": "interrupted", "reason": reason})
+    if importlib.util.find_spec("matplotlib") is None:
+        reason = "matplotlib is not installed"
+        rows.append({"suite": "the suite", "workload": "plots", "status": "not run", "reason": reason})
     if before is not None:
         rows.extend(results.compared(rows, before["rows"]))
     rows.extend(results.disturbed(rows, busy))
     rows.extend(targets.judged(rows, device.type))
+    rows = results.doubted(rows, [] if before is None else before["rows"])
     seconds = time.perf_counter() - begin
     return {"machine": machine, "seconds": seconds, "interrupted": interrupted, "rows": rows}
 

@@ -218,39 +218,39 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
     lines = [
         "ninja_required_version = 1.5",
         "cxx = " + compiler.replace("$", "$$"),
-        f"flags = {FLAGS}",
+        f"flags = {FLAGS} -I{quote(source)}",
         "rule compile",
         "  command = $cxx $flags $extra -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = $cxx -shared $in -o $out -L{quote(torch_root / 'lib')} $libraries",
-        f"build bind.o: compile {escape(source / 'bind.cpp')}",
+        f"build operator.o: compile {escape(source / 'binding' / 'operator.cpp')}",
         f"  extra = -DTORCH_TARGET_VERSION={target} -isystem {quote(torch_root / 'include')} "
         f"-ffile-prefix-map={quote(source)}=csrc "  # error messages name files; not where they were built
         f"'-DFASTGUIDE_CUDA_CODE=\"{said}\"'" + (" -DFASTGUIDE_CUDA" if nvcc else ""),
     ]
-    objects = ["bind.o"]
+    objects = ["operator.o"]
     for name, flags in INSTRUCTION_SETS.items():
-        # The portable noise stream is the same everywhere only if nothing is contracted: csrc/philox.h.
+        # The portable noise stream is the same everywhere only if nothing is contracted: csrc/maths/philox.h.
         for file, more in (("step", ""), ("noise", "-ffp-contract=off")):
             objects.append(f"{file}_{name}.o")
             lines += [
-                f"build {file}_{name}.o: compile {escape(source / f'{file}_cpu.cpp')}",
+                f"build {file}_{name}.o: compile {escape(source / 'kernels' / 'cpu' / f'{file}.cpp')}",
                 f"  extra = -DFASTGUIDE_ISA={name} {flags} {more}",
             ]
     libraries = f"{keep}-ltorch"
     if nvcc is not None:
         generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name, _ in architectures]
         generate += [f"-gencode=arch=compute_{name},code=compute_{name}" for name, ptx in architectures if ptx]
-        objects.append("step_cuda.o")
+        objects.append("step_gpu.o")
         lines += [
             f"nvcc = {quote(nvcc)} -ccbin {quote(program_of(compiler))}",
             "rule compile_cuda",
-            f"  command = $nvcc {CUDA_FLAGS} $extra -MD -MF $out.d -c $in -o $out",
+            f"  command = $nvcc {CUDA_FLAGS} -I{quote(source)} $extra -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            f"build step_cuda.o: compile_cuda {escape(source / 'step_cuda.cu')}",
+            f"build step_gpu.o: compile_cuda {escape(source / 'kernels' / 'gpu' / 'step.cu')}",
             f"  extra = {' '.join([*generate, compression(nvcc)])}",
         ]
         # The runtime is linked in: the library then needs no CUDA to be loaded. Its symbols are kept inside.
@@ -315,8 +315,8 @@ def announce(message: str) -> None:
 
 NATIVE = Extension(
     "fastguide._native",
-    sources=sorted(str(p) for p in Path("csrc").glob("*.c*")),
-    depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
+    sources=sorted(str(p) for p in Path("csrc").rglob("*.c*")),
+    depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
 )
 
 setup(

@@ -10,7 +10,8 @@ import sys
 import torch
 
 import fastguide
-from fastguide.bench.workloads import SCHEDULE
+
+from .workloads import SCHEDULE
 
 SHAPES = [
     (1, 5),

@@ -112,7 +112,7 @@ def machine() -> dict[str, object]:
 
 def measure(write: Callable[[dict[str, object]], None]) -> None:
     """All timings, printed and written as they come."""
-    from .gpu_measure import measure_large, measure_small, measure_torch_generator
+    from .measure.gpu import measure_large, measure_small, measure_torch_generator
 
     times: dict[str, object] = {}
     for name, rows in (("small", measure_small()), ("large", measure_large())):
@@ -214,7 +214,7 @@ def main() -> int:
 
     if not options.no_build:
         write("build", build())
-    from fastguide.ops import BACKENDS  # what has just been built
+    from fastguide.step.operator import BACKENDS  # what has just been built
 
     write("backends missing", {n: BACKENDS[n].status for n in OURS if not BACKENDS[n].serves("cuda")})
     write("tests", test())

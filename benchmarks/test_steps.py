@@ -12,9 +12,9 @@ import os
 import pytest
 import torch
 
-from fastguide.bench.contenders import CEILINGS, CONTENDERS, is_ours, relative_error, tolerance
-from fastguide.bench.timing import Stamp, Times, host_seconds, in_turns, occupy
-from fastguide.bench.workloads import Inputs, NotRunError, full, quick
+from .contenders.registry import CEILINGS, CONTENDERS, is_ours, relative_error, tolerance
+from .measure.timing import Stamp, Times, host_seconds, in_turns, occupy
+from .workloads import Inputs, NotRunError, full, quick
 
 WORKLOADS = {w.title: w for w in (full() if os.environ.get("FASTGUIDE_BENCH") == "full" else quick())}
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

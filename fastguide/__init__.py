@@ -1,20 +1,20 @@
 """Guided diffusion sampling in one fused kernel: guidance is weights, a solver is a table of rows."""
 
-from . import _floor as _floor  # isort: skip
-from . import backends as backends
+from . import _require_torch as _require_torch  # isort: skip
 from ._version import __version__ as __version__
-from .cursor import Cursor
-from .forward import add_noise, convert_prediction, training_target
-from .guidance import Classifier, ClassifierFree, Composed, Guidance
-from .known import Known
-from .noise import DeviceGenerator, portable_noise
-from .ops import guided_step
-from .records import Sampled
-from .sampler import Sampler
-from .schedule import NoiseSchedule
-from .solvers import ddim, ddpm
-from .table import ROW_COLUMNS, StepTable
-from .training import ConditionDropout, classifier_loss, denoising_loss, drop_condition
+from .guidance.weights import Classifier, ClassifierFree, Composed, Guidance
+from .sampling.sampler import Sampler
+from .sampling.trajectory import Sampled
+from .schedules.noise_schedule import NoiseSchedule
+from .solvers._columns import ddim, ddpm
+from .solvers.table import ROW_COLUMNS, StepTable
+from .step import backends as backends
+from .step.cursor import Cursor
+from .step.inpainting import Known
+from .step.noise import DeviceGenerator, portable_noise
+from .step.operator import guided_step
+from .training.forward_process import add_noise, convert_prediction, training_target
+from .training.losses import ConditionDropout, classifier_loss, denoising_loss, drop_condition
 
 __all__ = [
     "ROW_COLUMNS",

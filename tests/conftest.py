@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import device_code
-import on_gpu
 import pytest
 import torch
-import triton_interpreter
+
+from tests.support import device_code, on_gpu, triton_interpreter
 
 triton_interpreter.start()
 
-from fastguide.backends import native  # noqa: E402
-from fastguide.ops import BACKENDS, Backend  # noqa: E402
+from fastguide.step.backends import native  # noqa: E402
+from fastguide.step.operator import BACKENDS, Backend  # noqa: E402
 
 DEVICE_CODE = "cuda on the host"
 ON_GPU = [pytest.param(f"{name} on the gpu", marks=pytest.mark.gpu) for name in ("native", "triton")]

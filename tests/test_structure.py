@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -12,90 +13,31 @@ import pytest
 import torch
 
 import fastguide
-from fastguide import noise
-from fastguide.backends import native
+from fastguide.step import noise
+from fastguide.step.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastguide"
 
-FLOORS = [  # a module imports modules of lower floors only, or of its own floor further left
-    [
-        "_version",
-        "_floor",
-        "schedule",
-        "predictions",
-        "table",
-        "solvers",
-        "guidance",
-        "noise",
-        "reference",
-        "cursor",
-        "known",
-        "memory",
-    ],
-    ["checks", "drawing", "ops"],
-    ["backends.native", "backends.triton_kernel", "backends.triton", "backends"],
-    [
-        "forward",
-        "training",
-        "conditions",
-        "starts",
-        "sources",
-        "graphs",
-        "loop",
-        "stepping",
-        "records",
-        "slots",
-        "sampler",
-    ],
-    [""],  # fastguide/__init__.py
-    [
-        "diffusers.outputs",
-        "diffusers.transitions",
-        "diffusers.deferred",
-        "diffusers.fused",
-        "diffusers.schedulers",
-        "diffusers.pipelines",
-        "diffusers.loops",
-        "diffusers.guiders",
-        "diffusers",
-    ],
-    [
-        "demo",
-        "demo.digits",
-        "demo.models",
-        "demo.weights",
-        "demo.methods",
-        "demo.checks",
-        "demo.report",
-        "demo.run",
-        "bench",
-        "bench.workloads",
-        "bench.formula",
-        "bench.papers",
-        "bench.baselines",
-        "bench.contenders",
-        "bench.timing",
-        "bench.caches",
-        "bench.steps",
-        "bench.loops",
-        "bench.accuracy",
-        "bench.methods",
-        "bench.targets",
-        "bench.results",
-        "bench.plots",
-        "bench.report",
-        "bench.run",
-        "cli",
-        "__main__",
-    ],
+FLOORS = [  # a package imports packages further left only, and has no circle of imports within
+    ["_version"],
+    ["_require_torch"],
+    ["schedules"],
+    ["solvers", "guidance"],
+    ["step"],
+    ["sampling", "training"],
+    ["", "diffusers", "demo", "__main__"],  # "" is fastguide/__init__.py
 ]
-ORDER = [name for floor in FLOORS for name in floor]
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+ABOVE_ITS_OWN = {"__main__": {"demo"}}  # a command shows what there is
 
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -108,16 +50,27 @@ def imported_modules(path: Path) -> set[str]:
         base = package[: len(package) - (node.level - 1)] + (node.module.split(".") if node.module else [])
         for alias in node.names:
             candidate = ".".join([*base, alias.name])
-            found.add(candidate if candidate in ORDER else ".".join(base))
+            found.add(candidate if candidate in MODULES else ".".join(base))
     return found - {module_name(path)}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
-def test_imports_go_down(path):
-    name = module_name(path)
-    assert name in ORDER, f"{path}: which floor is it on?"
-    for imported in imported_modules(path):
-        assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}, which stands above it"
+@pytest.mark.parametrize("name", MODULES)
+def test_packages_import_downward(name):
+    room = name.partition(".")[0]
+    assert room in FLOOR, f"{name}: which floor is it on?"
+    for imported in imported_modules(MODULES[name]):
+        other = imported.partition(".")[0]
+        below = FLOOR[other] < FLOOR[room] or other in ABOVE_ITS_OWN.get(room, ())
+        assert other == room or below, f"{name} imports {imported}, which is no lower"
+
+
+def test_no_circle_within_a_package():
+    graph = {name: imported_modules(path) for name, path in MODULES.items()}
+    graph["step.backends.triton"] -= {"step.backends.triton_kernel"}  # imported at the first step
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        raise AssertionError(f"a circle: {' <- '.join(error.args[1])}") from None
 
 
 def test_the_package_is_imported_relatively():
@@ -126,56 +79,68 @@ def test_the_package_is_imported_relatively():
         assert not re.search(r"^\s*(import fastguide|from fastguide)", code, re.M), path
 
 
-CPP_FLOORS = [  # mathematics, kernels, binding: a file includes files of the lines above it; only bind.cpp knows torch
-    ["inline.h", "arguments.h"],
-    ["step.h", "philox.h", "element.h"],
-    ["vector.h", "convert.h", "cursor.h"],
-    ["step_cpu.h", "step_gpu.h", "step_cuda.h"],
-    ["noise_cpu.cpp", "step_cpu.cpp", "step_cuda.cu"],
-    ["bind.cpp"],
-]
-CPP_FLOOR = {name: height for height, names in enumerate(CPP_FLOORS) for name in names}
+CPP_FLOORS = [
+    "maths",
+    "kernels",
+    "kernels/cpu",
+    "kernels/gpu",
+    "binding",
+]  # files include their own folder and lower ones
+CPP_FILES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda p: p.name)
-def test_cpp_floors(path):
-    text = path.read_text()
+def cpp_folder(path: Path) -> str:
+    return path.parent.relative_to(ROOT / "csrc").as_posix()
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=lambda p: p.relative_to(ROOT / "csrc").as_posix())
+def test_cpp_folders_include_downward(path):
+    text, folder = path.read_text(), cpp_folder(path)
     for included in re.findall(r'#include "([^"]+)"', text):
-        assert CPP_FLOOR[included] < CPP_FLOOR[path.name], f"{path.name} includes {included}"
-    if path.name != "bind.cpp":
+        other = cpp_folder(ROOT / "csrc" / included)
+        assert CPP_FLOORS.index(other) <= CPP_FLOORS.index(folder), f"{path.name} includes {included}"
+        assert (other, folder) != ("kernels/cpu", "kernels/gpu"), f"{path.name} includes {included}"
+    if folder != "binding":
         assert not re.search(r"#include <(torch|ATen|c10)/", text)
 
 
 def test_the_gpu_s_code_is_kept_from_what_it_does_not_need():
     """The kernel's threads compile for the host and the device; only element.h and the .cu file know CUDA."""
-    for name in set(CPP_FLOOR) - {"element.h", "step_cuda.cu"}:
-        assert not re.search(r"#include <cu", (ROOT / "csrc" / name).read_text()), name
+    for path in CPP_FILES:
+        if path.name not in ("element.h", "step.cu"):
+            assert not re.search(r"#include <cu", path.read_text()), path
 
 
 def test_row_columns_are_the_same_in_cpp():
-    enum = re.search(r"enum Column : int \{(.*?)num_columns", (ROOT / "csrc/step.h").read_text(), re.S).group(1)
+    enum = re.search(r"enum Column : int \{(.*?)num_columns", (ROOT / "csrc/maths/step.h").read_text(), re.S).group(1)
     assert tuple(re.findall(r"\w+", enum)) == fastguide.ROW_COLUMNS
 
 
 def test_sources_of_noise_are_the_same_in_python_and_cpp():
-    enum = re.search(r"enum class Noise : int \{(.*?)\};", (ROOT / "csrc/arguments.h").read_text(), re.S).group(1)
+    text = (ROOT / "csrc/kernels/arguments.h").read_text()
+    enum = re.search(r"enum class Noise : int \{(.*?)\};", text, re.S).group(1)
     assert tuple(re.findall(r"^\s*(\w+),", enum, re.M)) == noise.SOURCES
 
 
 def test_no_fast_math_anywhere():
-    for path in [ROOT / "setup.py", *(ROOT / "csrc").iterdir()]:
+    for path in [ROOT / "setup.py", *CPP_FILES]:
         assert not re.search(r"-ffast-math|-Ofast|funsafe-math|use_fast_math", path.read_text()), path
 
 
 def test_every_file_says_its_job_in_its_first_lines():
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         assert ast.get_docstring(ast.parse(path.read_text())), path
-    for path in (ROOT / "csrc").iterdir():
+    for path in CPP_FILES:
         assert path.read_text().startswith("// "), path
 
 
 def test_no_file_is_longer_than_500_lines():
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROOT / "tests").glob("*.py")]:
+    for path in [
+        *PACKAGE.rglob("*.py"),
+        *CPP_FILES,
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+    ]:
         assert len(path.read_text().splitlines()) <= 500, path
 
 
@@ -254,13 +219,13 @@ def test_native_library_exports_no_kernel_symbols():
 def test_every_package_is_installed():
     """An editable install finds them all; a wheel has those that are named."""
     text = (ROOT / "pyproject.toml").read_text()
-    named = re.findall(r'"([^"]+)"', re.search(r"^packages = \[(.*)\]$", text, re.M).group(1))
+    named = re.findall(r'"([^"]+)"', re.search(r"^packages = \[(.*?)^\]$", text, re.M | re.S).group(1))
     there = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
     assert set(named) == there
 
 
 def test_environment_variables_are_in_the_readme():
-    sources = [ROOT / "setup.py", *PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    sources = [ROOT / "setup.py", *PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     read = set()
     for path in sources:
         read |= set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', path.read_text()))

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..guidance import Classifier, ClassifierFree, Guidance
-from ..sampler import Sampler
-from ..schedule import NoiseSchedule
-from ..solvers import ddim, ddpm
-from ..table import StepTable
+from ..guidance.weights import Classifier, ClassifierFree, Guidance
+from ..sampling.sampler import Sampler
+from ..schedules.noise_schedule import NoiseSchedule
+from ..solvers._columns import ddim, ddpm
+from ..solvers.table import StepTable
 from .digits import NUM_CLASSES, SHAPE
 from .models import NULL_CLASS, Denoiser, NoiseAwareClassifier
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import __version__
-from ..ops import BACKENDS, default_backend
-from ..schedule import NoiseSchedule
-from . import checks, digits, report, weights
+from .._version import __version__
+from ..schedules.noise_schedule import NoiseSchedule
+from ..step.operator import BACKENDS, default_backend
+from . import checkpoints as weights
+from . import checks, digits, report
 from .methods import Method, all_methods, labels_to_sample, sample, step_tables
 from .models import NULL_CLASS
 

@@ -8,15 +8,9 @@ except ImportError as error:
     raise ImportError("fastguide.diffusers: expected diffusers: pip install 'diffusers>=0.35'") from error
 
 from . import guiders
-from .loops import as_model, sampler_from_pipeline, step_table
+from .from_pipeline import as_model, sampler_from_pipeline, step_table
 from .pipelines import Acceleration, accelerate, restore
-from .schedulers import (
-    DDIMInverseScheduler,
-    DDIMParallelScheduler,
-    DDIMScheduler,
-    DDPMParallelScheduler,
-    DDPMScheduler,
-)
+from .schedulers import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler
 
 __all__ = [
     "Acceleration",

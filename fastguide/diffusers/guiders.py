@@ -8,7 +8,7 @@ import torch
 from diffusers.guiders import classifier_free_guidance as _diffusers
 from torch import Tensor
 
-from .deferred import Pair, Traced
+from .lazy_guidance import Pair, Traced
 
 
 class ClassifierFreeGuidance(_diffusers.ClassifierFreeGuidance):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import schedulers
-from .deferred import Traced
-from .fused import FusedStep
+from .lazy_guidance import Traced
+from .scheduler_step import FusedStep
 
 _SERVED = {
     getattr(diffusers, cls.__name__): cls

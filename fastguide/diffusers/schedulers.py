@@ -12,10 +12,12 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..table import GradientForm, StepTable
-from . import outputs, transitions
-from .deferred import resolved
-from .fused import FusedStep, Generators, HostAlphas, Scale
+from ..schedules.predictions import GradientForm
+from ..solvers.table import StepTable
+from . import lazy_outputs as outputs
+from . import tables as transitions
+from .lazy_guidance import resolved
+from .scheduler_step import FusedStep, Generators, HostAlphas, Scale
 
 
 class _DDIM(HostAlphas, FusedStep):

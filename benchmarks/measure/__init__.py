@@ -1,0 +1,1 @@
+"""How each thing is measured: steps, loops, accuracy, guidance, and a GPU."""

@@ -1,0 +1,181 @@
+"""Times guided steps on a GPU against ceilings and competitors of the same run: bandwidth, small steps, host time.
+
+GPU times are of CUDA graphs of several steps, between two events: launches cost the host nothing there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import fastguide
+from fastguide.step.operator import BACKENDS
+
+from ..contenders import plain_torch as formula
+from ..workloads import GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP
+from .timing import in_a_graph
+
+LARGE = (64, 4, 512, 512)  # 268 MB of float32: beyond any cache, alone
+SMALL = [(1, 4, 64, 64), (1, 16, 128, 128)]
+NOISES = ("none", "given", "torch", "portable")
+
+
+class GpuStep:
+    """One guided step on the GPU: classifier-free guidance, DDIM without noise, DDPM with."""
+
+    def __init__(self, shape: tuple[int, ...], state: torch.dtype, model: torch.dtype, noise: str) -> None:
+        solver = fastguide.ddim if noise == "none" else fastguide.ddpm
+        self.table = solver(SCHEDULE, NUM_STEPS).to("cuda")
+        self.noise = noise
+        self.sample = torch.randn(shape, device="cuda").to(state)
+        self.uncond, self.cond = (torch.randn(shape, device="cuda").to(model) for _ in range(2))
+        self.out = torch.empty_like(self.sample)
+        self.index = torch.tensor(STEP, device="cuda")
+        self.guidance = fastguide.ClassifierFree(GUIDANCE_SCALE)
+        self.given = torch.randn(shape, device="cuda").to(state) if noise == "given" else None
+        self.source = {
+            "none": {},
+            "given": {"noise": self.given},
+            "torch": {"generator": fastguide.DeviceGenerator(0)},
+            "portable": {"seeds": torch.arange(shape[0], device="cuda")},
+        }[noise]
+
+    @property
+    def bytes(self) -> int:
+        """Each input read once, the output written once."""
+        tensors = (self.sample, self.uncond, self.cond, self.out, self.given)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def fastguide(self, backend: str) -> Callable[[], object]:
+        """The step into ``out``, by a backend."""
+        predictions = [self.uncond, self.cond]
+        return lambda: fastguide.guided_step(
+            self.table,
+            self.index,
+            self.sample,
+            predictions,
+            self.guidance,
+            out=self.out,
+            backend=backend,
+            **self.source,
+        )
+
+    def compiled(self) -> Callable[[], object]:
+        """The formula under torch.compile into ``out``; noise, where the step draws it, by torch.randn_like."""
+        torch._dynamo.reset()  # or the formula would reach the limit of recompilations
+        drawn, given, out = self.noise in ("torch", "portable"), self.given, self.out
+        has = {name: float(values[STEP]) for name, values in self.table.coefficients().items()}
+        function, values = formula.step_function(has, 2, in_a_tensor=True, noise=self.noise != "none", out=True)
+        row = torch.tensor(values, device="cuda")
+
+        @torch.compile(fullgraph=True, dynamic=False)
+        def step(row: Tensor, x: Tensor, uncond: Tensor, cond: Tensor) -> None:
+            noise = [torch.randn_like(x) if drawn else given] if self.noise != "none" else []
+            function(row, x, uncond, cond, *noise, out)
+
+        return lambda: step(row, self.sample, self.uncond, self.cond)
+
+
+def plain_triton(s: GpuStep) -> Callable[[], object] | None:
+    """A Triton kernel for the same bytes as a DDIM step, as short as can be; None without Triton."""
+    if not BACKENDS["triton"].serves("cuda"):
+        return None
+    from ..contenders.plain_triton import plain_step
+
+    return lambda: plain_step(s.out, s.sample, s.uncond, s.cond, GUIDANCE_SCALE)
+
+
+def gpu_microseconds(call: Callable[[], object], repeats: int) -> float:
+    """GPU time of one call, among ``repeats`` in a captured graph."""
+    return 1e6 * in_a_graph(call, repeats)
+
+
+@torch.no_grad()
+def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
+    """Median time after which the host goes on, with the GPU never behind by much."""
+    times = []
+    for i in range(calls):
+        if i % 20 == 0:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return statistics.median(times[20:]) * 1e6
+
+
+def copy_rate() -> float:
+    """GB/s of a device-to-device copy, bytes read and written: the ceiling."""
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / gpu_microseconds(lambda: target.copy_(source), 5) / 1e3
+
+
+def backends() -> list[str]:
+    """Those that serve a GPU here with a kernel of their own."""
+    return [name for name in ("native", "triton") if BACKENDS[name].serves("cuda")]
+
+
+class Times(dict[str, float]):
+    """Microseconds by contender; one that raises is noted in ``errors``, and the others go on."""
+
+    def __init__(self, calls: dict[str, Callable[[], object]], measure: Callable[[Callable[[], object]], float]):
+        self.errors: dict[str, str] = {}
+        for name, call in calls.items():
+            try:
+                self[name] = measure(call)
+            except Exception as error:  # whatever a compiler or a capture may raise: it is in the record
+                self.errors[name] = f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def contenders(s: GpuStep) -> dict[str, Callable[[], object]]:
+    """Ours, torch.compile, and, of a step without noise, plain Triton."""
+    calls = {name: s.fastguide(name) for name in backends()}
+    calls["torch.compile"] = s.compiled()
+    plain = plain_triton(s) if s.noise == "none" else None
+    return calls if plain is None else calls | {"plain triton": plain}
+
+
+def measure_large() -> Iterator[dict[str, object]]:
+    """Share of the copy's bandwidth at more than 256 MB of traffic."""
+    for state, model in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2):
+        for noise in NOISES:
+            ceiling = copy_rate()
+            s = GpuStep(LARGE, state, model, noise)
+            times = Times(contenders(s), lambda call: gpu_microseconds(call, 5))
+            yield {
+                "name": f"large {LARGE}, state {state}, model {model}, noise {noise}",
+                "noise": noise,
+                "bytes": s.bytes,
+                "copy_gb_per_s": ceiling,
+                "microseconds": times,
+                "share_of_copy": {name: s.bytes / t / 1e3 / ceiling for name, t in times.items()},
+                "errors": times.errors,
+            }
+
+
+def measure_small() -> Iterator[dict[str, object]]:
+    """GPU time of a step in a graph, and host time of an eager one."""
+    for shape in SMALL:
+        for noise in NOISES:
+            s = GpuStep(shape, torch.float32, torch.bfloat16, noise)
+            calls = contenders(s)
+            times, hosts = Times(calls, lambda call: gpu_microseconds(call, 50)), Times(calls, host_microseconds)
+            yield {
+                "name": f"small {shape}, noise {noise}",
+                "noise": noise,
+                "gpu_microseconds": times,
+                "host_microseconds": hosts,
+                "errors": times.errors | {f"{name}, host": error for name, error in hosts.errors.items()},
+            }
+
+
+def measure_torch_generator() -> dict[str, float]:
+    """Host time of a step with a torch.Generator, whose noise the kernel draws."""
+    s = GpuStep(SMALL[0], torch.float32, torch.bfloat16, "torch")
+    s.source = {"generator": torch.Generator("cuda").manual_seed(0)}
+    return {name: host_microseconds(s.fastguide(name)) for name in backends()}

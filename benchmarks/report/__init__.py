@@ -1,0 +1,1 @@
+"""What a run leaves behind: numbers, targets, plots and pages."""

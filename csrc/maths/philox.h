@@ -1,0 +1,180 @@
+// Noise from counters: Philox4x32-10, and normal values of it in two streams. Host and device, no torch.
+//
+// The torch stream gives what torch.randn gives on a GPU, whose kernel deals its values out by its own grid. The
+// portable stream is keyed by a sample's seed and counted by step and element, and is the same to the bit everywhere:
+// it is made of integer operations and of single float operations that every device rounds alike. Therefore
+//   - no two of them may be contracted into a fused multiply-add: files for the host that include this one and use the
+//     portable stream are compiled with -ffp-contract=off, and on a device the intrinsics forbid it;
+//   - fastguide/noise.py and fastguide/backends/triton_kernel.py hold the same operations in the same order.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "maths/inline.h"
+
+namespace fastguide {
+
+struct Philox4 {
+  uint32_t x, y, z, w;
+};
+
+// Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
+FASTGUIDE_INLINE Philox4 philox4x32_10(Philox4 c, uint64_t key) {
+  uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
+  FASTGUIDE_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t(0xD2511F53u) * c.x, product1 = uint64_t(0xCD9E8D57u) * c.z;
+    c = {uint32_t(product1 >> 32) ^ c.y ^ low, uint32_t(product1), uint32_t(product0 >> 32) ^ c.w ^ high,
+         uint32_t(product0)};
+    low += 0x9E3779B9u;
+    high += 0xBB67AE85u;
+  }
+  return c;
+}
+
+struct Normal2 {
+  float first, second;
+};
+
+// ---- The torch stream ----
+
+// Which call of Philox, in which thread of torch's kernel, and which of its four values, an element gets:
+// ATen/native/cuda/DistributionTemplates.h, distribution_elementwise_grid_stride_kernel with unroll 4.
+struct TorchPosition {
+  uint64_t call;
+  uint32_t thread;
+  int value;
+};
+
+FASTGUIDE_INLINE TorchPosition torch_position(uint64_t element, uint32_t threads) {
+  if (element < threads) return {0, uint32_t(element), 0};
+  const uint64_t round = element / threads;
+  return {round / 4, uint32_t(element - round * threads), int(round % 4)};
+}
+
+FASTGUIDE_INLINE Philox4 torch_call(uint64_t seed, uint64_t offset, uint64_t call, uint32_t thread) {
+  const uint64_t counter = offset / 4 + call;
+  return philox4x32_10({uint32_t(counter), uint32_t(counter >> 32), thread, 0}, seed);
+}
+
+// curand's Box-Muller, sine first, with the device functions that it uses; on the host, to a few units in the last
+// place.
+FASTGUIDE_INLINE Normal2 torch_normal(uint32_t a, uint32_t b) {
+  constexpr float scale = 2.3283064e-10f;  // 2^-32
+  constexpr float turn = 2.3283064e-10f * 6.2831855f;
+  const float u = fmaf(float(a), scale, scale / 2);
+  const float v = fmaf(float(b), turn, turn / 2);
+  const float radius = sqrtf(-2.0f * logf(u));
+  float sine, cosine;
+#if defined(__CUDA_ARCH__)
+  __sincosf(v, &sine, &cosine);
+#else
+  sine = sinf(v);
+  cosine = cosf(v);
+#endif
+  return {sine * radius, cosine * radius};
+}
+
+FASTGUIDE_INLINE float torch_normal(uint64_t seed, uint64_t offset, uint64_t element, uint32_t threads) {
+  const TorchPosition position = torch_position(element, threads);
+  const Philox4 r = torch_call(seed, offset, position.call, position.thread);
+  const Normal2 z = position.value < 2 ? torch_normal(r.x, r.y) : torch_normal(r.z, r.w);
+  return position.value % 2 == 0 ? z.first : z.second;
+}
+
+// By how much torch moves the generator's offset for a tensor of this size.
+FASTGUIDE_INLINE uint64_t torch_increment(uint64_t elements, uint32_t threads) {
+  return elements == 0 ? 0 : ((elements - 1) / (uint64_t(threads) * 4) + 1) * 4;
+}
+
+// ---- The portable stream ----
+
+FASTGUIDE_INLINE float multiply(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+FASTGUIDE_INLINE float add(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+// -2 ln(u) of u = (a + 1/2) / 2^32, in (0, 1]; relative error below 3e-7. The minimax polynomials here and below were
+// fitted for this file.
+FASTGUIDE_INLINE float portable_minus_two_log(uint32_t a) {
+  const float u = add(multiply(float(a), 2.3283064e-10f), 1.1641532e-10f);  // 2^-32, 2^-33
+  uint32_t bits;
+  std::memcpy(&bits, &u, sizeof bits);
+  const uint32_t shifted = bits - 0x3F3504F3u;                      // of sqrt(1/2)
+  const float exponent = float(int32_t(shifted) >> 23);             // u = 2^exponent * (1 + f)
+  const uint32_t mantissa = (shifted & 0x007FFFFFu) + 0x3F3504F3u;  // sqrt(1/2) <= 1 + f < sqrt(2)
+  float f;
+  std::memcpy(&f, &mantissa, sizeof f);
+  f = add(f, -1.0f);
+  float p = 0.20164758f;  // -2 ln(1 + f) = -2 f + f^2 p(f)
+  p = add(multiply(p, f), -0.32361004f);
+  p = add(multiply(p, f), 0.34486449f);
+  p = add(multiply(p, f), -0.39813766f);
+  p = add(multiply(p, f), 0.49942458f);
+  p = add(multiply(p, f), -0.66669428f);
+  p = add(multiply(p, f), 1.0000064f);
+  const float log = add(multiply(f, -2.0f), multiply(multiply(f, f), p));
+  return add(multiply(exponent, -1.3862944f), log);
+}
+
+// Box & Muller 1958, cosine first. The angle is b / 2^32 of a turn: the nearest quarter is exact in integers.
+FASTGUIDE_INLINE Normal2 portable_normal(uint32_t a, uint32_t b) {
+  const float radius = sqrtf(portable_minus_two_log(a));
+  const uint32_t quarter = (b + 0x20000000u) >> 30;                               // modulo a turn
+  const float y = multiply(float(int32_t(b - (quarter << 30))), 1.8626451e-09f);  // 2^-29: in units of pi/4, |y| <= 1
+  const float y2 = multiply(y, y);
+  float sine = -3.5950452e-05f;
+  sine = add(multiply(sine, y2), 0.0024900010f);
+  sine = add(multiply(sine, y2), -0.080745436f);
+  sine = multiply(add(multiply(sine, y2), 0.78539819f), y);
+  float cosine = -0.00031902004f;
+  cosine = add(multiply(cosine, y2), 0.015850201f);
+  cosine = add(multiply(cosine, y2), -0.30842441f);
+  cosine = add(multiply(cosine, y2), 1.0f);
+  const bool odd = (quarter & 1u) != 0;
+  const float first = odd ? sine : cosine, second = odd ? cosine : sine;
+  // Signs: the first value is negative in quarters 1 and 2, the second in 2 and 3.
+  const float first_signed = ((quarter + 1u) & 2u) != 0 ? -first : first;
+  const float second_signed = (quarter & 2u) != 0 ? -second : second;
+  return {multiply(radius, first_signed), multiply(radius, second_signed)};
+}
+
+struct Normal4 {
+  float first, second, third, fourth;
+};
+
+// Elements 4 * block to 4 * block + 3 of a sample.
+FASTGUIDE_INLINE Normal4 portable_normal(uint64_t seed, uint32_t step, uint64_t block) {
+  const Philox4 r = philox4x32_10({uint32_t(block), uint32_t(block >> 32), step, 0}, seed);
+  const Normal2 low = portable_normal(r.x, r.y), high = portable_normal(r.z, r.w);
+  return {low.first, low.second, high.first, high.second};
+}
+
+FASTGUIDE_INLINE float portable_normal_of(uint64_t seed, uint32_t step, uint64_t element) {
+  const Philox4 r = philox4x32_10({uint32_t(element / 4), uint32_t((element / 4) >> 32), step, 0}, seed);
+  const bool low = element % 4 < 2;
+  const Normal2 z = portable_normal(low ? r.x : r.z, low ? r.y : r.w);
+  return element % 2 == 0 ? z.first : z.second;
+}
+
+// The element's place in a contiguous sample, from its place in memory; see StepArguments::channels.
+FASTGUIDE_INLINE int64_t counted_place(int64_t place, int64_t channels, int64_t elements_per_sample) {
+  if (channels == 1) return place;
+  const int64_t inner = place / channels;
+  return (place - inner * channels) * (elements_per_sample / channels) + inner;
+}
+
+}  // namespace fastguide

@@ -1,1 +1,0 @@
-"""The benchmark suite behind ``fastguide bench``: workloads, contenders, measurements and their report."""

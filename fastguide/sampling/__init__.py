@@ -1,0 +1,1 @@
+"""The sampling loop, repeated and captured."""

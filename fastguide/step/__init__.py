@@ -1,0 +1,1 @@
+"""One guided step: the operator, what it refuses, and its backends."""

@@ -1,0 +1,133 @@
+"""The compiled backend: loads ``_native.so``, the operator for the CPU and for GPUs, or says why it cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+import warnings
+from pathlib import Path
+
+import torch
+
+from ..operator import Backend
+
+LIBRARY = Path(__file__).parents[2] / "_native.so"
+NOT_BUILT_NOTE = LIBRARY.with_suffix(".txt")
+"""Written by ``setup.py`` instead of the library, with the reason."""
+
+CAPABILITIES = ("baseline", "avx2", "avx512")
+CAPABILITY_VARIABLE = "FASTGUIDE_CPU_CAPABILITY"
+
+_EXPORTS = ("fastguide_cpu_capability", "fastguide_cuda_code", "fastguide_driver_too_old")
+
+_library: ctypes.CDLL | None = None
+
+
+def backend() -> Backend:
+    """The backend as this process has it: loads the library once."""
+    global _library
+    if not LIBRARY.exists() and NOT_BUILT_NOTE.exists():
+        return _unavailable(f"not built: {NOT_BUILT_NOTE.read_text().strip()}")
+    try:
+        _library = _load()
+    except OSError as error:
+        there = "there, but cannot be loaded" if LIBRARY.exists() else "not there"
+        reason = f"{there}: {_explained(str(error.__cause__ or error))}"
+        warnings.warn(f"fastguide: the native backend is {reason}", stacklevel=2)
+        return _unavailable(reason, broken=True)
+    _library.fastguide_cuda_code.restype = ctypes.c_char_p
+    wanted = os.environ.get(CAPABILITY_VARIABLE)
+    if wanted is not None:
+        if wanted in CAPABILITIES:
+            set_cpu_capability(wanted)
+        else:
+            message = f"{CAPABILITY_VARIABLE}: expected one of {CAPABILITIES}, got {wanted!r}; nothing is bounded"
+            warnings.warn(f"fastguide: {message}", stacklevel=2)
+    bound = f" (bounded by {CAPABILITY_VARIABLE}={wanted})" if wanted in CAPABILITIES else ""
+    code = cuda_code()
+    on_gpus = not code.startswith("none") and torch.version.hip is None
+    if on_gpus and _library.fastguide_driver_too_old():
+        on_gpus = False
+        code += ", of no use here: the driver is older than its CUDA runtime; update it, or take the Triton backend"
+    return Backend(
+        name="native",
+        step=torch.ops.fastguide.guided_step.default,
+        devices=("cpu", "cuda") if on_gpus else ("cpu",),
+        status=f"C++, instruction set {cpu_capability()}{bound}; CUDA code: {code}",
+        torch_stream=on_gpus,
+    )
+
+
+def _load() -> ctypes.CDLL:
+    """The library, with its operator entered in torch.
+
+    Raises:
+        OSError: it is not what it has to be.
+    """
+    size = LIBRARY.stat().st_size
+    with LIBRARY.open("rb") as file:
+        head = file.read(64)
+    if head[:6] == b"\x7fELF\x02\x01":  # 64 bits, little-endian; the section headers are last
+        whole = 64
+        if len(head) == 64:
+            start, (entry, count) = struct.unpack_from("<Q", head, 40)[0], struct.unpack_from("<HH", head, 58)
+            whole = start + entry * count
+        if size < whole:  # loading it would end the process
+            raise OSError(f"{LIBRARY}: file too short: {size} bytes of {whole}")
+    found = ctypes.CDLL(str(LIBRARY))
+    missing = [name for name in _EXPORTS if not hasattr(found, name)]
+    if missing:
+        raise OSError(f"{LIBRARY}: another library, or another version: it has no {missing[0]}")
+    torch.ops.load_library(str(LIBRARY))
+    return found
+
+
+def cuda_code() -> str:
+    """What the library's GPU kernels were compiled for, such as ``sm_80 sm_90 PTX 80``; or ``none``, and why."""
+    code: bytes = _loaded().fastguide_cuda_code()
+    return code.decode()
+
+
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernel uses: ``baseline``, ``avx2`` or ``avx512``."""
+    return CAPABILITIES[_loaded().fastguide_cpu_capability(-1)]
+
+
+def set_cpu_capability(capability: str) -> str:
+    """Choose an instruction set, at most what the processor has; returns the one in use. For tests and comparisons.
+
+    The environment variable ``FASTGUIDE_CPU_CAPABILITY`` does the same at import.
+    """
+    if capability not in CAPABILITIES:
+        raise ValueError(f"capability: expected one of {CAPABILITIES}, got {capability!r}")
+    return CAPABILITIES[_loaded().fastguide_cpu_capability(CAPABILITIES.index(capability))]
+
+
+def _loaded() -> ctypes.CDLL:
+    if _library is None:
+        raise RuntimeError("the native backend is not available; fastguide info says why")
+    return _library
+
+
+def _explained(error: str) -> str:
+    """What the loader says, after what it means."""
+    if "undefined symbol" in error:
+        meaning = (
+            f"torch {torch.__version__} lacks what it was built for, or this file was altered; "
+            "install fastguide again, with a torch that its wheel names"
+        )
+    elif "GLIBC" in error or "CXXABI" in error:  # and GLIBCXX
+        meaning = "it was built on a newer system than this; build it here: pip install --no-binary fastguide fastguide"
+    elif "file too short" in error:
+        meaning = "it was not copied whole; install fastguide again"
+    elif "ELF" in error or "mach-o" in error:
+        meaning = f"it is no library for {platform.system()} on {platform.machine()}; install fastguide again"
+    else:
+        meaning = "install fastguide again (in a checkout: pip install --no-build-isolation -e .)"
+    return f"{meaning} ({error})"
+
+
+def _unavailable(status: str, *, broken: bool = False) -> Backend:
+    return Backend("native", torch.ops.fastguide.guided_step.default, (), status, broken=broken)

@@ -1,0 +1,14 @@
+"""What guidance asks of training: noised samples, losses, dropped conditions."""
+
+from .forward_process import add_noise, convert_prediction, training_target
+from .losses import ConditionDropout, classifier_loss, denoising_loss, drop_condition
+
+__all__ = [
+    "ConditionDropout",
+    "add_noise",
+    "classifier_loss",
+    "convert_prediction",
+    "denoising_loss",
+    "drop_condition",
+    "training_target",
+]

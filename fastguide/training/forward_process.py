@@ -1,0 +1,169 @@
+"""Forward noising and conversions between what a model may predict: rows of the same kernel, by training timestep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..schedules.noise_schedule import NoiseSchedule
+from ..schedules.predictions import PredictionType, check_prediction_type, from_original_and_epsilon
+from ..schedules.predictions import convert as conversion
+from ..solvers.table import StepTable
+from ..step.operator import guided_step
+
+
+def add_noise(
+    schedule: NoiseSchedule,
+    original: Tensor,
+    timestep: int | Tensor,
+    noise: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * noise (Ho et al. 2020, eq. 4).
+
+    Args:
+        schedule: the noise schedule.
+        original: x_0, shape (batch, ...).
+        timestep: a training timestep, an int or an int64 tensor of shape () or (batch,) on the sample's device.
+        noise: standard normal values of the shape of ``original``; or ``generator`` draws them, as in ``guided_step``.
+        out, backend: as in ``guided_step``.
+
+    >>> x = add_noise(NoiseSchedule.linear(), torch.zeros(2, 1, 8, 8), torch.tensor([0, 999]), torch.ones(2, 1, 8, 8))
+    >>> [f"{v:.4f}" for v in x.mean((1, 2, 3))]
+    ['0.0100', '1.0000']
+    """
+    table = _table(_NOISING, "", schedule, _device_of("original", original))
+    return guided_step(
+        table, _checked(timestep, table), original, [], noise=noise, generator=generator, out=out, backend=backend
+    )
+
+
+def convert_prediction(
+    schedule: NoiseSchedule,
+    sample: Tensor,
+    timestep: int | Tensor,
+    prediction: Tensor,
+    source: PredictionType,
+    target: PredictionType,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What a model would predict as ``target``, from what it predicts as ``source``, at the same noisy sample.
+
+    ``epsilon``, ``sample`` (x_0), ``v_prediction`` and ``score`` = -epsilon / sqrt(1 - abar_t) are each linear in x_t
+    and any other (``fastguide.predictions`` cites the formulas).
+
+    Args:
+        schedule: the noise schedule.
+        sample: x_t, shape (batch, ...).
+        timestep: a training timestep, an int or an int64 tensor of shape () or (batch,) on the sample's device.
+        prediction: shape of the sample.
+        source, target: ``"epsilon"``, ``"sample"``, ``"v_prediction"`` or ``"score"``.
+        out, backend: as in ``guided_step``.
+
+    Raises:
+        ValueError: the timestep has zero signal, where ``source`` does not determine ``target``; a timestep on another
+            device than the CPU is not looked at, and gives infinite or NaN values there.
+
+    >>> schedule, x, epsilon = NoiseSchedule.cosine(), torch.randn(2, 3), torch.randn(2, 3)
+    >>> v = convert_prediction(schedule, x, 500, epsilon, "epsilon", "v_prediction")
+    >>> back = convert_prediction(schedule, x, 500, v, "v_prediction", "epsilon")
+    >>> torch.allclose(back, epsilon, atol=1e-5)
+    True
+    """
+    check_prediction_type("source", source)
+    check_prediction_type("target", target)
+    table = _table(_CONVERSION, f"{source} to {target}", schedule, _device_of("sample", sample))
+    return guided_step(table, _checked(timestep, table), sample, [prediction], out=out, backend=backend)
+
+
+def training_target(
+    schedule: NoiseSchedule,
+    original: Tensor,
+    timestep: int | Tensor,
+    noise: Tensor,
+    prediction_type: PredictionType,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What a model is trained to predict at x_t = ``add_noise(schedule, original, timestep, noise)``.
+
+    Computed from x_0 and the noise themselves, so that nothing is lost to the rounding of x_t, and defined where the
+    schedule has no signal. Arguments as in ``add_noise``; only ``"score"`` of abar = 1 would not be finite.
+
+    >>> x, z = torch.randn(2, 3), torch.randn(2, 3)
+    >>> torch.equal(training_target(NoiseSchedule.linear(), x, 7, z, "epsilon"), z)
+    True
+    """
+    check_prediction_type("prediction_type", prediction_type)
+    table = _table(_TARGET, prediction_type, schedule, _device_of("original", original))
+    return guided_step(table, _checked(timestep, table), original, [], noise=noise, out=out, backend=backend)
+
+
+# Tables over all training timesteps, the row being the timestep; one for each use, schedule and device.
+_tables: dict[tuple[str, str, NoiseSchedule, torch.device], StepTable] = {}
+_MOST_TABLES = 64
+_NOISING, _TARGET, _CONVERSION = "add_noise", "training_target", "convert_prediction"
+
+
+def _table(use: str, kind: str, schedule: NoiseSchedule, device: torch.device) -> StepTable:
+    table = _tables.get((use, kind, schedule, device))
+    if table is None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"torch.compile: expected the table of {use} for this schedule and device to exist; "
+                "call the function once, with any sample, before compiling"
+            )
+        if len(_tables) >= _MOST_TABLES:
+            _tables.pop(next(iter(_tables)), None)
+        table = _tables[use, kind, schedule, device] = _made_table(use, kind, schedule).to(device)
+    return table
+
+
+def _made_table(use: str, kind: str, schedule: NoiseSchedule) -> StepTable:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: expected a NoiseSchedule, got {type(schedule).__name__}")
+    abar = schedule.alphas_cumprod
+    undefined = None
+    if use == _NOISING:
+        columns = {"out_sample": abar.sqrt(), "out_noise": (1 - abar).sqrt()}
+    elif use == _TARGET:
+        of_original, of_noise = from_original_and_epsilon(kind, abar)
+        columns = {"out_sample": of_original, "out_noise": of_noise}
+    else:
+        source, target = kind.split(" to ")
+        part = conversion(source, target, abar)
+        columns = {"out_sample": part.scale * part.sample, "out_pred": part.scale * part.pred}
+        undefined = f"the schedule has zero signal there, where {source} does not determine {target}"
+    return StepTable(torch.arange(len(schedule), device="cpu"), columns, undefined=undefined, name=use)
+
+
+def _checked(timestep: int | Tensor, table: StepTable) -> int | Tensor:
+    """The timestep, which is the row; what the host sees of it is checked here, as the caller knows no index."""
+    values: list[int] = []
+    if isinstance(timestep, int) and not isinstance(timestep, bool):
+        values = [timestep]
+    elif not isinstance(timestep, Tensor):
+        raise TypeError(f"timestep: expected an int or an int64 tensor, got {type(timestep).__name__}")
+    elif isinstance(timestep, Tensor) and timestep.device.type == "cpu" and not torch.compiler.is_compiling():
+        if timestep.dtype != torch.int64:
+            raise TypeError(f"timestep: expected an int or an int64 tensor, got {timestep.dtype}")
+        values = timestep.reshape(-1).tolist()
+    for value in values:
+        if not 0 <= value < len(table):
+            raise ValueError(f"timestep: expected 0 to {len(table) - 1}, got {value}")
+        if value in table.undefined_rows:
+            raise ValueError(f"timestep: expected one at which {table.name} is defined, got {value}: {table.undefined}")
+    return timestep
+
+
+def _device_of(name: str, tensor: Tensor) -> torch.device:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected a tensor of floating-point numbers, got {got}")
+    return tensor.device

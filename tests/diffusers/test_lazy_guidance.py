@@ -1,0 +1,189 @@
+"""Guidance that is noted instead of computed: which expressions are, and that all others have the plain values."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastguide.diffusers import guiders
+from fastguide.diffusers.lazy_guidance import Guided, Pair, Traced, resolved
+from tests.support.scheduler_pair import STEPS, diffusers, fused, pair, randn
+
+WHOLE = randn(4, 3, 5)
+UNCOND, COND = WHOLE.chunk(2)
+SAMPLE = randn(2, 3, 5, seed=1)
+NOTED = {
+    "a pipeline's": (lambda u, c: u + 7.5 * (c - u), 7.5),
+    "scale last": (lambda u, c: u + (c - u) * 7.5, 7.5),
+    "prediction last": (lambda u, c: 7.5 * (c - u) + u, 7.5),
+    "functions": (lambda u, c: torch.add(u, torch.mul(torch.sub(c, u), 7.5)), 7.5),
+    "a whole number": (lambda u, c: u + 3 * (c - u), 3.0),
+    "a tensor": (lambda u, c: u + torch.tensor(2.0) * (c - u), torch.tensor([2.0])),
+    "one a sample": (lambda u, c: u + torch.tensor([2.0, 3.0]).view(2, 1, 1) * (c - u), torch.tensor([2.0, 3.0])),
+    "no scale": (lambda u, c: u + (c - u), 1.0),
+    "the paper's form": (lambda u, c: c + 2.0 * (c - u), 3.0),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_guidance_is_noted(name):
+    expression, scale = NOTED[name]
+    for whole in (True, False):
+        traced = Traced.of(WHOLE).chunk(2) if whole else Traced.both(Pair(UNCOND, COND))
+        guided = expression(*traced)
+        assert type(guided) is Guided
+        assert isinstance(guided, torch.Tensor)
+        assert (guided.shape, guided.dtype, guided.device, len(guided)) == (
+            SAMPLE.shape,
+            torch.float32,
+            WHOLE.device,
+            2,
+        )
+        output, got = resolved(guided, SAMPLE, None)
+        assert output is WHOLE if whole else output[0] is UNCOND and output[1] is COND
+        assert torch.equal(torch.as_tensor(got), torch.as_tensor(scale))
+        torch.testing.assert_close(guided.clone(), expression(UNCOND, COND))
+
+
+COMPUTED = {
+    "uncond first": lambda u, c: u - c,
+    "half of it": lambda u, c: u + 2.0 * (c - u)[:1],
+    "twice scaled": lambda u, c: u + 2.0 * (3.0 * (c - u)),
+    "two differences": lambda u, c: (c - u) + (c - u),
+    "a scale for each element": lambda u, c: u + torch.ones(5) * (c - u),
+    "another dtype": lambda u, c: u + torch.ones((2, 1, 1), dtype=torch.float64) * (c - u),
+    "a sum of its own": lambda u, c: u + c,
+    "rescaled": lambda u, c: (u + 2.0 * (c - u)) * (c.std() / (u + 2.0 * (c - u)).std()),
+    "cast": lambda u, c: (u + 2.0 * (c - u)).to(torch.bfloat16),
+    "joined": lambda u, c: torch.cat([u + 2.0 * (c - u), c]),
+    "written into": lambda u, c: torch.zeros(2, 3, 5).copy_(u + 2.0 * (c - u)),
+    "in place": lambda u, c: (u + 2.0 * (c - u)).mul_(3.0),
+    "copied": lambda u, c: copy.deepcopy(u + 2.0 * (c - u)),
+    "a keyword": lambda u, c: torch.add(u, c - u, alpha=2.0),
+    "numpy": lambda u, c: torch.from_numpy((u + 2.0 * (c - u)).numpy()),
+    "halved elsewhere": lambda u, c: u.chunk(2, dim=1)[0],
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_everything_else_is_computed(name):
+    expected = COMPUTED[name](UNCOND.clone(), COND.clone())
+    got = COMPUTED[name](*Traced.of(WHOLE).chunk(2))
+    assert type(got) is torch.Tensor
+    assert got.dtype == expected.dtype
+    assert torch.equal(got, expected)
+    assert repr(got) == repr(expected)
+
+
+WRITES = {
+    "clamped": lambda g: g.clamp_(-1, 1),
+    "an element": lambda g: g.__setitem__((slice(None), 0), 0.0),
+    "a view": lambda g: g[:1].zero_(),
+    "out": lambda g: torch.mul(g, 3.0, out=g),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_to_guidance_stays(write):
+    """Also to a part of it, before the rest is noted."""
+    for expression in (
+        lambda u, c, w: w(u + 2.0 * (c - u)),
+        lambda u, c, w: u + 2.0 * w(c - u),
+        lambda u, c, w: u + w(2.0 * (c - u)),
+    ):
+
+        def written(guided):
+            WRITES[write](guided)
+            return guided
+
+        expected = expression(UNCOND.clone(), COND.clone(), written)
+        got = expression(*Traced.of(WHOLE).chunk(2), written)
+        output, scale = resolved(got, SAMPLE, None)
+        assert scale is None
+        assert torch.equal(output, expected)
+        assert torch.equal(got.clone(), expected)
+
+
+def test_predictions_written_to_before_guidance():
+    whole = WHOLE.clone()
+    uncond, cond = Traced.of(whole).chunk(2)
+    uncond.mul_(0.5)
+    output, scale = resolved(uncond + 2.0 * (cond - uncond), SAMPLE, None)
+    assert scale == 2.0
+    assert torch.equal(output, torch.cat([0.5 * UNCOND, COND]))
+
+
+def test_a_traced_output_may_be_made_to_require_grad():
+    traced = Traced.of(WHOLE.clone())
+    assert traced.requires_grad_() is traced
+    assert traced.requires_grad
+
+
+def test_predictions_of_two_outputs_are_not_mixed():
+    (uncond, _), (_, cond) = Traced.of(WHOLE).chunk(2), Traced.of(WHOLE + 1).chunk(2)
+    assert torch.equal(cond - uncond, COND + 1 - UNCOND)
+    assert type(cond - uncond) is torch.Tensor
+
+
+def test_an_output_written_to_meanwhile_is_refused():
+    whole = WHOLE.clone()
+    uncond, cond = Traced.of(whole).chunk(2)
+    guided = uncond + 2.0 * (cond - uncond)
+    uncond.mul_(2.0)
+    for use in (lambda: guided + 1, lambda: resolved(guided, SAMPLE, None)):
+        with pytest.raises(
+            RuntimeError, match="the model's output was written to after guidance had been taken from it"
+        ):
+            use()
+
+
+def test_a_step_takes_plain_values_of_what_it_cannot_take_apart():
+    """Another shape than the sample's, a scale of its own, or no complete guidance."""
+    uncond, cond = Traced.of(WHOLE).chunk(2)
+    guided = uncond + 2.0 * (cond - uncond)
+    for output, sample, scale in ((guided, SAMPLE[:1], None), (guided, SAMPLE, 3.0), (cond - uncond, SAMPLE, None)):
+        got, kept = resolved(output, sample, scale)
+        assert type(got) is torch.Tensor
+        assert kept == scale
+    assert type(resolved(Traced.of(WHOLE), SAMPLE, None)[0]) is torch.Tensor
+
+
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DDIMInverseScheduler"])
+def test_guiders_fuse_into_the_step(name, rescale, original, monkeypatch):
+    seen = []
+    real = fused.scheduler_step.guided_step
+    monkeypatch.setattr(fused.scheduler_step, "guided_step", lambda *a, **k: seen.append(a[4]) or real(*a, **k))
+    x, cond, uncond = (randn(2, 3, 8, 8, seed=seed) for seed in range(3))
+    config = {"guidance_scale": 4.0, "guidance_rescale": rescale, "use_original_formulation": original}
+    results = []
+    with torch.no_grad():
+        for guider, scheduler in zip(
+            (guiders.ClassifierFreeGuidance(**config), diffusers.ClassifierFreeGuidance(**config)),
+            pair(name),
+            strict=True,
+        ):
+            assert dict(guider.config)["guidance_scale"] == 4.0
+            scheduler.set_timesteps(STEPS)
+            guider.set_state(step=3, num_inference_steps=STEPS, timestep=scheduler.timesteps[3])
+            torch.manual_seed(0)
+            results.append(scheduler.step(guider.forward(cond, uncond)[0], scheduler.timesteps[3], x).prev_sample)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert [guidance is not None for guidance in seen] == [rescale == 0]
+
+
+def test_thresholding_and_gradients_take_a_guider_s_result():
+    guider = guiders.ClassifierFreeGuidance(guidance_scale=3.0)
+    guider.set_state(step=3, num_inference_steps=STEPS, timestep=3)
+    x, cond, uncond = (randn(2, 3, 8, 8, seed=seed) for seed in range(3))
+    plain = uncond + 3.0 * (cond - uncond)
+    ours, theirs = pair("DDIMScheduler", thresholding=True)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(STEPS)
+    got = ours.step(guider.forward(cond, uncond)[0], 83, x).prev_sample
+    torch.testing.assert_close(got, theirs.step(plain, 83, x).prev_sample)
+    cond.requires_grad_()
+    assert guider.forward(cond, uncond)[0].requires_grad

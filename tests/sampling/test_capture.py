@@ -1,0 +1,313 @@
+"""The loop as a graph, on the CPU's stand-in for one: the same bits as eager, and nothing captured twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastguide
+from fastguide import Classifier, ClassifierFree, Sampler
+from fastguide.sampling import capture as graphs
+from tests.support.loop_cases import (
+    CASES,
+    COND,
+    DDIM,
+    DDPM,
+    FREE,
+    IMAGE,
+    LABELS,
+    LEARNED,
+    MASK,
+    SCHEDULE,
+    UNCOND,
+    Model,
+    call,
+    classifier,
+    x_T,
+)
+from tests.support.recorded_graph import recorded  # noqa: F401
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", CASES)
+def test_captured_and_eager_give_the_same_bits(case, layout, recorded):  # noqa: F811
+    make, options = CASES[case]
+    x = x_T().to(torch.float64 if case == "double precision" else torch.float32, memory_format=layout)
+    sampler, eager = make(), make()
+    eager.cuda_graph = False
+    expected = call(eager, options, x, return_trajectory=True)
+    for _ in range(2):
+        got = call(sampler, options, x, return_trajectory=True)
+        assert torch.equal(got.sample, expected.sample)
+        assert torch.equal(got.trajectory, expected.trajectory)
+    called = sampler.model.called
+    assert torch.equal(call(sampler, options, x), expected.sample)
+    assert sampler.model.called == called, "Python ran at a replay"
+    assert recorded.captured == (2 if case.startswith("an interval") else 1)
+    if "generator" not in options:
+        sampler.cuda_graph = "loop"
+        assert torch.equal(call(sampler, options, x), expected.sample)
+
+
+def test_what_may_change_without_a_new_capture(recorded):  # noqa: F811
+    sampler, eager = (Sampler(Model(), DDPM, ClassifierFree(3.0), cuda_graph=c) for c in ("auto", False))
+    changes = {
+        "nothing": {},
+        "scale": {"guidance": ClassifierFree(7.5)},
+        "a scale of each step": {"guidance": ClassifierFree.per_step([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])},
+        "number of steps": {"table": fastguide.ddpm(SCHEDULE, 11), "guidance": ClassifierFree(2.0)},
+        "schedule": {"table": fastguide.ddpm(fastguide.NoiseSchedule.cosine(), 60)},
+        "solver": {"table": fastguide.ddim(SCHEDULE, 4, eta=1.0)},
+        "a slice": {"table": DDPM[2:]},
+    }
+    results = []
+    for change in changes.values():
+        for s in (sampler, eager):
+            for name, value in change.items():
+                setattr(s, name, value)
+        for options in ({"seeds": [1, 2, 3], **FREE}, {"seeds": [9, 2, 4], "cond": COND + 1, "uncond": UNCOND - 1}):
+            got, expected = (s(x_T(seed=7), **options) for s in (sampler, eager))
+            assert torch.equal(got, expected)
+            results.append(got)
+    assert recorded.captured == 1
+    assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def test_other_shapes_and_kinds_are_captured_anew_and_kept(recorded):  # noqa: F811
+    sampler = Sampler(Model(), DDIM, max_loops=2)
+    for batch, captured in (
+        (1, 1),
+        (2, 2),
+        (1, 2),
+        (3, 3),
+        (1, 3),
+        (2, 4),
+        (1, 4),
+    ):  # the least recently used is dropped
+        sampler(x_T(batch, 4, 6, 5))
+        assert recorded.captured == captured
+    sampler.clear()
+    sampler(x_T(2, 4, 6, 5))
+    assert recorded.captured == 5
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"x_T": x_T(2, 4, 6, 5), "cond": COND[:2], "uncond": UNCOND[:2]}, r"shape \(3, 4, 6, 5\), got \(2, 4, 6, 5\)"),
+        ({"seeds": [1, 2, 3]}, "noise given, got portable"),
+        ({"cond": COND.double(), "uncond": UNCOND.double()}, "conditions .*float32.*, got .*float64"),
+        ({"image": IMAGE, "mask": MASK}, "known False, got True"),
+    ],
+)
+def test_another_kind_is_refused_where_nothing_may_be_captured_again(other, message, recorded):  # noqa: F811
+    sampler = Sampler(Model(), DDPM, ClassifierFree(2.0), recapture=False)
+    first = sampler(x_T(), **FREE, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=f"recapture: expected a call like the first, of {message}"):
+        sampler(**{"x_T": x_T(), **FREE, **other})
+    assert torch.equal(sampler(x_T(), **FREE, generator=torch.Generator().manual_seed(0)), first)
+
+
+class Uncapturable:
+    def __init__(self, function, pool):
+        function()
+        raise RuntimeError("cuda_graph: the model cannot be captured")
+
+
+def test_a_model_that_cannot_be_captured(recorded, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(graphs, "Graph", Uncapturable)
+    with pytest.raises(RuntimeError, match="cuda_graph: the model cannot be captured"):
+        Sampler(Model(), DDIM)(x_T())
+    eager = Sampler(Model(), DDIM, cuda_graph=False)(x_T())
+    sampler = Sampler(Model(), DDIM, cuda_graph="try")
+    with pytest.warns(RuntimeWarning, match="running without a graph: cuda_graph: the model cannot be captured"):
+        assert torch.equal(sampler(x_T()), eager)
+    called = sampler.model.called
+    assert torch.equal(sampler(x_T()), eager)  # and it is not tried again
+    assert sampler.model.called == called + 6
+
+
+def test_a_callback_may_write_to_the_sample(recorded):  # noqa: F811
+    """And the model's next input, which the step has staged, is of what it wrote."""
+
+    def clamp(step, timestep, sample):
+        sample.clamp_(-0.5, 0.5)
+
+    for guidance, options in ((None, {}), (ClassifierFree(2.0), FREE)):
+        got, expected = (
+            Sampler(Model(), DDIM, guidance, cuda_graph=c)(x_T(), **options, callback=clamp) for c in ("auto", False)
+        )
+        assert torch.equal(got, expected)
+        x = x_T()
+        model = Model()
+        with torch.no_grad():
+            for step, t in enumerate(DDIM.timesteps):
+                outputs = [model(x, t, options[name]) for name in ("uncond", "cond") if options] or [model(x, t)]
+                x = fastguide.guided_step(DDIM, step, x, outputs, guidance).clamp(-0.5, 0.5)
+        torch.testing.assert_close(got, x)
+
+
+def test_a_whole_loop_leaves_nothing_between_the_steps(recorded):  # noqa: F811
+    sampler = Sampler(Model(), DDPM, cuda_graph="loop")
+    for options in (
+        {"callback": lambda *a: None, "seeds": [1, 2, 3]},
+        {"return_trajectory": True, "seeds": [1, 2, 3]},
+        {"return_originals": True, "seeds": [1, 2, 3]},
+        {"check_finite": True, "seeds": [1, 2, 3]},
+        {"progress": True, "seeds": [1, 2, 3]},
+        {"generator": torch.Generator()},
+    ):
+        with pytest.raises(ValueError, match="cuda_graph: 'loop' replays all steps at once; expected 'auto' with"):
+            sampler(x_T(), **options)
+    assert sampler(x_T(), seeds=[1, 2, 3]).isfinite().all()
+
+
+def test_no_graphs_on_the_cpu():
+    with pytest.raises(ValueError, match="cuda_graph: expected 'auto' or False for an x_T on cpu"):
+        Sampler(Model(), DDIM, cuda_graph="loop")(x_T())
+    for mode in ("auto", "try", False):
+        sampler = Sampler(Model(), DDIM, cuda_graph=mode)
+        sampler(x_T())
+        assert sampler.model.called == 6
+
+
+RECONFIGURED = {  # what of a sampler, or its call, makes another loop
+    "model": lambda s, o: setattr(s, "model", Model(seed=1)),
+    "dtype": lambda s, o: (setattr(s, "dtype", torch.float64), setattr(s, "model", Model(dtype=torch.float64))),
+    "batched": lambda s, o: setattr(s, "batched", False),
+    "skips": lambda s, o: (
+        setattr(s, "skip_unconditional", True),
+        setattr(s, "guidance", ClassifierFree.per_step([1, 1, 4, 4, 1, 1])),
+    ),
+    "timestep_dtype": lambda s, o: setattr(s, "timestep_dtype", torch.float32),
+    "scalar_timestep": lambda s, o: setattr(s, "scalar_timestep", True),
+    "scales per sample": lambda s, o: setattr(s, "guidance", ClassifierFree([1.0, 2.0, 5.0])),
+    "predictions": lambda s, o: (setattr(s, "guidance", None), o.pop("uncond")),
+    "a classifier": lambda s, o: (
+        setattr(s, "guidance", ClassifierFree(2.0) + Classifier(classifier, 2.0)),
+        o.update(labels=LABELS),
+    ),
+    "a learned variance": lambda s, o: (setattr(s, "table", LEARNED), setattr(s, "model", Model(8))),
+    "backend": lambda s, o: setattr(s, "backend", "reference"),
+    "sample's dtype": lambda s, o: (o.update(x_T=x_T().double()), setattr(s, "model", Model(dtype=torch.float64))),
+    "layout": lambda s, o: o.update(x_T=x_T().contiguous(memory_format=torch.channels_last)),
+    "conditions": lambda s, o: o.update(cond={"y": COND}, uncond={"y": UNCOND}),
+    "noise": lambda s, o: (o.pop("seeds"), o.update(generator=3)),
+    "a mask": lambda s, o: o.update(image=IMAGE, mask=MASK),
+}
+
+
+@pytest.mark.parametrize("change", RECONFIGURED)
+def test_a_sampler_that_is_reconfigured_is_another_loop(change, recorded):  # noqa: F811
+    """And the one before is still there."""
+    options = {"x_T": x_T(), **FREE, "seeds": [1, 2, 3]}
+    sampler = Sampler(Model(), DDPM, ClassifierFree(3.0))
+    before = call(sampler, {k: v for k, v in options.items() if k != "x_T"}, options["x_T"])
+    first = dict(vars(sampler))
+    changed = dict(options)
+    RECONFIGURED[change](sampler, changed)
+    eager = Sampler(Model(), DDPM, ClassifierFree(3.0), cuda_graph=False)
+    RECONFIGURED[change](eager, dict(options))
+    x = changed.pop("x_T")
+    assert torch.equal(call(sampler, changed, x), call(eager, changed, x))
+    assert recorded.captured >= 2
+    for name in ("model", "dtype", "batched", "skip_unconditional", "timestep_dtype", "scalar_timestep", "backend"):
+        setattr(sampler, name, first[name])
+    sampler.table, sampler.guidance = DDPM, ClassifierFree(3.0)
+    captured = recorded.captured
+    assert torch.equal(call(sampler, {k: v for k, v in options.items() if k != "x_T"}, options["x_T"]), before)
+    assert recorded.captured == captured
+
+
+def test_autocast_and_evaluation_are_parts_of_a_loop(recorded):  # noqa: F811
+    sampler, eager = Sampler(Model(), DDIM), Sampler(Model(), DDIM, cuda_graph=False)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = [s(x_T()) for s in (sampler, eager)]
+        outside = [s(x_T()) for s in (sampler, eager)]
+        assert torch.equal(*inside)
+        assert torch.equal(*outside)
+        assert not torch.equal(inside[0], outside[0])
+    assert recorded.captured == 2
+    sampler.model.eval()
+    sampler(x_T())
+    assert recorded.captured == 3
+
+
+def test_tables_of_one_length_are_told_apart(recorded):  # noqa: F811
+    sampler, eager = Sampler(Model(), DDIM), Sampler(Model(), DDIM, cuda_graph=False)
+    for table in (DDIM, fastguide.ddim(SCHEDULE, 6, timestep_spacing="trailing"), DDPM, DDIM):
+        sampler.table = eager.table = table
+        assert torch.equal(sampler(x_T(), seeds=[1, 2, 3]), eager(x_T(), seeds=[1, 2, 3]))
+
+
+def test_whole_loops_are_kept_with_a_bound(recorded):  # noqa: F811
+    sampler = Sampler(Model(), DDIM, cuda_graph="loop", max_loops=2)
+    for steps, captured in ((6, 1), (5, 2), (6, 2), (4, 3), (6, 3), (5, 4)):
+        sampler.table = DDIM[6 - steps :]
+        sampler(x_T())
+        assert recorded.captured == captured
+    frozen = Sampler(Model(), DDIM, cuda_graph="loop", recapture=False)
+    frozen(x_T())
+    frozen.table = DDIM[1:]
+    with pytest.raises(ValueError, match="recapture: expected the steps of the first call"):
+        frozen(x_T())
+
+
+def test_a_call_that_fails_decides_nothing(recorded):  # noqa: F811
+    sampler = Sampler(lambda x, t: x[:1] * 0.5, DDIM, recapture=False)
+    with pytest.raises(ValueError, match="model: expected it to return shape"):
+        sampler(x_T())
+    assert sampler(x_T(1, 4, 6, 5)).shape == (1, 4, 6, 5)
+
+
+def test_a_failed_capture_leaves_its_stream_and_keeps_its_graph(monkeypatch):
+    """graphs.Graph itself, with stand-ins for what needs a GPU."""
+    current, log = ["default"], []
+
+    class Stream:
+        name = "side"
+
+        def wait_stream(self, other):
+            log.append((self.name, "waits for", other.name))
+
+    class Default(Stream):
+        name = "default"
+
+    class On:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            current.append(self.stream.name)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Capture:
+        def __init__(self, graph, **options):
+            self.options = options
+
+        def __enter__(self):
+            current.append("capture")
+            assert not torch.is_autocast_cache_enabled()
+
+        def __exit__(self, *_):  # as torch's own, whose stream stays if the end of the capture fails
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    class Pool:
+        device, handle = torch.device("cpu"), (0, 1)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: On(Default()))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Default)
+    monkeypatch.setattr(torch.cuda, "stream", On)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(graphs, "_failed", [])
+    calls = []
+    with pytest.raises(RuntimeError, match="cuda_graph: the model cannot be captured"):
+        graphs.Graph(lambda: calls.append(current[-1]), Pool())
+    assert calls == ["side", "side", "capture"]
+    assert torch.is_autocast_cache_enabled()
+    assert len(graphs._failed) == 1

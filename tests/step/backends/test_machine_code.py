@@ -1,0 +1,101 @@
+"""The CUDA kernels' machine code, for every architecture: wide accesses, nothing in local memory, no fast-math."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+
+from fastguide.step.backends import native
+from tests.support.machine_code import cuobjdump, instructions, resource_usage
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+MAX_REGISTERS = 128  # four blocks of 128 threads a multiprocessor, at the least
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuda_code():
+    if not native.LIBRARY.exists():
+        pytest.skip("the native library is not built; fastguide info says why")
+    if native.cuda_code().startswith("none"):
+        pytest.skip(f"the native library holds no CUDA code: {native.cuda_code()}")
+
+
+@cache
+def kernels(architecture):
+    return instructions(native.LIBRARY, architecture)
+
+
+def variant(name):
+    """The numbers in thread.h's Variant<predictions, extras, noise, original, staged>."""
+    values = re.search(r"Variant<(\d+), (\w+), \(Noise\)(\d), (\w+), (\w+)>", name).groups()
+    return [v == "true" if v in ("true", "false") else int(v) for v in values]
+
+
+def test_there_is_code_for_every_architecture_and_ptx_for_the_others():
+    assert set(ARCHITECTURES) == set(re.findall(r"sm_\d+", cuobjdump("--list-elf", native.LIBRARY)))
+    assert re.findall(r"sm_\d+", cuobjdump("--list-ptx", native.LIBRARY)) == ["sm_80"]
+    assert native.cuda_code() == " ".join([*ARCHITECTURES, "PTX 80"])
+
+
+def test_registers_and_local_memory():
+    usage = resource_usage(native.LIBRARY)
+    assert len(usage) == len(ARCHITECTURES) * len(kernels("sm_90"))
+    for architecture, name, used in usage:
+        assert used.registers <= MAX_REGISTERS, (architecture, name, used)
+        assert used.stack == used.local == 0, (architecture, name, used)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vectors_are_read_and_written_16_bytes_at_a_time(architecture):
+    """Twice for each tensor, for float32's eight elements. Of the outputs, the 16-bit dtypes have a store each."""
+    seen = set()
+    for name, counts in kernels(architecture).items():
+        kernel = name.partition("<")[0]
+        seen.add(kernel)
+        assert not any(i.startswith(("LDL", "STL")) for i in counts), name
+        loads = sum(n for i, n in counts.items() if re.match(r"LDG\.E(\.\w+)*\.128", i))
+        stores = sum(n for i, n in counts.items() if re.match(r"STG\.E(\.\w+)*\.128", i))
+        if kernel == "torch_single_kernel":
+            assert loads == stores == 0
+            continue
+        predictions, extras, noise, original, staged = variant(name)
+        inputs = 1 + max(predictions, 2 if predictions == 0 else 1) + 2 * extras + (noise == 1)
+        assert loads >= 2 * inputs, (name, loads)  # more, where the compiler unrolls or doubles a part
+        assert stores >= 4 * (1 + original + staged), (name, stores)
+    assert seen == {"step_kernel", "torch_single_kernel", "torch_vector_kernel"}
+
+
+def test_only_the_torch_stream_uses_approximations():
+    """And there, those that torch's own kernel uses. expf has an ex2.approx inside, and corrects it."""
+    for part in cuobjdump("-ptx", native.LIBRARY).split(".entry ")[1:]:
+        name = part.partition("(")[0]
+        approximations = set(re.findall(r"\b\w+\.approx[.\w]*", part))
+        allowed = {"ex2.approx.ftz.f32"} | ({"sin.approx.f32", "cos.approx.f32"} if "torch" in name else set())
+        assert approximations <= allowed, name
+        assert not re.search(r"\b(add|mul|fma|sqrt|div)\S*\.ftz", part), name
+        assert not re.search(r"\b(div|sqrt)\.(full|approx)", part), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_and_sums_are_not_joined(architecture):
+    """Or an element's bits would depend on where in a vector it lies. Exponentials and noise have fma of their own."""
+    plain = 0
+    for name, counts in kernels(architecture).items():
+        _, extras, noise, _, _ = variant(name)
+        if noise == 1 and not extras:
+            plain += 1
+            assert not any(i.startswith(("FFMA", "HFMA2.BF16", "FMUL2", "FADD2")) for i in counts), name
+    assert plain == 12
+
+
+def test_the_portable_stream_is_not_contracted():
+    """Its products and sums are the intrinsics whose rounding no compiler may join: 17 and 15 for two values."""
+    found = 0
+    for part in cuobjdump("-ptx", native.LIBRARY).split(".entry ")[1:]:
+        if re.search(r"Variant\w*?NS_5NoiseE3E", part.partition("(")[0]):
+            found += 1
+            assert len(re.findall(r"\bmul\.rn\.f32", part)) >= 4 * 17
+            assert len(re.findall(r"\badd\.rn\.f32", part)) >= 4 * 15
+    assert found == 24

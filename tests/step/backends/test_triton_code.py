@@ -1,0 +1,84 @@
+"""The Triton kernel compiled ahead of time, without a GPU: wide accesses, no spills, no contraction where it harms."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.machine_code import instructions, resource_usage
+
+pytest.importorskip("triton")
+
+MAX_REGISTERS = 128
+CASES = {  # of compile_triton.py: the least 16-byte loads and stores of a thread's eight elements, two for float32
+    "a mixed pair of predictions": (2 + 1 + 1, 2),
+    "16 bits throughout": (4, 1),
+    "a ragged sample": (2 + 1 + 1 + 2, 2),
+    "portable noise": (2 + 1, 2),
+    "torch's noise, one by one": (2 + 1 + 1, 2),
+    "torch's noise, shared": (4 * (2 + 1 + 1), 4 * 2),
+    "everything": (2 + 4 + 2 + 2, 2 + 2 + 1),
+    "float16": (3, 2),
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Everything compiled once, in a process that does not interpret."""
+    folder = tmp_path_factory.mktemp("triton")
+    script = Path(__file__).parents[2] / "support" / "compile_triton.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_cuda_code(folder, architecture, name):
+    cubin = folder / f"{name}.{architecture}.cubin"
+    ((_, _, used),) = resource_usage(cubin)
+    assert used.registers <= MAX_REGISTERS
+    assert used.stack == used.local == 0
+    (counts,) = instructions(cubin).values()
+    assert not any(i.startswith(("LDL", "STL")) for i in counts)
+    loads, stores = CASES[name]
+    assert sum(n for i, n in counts.items() if re.match(r"LDG\.E(\.\w+)*\.128", i)) >= loads
+    assert sum(n for i, n in counts.items() if re.match(r"STG\.E(\.\w+)*\.128", i)) >= stores
+
+    ptx = (folder / f"{name}.{architecture}.ptx").read_text()
+    approximations = set(re.findall(r"\b\w+\.approx[.\w]*", ptx)) - {"ex2.approx.ftz.f32"}  # corrected, inside of exp
+    of_torch = {"sin.approx.ftz.f32", "cos.approx.ftz.f32"} if name.startswith("torch") else set()
+    assert approximations == of_torch
+    assert not re.search(r"\b(div|sqrt)\.full", ptx)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("torch")])
+@pytest.mark.parametrize("architecture", ["gfx90a", "gfx942"])
+def test_amd_code(folder, architecture, name):
+    code = (folder / f"{name}.{architecture}.amdgcn").read_text()
+    assert "scratch_store" not in code
+    assert len(re.findall(r"(?:global|buffer)_load_dwordx4", code)) >= 1
+    assert len(re.findall(r"(?:global|buffer)_store_dwordx4", code)) >= 1
+
+
+OF_FMA = {"everything", "torch's noise, one by one", "torch's noise, shared"}  # in exp, log and curand's Box-Muller
+ROOTS = {"portable noise": 20, "float16": 20}  # square roots are made of multiply-adds: so many, for eight at most
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - OF_FMA))
+def test_products_and_sums_are_not_joined(folder, name):
+    """Or a step's bits would depend on its variant, and the portable stream's on the device."""
+    for architecture in (80, 90, 100, 120):
+        assert not re.search(r"\bfma\.", (folder / f"{name}.{architecture}.ptx").read_text())
+        (counts,) = instructions(folder / f"{name}.{architecture}.cubin").values()
+        assert sum(n for i, n in counts.items() if i.startswith("FFMA")) <= ROOTS.get(name, 0)
+    for architecture in ("gfx90a", "gfx942"):
+        code = (folder / f"{name}.{architecture}.amdgcn").read_text()
+        joined = re.findall(r"\bv_(pk_)?(?:fma|fmac|mac|mad)_f32", code)
+        assert sum(2 if packed else 1 for packed in joined) <= ROOTS.get(name, 0)

@@ -1,0 +1,1 @@
+"""What the tests share: the papers' formulas, random inputs, and stand-ins for what this machine lacks."""

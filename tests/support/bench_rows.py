@@ -1,0 +1,38 @@
+"""Rows as a run of the benchmarks has them, made up."""
+
+from __future__ import annotations
+
+from benchmarks.report import targets
+
+
+def ok(workload, contender, seconds, suite="steps"):
+    return {
+        "suite": suite, "workload": workload, "contender": contender, "status": "ok", "seconds": seconds,
+        "p10": seconds, "p90": seconds, "share_of_copy": 0.5, "bytes": 8, "bytes_per_second": 1.0, "adds_noise": False,
+    }  # fmt: skip
+
+
+def of_bfloat16(contender, error):
+    kind = {"suite": "accuracy", "solver": "ddim", "dtype": "bfloat16"}
+    return {**kind, "contender": contender, "status": "ok", "error": error, "seconds": 1e-5}
+
+
+def rows_of_a_run(ours=1.0):
+    large, small = targets._LARGE, targets._SMALL
+    return [
+        ok(large, "fastguide out=", 1.1 * ours),
+        ok(large, "copy_ of the same bytes", 1.0),
+        ok(large, "torch.compile out=", 1.1),
+        ok(large, "fastguide", 1.1 * ours),
+        ok(large, "torch.compile", 1.1),
+        ok(large, "torch.compile max-autotune", 1.2),
+        ok(small, "fastguide out=", 0.1),
+        ok(small, "torch.compile out=", 0.3),
+        ok(small, "fastguide", 0.1 * ours),
+        ok(small, "torch.compile", 0.4),
+        ok(small, "fastguide's scheduler", 0.1),
+        ok(small, "diffusers", 1.0),
+        ok("an idle model, DDIM", "Sampler, host time a step", 1e-5, "loops"),
+        of_bfloat16("fastguide", 1.0),
+        of_bfloat16("diffusers", 6.0),
+    ]

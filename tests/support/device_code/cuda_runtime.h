@@ -1,0 +1,55 @@
+// Stands in for CUDA's header of this name, so that a host compiler takes csrc/kernels/gpu/step.cu as it is.
+//
+// A launch is a loop over blocks and threads (in device_code.cpp). Thread 0 is the last of its block: what it does
+// behind a barrier then comes after what the others do before it, and nothing else in the kernels needs the barrier.
+#pragma once
+
+#include <cstddef>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x;
+  explicit dim3(unsigned x_ = 1) : x(x_) {}
+};
+
+static dim3 blockIdx, threadIdx, gridDim;
+static constexpr int warpSize = 1;  // what a warp shares out, thread 0 does
+
+static void __syncthreads() {}
+static void __threadfence() {}
+
+static unsigned __shfl_sync(unsigned, unsigned value, int) { return value; }
+
+static unsigned atomicAdd(unsigned* to, unsigned value) {
+  const unsigned before = *to;
+  *to += value;
+  return before;
+}
+
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorUnsupportedPtxVersion,
+  cudaErrorInsufficientDriver,
+  cudaErrorUnknown,
+};
+using cudaStream_t = void*;
+
+static cudaError_t refusal = cudaSuccess;  // of the next launches
+
+#define CUDART_VERSION 13000
+static int driver = 0;  // what the driver is good for
+static cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver;
+  return refusal;
+}
+
+static cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+static const char* cudaGetErrorString(cudaError_t) { return "another error"; }
+static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 threads, void** parameters, size_t shared,
+                                    cudaStream_t stream);

@@ -1,0 +1,263 @@
+// The GPU kernels on the host, for the tests: csrc/kernels/gpu/step.cu as it is, launched as a loop over blocks and threads.
+//
+// Accesses of 16 bytes are counted, and refused where a GPU would fault or where they leave the sample's memory.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+static void check_access(const void* address);
+#define FASTGUIDE_CHECK_ALIGNED(address) check_access(address)
+#include "kernels/gpu/step.cu"
+
+namespace py = pybind11;
+using namespace fastguide;
+
+// ---- Accesses of 16 bytes ----
+
+struct Samples {  // of one tensor, in bytes
+  uint64_t begin, stride, count, run;
+
+  bool hold(uint64_t place) const {
+    if (place < begin) return false;
+    const uint64_t offset = place - begin;
+    if (stride < run) return offset + 16 <= (count - 1) * stride + run;  // one, the same for all, or overlapping
+    const uint64_t sample = offset / stride;
+    return sample < count && offset - sample * stride + 16 <= run;
+  }
+};
+
+static std::vector<Samples> known;
+static uint64_t accesses = 0;
+
+static void check_access(const void* address) {
+  ++accesses;
+  const uint64_t place = reinterpret_cast<uint64_t>(address);
+  if (place % 16 != 0) throw std::runtime_error("16 bytes at an address that is no multiple of 16");
+  for (const Samples& samples : known) {
+    if (samples.hold(place)) return;
+  }
+  throw std::runtime_error("16 bytes that are not within one sample");
+}
+
+template <typename T>
+static void know(const T& tensor, int64_t samples, int64_t elements) {
+  if (tensor.data == nullptr) return;
+  const uint64_t bytes = element_bytes(tensor.element);
+  known.push_back({reinterpret_cast<uint64_t>(tensor.data), samples > 1 ? tensor.batch_stride * bytes : 0,
+                   uint64_t(samples), elements * bytes});
+}
+
+// ---- Arguments: a dictionary with the names of StepArguments ----
+
+struct Arguments {
+  StepArguments a{};
+  std::vector<Input> predictions;
+};
+
+template <typename T>
+static T number(const py::dict& d, const char* name, T otherwise) {
+  return d.contains(name) ? d[name].cast<T>() : otherwise;
+}
+
+template <typename T>
+static T* pointer(const py::dict& d, const char* name) {
+  return reinterpret_cast<T*>(number<uint64_t>(d, name, 0));
+}
+
+template <typename T>
+static T tensor(const py::handle& value) {  // address, batch stride, dtype
+  const auto [address, batch_stride, element] = value.cast<std::tuple<uint64_t, int64_t, int>>();
+  return {reinterpret_cast<void*>(address), batch_stride, Element(element)};
+}
+
+template <typename T>
+static T tensor(const py::dict& d, const char* name) {
+  return d.contains(name) ? tensor<T>(d[name]) : T{};
+}
+
+static Arguments arguments_of(const py::dict& d) {
+  Arguments arguments;
+  for (const py::handle& value : d["predictions"]) arguments.predictions.push_back(tensor<Input>(value));
+  StepArguments& a = arguments.a;
+  a.out = tensor<Output>(d, "out");
+  a.original = tensor<Output>(d, "original");
+  a.staged = tensor<Output>(d, "staged");
+  a.staged_copies = number<int>(d, "staged_copies", 0);
+  a.sample = tensor<Input>(d, "sample");
+  a.gradient = tensor<Input>(d, "gradient");
+  a.variance = tensor<Input>(d, "variance");
+  a.predictions = arguments.predictions.data();
+  a.num_predictions = int(arguments.predictions.size());
+  a.batch = number<int64_t>(d, "batch", 0);
+  a.elements_per_sample = number<int64_t>(d, "elements_per_sample", 0);
+  a.rows = pointer<void>(d, "rows");
+  a.steps = number<int64_t>(d, "steps", 0);
+  a.weights = pointer<void>(d, "weights");
+  a.weights_step_stride = number<int64_t>(d, "weights_step_stride", 0);
+  a.weights_batch_stride = number<int64_t>(d, "weights_batch_stride", 0);
+  a.index = number<int64_t>(d, "index", 0);
+  a.indices = pointer<int64_t>(d, "indices");
+  a.indices_stride = number<int64_t>(d, "indices_stride", 0);
+  a.cursor = pointer<int64_t>(d, "cursor");
+  a.cursor_stride = number<int64_t>(d, "cursor_stride", 0);
+  a.timestep = pointer<void>(d, "timestep");
+  a.timestep_element = TimestepElement(number<int>(d, "timestep_element", 0));
+  a.timestep_count = number<int64_t>(d, "timestep_count", 0);
+  a.noise = tensor<Input>(d, "noise");
+  a.mask = tensor<Input>(d, "mask");
+  a.known = tensor<Input>(d, "known");
+  a.known_noise = tensor<Input>(d, "known_noise");
+  a.seeds = pointer<int64_t>(d, "seeds");
+  a.seeds_stride = number<int64_t>(d, "seeds_stride", 0);
+  a.torch_stream.seed = number<uint64_t>(d, "seed", 0);
+  a.torch_stream.offset = number<uint64_t>(d, "offset", 0);
+  a.torch_stream.state = pointer<int64_t>(d, "state");
+  a.torch_stream.threads = number<uint32_t>(d, "threads", 0);
+  a.channels = number<int64_t>(d, "channels", 1);
+  a.noise_kind = a.noise.data != nullptr       ? Noise::given
+                 : a.seeds != nullptr          ? Noise::portable
+                 : a.torch_stream.threads != 0 ? Noise::torch_stream
+                                               : Noise::none;
+  return arguments;
+}
+
+static void know_all(const Arguments& arguments) {
+  const StepArguments& a = arguments.a;
+  known.clear();
+  accesses = 0;
+  for (const Output& output : {a.out, a.original}) know(output, a.batch, a.elements_per_sample);
+  know(a.staged, a.batch * a.staged_copies, a.elements_per_sample);
+  for (const Input& input : {a.sample, a.gradient, a.variance, a.noise, a.mask, a.known, a.known_noise}) {
+    know(input, a.batch, a.elements_per_sample);
+  }
+  for (const Input& input : arguments.predictions) know(input, a.batch, a.elements_per_sample);
+}
+
+// ---- The launch ----
+
+static std::mt19937_64 order;
+static std::optional<std::vector<unsigned>> wanted_blocks;  // all of them unless set
+
+static std::vector<unsigned> shuffled(std::vector<unsigned> values, size_t count) {
+  std::shuffle(values.begin(), values.begin() + count, order);
+  return values;
+}
+
+static std::vector<unsigned> count_to(unsigned count) {
+  std::vector<unsigned> values(count);
+  std::iota(values.begin(), values.end(), 0u);
+  return values;
+}
+
+static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 threads, void** parameters, size_t,
+                                    cudaStream_t) {
+  if (refusal != cudaSuccess) return refusal;
+  const auto run = reinterpret_cast<void (*)(GpuStep)>(const_cast<void*>(kernel));
+  const GpuStep& s = *static_cast<const GpuStep*>(parameters[0]);
+  gridDim = blocks;
+  const std::vector<unsigned> chosen = wanted_blocks ? *wanted_blocks : count_to(blocks.x);
+  for (const unsigned block : shuffled(chosen, chosen.size())) {
+    blockIdx = dim3(block);
+    std::vector<unsigned> inner = count_to(threads.x);
+    std::reverse(inner.begin(), inner.end());  // thread 0 is the last
+    for (const unsigned thread : shuffled(inner, inner.size() - 1)) {
+      threadIdx = dim3(thread);
+      run(s);
+    }
+  }
+  return cudaSuccess;
+}
+
+// Runs the step, blocks and threads in an order that follows from a seed; returns the number of 16-byte accesses.
+static uint64_t launch(const py::dict& d, uint64_t order_seed, std::optional<std::vector<unsigned>> blocks) {
+  const Arguments arguments = arguments_of(d);
+  know_all(arguments);
+  order.seed(order_seed);
+  wanted_blocks = std::move(blocks);
+  const char* error = cuda::launch_step(arguments.a, 0, nullptr);
+  if (error != nullptr) throw std::runtime_error(error);
+  return accesses;
+}
+
+// How the launch is divided.
+static py::dict grid(const py::dict& d) {
+  const Arguments arguments = arguments_of(d);
+  const GpuStep s = gpu_step(arguments.a);
+  py::dict result;
+  result["tiles"] = s.tiles;
+  result["tiles_per_sample"] = s.tiles_per_sample;
+  result["vector_tiles"] = s.vector_tiles;
+  result["aligned"] = s.aligned;
+  result["torch_vectors"] = arguments.a.noise_kind == Noise::torch_stream && torch_vectors_fit(s);
+  return result;
+}
+
+// Which floats of the block's shared memory one thread writes: of one prediction, and nothing else.
+static std::vector<int> shared_of_thread(const py::dict& d, unsigned tile, int thread) {
+  const Arguments arguments = arguments_of(d);
+  know_all(arguments);
+  const GpuStep s = gpu_step(arguments.a);
+  std::vector<float> shared(kTorchValues * kVector * kThreads, NAN);
+  torch_vector_tile<Variant<1, false, Noise::torch_stream, false, false>>(s, s.a.torch_stream, position_of(s.a, 0),
+                                                                          tile, thread, shared.data());
+  std::vector<int> written;
+  for (int i = 0; i < int(shared.size()); ++i) {
+    if (shared[i] == shared[i]) written.push_back(i);
+  }
+  return written;
+}
+
+// ---- Noise, over arrays ----
+
+static uint32_t word_of(const Philox4& r, int i) { return i == 0 ? r.x : i == 1 ? r.y : i == 2 ? r.z : r.w; }
+
+PYBIND11_MODULE(fastguide_device_code, m) {
+  m.attr("tile") = kTile;
+  m.attr("threads") = kThreads;
+  m.attr("max_predictions") = cuda::max_predictions();
+  m.attr("max_tiles") = kMaxTiles;
+  m.def("launch", &launch);
+  m.def("grid", &grid);
+  m.def("refuse", [](int error) { refusal = cudaError_t(error); });
+  m.def("driver_too_old", [](int version) {
+    driver = version;
+    return cuda::driver_too_old();
+  });
+  m.def("shared_of_thread", &shared_of_thread);
+  m.def("philox", py::vectorize([](uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint64_t key, int i) {
+          return word_of(philox4x32_10({x, y, z, w}, key), i);
+        }));
+  // The i-th of the two words that torch makes an element of, and whether it is the first or second value of them.
+  m.def("torch_word", py::vectorize([](uint64_t seed, uint64_t offset, uint64_t element, uint32_t threads, int i) {
+          const TorchPosition position = torch_position(element, threads);
+          return word_of(torch_call(seed, offset, position.call, position.thread), position.value / 2 * 2 + i);
+        }));
+  m.def("torch_value_is_second",
+        py::vectorize([](uint64_t element, uint32_t threads) { return torch_position(element, threads).value % 2; }));
+  m.def("torch_normal", py::vectorize([](uint64_t seed, uint64_t offset, uint64_t element, uint32_t threads) {
+          return torch_normal(seed, offset, element, threads);
+        }));
+  m.def("torch_increment", py::vectorize(&torch_increment));
+  m.def("portable_normal_of", py::vectorize([](uint64_t seed, uint32_t step, uint64_t element) {
+          return portable_normal_of(seed, step, element);
+        }));
+  m.def("portable_normal", py::vectorize([](uint64_t seed, uint32_t step, uint64_t block, int i) {
+          const Normal4 normal = portable_normal(seed, step, block);
+          return i == 0 ? normal.first : i == 1 ? normal.second : i == 2 ? normal.third : normal.fourth;
+        }));
+  m.def("counted_place", py::vectorize([](int64_t place, int64_t channels, int64_t elements) {
+          return counted_place(place, channels, elements);
+        }));
+}

@@ -214,7 +214,7 @@ def main() -> int:
 
     if not options.no_build:
         write("build", build())
-    from fastguide.step.operator import BACKENDS  # what has just been built
+    from fastguide.step.backends.registry import BACKENDS  # what has just been built
 
     write("backends missing", {n: BACKENDS[n].status for n in OURS if not BACKENDS[n].serves("cuda")})
     write("tests", test())

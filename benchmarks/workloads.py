@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastguide.guidance.weights import Classifier, ClassifierFree, Composed, Guidance
+from fastguide.guidance import Classifier, ClassifierFree, Composed, Guidance
 from fastguide.schedules.noise_schedule import NoiseSchedule
 from fastguide.solvers._columns import ddim, ddpm
 from fastguide.solvers.table import StepTable

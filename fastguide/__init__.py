@@ -2,7 +2,7 @@
 
 from . import _require_torch as _require_torch  # isort: skip
 from ._version import __version__ as __version__
-from .guidance.weights import Classifier, ClassifierFree, Composed, Guidance
+from .guidance import Classifier, ClassifierFree, Composed, Guidance
 from .sampling.sampler import Sampler
 from .sampling.trajectory import Sampled
 from .schedules.noise_schedule import NoiseSchedule
@@ -10,9 +10,9 @@ from .solvers._columns import ddim, ddpm
 from .solvers.table import ROW_COLUMNS, StepTable
 from .step import backends as backends
 from .step.cursor import Cursor
-from .step.inpainting import Known
+from .step.guided_step import guided_step
+from .step.inpainting import Inpainting
 from .step.noise import DeviceGenerator, portable_noise
-from .step.operator import guided_step
 from .training.forward_process import add_noise, convert_prediction, training_target
 from .training.losses import ConditionDropout, classifier_loss, denoising_loss, drop_condition
 
@@ -25,7 +25,7 @@ __all__ = [
     "Cursor",
     "DeviceGenerator",
     "Guidance",
-    "Known",
+    "Inpainting",
     "NoiseSchedule",
     "Sampled",
     "Sampler",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ._version import __version__
-from .step.operator import BACKENDS, default_backend
+from .step.backends.registry import BACKENDS, default_backend
 
 _DEMO_MODULES = ("sklearn", "matplotlib", "tqdm", "safetensors", "numpy")
 _OPTIONAL_PACKAGES = ("diffusers", "scikit-learn", "matplotlib", "tqdm", "safetensors", "triton")

@@ -12,7 +12,7 @@ from tests.support import device_code, on_gpu, triton_interpreter
 triton_interpreter.start()
 
 from fastguide.step.backends import native  # noqa: E402
-from fastguide.step.operator import BACKENDS, Backend  # noqa: E402
+from fastguide.step.backends.registry import BACKENDS, Backend  # noqa: E402
 
 DEVICE_CODE = "cuda on the host"
 ON_GPU = [pytest.param(f"{name} on the gpu", marks=pytest.mark.gpu) for name in ("native", "triton")]

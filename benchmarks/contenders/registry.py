@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastguide.step.guided_step import guided_step
 from fastguide.step.noise import portable_noise
-from fastguide.step.operator import guided_step
 
 from .. import papers
 from ..workloads import GUIDANCE_SCALE, NUM_STEPS, STEP, Inputs, NotRunError

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastguide.guidance.weights import ClassifierFree
+from fastguide.guidance import ClassifierFree
 from fastguide.solvers._columns import ddim, ddpm
+from fastguide.step.guided_step import guided_step
 from fastguide.step.noise import portable_noise
-from fastguide.step.operator import guided_step
 
 from .. import papers
 from ..contenders import plain_torch as formula

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastguide
-from fastguide.step.operator import BACKENDS
+from fastguide.step.backends.registry import BACKENDS
 
 from ..contenders import plain_torch as formula
 from ..workloads import GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastguide.guidance.weights import Classifier, ClassifierFree, Guidance
+from fastguide.guidance import Classifier, ClassifierFree, Guidance
 from fastguide.sampling.sampler import Sampler
 from fastguide.schedules.noise_schedule import NoiseSchedule
 from fastguide.solvers._columns import ddim

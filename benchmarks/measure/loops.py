@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguide.guidance.weights import ClassifierFree
+from fastguide.guidance import ClassifierFree
 from fastguide.sampling.sampler import Sampler
 from fastguide.schedules.noise_schedule import NoiseSchedule
 from fastguide.solvers._columns import ddim, ddpm

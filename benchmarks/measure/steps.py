@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from fastguide.guidance.weights import ClassifierFree, Composed, Guidance
+from fastguide.guidance import ClassifierFree, Composed, Guidance
 from fastguide.sampling.sampler import Sampler
 from fastguide.solvers._columns import ddim
-from fastguide.step.operator import guided_step
+from fastguide.step.guided_step import guided_step
 
 from ..contenders.registry import CEILINGS, CONTENDERS, is_ours, relative_error, tolerance
 from ..workloads import SCHEDULE, STEP, Inputs, NotRunError, Workload

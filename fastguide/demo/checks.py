@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance.weights import ClassifierFree
+from ..guidance import ClassifierFree
 from ..schedules.noise_schedule import NoiseSchedule
 from ..solvers._columns import ddim, ddpm
-from ..step.operator import guided_step
+from ..step.guided_step import guided_step
 from .models import Denoiser
 
 _SCALE = 4.0

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..guidance.weights import Classifier, ClassifierFree, Guidance
+from ..guidance import Classifier, ClassifierFree, Guidance
 from ..sampling.sampler import Sampler
 from ..schedules.noise_schedule import NoiseSchedule
 from ..solvers._columns import ddim, ddpm

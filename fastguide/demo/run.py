@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .._version import __version__
 from ..schedules.noise_schedule import NoiseSchedule
-from ..step.operator import BACKENDS, default_backend
+from ..step.backends.registry import BACKENDS, default_backend
 from . import checkpoints as weights
 from . import checks, digits, report
 from .methods import Method, all_methods, labels_to_sample, sample, step_tables

@@ -11,7 +11,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..guidance.weights import Guidance
+from ..guidance import Guidance
 from ..sampling.sampler import Sampler
 from ..solvers.table import StepTable
 from . import tables as transitions

@@ -11,13 +11,13 @@ import torch.autograd.forward_ad as forward_ad
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..guidance.weights import Classifier, ClassifierFree, Guidance
+from ..guidance import Classifier, ClassifierFree, Guidance
 from ..schedules.predictions import GradientForm
 from ..solvers._columns import VarianceType
 from ..solvers.table import StepTable
+from ..step.guided_step import guided_step
 from ..step.memory import empty_like
 from ..step.noise import DeviceGenerator
-from ..step.operator import guided_step
 from .lazy_guidance import Deferred, Output
 
 Generators = torch.Generator | list[torch.Generator] | DeviceGenerator | None
@@ -186,11 +186,13 @@ class FusedStep:
         others: dict[str, Any] = {"gradient": gradient, "variance": variance}
         step: Callable[..., Any] = guided_step
         if torch.compiler.is_compiling():
-            result, original = step(*arguments, **others, **source, out=out, return_original=True)
+            original = empty_like(sample if out is None else out)
+            result = step(*arguments, **others, **source, out=out, original=original)
             return self._output.plain(result, original) if return_dict else (result, original)
         if sample.is_inference() or first.is_inference() or (gradient is not None and gradient.is_inference()):
             # torch does not count who writes to them, so that what is not computed now may be lost
-            result, original = step(*arguments, **others, **source, out=out, return_original=True)
+            original = empty_like(sample if out is None else out)
+            result = step(*arguments, **others, **source, out=out, original=original)
             return self._output.plain(result, original) if return_dict else (result, original)
         result = step(*arguments, **others, **source, out=out)
         index = row if isinstance(row, Tensor) else None
@@ -202,7 +204,8 @@ class FusedStep:
                     "pred_original_sample: expected the inputs of its step as they were, got one changed"
                 )
             spare = torch.empty_like(result)  # the noise is of no consequence to x_0
-            original: Tensor = step(*arguments, **others, noise=sample, out=spare, return_original=True)[1]
+            original = empty_like(result)
+            step(*arguments, **others, noise=sample, out=spare, original=original)
             return original
 
         if return_dict:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..guidance.weights import Guidance
+from ..guidance import Guidance
 
 Condition: TypeAlias = "Tensor | Mapping[str, Condition]"
 """A tensor with the batch in front, or several by the name of the model's argument, of which each may be a mapping."""

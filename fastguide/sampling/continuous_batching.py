@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..guidance.weights import Guidance
+from ..guidance import Guidance
+from ..guidance.weights import UNGUIDED
 from ..solvers.table import StepTable
-from ..step.checks import counted_layout
+from ..step.guided_step import check_run
+from ..step.memory import counted_layout
 from ..step.noise import signed_word
-from ..step.operator import UNGUIDED, check_run
 from . import conditioning as conditioning
 from .capture import Graphs, Pool
 from .conditioning import Condition
@@ -128,8 +129,8 @@ class Slots:
                     raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
             if x_T.dim() == 0 or x_T.shape[0] != 1:
                 raise ValueError(f"x_T: expected shape (1, ...), one request, got {tuple(x_T.shape)}")
-            check_run(table, "x_T", x_T, guidance, self._options.backend)
             guidance = UNGUIDED if guidance is None else guidance
+            check_run(table, "x_T", x_T, guidance, self._options.backend)
             if not counted_layout(x_T):
                 raise ValueError(f"x_T: expected it contiguous or channels_last, got strides {x_T.stride()}")
             check_rows(table, 0)

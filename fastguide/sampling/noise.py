@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..solvers.table import StepTable
-from ..step.checks import check_device_generator, counted_layout
-from ..step.drawing import draws_in_kernel
-from ..step.noise import DeviceGenerator, seeds_tensor
-from ..step.operator import backend_for
+from ..step.backends.registry import backend_for
+from ..step.checks import check_device_generator
+from ..step.memory import counted_layout
+from ..step.noise import DeviceGenerator, draws_in_kernel, seeds_tensor
 
 Generators: TypeAlias = "torch.Generator | DeviceGenerator | Sequence[torch.Generator]"
 

@@ -10,10 +10,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from ..guidance.weights import Guidance
+from ..guidance import Guidance
+from ..guidance.weights import UNGUIDED
 from ..solvers.table import StepTable
+from ..step.backends.registry import BACKENDS
 from ..step.cursor import TIMESTEP_DTYPES
-from ..step.operator import BACKENDS, UNGUIDED, check_run
+from ..step.guided_step import check_run
 from . import conditioning as conditioning
 from . import stepping
 from .capture import Graphs, Pool
@@ -328,7 +330,7 @@ class Sampler:
             raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {got}")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
-        check_run(self._table, "x_T", x_T, self._guidance, self.backend)
+        check_run(self._table, "x_T", x_T, self._guidance or UNGUIDED, self.backend)
         if self._table.learned_variance and x_T.dim() < 2:
             raise ValueError("x_T: expected shape (batch, channels, ...) for a table of learned variance")
         stepping.check_mode(self.cuda_graph, x_T.device)

@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..guidance.weights import Guidance
+from ..guidance import Guidance
 from ..solvers.table import ROW_COLUMNS, StepTable
-from ..step.checks import DTYPES
+from ..step.backends.registry import StepFunction, backend_for
 from ..step.cursor import Cursor
-from ..step.drawing import NO_GRID, draw_noise, torch_grid
-from ..step.memory import empty_like, empty_strided
-from ..step.noise import DeviceGenerator
-from ..step.operator import StepFunction, backend_for
+from ..step.memory import DTYPES, empty_like, empty_strided
+from ..step.noise import NO_GRID, DeviceGenerator, draw_noise, torch_grid
 from . import conditioning as conditioning
 from .conditioning import Condition, Signature
 

@@ -6,22 +6,102 @@ Nothing here reads a device value on the host; index values and memory are looke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..guidance.weights import Guidance
+from ..guidance import Guidance
 from ..solvers.table import StepTable
+from .backends.registry import Backend
 from .cursor import CURSOR_COLUMNS, Cursor
-from .inpainting import Known
+from .inpainting import Inpainting
+from .memory import DTYPES, counted_layout, dense_within_sample, element_for_element, empty_like, overlaps, same_layout
 from .noise import DeviceGenerator
+from .operator import ELEMENTWISE, NAMES, StepArguments, elementwise
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Dtypes of samples, predictions, gradients, variances, noise and outputs, in any combination."""
+Generator: TypeAlias = "torch.Generator | DeviceGenerator"
 
 
-def listed(predictions: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The predictions as a list of tensors."""
+def validate(
+    backend: Backend,
+    table: StepTable,
+    index: int | Tensor | Cursor,
+    sample: Tensor,
+    predictions: Tensor | Sequence[Tensor],
+    guidance: Guidance,
+    *,
+    gradient: Tensor | None,
+    variance: Tensor | None,
+    noise: Tensor | None,
+    generator: Generator | None,
+    seeds: Tensor | None,
+    inpainting: Inpainting | None,
+    original: Tensor | None,
+    out: Tensor | None,
+    staged: Tensor | None,
+) -> tuple[StepArguments, Generator | None]:
+    """Refuse what is not as ``guided_step`` describes it; return the operator's arguments.
+
+    Returns:
+        The arguments, without noise that is still to be drawn; and the generator to draw it from, if there is one.
+    """
+    inputs = _as_list(predictions)
+    stacked = _check_predictions(table, sample, inputs, guidance)
+    row, indices, cursor = _check_position(table, index, sample, out)
+    adds_noise = _adds_noise(table, row, noise)
+    _check_roles(table, guidance, gradient, variance)
+    _check_noise(sample, noise, generator, seeds, adds_noise)
+    if inpainting is not None and not isinstance(inpainting, Inpainting):
+        raise TypeError(f"inpainting: expected an Inpainting, got {type(inpainting).__name__}")
+    if not adds_noise:
+        if noise is not None:
+            _check_operand("noise", noise, sample, torch.is_grad_enabled())
+        noise = generator = seeds = None
+
+    dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    arguments = StepArguments(
+        empty_like(sample) if out is None else out,
+        original,
+        staged,
+        sample,
+        inputs,
+        table.device_rows(guidance.form, dtype),
+        guidance.weights_for(inputs, sample.device, dtype),
+        row or 0,
+        indices,
+        gradient,
+        variance,
+        noise,
+        seeds,
+        None,
+        0,
+        *((None, None) if cursor is None else (cursor.state, cursor.timestep)),
+        *((None, None, None) if inpainting is None else inpainting),
+    )
+    _check_layouts(arguments, stacked)
+    if generator is not None:
+        if torch.compiler.is_compiling():
+            raise ValueError("generator: torch.compile takes none; expected noise= or seeds=")
+        if isinstance(generator, DeviceGenerator):
+            check_device_generator(backend.name, backend.torch_stream, sample, cursor)
+    unchecked = (out is not None or original is not None) and (generator is not None or not backend.checks_overlap)
+    if (unchecked or staged is not None) and not torch.compiler.is_compiling():
+        check_memory(arguments)
+    return arguments, generator
+
+
+def device_of(name: str, tensor: Tensor) -> torch.device:
+    """Return the tensor's device; refuse what is no tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    return tensor.device
+
+
+# ---- Predictions and guidance ----
+
+
+def _as_list(predictions: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(predictions, Tensor):
         return [predictions]
     if not isinstance(predictions, Sequence):
@@ -32,14 +112,12 @@ def listed(predictions: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(predictions)
 
 
-def check_kinds(table: StepTable, sample: Tensor, predictions: list[Tensor], guidance: Guidance) -> bool:
-    """Whether one tensor holds all predictions along its batch; refused if they fit in neither way."""
+def _check_predictions(table: StepTable, sample: Tensor, predictions: list[Tensor], guidance: Guidance) -> bool:
+    """Tell whether one tensor holds all predictions along its batch; refuse them if they fit in neither way."""
     if not isinstance(table, StepTable):
         raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
     if not isinstance(guidance, Guidance):
         raise TypeError(f"guidance: expected a Guidance such as ClassifierFree(7.5), got {type(guidance).__name__}")
-    if not isinstance(sample, Tensor):
-        raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
     if sample.dim() == 0:
         raise ValueError("sample: expected shape (batch, ...), got a tensor without dimensions")
     if sample.device != table.device:
@@ -62,7 +140,7 @@ def check_kinds(table: StepTable, sample: Tensor, predictions: list[Tensor], gui
 
 
 def check_guidance(table: StepTable, guidance: Guidance, batch: int) -> None:
-    """Scales fit the batch and the table."""
+    """Refuse scales that fit neither the batch nor the table."""
     if guidance.batch not in (1, batch):
         raise ValueError(f"guidance: expected scales for 1 or {batch} samples, got {guidance.batch}")
     if guidance.steps not in (1, len(table)):
@@ -71,59 +149,8 @@ def check_guidance(table: StepTable, guidance: Guidance, batch: int) -> None:
         )
 
 
-def check_index(table: StepTable, index: int | Tensor, sample: Tensor) -> tuple[int | None, Tensor | None]:
-    """The row as a host int, or the step indices as a tensor."""
-    if isinstance(index, Tensor):
-        if index.dtype != torch.int64:
-            raise TypeError(f"index: expected an int or an int64 tensor, got {index.dtype}")
-        if index.dim() > 1 or (index.dim() == 1 and index.shape[0] != sample.shape[0]):
-            raise ValueError(f"index: expected shape () or ({sample.shape[0]},), got {_shape(index)}")
-        if index.device != sample.device:
-            raise ValueError(f"index: expected it on {sample.device}, the sample's device, got {index.device}")
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():  # on the host: nothing waits
-            for value in index.reshape(-1).tolist():
-                _check_row(table, value)
-        return None, index
-    if not isinstance(index, int) or isinstance(index, bool):
-        raise TypeError(f"index: expected an int, an int64 tensor or a Cursor, got {type(index).__name__}")
-    _check_row(table, index)
-    return index, None
-
-
-def check_cursor(table: StepTable, cursor: Cursor, sample: Tensor, out: Tensor | None) -> None:
-    """A cursor fits the batch, and stands in the table as far as the host sees it."""
-    if out is not sample:
-        got = "None" if out is None else "another tensor"
-        raise ValueError(f"out: expected the sample itself with a Cursor, which leaves finished samples, got {got}")
-    if cursor.batch not in (None, sample.shape[0]):
-        raise ValueError(f"index: expected a Cursor for {sample.shape[0]} samples or one for all, got {cursor.batch}")
-    if cursor.device != sample.device:
-        raise ValueError(f"index: expected a Cursor on {sample.device}, the sample's device, got {cursor.device}")
-    if cursor.device.type == "cpu" and not torch.compiler.is_compiling():
-        for index, end in cursor.state[:, : CURSOR_COLUMNS.index("first")].tolist():
-            if index < end:
-                _check_row(table, index)
-
-
-def _check_row(table: StepTable, index: int) -> None:
-    if not 0 <= index < len(table):
-        raise IndexError(f"index: expected 0 to {len(table) - 1} for a table of {len(table)} steps, got {index}")
-    if table.undefined_rows and index in table.undefined_rows:
-        raise ValueError(f"index: expected a step at which {table.name} is defined, got {index}: {table.undefined}")
-
-
-def check_roles(
-    table: StepTable,
-    guidance: Guidance,
-    sample: Tensor,
-    gradient: Tensor | None,
-    variance: Tensor | None,
-    noise: Tensor | None,
-    generator: torch.Generator | DeviceGenerator | None,
-    seeds: Tensor | None,
-    adds_noise: bool,
-) -> None:
-    """Each optional input is there exactly where the table and the guidance have a use for it."""
+def _check_roles(table: StepTable, guidance: Guidance, gradient: Tensor | None, variance: Tensor | None) -> None:
+    """Refuse a gradient or variance that has no use, and miss one that has."""
     if gradient is None and guidance.form is not None:
         raise ValueError("gradient: expected a tensor, as the guidance has a Classifier, got None")
     if gradient is not None and guidance.form is None:
@@ -134,6 +161,76 @@ def check_roles(
         raise ValueError(f"variance: expected the model's variance output, as this {table.name} learns it, got None")
     if variance is not None and not table.learned_variance:
         raise ValueError(f"variance: expected None, as this {table.name} has a fixed variance, got a tensor")
+
+
+# ---- Where in the table ----
+
+
+def _check_position(
+    table: StepTable, index: int | Tensor | Cursor, sample: Tensor, out: Tensor | None
+) -> tuple[int | None, Tensor | None, Cursor | None]:
+    """Return the row as a number, as a tensor or as a cursor; the others are None."""
+    if isinstance(index, int) and not isinstance(index, bool):
+        check_row(table, index)
+        return index, None, None
+    if isinstance(index, Tensor):
+        _check_indices(table, index, sample)
+        return None, index, None
+    if isinstance(index, Cursor):
+        _check_cursor(table, index, sample, out)
+        return None, None, index
+    raise TypeError(f"index: expected an int, an int64 tensor or a Cursor, got {type(index).__name__}")
+
+
+def _check_indices(table: StepTable, index: Tensor, sample: Tensor) -> None:
+    if index.dtype != torch.int64:
+        raise TypeError(f"index: expected an int or an int64 tensor, got {index.dtype}")
+    if index.dim() > 1 or (index.dim() == 1 and index.shape[0] != sample.shape[0]):
+        raise ValueError(f"index: expected shape () or ({sample.shape[0]},), got {_shape(index)}")
+    if index.device != sample.device:
+        raise ValueError(f"index: expected it on {sample.device}, the sample's device, got {index.device}")
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():  # on the host: nothing waits
+        for value in index.reshape(-1).tolist():
+            check_row(table, value)
+
+
+def _check_cursor(table: StepTable, cursor: Cursor, sample: Tensor, out: Tensor | None) -> None:
+    if out is not sample:
+        got = "None" if out is None else "another tensor"
+        raise ValueError(f"out: expected the sample itself with a Cursor, which leaves finished samples, got {got}")
+    if cursor.batch not in (None, sample.shape[0]):
+        raise ValueError(f"index: expected a Cursor for {sample.shape[0]} samples or one for all, got {cursor.batch}")
+    if cursor.device != sample.device:
+        raise ValueError(f"index: expected a Cursor on {sample.device}, the sample's device, got {cursor.device}")
+    if cursor.device.type == "cpu" and not torch.compiler.is_compiling():
+        for index, end in cursor.state[:, : CURSOR_COLUMNS.index("first")].tolist():
+            if index < end:
+                check_row(table, index)
+
+
+def check_row(table: StepTable, index: int) -> None:
+    """Refuse a row that the table does not have, or at which its solver is not defined."""
+    if not 0 <= index < len(table):
+        raise IndexError(f"index: expected 0 to {len(table) - 1} for a table of {len(table)} steps, got {index}")
+    if table.undefined_rows and index in table.undefined_rows:
+        raise ValueError(f"index: expected a step at which {table.name} is defined, got {index}: {table.undefined}")
+
+
+# ---- Noise ----
+
+
+def _adds_noise(table: StepTable, row: int | None, noise: Tensor | None) -> bool:
+    """Tell whether the row adds noise, as far as the host knows; where it does not know, the row multiplies by zero."""
+    if not table.adds_noise_anywhere:
+        return False
+    if row is None or (noise is not None and torch.compiler.is_compiling()):  # looking it up would compile each step
+        return True
+    return table.adds_noise[row]
+
+
+def _check_noise(
+    sample: Tensor, noise: Tensor | None, generator: Generator | None, seeds: Tensor | None, adds_noise: bool
+) -> None:
     if (noise is not None) + (generator is not None) + (seeds is not None) > 1:
         given = [k for k, v in (("noise", noise), ("generator", generator), ("seeds", seeds)) if v is not None]
         raise ValueError(f"noise: expected one of noise, generator and seeds, got {' and '.join(given)}")
@@ -148,7 +245,7 @@ def check_roles(
         )
 
 
-def _check_generator(generator: torch.Generator | DeviceGenerator, sample: Tensor) -> None:
+def _check_generator(generator: Generator, sample: Tensor) -> None:
     if not isinstance(generator, (torch.Generator, DeviceGenerator)):
         raise TypeError(f"generator: expected a torch.Generator or a DeviceGenerator, got {type(generator).__name__}")
     device, expected = generator.device, sample.device
@@ -171,7 +268,7 @@ def _check_seeds(seeds: Tensor, sample: Tensor) -> None:
 
 
 def check_device_generator(backend: str, torch_stream: bool, sample: Tensor, cursor: Cursor | None) -> None:
-    """What a DeviceGenerator cannot serve: nothing but a kernel on a GPU can draw from it."""
+    """Refuse what a DeviceGenerator cannot serve: only a kernel on a GPU can draw from it."""
     if cursor is not None and cursor.batch is not None:
         raise ValueError("generator: expected seeds with a Cursor for several samples, as a generator's stream is one")
     if not torch_stream or sample.device.type != "cuda":
@@ -183,73 +280,65 @@ def check_device_generator(backend: str, torch_stream: bool, sample: Tensor, cur
         )
 
 
-def counted_layout(sample: Tensor) -> bool:
-    """Whether streams of noise can count its elements: each sample is contiguous or channels_last."""
-    if sample.is_contiguous():
-        return True
-    shape, strides = sample.shape[1:], sample.stride()[1:]
-    if _dense_in_order(shape, strides):
-        return True
-    return len(shape) > 1 and _dense_in_order((*shape[1:], shape[0]), (*strides[1:], strides[0]))
+# ---- Shapes, dtypes, devices, layouts, autograd ----
 
 
-def _dense_in_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def check_layouts(
-    sample: Tensor,
-    predictions: list[Tensor],
-    together: bool,
-    gradient: Tensor | None,
-    variance: Tensor | None,
-    noise: Tensor | None,
-    out: Tensor | None,
-    staged: Tensor | None,
-    known: Known | None,
-) -> None:
-    """Shapes, dtypes, devices, layouts and autograd of all tensors."""
-    shape, strides, device = sample.shape, sample.stride(), sample.device
-    grad_enabled = torch.is_grad_enabled()
+def _check_layouts(arguments: StepArguments, stacked: bool) -> None:
+    """Refuse tensors that have not an element for each of the sample's, in its order."""
+    sample, grad_enabled = arguments.sample, torch.is_grad_enabled()
     check_sample("sample", sample, grad_enabled)
-    if together:
-        whole = (predictions[0].shape[0], *shape[1:])
-        _check_operand("predictions", predictions[0], whole, strides, device, grad_enabled)
-    else:
-        for k, prediction in enumerate(predictions):
-            _check_operand(f"predictions[{k}]", prediction, shape, strides, device, grad_enabled)
-    for name, tensor in (("gradient", gradient), ("variance", variance), ("noise", noise), ("out", out)):
+    shape, strides, device = sample.shape, sample.stride(), sample.device
+    operands = elementwise(arguments)
+    for tensor in operands if stacked else (*operands, *arguments.predictions):
+        if tensor is not None and not (  # nearly always; what follows finds the words for the rest
+            isinstance(tensor, Tensor)
+            and tensor.shape == shape
+            and tensor.stride() == strides
+            and tensor.dtype in DTYPES
+            and tensor.device == device
+            and not (grad_enabled and tensor.requires_grad)
+        ):
+            _check_operands(arguments, stacked)
+            break
+    if stacked:
+        whole = (arguments.predictions[0].shape[0], *shape[1:])
+        _check_operand("predictions", arguments.predictions[0], sample, grad_enabled, whole)
+    _check_separate_samples("out", arguments.out)
+    if arguments.staged is not None:
+        _check_staged(arguments.staged, sample, grad_enabled)
+
+
+def _check_operands(arguments: StepArguments, stacked: bool) -> None:
+    grad_enabled = torch.is_grad_enabled()
+    if not stacked:
+        for k, prediction in enumerate(arguments.predictions):
+            _check_operand(f"predictions[{k}]", prediction, arguments.sample, grad_enabled)
+    for name, tensor in zip(ELEMENTWISE, elementwise(arguments), strict=True):
         if tensor is not None:
-            _check_operand(name, tensor, shape, strides, device, grad_enabled)
-    if known is not None:
-        if not isinstance(known, Known):
-            raise TypeError(f"known: expected a Known, got {type(known).__name__}")
-        for name, tensor in known._asdict().items():
-            _check_operand(f"known.{name}", tensor, shape, strides, device, grad_enabled)
-    if out is not None and out.shape[0] > 1 and out.numel() and out.stride(0) < out.numel() // out.shape[0]:
-        raise ValueError(f"out: expected samples that do not overlap, got strides {out.stride()}")
-    if staged is not None:
-        batch = shape[0]
-        if not isinstance(staged, Tensor):
-            raise TypeError(f"staged: expected a tensor, got {type(staged).__name__}")
-        copies = staged.shape[0] // batch if batch and staged.dim() else 1
-        if copies == 0 or staged.dim() == 0 or staged.shape[0] != copies * batch:
-            raise ValueError(f"staged: expected shape (a multiple of {batch}, ...), got {_shape(staged)}")
-        _check_operand("staged", staged, (copies * batch, *shape[1:]), strides, device, grad_enabled)
-        if staged.shape[0] > 1 and staged.numel() and staged.stride(0) < staged.numel() // staged.shape[0]:
-            raise ValueError(f"staged: expected samples that do not overlap, got strides {staged.stride()}")
+            _check_operand(NAMES.get(name, name), tensor, arguments.sample, grad_enabled)
+
+
+def _check_staged(staged: Tensor, sample: Tensor, grad_enabled: bool) -> None:
+    batch = sample.shape[0]
+    if not isinstance(staged, Tensor):
+        raise TypeError(f"staged: expected a tensor, got {type(staged).__name__}")
+    copies = staged.shape[0] // batch if batch and staged.dim() else 1
+    if copies == 0 or staged.dim() == 0 or staged.shape[0] != copies * batch:
+        raise ValueError(f"staged: expected shape (a multiple of {batch}, ...), got {_shape(staged)}")
+    _check_operand("staged", staged, sample, grad_enabled, (copies * batch, *sample.shape[1:]))
+    _check_separate_samples("staged", staged)
+
+
+def _check_separate_samples(name: str, out: Tensor) -> None:
+    if out.shape[0] > 1 and out.numel() and out.stride(0) < out.numel() // out.shape[0]:
+        raise ValueError(f"{name}: expected samples that do not overlap, got strides {out.stride()}")
 
 
 def check_sample(name: str, sample: Tensor, grad_enabled: bool) -> None:
-    """The sample's own dtype, layout and autograd."""
+    """Refuse a sample of another dtype or layout, or one that autograd follows."""
     if sample.dtype not in DTYPES or (grad_enabled and sample.requires_grad):
         _check_tensor(name, sample, sample.shape, sample.device, grad_enabled)
-    if not (sample.is_contiguous() or _dense_within_sample(sample.shape, sample.stride())):
+    if not (sample.is_contiguous() or dense_within_sample(sample.shape, sample.stride())):
         raise ValueError(
             f"{name}: expected it dense within a sample (contiguous, channels_last, ...), got strides "
             f"{sample.stride()} for shape {_shape(sample)}; use .contiguous()"
@@ -257,30 +346,13 @@ def check_sample(name: str, sample: Tensor, grad_enabled: bool) -> None:
 
 
 def _check_operand(
-    name: str,
-    tensor: Tensor,
-    shape: Sequence[int],
-    strides: tuple[int, ...],
-    device: torch.device,
-    grad_enabled: bool,
+    name: str, tensor: Tensor, sample: Tensor, grad_enabled: bool, shape: Sequence[int] | None = None
 ) -> None:
-    if (  # nearly always; what follows finds the words for the rest
-        isinstance(tensor, Tensor)
-        and tensor.shape == shape
-        and tensor.stride() == strides
-        and tensor.dtype in DTYPES
-        and tensor.device == device
-        and not (grad_enabled and tensor.requires_grad)
-    ):
-        return
-    _check_tensor(name, tensor, shape, device, grad_enabled)
-    inner = tensor.stride()[1:]
-    if tensor.numel() and any(
-        size > 1 and ours != theirs for size, ours, theirs in zip(shape[1:], inner, strides[1:], strict=True)
-    ):
+    _check_tensor(name, tensor, sample.shape if shape is None else shape, sample.device, grad_enabled)
+    if not same_layout(tensor, sample):
         raise ValueError(
-            f"{name}: expected the sample's layout within a sample, strides {strides[1:]}, got {inner}; "
-            "use .contiguous() or .to(memory_format=...)"
+            f"{name}: expected the sample's layout within a sample, strides {sample.stride()[1:]}, got "
+            f"{tensor.stride()[1:]}; use .contiguous() or .to(memory_format=...)"
         )
 
 
@@ -302,99 +374,35 @@ def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int], device: torch
         )
 
 
-def _dense_within_sample(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements of one sample fill one block of memory, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(strides[1:], shape[1:], strict=True)):
-        if size == 0:
-            return True
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+# ---- Overlaps ----
 
 
-def check_overlap(
-    out: Tensor,
-    sample: Tensor,
-    predictions: list[Tensor],
-    gradient: Tensor | None,
-    variance: Tensor | None,
-    noise: Tensor | None,
-    known: Known | None,
-) -> bool:
-    """Whether the output meets an input at all; refused unless it is that input, element for element.
+def check_memory(arguments: StepArguments) -> None:
+    """Refuse outputs whose memory another tensor shares, where the step could read what it has already written."""
+    inputs = arguments.named_inputs()
+    _check_output("out", arguments.out, inputs)
+    others = [("out", arguments.out), *inputs, ("index", arguments.indices), ("seeds", arguments.seeds)]
+    if arguments.original is not None:
+        _check_output("original", arguments.original, inputs)
+        _check_apart("original", arguments.original, others[:1])
+        others.append(("original", arguments.original))
+    if arguments.staged is not None:  # its samples are written while others' inputs are still to be read
+        _check_apart("staged", arguments.staged, others)
 
-    Anything else would let the step read what it has already written. What is known is read last, and is apart.
-    """
-    inputs = [("sample", sample), ("gradient", gradient), ("variance", variance), ("noise", noise)]
-    inputs += [(f"predictions[{k}]", prediction) for k, prediction in enumerate(predictions)]
-    begin = out.data_ptr()
-    end = begin + _extent(out)
-    meets = False
-    for name, tensor in inputs:
-        if tensor is None:
-            continue
-        place = tensor.data_ptr()
-        if place >= end or place + _extent(tensor) <= begin:
-            continue
-        if not _overlap_is_fine(out, tensor):
+
+def _check_output(name: str, output: Tensor, inputs: list[tuple[str, Tensor]]) -> None:
+    _check_apart(name, output, [(other, tensor) for other, tensor in inputs if other in NAMES.values()])  # read last
+    for other, tensor in inputs:
+        if overlaps(output, tensor) and not element_for_element(output, tensor):
             raise ValueError(
-                f"out: expected memory apart from {name}, or the same element for element; got a part of it"
+                f"{name}: expected memory apart from {other}, or the same element for element; got a part of it"
             )
-        meets = True
-    for name, tensor in ({} if known is None else known._asdict()).items():
-        if begin and tensor.data_ptr() < end and begin < tensor.data_ptr() + _extent(tensor):
-            raise ValueError(f"out: expected memory apart from known.{name}, got an overlap")
-    return meets
 
 
-def check_apart(
-    staged: Tensor,
-    out: Tensor,
-    sample: Tensor,
-    predictions: list[Tensor],
-    gradient: Tensor | None,
-    variance: Tensor | None,
-    noise: Tensor | None,
-    indices: Tensor | None,
-    seeds: Tensor | None,
-    known: Known | None,
-) -> None:
-    """The staged input meets no other tensor: it is written while others are still to be read."""
-    begin, end = staged.data_ptr(), staged.data_ptr() + _extent(staged)
-    if begin == 0:  # without memory: meta tensors
-        return
-    names = ["out", "sample", *(f"predictions[{k}]" for k in range(len(predictions)))]
-    names += ["gradient", "variance", "noise", "index", "seeds", "known.mask", "known.original", "known.noise"]
-    tensors = (out, sample, *predictions, gradient, variance, noise, indices, seeds, *(known or (None, None, None)))
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor is not None and tensor.data_ptr() < end and begin < tensor.data_ptr() + _extent(tensor):
-            raise ValueError(f"staged: expected memory apart from {name}, got an overlap")
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (1 + last) * tensor.itemsize if tensor.numel() else 0
-
-
-def _overlap_is_fine(out: Tensor, tensor: Tensor) -> bool:
-    if out.data_ptr() == 0:  # without memory: meta tensors
-        return True
-    batch = out.shape[0]
-    run, other_run = (out.numel() // batch * t.itemsize for t in (out, tensor))
-    stride, other_stride = (t.stride(0) * t.itemsize if batch > 1 else 0 for t in (out, tensor))
-    distance = tensor.data_ptr() - out.data_ptr()
-    if stride != other_stride or tensor.shape != out.shape:
-        return False
-    if distance == 0:
-        return out.itemsize == tensor.itemsize
-    # else interleaved, as two channel groups of one tensor are
-    return stride > 0 and distance % stride >= run and stride - distance % stride >= other_run
+def _check_apart(name: str, output: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
+    for other, tensor in others:
+        if tensor is not None and overlaps(output, tensor):
+            raise ValueError(f"{name}: expected memory apart from {other}, got an overlap")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,7 +1,8 @@
-"""Streams of noise: the portable one, the same to the bit everywhere, and torch's CUDA stream kept on the device."""
+"""Streams of noise and who draws them: the portable stream, the same to the bit everywhere, and torch's own."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,11 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .memory import counted_layout, empty_like, overlaps
+from .operator import StepArguments
+
 STARTING_NOISE = -1
 """The step number under which ``portable_noise`` draws x_T: no step of a table has it."""
 
 SOURCES = ("none", "given", "torch_stream", "portable")
-"""Where a step's noise may come from: ``enum class Noise`` in csrc/arguments.h."""
+"""Sources of a step's noise: ``enum class Noise`` in csrc/kernels/arguments.h."""
 
 _WORD = 0xFFFFFFFF
 
@@ -26,7 +30,7 @@ def portable_noise(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal values that depend on a sample's seed, the step and the element, and on nothing else.
+    """Return standard normal values that depend on a sample's seed, the step and the element, and on nothing else.
 
     The same bits on every device and in every batch: Philox4x32-10 (Salmon et al. 2011) keyed by the seed and counted
     by (element / 4, step), four values a call by Box & Muller (1958). This is plain torch and the specification of what
@@ -67,7 +71,7 @@ def portable_noise(
 
 
 def seeds_tensor(seeds: int | Sequence[int] | Tensor, device: torch.device | str | None) -> Tensor:
-    """Seeds as int64 on a device; numbers may be any 64 bits."""
+    """Return seeds as int64 on a device; numbers may be any 64 bits."""
     return _int64("seeds", seeds, device)
 
 
@@ -87,12 +91,12 @@ def _int64(name: str, values: int | Sequence[int] | Tensor, device: torch.device
 
 
 def signed_word(seed: int) -> int:
-    """64 bits as torch's int64 holds them: seeds from 2^63 on are negative there."""
+    """Return 64 bits as torch's int64 holds them: seeds from 2^63 on are negative there."""
     return (int(seed) + 2**63) % 2**64 - 2**63
 
 
 def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10, Salmon et al. 2011, section 3.3: 32-bit words in int64 tensors."""
+    """Compute Philox4x32-10, Salmon et al. 2011, section 3.3, on 32-bit words in int64 tensors."""
     x, y, z, w = counter
     low, high = key
     for _ in range(10):
@@ -104,14 +108,14 @@ def _philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper and lower word of a product of 64 bits, in halves that int64 holds with its sign."""
+    """Return the upper and lower word of a 64-bit product, computed in halves that fit int64 with its sign."""
     lower, upper = (constant & 0xFFFF) * word, (constant >> 16) * word
     middle = (lower >> 16) + upper
     return middle >> 16, (lower & 0xFFFF) | ((middle & 0xFFFF) << 16)
 
 
 def _normals(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two normal values of two words; see csrc/philox.h. Every line rounds once, and none may be joined to another."""
+    """Make two normal values of two words: csrc/maths/philox.h. Each line rounds once, and none may be contracted."""
     u = a.to(torch.float32) * 2.0**-32 + 2.0**-33
     shifted = u.view(torch.int32) - 0x3F3504F3
     exponent = (shifted >> 23).to(torch.float32)
@@ -141,7 +145,7 @@ def _normals(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TorchGrid(NamedTuple):
-    """How torch's CUDA kernel for normal values deals them out over a tensor.
+    """The grid of torch's CUDA kernel for normal values, which decides who draws which element.
 
     ATen/native/cuda/DistributionTemplates.h, ``calc_execution_policy``: blocks of 256 threads, as many as fit the
     device at once, four values a thread from one call of Philox.
@@ -152,23 +156,23 @@ class TorchGrid(NamedTuple):
 
     @classmethod
     def of(cls, elements: int, multiprocessors: int, threads_per_multiprocessor: int) -> TorchGrid:
-        """Threads, and by how much the generator's offset moves on, for a tensor of so many elements."""
+        """Return the grid for a tensor of so many elements on a device of that size."""
         blocks = min(multiprocessors * (threads_per_multiprocessor // 256), (elements + 255) // 256)
         threads = 256 * max(blocks, 1)
         return cls(threads, torch_increment(elements, threads))
 
 
 def torch_increment(elements: int, threads: int) -> int:
-    """By how much torch's kernel of so many threads moves the generator's offset: torch_increment in csrc/philox.h."""
+    """Return how far torch's kernel moves the generator's offset: ``torch_increment`` in csrc/maths/philox.h."""
     return ((elements - 1) // (threads * 4) + 1) * 4 if elements else 0
 
 
 class DeviceGenerator:
-    """torch's CUDA noise with its state on the device, so that a captured graph goes on in the stream at each replay.
+    """A generator of torch's CUDA noise whose state is on the device, so that each replay of a graph draws anew.
 
     Give it to ``guided_step`` as ``generator=``: the kernel reads seed and offset on the device, draws what
     ``torch.randn`` would, and moves the offset on as torch does. A torch generator cannot do that inside a capture
-    before torch 2.14. Of one stream of work at a time, like any generator.
+    before torch 2.14. Like any generator, it serves one stream of work at a time.
 
     Args:
         seed: any 64 bits, as ``torch.Generator.manual_seed`` takes.
@@ -178,21 +182,21 @@ class DeviceGenerator:
 
     def __init__(self, seed: int, offset: int = 0, *, device: torch.device | str = "cuda") -> None:
         self.state = torch.zeros(3, dtype=torch.int64, device=device)
-        """int64 on the device: seed, offset, and how many blocks of the kernel under way have read them."""
+        """int64 on the device: seed, offset, and how many blocks of the running kernel have read them."""
         self.set(seed, offset)
 
     @classmethod
     def from_generator(cls, generator: torch.Generator) -> DeviceGenerator:
-        """Go on where a CUDA generator of torch stands; that one stays where it is."""
+        """Begin at a CUDA generator's seed and offset; that generator is left as it is."""
         if not isinstance(generator, torch.Generator) or generator.device.type != "cuda":
             got = getattr(generator, "device", type(generator).__name__)
             raise ValueError(f"generator: expected a torch.Generator of a CUDA device, got {got}")
         return cls(generator.initial_seed(), generator.get_offset(), device=generator.device)
 
     def set(self, seed: int, offset: int = 0) -> DeviceGenerator:
-        """Rewrite the state, without waiting for the device: steps from here on, and captured ones, go on from there.
+        """Rewrite the state without waiting for the device; later steps and replays of captured ones continue from it.
 
-        On the stream of the steps; on another one, wait for them first.
+        Call it on the stream of the steps; on another stream, wait for them first.
         """
         if offset < 0 or offset % 4:
             raise ValueError(f"offset: expected a multiple of 4 from 0 on, as torch's are, got {offset}")
@@ -202,13 +206,80 @@ class DeviceGenerator:
 
     @property
     def device(self) -> torch.device:
-        """The device of the state."""
+        """The state's device."""
         return self.state.device
 
     def get_state(self) -> tuple[int, int]:
-        """Seed and offset; waits for the device."""
+        """Return seed and offset; this waits for the device."""
         seed, offset, _ = self.state.tolist()
         return seed % 2**64, offset
 
     def __repr__(self) -> str:
         return f"DeviceGenerator(device={self.device})"
+
+
+# ---- Who draws a step's noise ----
+
+NO_GRID = TorchGrid(0, 0)
+"""The grid of a step that draws nothing from torch's stream."""
+
+
+@functools.cache
+def _device_size(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.max_threads_per_multi_processor
+
+
+def torch_grid(device: torch.device, elements: int) -> TorchGrid:
+    """Return the grid that torch would launch on a device for a tensor of so many elements."""
+    return TorchGrid.of(elements, *_device_size(device))
+
+
+def draws_in_kernel(generator: torch.Generator, sample: Tensor) -> bool:
+    """Tell whether the kernel knows what torch.randn would draw, and may advance the generator."""
+    return (
+        generator.device.type == "cuda"
+        and sample.dtype != torch.float64  # torch deals those out in another way
+        and sample.nbytes < 2**31  # and larger tensors in parts
+        and counted_layout(sample)
+        and not torch.cuda.is_current_stream_capturing()  # a captured torch.randn draws anew at each replay
+    )
+
+
+def draw_noise(generator: torch.Generator, sample: Tensor, into: Tensor | None) -> Tensor:
+    """Draw torch's own noise of the sample's shape, into the given memory if it can take the values as they are."""
+    if generator.device.type != sample.device.type:
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "generator: expected one of a GPU inside a capture, as one of the CPU draws there and its noise is "
+                "copied; got one of cpu"
+            )
+        noise = torch.randn(sample.shape, dtype=sample.dtype, generator=generator).to(sample.device)
+    elif into is not None and into.dtype == sample.dtype and into.is_contiguous():
+        return into.normal_(generator=generator)
+    elif sample.is_contiguous():
+        return empty_like(sample).normal_(generator=generator)
+    else:
+        noise = torch.randn(sample.shape, dtype=sample.dtype, device=sample.device, generator=generator)
+    return noise if sample.is_contiguous() else empty_like(sample).copy_(noise)
+
+
+def draw(
+    arguments: StepArguments, generator: torch.Generator | DeviceGenerator, torch_stream: bool
+) -> tuple[StepArguments, int]:
+    """Give a step its noise: drawn here by torch, or by the kernel if ``torch_stream`` says that it can.
+
+    Returns:
+        The arguments with ``noise`` or ``philox``; and how far to move the generator's offset after the step.
+    """
+    sample = arguments.sample
+    if isinstance(generator, DeviceGenerator):
+        grid = torch_grid(sample.device, sample.numel())
+        return arguments._replace(philox=generator.state, philox_threads=grid.threads), 0
+    if torch_stream and draws_in_kernel(generator, sample):
+        grid = torch_grid(sample.device, sample.numel())
+        philox = torch.tensor((signed_word(generator.initial_seed()), generator.get_offset()), device="cpu")
+        return arguments._replace(philox=philox, philox_threads=grid.threads), grid.increment
+    out = arguments.out
+    out_is_free = out is not sample and not any(overlaps(out, tensor) for _, tensor in arguments.named_inputs())
+    return arguments._replace(noise=draw_noise(generator, sample, out if out_is_free else None)), 0

@@ -9,7 +9,7 @@ from ..schedules.noise_schedule import NoiseSchedule
 from ..schedules.predictions import PredictionType, check_prediction_type, from_original_and_epsilon
 from ..schedules.predictions import convert as conversion
 from ..solvers.table import StepTable
-from ..step.operator import guided_step
+from ..step.guided_step import guided_step
 
 
 def add_noise(

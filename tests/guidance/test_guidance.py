@@ -42,7 +42,7 @@ def test_scale_0_is_unconditional_to_the_bit(predictions):
 def test_original_form_is_the_paper_s(predictions):
     uncond, cond = predictions[:2]
     for w in (0.0, 2.5, torch.tensor([0.0, 1.0, 2.0])):
-        got = guided_prediction(ClassifierFree.original(w), [uncond, cond])
+        got = guided_prediction(ClassifierFree.from_w(w), [uncond, cond])
         w = w[:, None] if isinstance(w, torch.Tensor) else w
         torch.testing.assert_close(got, (1 + w) * cond - w * uncond)
 

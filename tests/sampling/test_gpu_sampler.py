@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map_only
 
 import fastguide
 from fastguide import ClassifierFree, Sampler
-from fastguide.step.operator import BACKENDS
+from fastguide.step.backends.registry import BACKENDS
 from tests.support.loop_cases import CASES, COND, DDPM, FREE, SCHEDULE, SHAPE, UNCOND, Model, call, x_T
 from tests.support.on_gpu import NO_GPU
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fastguide
-from fastguide.step import reference
-from fastguide.step.operator import UNGUIDED
+from fastguide.guidance.weights import UNGUIDED
+from fastguide.step.backends import reference
 from tests.support.cases import FORMS, PREDICTION_TYPES, SCHEDULE, VARIANCE_TYPES, alphas
 from tests.support.textbook import ddim_step, ddpm_step
 

@@ -187,7 +187,7 @@ GUIDANCE_ERRORS = [
     (lambda: ClassifierFree(True), TypeError, "guidance_scale: expected a number, .* got bool"),
     (lambda: ClassifierFree(torch.zeros(2, 2, 2)), ValueError, r"guidance_scale: expected a number, shape .* got shape \(2, 2, 2\)"),
     (lambda: ClassifierFree([]), ValueError, r"guidance_scale: .* got shape \(0,\)"),
-    (lambda: ClassifierFree.original(math.inf), ValueError, "w: expected a finite number .in float32., got inf"),
+    (lambda: ClassifierFree.from_w(math.inf), ValueError, "w: expected a finite number .in float32., got inf"),
     (lambda: ClassifierFree.per_step(3.0), ValueError, "guidance_scale: expected one number a step"),
     (lambda: Composed(3.0), ValueError, "guidance_scales: expected a sequence of scales"),
     (lambda: Composed([[1.0, 2.0], [1.0, 2.0, 3.0]]), ValueError, r"guidance_scales: expected scales for as many samples everywhere, got \[2, 3\]"),

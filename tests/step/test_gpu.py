@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import fastguide
-from fastguide.step.operator import BACKENDS
+from fastguide.step.backends.registry import BACKENDS
 from tests.support.cases import TABLES
 from tests.support.on_gpu import NO_GPU
-from tests.support.step_inputs import make_guidance, make_inputs
+from tests.support.step_inputs import guided_step, make_guidance, make_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
 
@@ -59,7 +59,7 @@ def test_generator_draws_torch_randn_bit_for_bit(gpu_backend, dtype, shape):
     ours, theirs = (torch.Generator("cuda").manual_seed(2**63 + 7) for _ in range(2))
     x = torch.zeros(shape, device="cuda", dtype=dtype)
     for _ in range(3):  # the offset moves on as torch moves it
-        got = fastguide.guided_step(table, 0, x, [], generator=ours, backend=gpu_backend)
+        got = guided_step(table, 0, x, [], generator=ours, backend=gpu_backend)
         expected = torch.randn(shape, device="cuda", dtype=dtype, generator=theirs)
         assert torch.equal(got, expected)
         assert ours.get_offset() == theirs.get_offset()
@@ -70,14 +70,14 @@ def test_generator_draws_torch_randn_bit_for_bit(gpu_backend, dtype, shape):
 def test_generator_counts_a_channels_last_sample_as_torch_randn_would(gpu_backend, shape):
     x = torch.zeros(shape, device="cuda").contiguous(memory_format=torch.channels_last)
     ours, theirs = (torch.Generator("cuda").manual_seed(3) for _ in range(2))
-    got = fastguide.guided_step(pure_noise(), 0, x, [], generator=ours, backend=gpu_backend)
+    got = guided_step(pure_noise(), 0, x, [], generator=ours, backend=gpu_backend)
     assert torch.equal(got, torch.randn(shape, device="cuda", generator=theirs))
 
 
 def test_generator_beyond_two_gigabytes_is_torch_s(gpu_backend):
     x = torch.zeros(2, 2**28 + 8, device="cuda")
     ours, theirs = (torch.Generator("cuda").manual_seed(3) for _ in range(2))
-    got = fastguide.guided_step(pure_noise(), 0, x, [], generator=ours, backend=gpu_backend, out=x)
+    got = guided_step(pure_noise(), 0, x, [], generator=ours, backend=gpu_backend, out=x)
     assert torch.equal(got, torch.randn(x.shape, device="cuda", generator=theirs))
     assert ours.get_offset() == theirs.get_offset()
 
@@ -89,7 +89,7 @@ def test_device_generator_goes_on_as_torch_does(gpu_backend, shape):
     ours = fastguide.DeviceGenerator.from_generator(theirs)
     x = torch.zeros(shape, device="cuda")
     for _ in range(3):
-        got = fastguide.guided_step(pure_noise(), 0, x, [], generator=ours, backend=gpu_backend)
+        got = guided_step(pure_noise(), 0, x, [], generator=ours, backend=gpu_backend)
         assert torch.equal(got, torch.randn(shape, device="cuda", generator=theirs))
         assert ours.get_state() == (theirs.initial_seed(), theirs.get_offset())
 
@@ -98,7 +98,7 @@ def test_device_generator_goes_on_as_torch_does(gpu_backend, shape):
 def test_portable_stream_has_the_cpu_s_bits(gpu_backend, dtype):
     for shape in [(3, 5), (2, 3, 17, 19), (5, 3, 331, 333)]:
         seeds = torch.tensor([5, -7, 2**62, 0, 1])[: shape[0]]
-        got = fastguide.guided_step(
+        got = guided_step(
             pure_noise(4),
             3,
             torch.zeros(shape, device="cuda", dtype=dtype),
@@ -112,9 +112,7 @@ def test_portable_stream_has_the_cpu_s_bits(gpu_backend, dtype):
 
 def test_cpu_generator_draws_on_the_cpu(gpu_backend):
     ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
-    got = fastguide.guided_step(
-        pure_noise(), 0, torch.zeros(2, 70, device="cuda"), [], generator=ours, backend=gpu_backend
-    )
+    got = guided_step(pure_noise(), 0, torch.zeros(2, 70, device="cuda"), [], generator=ours, backend=gpu_backend)
     assert torch.equal(got.cpu(), torch.randn(2, 70, generator=theirs))
 
 
@@ -143,7 +141,7 @@ def test_a_step_is_one_launch_and_waits_for_nothing(gpu_backend, noise):
     staged = torch.empty(4, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
 
     def run():
-        fastguide.guided_step(
+        guided_step(
             table,
             index,
             i.sample,
@@ -175,7 +173,7 @@ def test_a_captured_step_is_right_at_every_replay(gpu_backend, noise):
     out = torch.empty_like(i.sample)
 
     def step(at, scales, **arguments):
-        return fastguide.guided_step(table, at, i.sample, i.predictions, scales, backend=gpu_backend, **arguments)
+        return guided_step(table, at, i.sample, i.predictions, scales, backend=gpu_backend, **arguments)
 
     step(index, guidance, **NOISES[noise](i), out=out)  # compiles and loads
     torch.cuda.synchronize()
@@ -194,12 +192,12 @@ def test_a_captured_step_is_right_at_every_replay(gpu_backend, noise):
 def test_a_captured_torch_generator_draws_anew_at_each_replay(gpu_backend):
     x, out = torch.zeros(2, 70, device="cuda"), torch.empty(2, 70, device="cuda")
     table, generator = pure_noise(), torch.cuda.default_generators[torch.cuda.current_device()]
-    fastguide.guided_step(table, 0, x, [], generator=generator, out=out, backend=gpu_backend)
-    fastguide.guided_step(table, 0, x, [], noise=x, out=out, backend=gpu_backend)
+    guided_step(table, 0, x, [], generator=generator, out=out, backend=gpu_backend)
+    guided_step(table, 0, x, [], noise=x, out=out, backend=gpu_backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        fastguide.guided_step(table, 0, x, [], generator=generator, out=out, backend=gpu_backend)
+        guided_step(table, 0, x, [], generator=generator, out=out, backend=gpu_backend)
     torch.cuda.manual_seed(5)
     results = []
     for _ in range(2):
@@ -213,10 +211,10 @@ def test_a_captured_torch_generator_draws_anew_at_each_replay(gpu_backend):
 def test_a_cpu_generator_is_refused_inside_a_capture(gpu_backend):
     x = torch.zeros(2, 70, device="cuda")
     table, generator = pure_noise(), torch.Generator()
-    fastguide.guided_step(table, 0, x, [], noise=x, backend=gpu_backend)  # copies the weights, compiles
+    guided_step(table, 0, x, [], noise=x, backend=gpu_backend)  # copies the weights, compiles
     refused = pytest.raises(ValueError, match="generator: expected one of a GPU inside a capture")
     with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
-        fastguide.guided_step(table, 0, x, [], generator=generator, backend=gpu_backend)
+        guided_step(table, 0, x, [], generator=generator, backend=gpu_backend)
 
 
 def test_triton_refuses_to_compile_inside_a_capture():
@@ -227,19 +225,19 @@ def test_triton_refuses_to_compile_inside_a_capture():
     triton._compiled.clear()
     x = torch.zeros(2, 71, device="cuda")
     table = pure_noise()
-    fastguide.guided_step(table, 0, x, [], noise=x, backend="reference")  # copies the weights
+    guided_step(table, 0, x, [], noise=x, backend="reference")  # copies the weights
     with pytest.raises(RuntimeError, match="not compiled yet"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        fastguide.guided_step(table, 0, x, [], noise=x, backend="triton")
+        guided_step(table, 0, x, [], noise=x, backend="triton")
 
 
 FIRST_STEP_CAPTURED = """
 import torch, fastguide
 x = torch.randn(2, 71, device="cuda")
 table = fastguide.ddim(fastguide.NoiseSchedule.linear(), 10).to("cuda")
-expected = fastguide.guided_step(table, 3, x, [x], backend="reference")
+expected = guided_step(table, 3, x, [x], backend="reference")
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
-    out = fastguide.guided_step(table, 3, x, [x], backend="native")
+    out = guided_step(table, 3, x, [x], backend="native")
 graph.replay()
 torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 """
@@ -256,10 +254,10 @@ def test_the_first_native_step_may_be_captured():
 def test_weights_that_are_not_on_the_gpu_are_refused_inside_a_capture(gpu_backend):
     x = torch.zeros(2, 70, device="cuda")
     table, guidance = pure_noise(), fastguide.ClassifierFree(3.0)
-    fastguide.guided_step(table, 0, x, [x, x], fastguide.ClassifierFree(2.0), noise=x, backend=gpu_backend)
+    guided_step(table, 0, x, [x, x], fastguide.ClassifierFree(2.0), noise=x, backend=gpu_backend)
     refused = pytest.raises(RuntimeError, match="guidance: its weights are not on cuda:0 yet")
     with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
-        fastguide.guided_step(table, 0, x, [x, x], guidance, noise=x, backend=gpu_backend)
+        guided_step(table, 0, x, [x, x], guidance, noise=x, backend=gpu_backend)
 
 
 def test_another_stream_waits_for_the_weights(gpu_backend):
@@ -267,9 +265,7 @@ def test_another_stream_waits_for_the_weights(gpu_backend):
     table, i, _ = on_gpu("ddim")
     busy, other = torch.cuda.Stream(), torch.cuda.Stream()
     matrix = torch.randn(8192, 8192, device="cuda")
-    expected = fastguide.guided_step(
-        table, 3, i.sample, i.predictions, fastguide.ClassifierFree(7.0), backend=gpu_backend
-    )
+    expected = guided_step(table, 3, i.sample, i.predictions, fastguide.ClassifierFree(7.0), backend=gpu_backend)
     torch.cuda.synchronize()
     guidance = fastguide.ClassifierFree(7.0)
     with torch.cuda.stream(busy):
@@ -277,17 +273,17 @@ def test_another_stream_waits_for_the_weights(gpu_backend):
             matrix @ matrix
         guidance.weights(i.sample.device, torch.float32)
     with torch.cuda.stream(other):
-        got = fastguide.guided_step(table, 3, i.sample, i.predictions, guidance, backend=gpu_backend)
+        got = guided_step(table, 3, i.sample, i.predictions, guidance, backend=gpu_backend)
     torch.cuda.synchronize()
     assert torch.equal(got, expected)
-    fastguide.guided_step(table, 3, i.sample, i.predictions, guidance, backend=gpu_backend)
+    guided_step(table, 3, i.sample, i.predictions, guidance, backend=gpu_backend)
     assert not guidance._copies
 
 
 def test_an_index_outside_of_the_table_makes_its_sample_nan(gpu_backend):
     table, i, guidance = on_gpu("ddim", (4, 3, 5))
     index = torch.tensor([0, 10, 3, -1], device="cuda")
-    out = fastguide.guided_step(table, index, i.sample, i.predictions, guidance, backend=gpu_backend)
+    out = guided_step(table, index, i.sample, i.predictions, guidance, backend=gpu_backend)
     assert out.isnan().flatten(1).all(1).tolist() == [False, True, False, True]
     assert out[::2].isfinite().all()
 
@@ -328,15 +324,13 @@ def test_opcheck(operator, noise, name):
 def test_two_streams_at_once(gpu_backend):
     """Each step runs on the stream that is current, and waits for no other."""
     cases = [on_gpu(shape=(8, 4, 128, 128), seed=seed) for seed in range(2)]
-    expected = [
-        fastguide.guided_step(t, 3, i.sample, i.predictions, g, noise=i.noise, backend="reference") for t, i, g in cases
-    ]
+    expected = [guided_step(t, 3, i.sample, i.predictions, g, noise=i.noise, backend="reference") for t, i, g in cases]
     torch.cuda.synchronize()
     streams, results = [torch.cuda.Stream() for _ in cases], [None, None]
     for _ in range(20):
         for k, (stream, (t, i, g)) in enumerate(zip(streams, cases, strict=True)):
             with torch.cuda.stream(stream):
-                results[k] = fastguide.guided_step(t, 3, i.sample, i.predictions, g, noise=i.noise, backend=gpu_backend)
+                results[k] = guided_step(t, 3, i.sample, i.predictions, g, noise=i.noise, backend=gpu_backend)
     torch.cuda.synchronize()
     for got, want in zip(results, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -351,8 +345,8 @@ def test_more_than_two_to_the_31_elements(gpu_backend):
     p = torch.zeros_like(x)
     x[0, -1000:] = 1.0
     p[0, -7:] = 0.5
-    out = fastguide.guided_step(table, 3, x, [p], backend=gpu_backend)
-    expected = fastguide.guided_step(table, 3, x[:, -1000:].clone(), [p[:, -1000:].clone()], backend=gpu_backend)
+    out = guided_step(table, 3, x, [p], backend=gpu_backend)
+    expected = guided_step(table, 3, x[:, -1000:].clone(), [p[:, -1000:].clone()], backend=gpu_backend)
     assert torch.equal(out[:, -1000:], expected)
     assert not out[:, :-1000].any()
 
@@ -363,7 +357,7 @@ def test_native_and_triton_agree():
     for name, form in (("ddim", None), ("ddpm", "mean"), ("ddpm learned", "mean")):
         table, i, guidance = on_gpu(name, (3, 4, 33, 31), count=3, form=form)
         results = [
-            fastguide.guided_step(
+            guided_step(
                 table,
                 3,
                 i.sample,

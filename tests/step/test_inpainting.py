@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fastguide
-from fastguide import Known
+from fastguide import Inpainting
 from tests.support.cases import TABLES, alphas
-from tests.support.step_inputs import errors, make_guidance, make_inputs
+from tests.support.step_inputs import errors, guided_step, make_guidance, make_inputs
 
 SHAPES = [(2, 3, 17, 19), (3, 7), (40, 1031), (1, 4, 64, 64)]
 
@@ -19,12 +19,12 @@ def known_of(inputs, generator, dtype=torch.float32):
 
     mask = torch.rand(inputs.sample.shape, generator=generator)
     mask = torch.where(mask < 0.3, 0.0, torch.where(mask > 0.6, 1.0, mask))
-    return Known(mask.to(dtype), draw(), draw())
+    return Inpainting(mask.to(dtype), draw(), draw())
 
 
 def step(table, index, inputs, **arguments):
     guidance = make_guidance(len(inputs.predictions), None)
-    return fastguide.guided_step(
+    return guided_step(
         table,
         index,
         inputs.sample,
@@ -43,7 +43,7 @@ def test_the_known_part_is_noised_to_the_level_of_the_next_step(backend, shape, 
     inputs = make_inputs(table, shape, generator)
     known = known_of(inputs, generator)
     for index in (0, 4, len(table) - 1):
-        got = step(table, index, inputs, known=known, backend=backend)
+        got = step(table, index, inputs, inpainting=known, backend=backend)
         plain = step(table, index, inputs, backend=backend)
         _, a_prev = alphas(table, index)
         mask, image, z = (t.double() for t in known)
@@ -60,7 +60,7 @@ def test_staged_inputs_and_originals(backend, dtype, generator):
     inputs = make_inputs(table, (2, 3, 17, 19), generator)
     known = known_of(inputs, generator, dtype)
     staged = torch.zeros(4, 3, 17, 19, dtype=dtype)
-    got, original = step(table, 2, inputs, known=known, staged=staged, return_original=True, backend=backend)
+    got, original = step(table, 2, inputs, inpainting=known, staged=staged, return_original=True, backend=backend)
     assert torch.equal(staged, torch.cat([got, got]).to(dtype))
     assert torch.equal(original, step(table, 2, inputs, return_original=True, backend=backend)[1])
 
@@ -72,21 +72,21 @@ def test_layouts(backend, layout, generator):
     known = known_of(inputs, generator)
     if layout == "expanded mask":
         known = known._replace(mask=known.mask[:1].expand(2, -1, -1, -1))
-    expected = step(table, 3, inputs, known=Known(*(t.contiguous() for t in known)), backend=backend)
+    expected = step(table, 3, inputs, inpainting=Inpainting(*(t.contiguous() for t in known)), backend=backend)
     out = None
     if layout == "channels_last":
         inputs = inputs.map(lambda t: t.contiguous(memory_format=torch.channels_last))
-        known = Known(*(t.contiguous(memory_format=torch.channels_last) for t in known))
+        known = Inpainting(*(t.contiguous(memory_format=torch.channels_last) for t in known))
     elif layout == "in place":
         out = inputs.sample
-    assert torch.equal(step(table, 3, inputs, known=known, out=out, backend=backend), expected)
+    assert torch.equal(step(table, 3, inputs, inpainting=known, out=out, backend=backend), expected)
 
 
 def test_double_precision(generator):
     table = TABLES["ddim"]
     inputs = make_inputs(table, (2, 3, 17, 19), generator, dtype=torch.float64)
     known = known_of(inputs, generator, torch.float64)
-    got = [step(table, 3, inputs, known=known, backend=name) for name in ("native", "reference")]
+    got = [step(table, 3, inputs, inpainting=known, backend=name) for name in ("native", "reference")]
     assert errors(*got)[1] < 1e-13
 
 
@@ -97,12 +97,12 @@ def test_a_loop_without_mask_needs_no_known_columns():
 
 
 BAD = {
-    "no Known": (lambda x, k: {"known": tuple(k)}, TypeError, "known: expected a Known, got tuple"),
-    "shape": (lambda x, k: {"known": k._replace(mask=x[:, :1])}, ValueError, "known.mask: expected shape"),
-    "layout": (lambda x, k: {"known": k._replace(noise=x.mT.contiguous().mT)}, ValueError, "known.noise: expected"),
-    "dtype": (lambda x, k: {"known": k._replace(mask=x > 0)}, TypeError, "known.mask: expected float32"),
-    "the output": (lambda x, k: {"known": k, "out": k.original}, ValueError, "apart from known.original"),
-    "staged": (lambda x, k: {"known": k, "staged": k.noise}, ValueError, "staged: .* apart from known.noise"),
+    "class": (lambda x, k: {"inpainting": tuple(k)}, TypeError, "inpainting: expected an Inpainting, got tuple"),
+    "shape": (lambda x, k: {"inpainting": k._replace(mask=x[:, :1])}, ValueError, "inpainting.mask: expected shape"),
+    "layout": (lambda x, k: {"inpainting": k._replace(noise=x.mT.contiguous().mT)}, ValueError, "inpainting.noise: "),
+    "dtype": (lambda x, k: {"inpainting": k._replace(mask=x > 0)}, TypeError, "inpainting.mask: expected float32"),
+    "the output": (lambda x, k: {"inpainting": k, "out": k.original}, ValueError, "apart from inpainting.original"),
+    "staged": (lambda x, k: {"inpainting": k, "staged": k.noise}, ValueError, "staged: .* apart from inpainting.noise"),
 }  # fmt: skip
 
 

@@ -9,15 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-import fastguide
 from tests.support.cases import DTYPES, TABLES
-from tests.support.step_inputs import make_guidance, make_inputs
+from tests.support.step_inputs import guided_step, make_guidance, make_inputs
 
 SENTINEL = 12345.0
 
 
 def step(inputs, table, backend=None, form=None, **arguments):
-    return fastguide.guided_step(
+    return guided_step(
         table,
         2,
         inputs.sample,
@@ -154,7 +153,7 @@ def test_native_allocates_the_output_and_nothing_else(dtype, generator):
         arguments = (table, 2, inputs.sample, inputs.predictions, make_guidance(2, None))
 
         def call(arguments=arguments, **options):
-            fastguide.guided_step(*arguments, generator=generator, **options)
+            guided_step(*arguments, generator=generator, **options)
 
         assert allocated_bytes(lambda: call(backend="native")) == size
         assert allocated_bytes(lambda: call(backend="native", out=out)) == 0  # noqa: B023
@@ -178,7 +177,7 @@ def test_native_refuses_an_output_that_is_partly_an_input(case):
     sample, before = torch.randn(prediction.shape), prediction.clone()
     for name in ("native", "reference"):
         with pytest.raises(ValueError, match=r"out: expected memory apart from predictions\[0\], or the same element"):
-            fastguide.guided_step(TABLES["ddim"], 0, sample, [prediction], out=out, backend=name)
+            guided_step(TABLES["ddim"], 0, sample, [prediction], out=out, backend=name)
     rows, weights = TABLES["ddim"].device_rows(None, torch.float32), torch.tensor([[[1.0, 0.0]]])
     with pytest.raises(RuntimeError, match="out: expected memory apart from predictions, or the same element"):
         torch.ops.fastguide.guided_step(out, None, None, sample, [prediction], rows, weights, 0, *[None] * 6, 0)
@@ -189,8 +188,8 @@ def test_native_takes_an_output_interleaved_with_an_input(generator):
     buffer = torch.randn(4, 6, 5)
     prediction, out = buffer[:, :3], buffer[:, 3:]
     sample = torch.randn(4, 3, 5)
-    expected = fastguide.guided_step(TABLES["ddim"], 0, sample, [prediction])
-    fastguide.guided_step(TABLES["ddim"], 0, sample, [prediction], out=out)
+    expected = guided_step(TABLES["ddim"], 0, sample, [prediction])
+    guided_step(TABLES["ddim"], 0, sample, [prediction], out=out)
     assert torch.equal(out, expected)
 
 
@@ -200,18 +199,16 @@ def test_an_expanded_sample_is_an_input_like_any_other(backend, generator):
     for layout in (torch.contiguous_format, torch.channels_last):
         sample = one.contiguous(memory_format=layout).expand(4, 3, 8, 8)
         predictions = [prediction.contiguous(memory_format=layout)]
-        got = fastguide.guided_step(table, 0, sample, predictions, backend=backend)
-        assert torch.equal(got, fastguide.guided_step(table, 0, sample.contiguous(), [prediction], backend=backend))
+        got = guided_step(table, 0, sample, predictions, backend=backend)
+        assert torch.equal(got, guided_step(table, 0, sample.contiguous(), [prediction], backend=backend))
 
 
 def test_overlapping_samples_are_inputs_like_any_other(backend, generator):
     """Sliding windows over one run of memory; the output gets a place of its own for each sample."""
     windows = torch.randn(64, generator=generator).as_strided((5, 8), (1, 1))
     prediction = torch.randn(5, 8, generator=generator)
-    got = fastguide.guided_step(TABLES["ddim"], 0, windows, [prediction], backend=backend)
-    assert torch.equal(
-        got, fastguide.guided_step(TABLES["ddim"], 0, windows.contiguous(), [prediction], backend=backend)
-    )
+    got = guided_step(TABLES["ddim"], 0, windows, [prediction], backend=backend)
+    assert torch.equal(got, guided_step(TABLES["ddim"], 0, windows.contiguous(), [prediction], backend=backend))
 
 
 def test_noise_is_not_drawn_over_an_input_that_another_storage_holds(backend):
@@ -221,8 +218,8 @@ def test_noise_is_not_drawn_over_an_input_that_another_storage_holds(backend):
     sample, out = torch.from_numpy(memory)[80:200].view(3, 40), torch.from_numpy(memory[80:]).view(3, 40)
     prediction = torch.randn(3, 40)
     draws = [torch.Generator().manual_seed(0) for _ in range(2)]
-    expected = fastguide.guided_step(table, 2, sample, [prediction], generator=draws[0], backend=backend)
-    got = fastguide.guided_step(table, 2, sample, [prediction], generator=draws[1], out=out, backend=backend)
+    expected = guided_step(table, 2, sample, [prediction], generator=draws[0], backend=backend)
+    got = guided_step(table, 2, sample, [prediction], generator=draws[1], out=out, backend=backend)
     assert torch.equal(got, expected)
 
 
@@ -231,9 +228,7 @@ def test_autograd_notices_that_out_was_written(backend, generator):
     hidden = x * 2
     loss = (hidden * hidden).sum()
     with torch.no_grad():
-        fastguide.guided_step(
-            TABLES["ddim"], 0, hidden.detach(), [torch.zeros(2, 3)], out=hidden.detach(), backend=backend
-        )
+        guided_step(TABLES["ddim"], 0, hidden.detach(), [torch.zeros(2, 3)], out=hidden.detach(), backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastguide
+from fastguide.guidance.weights import UNGUIDED
 from tests.support.cases import SHAPES, TABLES
-from tests.support.step_inputs import make_guidance, make_inputs
+from tests.support.step_inputs import guided_step, make_guidance, make_inputs
 
 op = torch.ops.fastguide.guided_step.default
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -31,7 +32,7 @@ def operator_arguments(
 ):
     table = TABLES[name]
     i = make_inputs(table, shape, generator, count=count, gradient=form is not None, dtype=dtype)
-    guidance = make_guidance(count, form) or fastguide.step.operator.UNGUIDED
+    guidance = make_guidance(count, form) or UNGUIDED
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     return (
         torch.empty_like(i.sample),
@@ -89,7 +90,7 @@ def test_opcheck_over_staged_inputs(copies, seeds, generator):
 def test_meta_tensors_pass_through_the_public_function():
     table = TABLES["ddpm"].to("meta")
     x, seeds = torch.empty(2, 3, 8, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
-    out, original = fastguide.guided_step(table, 0, x, [x], seeds=seeds, return_original=True)
+    out, original = guided_step(table, 0, x, [x], seeds=seeds, return_original=True)
     assert out.shape == original.shape == x.shape
     assert out.device.type == "meta"
 
@@ -120,7 +121,7 @@ def test_compile_is_one_graph_for_all_steps(name, compiled_backend, counter, gen
     guidance = make_guidance(2, "epsilon")
 
     def step(index, x, uncond, cond, g, v, z):
-        return fastguide.guided_step(
+        return guided_step(
             table,
             index,
             x,
@@ -149,7 +150,7 @@ def test_compile_with_seeds_and_staged_inputs_is_one_graph(compiled_backend, cou
 
     def step(index, x, prediction, seeds):
         staged = x.new_zeros(4, 3, 40)
-        out = fastguide.guided_step(table, index, x, [prediction], seeds=seeds, staged=staged, backend=compiled_backend)
+        out = guided_step(table, index, x, [prediction], seeds=seeds, staged=staged, backend=compiled_backend)
         return out, staged
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
@@ -168,7 +169,7 @@ def test_inductor_runs_a_step_with_seeds(generator):
 
     def step(index, x, prediction, seeds):
         staged = x.new_zeros(4, 3, 40)
-        return fastguide.guided_step(table, index, x * 1, [prediction], seeds=seeds, staged=staged) + 1, staged
+        return guided_step(table, index, x * 1, [prediction], seeds=seeds, staged=staged) + 1, staged
 
     i = make_inputs(table, (2, 3, 40), generator, count=1)
     arguments = (torch.tensor(3), i.sample, *i.predictions, seeds)
@@ -183,7 +184,7 @@ def test_compiled_loop_over_int_indices_is_one_graph(counter, generator):
 
     def loop(x):
         for index in range(len(table)):
-            x = fastguide.guided_step(table, index, x, [0.1 * x, 0.2 * x], guidance)
+            x = guided_step(table, index, x, [0.1 * x, 0.2 * x], guidance)
         return x
 
     compiled = torch.compile(loop, fullgraph=True, backend=counter)
@@ -200,7 +201,7 @@ def test_int_index_as_an_argument_stops_recompiling(name, counter, generator):
     x = torch.randn(2, 3, generator=generator)
 
     def step(index, x, z):
-        return fastguide.guided_step(table, index, x, [x], noise=z)
+        return guided_step(table, index, x, [x], noise=z)
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for index in range(len(table)):
@@ -214,7 +215,7 @@ def test_generators_are_refused_with_words_under_compile(counter, source):
     x = torch.randn(2, 3)
 
     def step(x):
-        return fastguide.guided_step(table, 0, x, [x], generator=source)
+        return guided_step(table, 0, x, [x], generator=source)
 
     with pytest.raises(Exception, match=r"generator: torch\.compile takes none; expected noise="):
         torch.compile(step, fullgraph=True, backend=counter)(x)
@@ -227,7 +228,7 @@ def test_compiled_reference_refuses_an_index_outside_the_table(index):
     table, x = TABLES["ddim"], torch.randn(2, 3)
 
     def step(index, x):
-        return fastguide.guided_step(table, index, x, [x], backend="reference")
+        return guided_step(table, index, x, [x], backend="reference")
 
     with pytest.raises((RuntimeError, IndexError), match="index out of"):
         torch.compile(step, fullgraph=True)(torch.tensor(index), x)
@@ -242,7 +243,7 @@ def test_inductor_runs_the_operator(generator):
 
     def step(index, x, uncond, cond):
         out = torch.empty_like(x)
-        fastguide.guided_step(table, index, x * 1, [uncond, cond], guidance, out=out)
+        guided_step(table, index, x * 1, [uncond, cond], guidance, out=out)
         return out + 1
 
     i = make_inputs(table, (2, 3, 8, 8), generator)
@@ -254,12 +255,12 @@ def test_inductor_runs_the_operator(generator):
 def test_operator_runs_in_inference_mode_and_under_no_grad(generator):
     table = TABLES["ddim"]
     i = make_inputs(table, (2, 3), generator, count=1)
-    expected = fastguide.guided_step(table, 0, i.sample, i.predictions)
+    expected = guided_step(table, 0, i.sample, i.predictions)
     with torch.inference_mode():
-        assert torch.equal(fastguide.guided_step(table, 0, i.sample, i.predictions), expected)
+        assert torch.equal(guided_step(table, 0, i.sample, i.predictions), expected)
     with torch.no_grad():
         requiring = i.sample.clone().requires_grad_(True)
-        assert torch.equal(fastguide.guided_step(table, 0, requiring, i.predictions), expected)
+        assert torch.equal(guided_step(table, 0, requiring, i.predictions), expected)
 
 
 def test_default_implementation_serves_devices_without_a_backend(generator):

@@ -12,7 +12,7 @@ from fastguide.step import noise
 from fastguide.step import operator as ops
 from tests.support.cases import DTYPES, TABLES
 from tests.support.pure_noise import TABLE, drawn
-from tests.support.step_inputs import make_inputs
+from tests.support.step_inputs import guided_step, make_inputs
 
 KNOWN_ANSWERS = [  # Random123's kat_vectors: counter, key, result
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -147,7 +147,7 @@ def test_seeds_are_the_step_with_that_noise(backend, name, dtype, generator):
     seeds, index = torch.tensor([8, 9, -1]), torch.tensor([0, 4, 9])
 
     def step(**noise):
-        return fastguide.guided_step(
+        return guided_step(
             table,
             index,
             i.sample,
@@ -248,9 +248,9 @@ def test_a_row_without_noise_draws_nothing(name, index, generator, monkeypatch):
     reference = ops.BACKENDS["reference"]
     monkeypatch.setitem(ops.BACKENDS, "reference", reference._replace(step=step))
     i, seeds = make_inputs(table, (2, 20), generator, count=1), torch.tensor([1, 2])
-    plain = fastguide.guided_step(table, index, i.sample, i.predictions, backend="reference")
+    plain = guided_step(table, index, i.sample, i.predictions, backend="reference")
     for k in (index, torch.tensor(index)):
-        got = fastguide.guided_step(table, k, i.sample, i.predictions, seeds=seeds, backend="reference")
+        got = guided_step(table, k, i.sample, i.predictions, seeds=seeds, backend="reference")
         assert torch.equal(got, plain)
     assert given[:2] == [None, None]
     assert (given[2] is None) == (not table.adds_noise_anywhere)

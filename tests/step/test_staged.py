@@ -8,7 +8,7 @@ import torch
 import fastguide
 from tests.support.cases import DTYPES, TABLES
 from tests.support.pure_noise import drawn
-from tests.support.step_inputs import make_guidance, make_inputs
+from tests.support.step_inputs import guided_step, make_guidance, make_inputs
 
 COPIES = [1, 2, 3]
 IN_SCALE = fastguide.ROW_COLUMNS.index("in_scale")
@@ -39,7 +39,7 @@ SCALED = {name: scaled(table, SCALES) for name, table in TABLES.items()}
 
 
 def step(table, inputs, index=3, form=None, **arguments):
-    return fastguide.guided_step(
+    return guided_step(
         table,
         index,
         inputs.sample,
@@ -92,7 +92,7 @@ def test_every_shape(backend, shape, case, generator):
 
 def test_no_samples(backend):
     empty = torch.empty(0, 3)
-    assert fastguide.guided_step(SCALED["ddim"], 0, empty, [empty], staged=empty.clone(), backend=backend).shape == (
+    assert guided_step(SCALED["ddim"], 0, empty, [empty], staged=empty.clone(), backend=backend).shape == (
         0,
         3,
     )
@@ -186,9 +186,7 @@ def test_drawn_noise_is_in_the_staged_input(backend):
     assert torch.equal(staged, torch.cat([got, got]))
     sample, drawing = torch.zeros(2, 700), torch.Generator().manual_seed(0)
     staged, out = torch.full((2, 700), torch.nan), torch.empty(2, 700)
-    got = fastguide.guided_step(
-        TABLES["ddpm"], 2, sample, [sample], generator=drawing, out=out, staged=staged, backend=backend
-    )
+    got = guided_step(TABLES["ddpm"], 2, sample, [sample], generator=drawing, out=out, staged=staged, backend=backend)
     assert torch.equal(staged, got)
 
 
@@ -207,7 +205,7 @@ def test_memory_next_to_the_sample_is_apart(backend, generator):
 def test_meta_tensors_share_no_memory():
     x = torch.empty(2, 3, 8, device="meta")
     staged = torch.empty(4, 3, 8, device="meta")
-    out = fastguide.guided_step(SCALED["ddim"].to("meta"), 0, x, [x], staged=staged)
+    out = guided_step(SCALED["ddim"].to("meta"), 0, x, [x], staged=staged)
     assert out.shape == x.shape
 
 
@@ -217,7 +215,7 @@ def test_autograd_notices_that_staged_was_written(backend, generator):
     loss = (hidden * hidden).sum()
     other = torch.zeros(2, 3)
     with torch.no_grad():
-        fastguide.guided_step(TABLES["ddim"], 0, other, [other], staged=hidden.detach(), backend=backend)
+        guided_step(TABLES["ddim"], 0, other, [other], staged=hidden.detach(), backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -249,7 +247,7 @@ REFUSED = [
 def test_refuses(staged, kind, message, backend_name):
     out = torch.full_like(X, 7.0)
     with pytest.raises(kind, match=message):
-        fastguide.guided_step(TABLES["ddim"], 0, X, [X], out=out, staged=staged, backend=backend_name)
+        guided_step(TABLES["ddim"], 0, X, [X], out=out, staged=staged, backend=backend_name)
     assert (out == 7.0).all()
 
 

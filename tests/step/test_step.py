@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import fastguide
 from tests.support import triton_interpreter
 from tests.support.cases import DTYPES, FORMS, MIXED_DTYPES, SHAPES, TABLES
-from tests.support.step_inputs import errors, make_guidance, make_inputs, textbook
+from tests.support.step_inputs import errors, guided_step, make_guidance, make_inputs, textbook
 
 
 def assert_accurate(name, table, step, inputs, form, result, original, plain_dtype):
@@ -50,7 +50,7 @@ def test_every_table_dtype_and_form(backend, dtype, name, form, generator):
     for count in (1, 2, 3, 5):  # no scratch, fused pair, and the two ways of the combination of many
         inputs = make_inputs(table, (2, 3, 17, 19), generator, count=count, gradient=form is not None, dtype=dtype)
         for step in (0, 5, 9):
-            result, original = fastguide.guided_step(
+            result, original = guided_step(
                 table,
                 step,
                 inputs.sample,
@@ -71,7 +71,7 @@ def test_every_table_dtype_and_form(backend, dtype, name, form, generator):
 def test_every_shape(backend, dtype, shape, branch, generator):
     table = TABLES["ddpm"]
     inputs = make_inputs(table, shape, generator, dtype=dtype)
-    result, original = fastguide.guided_step(
+    result, original = guided_step(
         table,
         3,
         inputs.sample,
@@ -92,7 +92,7 @@ def test_state_and_model_may_differ_in_dtype(backend, name, sample_dtype, dtype,
     inputs = make_inputs(table, (3, 2, 33, 9), generator, gradient=True, dtype=dtype, sample_dtype=sample_dtype)
     for out_dtype in DTYPES:
         out = torch.full((3, 2, 33, 9), torch.nan, dtype=out_dtype)
-        _, original = fastguide.guided_step(
+        _, original = guided_step(
             table,
             4,
             inputs.sample,
@@ -119,7 +119,7 @@ def test_predictions_are_combined_in_passes_of_three(backend, dtypes, generator)
         inputs = make_inputs(table, (2, 3, 17, 19), generator, count=count)
         inputs.predictions = [p.to(dtypes[k % len(dtypes)]) for k, p in enumerate(inputs.predictions)]
         guidance = make_guidance(count, None)
-        result, original = fastguide.guided_step(
+        result, original = guided_step(
             table, 4, inputs.sample, inputs.predictions, guidance, return_original=True, backend=backend
         )
         assert_accurate("ddim", table, 4, inputs, None, result, original, torch.float32)
@@ -136,8 +136,8 @@ def test_a_model_of_16_bits_and_nothing_else_to_do(backend, dtype, state, shape,
         last = inputs.predictions[-1]
         inputs.predictions[-1] = torch.stack([last, last + 1], 1)[:, 0]  # its samples lie apart, the others' do not
         arguments = (inputs.sample, inputs.predictions, make_guidance(count, None))
-        result = fastguide.guided_step(table, 3, *arguments, backend=backend)
-        with_original, original = fastguide.guided_step(table, 3, *arguments, return_original=True, backend=backend)
+        result = guided_step(table, 3, *arguments, backend=backend)
+        with_original, original = guided_step(table, 3, *arguments, return_original=True, backend=backend)
         assert torch.equal(result, with_original)  # which goes another way, with the same arithmetic
         assert_accurate("ddim clipped", table, 3, inputs, None, result, original, state or dtype)
 
@@ -152,7 +152,7 @@ def test_a_model_of_16_bits_writes_where_it_reads(backend, dtype, state, count, 
     inputs.predictions[-1][0, 3, 40] = torch.inf
     inputs.sample[1, 0, 5] = torch.nan
     guidance = make_guidance(count, None)
-    expected = fastguide.guided_step(table, 3, inputs.sample, inputs.predictions, guidance, backend=backend)
+    expected = guided_step(table, 3, inputs.sample, inputs.predictions, guidance, backend=backend)
     assert (~expected.isfinite()).nonzero().tolist() == [[0, 3, 40], [1, 0, 5]]
     places = [inputs.sample] if state is not None else [inputs.sample, *inputs.predictions]
     for place in range(len(places)):
@@ -160,7 +160,7 @@ def test_a_model_of_16_bits_writes_where_it_reads(backend, dtype, state, count, 
         around = torch.full((2, 9, 107), 7.0, dtype=expected.dtype)
         around[:, 1:-1] = copies[place]
         copies[place] = around[:, 1:-1]
-        fastguide.guided_step(table, 3, copies[0], copies[1:], guidance, out=copies[place], backend=backend)
+        guided_step(table, 3, copies[0], copies[1:], guidance, out=copies[place], backend=backend)
         assert torch.equal(around[:, 1:-1].nan_to_num(9.0), expected.nan_to_num(9.0))
         assert (around[:, [0, -1]] == 7).all()
 
@@ -171,7 +171,7 @@ def test_bfloat16_output_is_the_rounded_float32_result(backend, generator):
     inputs = make_inputs(table, (4, 3, 25, 11), generator, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16):
         results = [
-            fastguide.guided_step(
+            guided_step(
                 table,
                 2,
                 inputs.sample,
@@ -195,7 +195,7 @@ def test_special_values_are_converted_as_torch_does(backend):
     for dtype in (torch.float16, torch.bfloat16):
         values = halves.view(dtype).reshape(1, -1)
         values = torch.where(values.isinf(), 1, values)  # a row multiplies infinity by its zeros
-        out = fastguide.guided_step(table, 0, values, [zeros], out=torch.empty(1, 2**16), backend=backend)
+        out = guided_step(table, 0, values, [zeros], out=torch.empty(1, 2**16), backend=backend)
         assert torch.equal(
             out.nan_to_num(7.0, torch.inf, -torch.inf), values.float().nan_to_num(7.0, torch.inf, -torch.inf)
         )
@@ -207,7 +207,7 @@ def test_special_values_are_converted_as_torch_does(backend):
         wide = torch.where(wide.isinf(), 1, wide)
         zeros_wide = torch.zeros_like(wide)
         narrowed = torch.empty_like(wide, dtype=dtype)
-        fastguide.guided_step(table, 0, wide, [zeros_wide], out=narrowed, backend=backend)
+        guided_step(table, 0, wide, [zeros_wide], out=narrowed, backend=backend)
         assert torch.equal(
             narrowed.nan_to_num(7.0, torch.inf, -torch.inf), wide.to(dtype).nan_to_num(7.0, torch.inf, -torch.inf)
         )
@@ -225,7 +225,7 @@ def test_exponential_of_the_learned_variance(backend):
     )
     v = torch.cat([torch.linspace(-250, 200, 100_003), torch.tensor([torch.inf, -torch.inf, torch.nan])])[None]
     zeros, ones = torch.zeros_like(v), torch.ones_like(v)
-    got = fastguide.guided_step(table, 0, zeros, [zeros], variance=v, noise=ones, backend=backend)
+    got = guided_step(table, 0, zeros, [zeros], variance=v, noise=ones, backend=backend)
     truth = torch.exp(v.double() / 2)
     plain = torch.exp(v / 2)
     assert torch.equal(got.isnan(), plain.isnan())
@@ -243,7 +243,7 @@ def test_nan_is_not_clipped_away(backend):
     x = torch.randn(1, 40)
     prediction = torch.zeros_like(x)
     prediction[0, ::7] = torch.nan
-    out, original = fastguide.guided_step(
+    out, original = guided_step(
         table, 2, x, [prediction], noise=torch.zeros_like(x), return_original=True, backend=backend
     )
     assert torch.equal(out.isnan(), prediction.isnan())
@@ -262,7 +262,7 @@ def test_indices_and_scales_per_sample_are_each_sample_s_own_step(backend, shape
     def guidance(scale, gradient_scale):
         return fastguide.ClassifierFree(scale) + fastguide.Classifier(None, gradient_scale)
 
-    whole = fastguide.guided_step(
+    whole = guided_step(
         table,
         index,
         inputs.sample,
@@ -274,7 +274,7 @@ def test_indices_and_scales_per_sample_are_each_sample_s_own_step(backend, shape
     )
     for b in range(batch):
         alone = inputs.map(lambda t, b=b: t[b : b + 1])
-        single = fastguide.guided_step(
+        single = guided_step(
             table,
             int(index[b]),
             alone.sample,
@@ -298,12 +298,12 @@ def test_scales_per_step_take_the_step_s_row(backend, generator):
         (fastguide.ClassifierFree(both), both[index, torch.arange(3)]),
     ):
         arguments = (inputs.sample, inputs.predictions)
-        got = fastguide.guided_step(table, index, *arguments, guidance, backend=backend)
-        want = fastguide.guided_step(table, index, *arguments, fastguide.ClassifierFree(expected), backend=backend)
+        got = guided_step(table, index, *arguments, guidance, backend=backend)
+        want = guided_step(table, index, *arguments, fastguide.ClassifierFree(expected), backend=backend)
         assert torch.equal(got, want)
-        got = fastguide.guided_step(table, torch.tensor(7), *arguments, guidance, backend=backend)
+        got = guided_step(table, torch.tensor(7), *arguments, guidance, backend=backend)
         per_sample = both[7] if guidance.batch == 3 else scales[7].item()
-        want = fastguide.guided_step(table, 7, *arguments, fastguide.ClassifierFree(per_sample), backend=backend)
+        want = guided_step(table, 7, *arguments, fastguide.ClassifierFree(per_sample), backend=backend)
         assert torch.equal(got, want)
 
 
@@ -313,8 +313,8 @@ def test_doubled_prediction_is_the_two_halves(backend, generator):
         inputs = make_inputs(table, (3, 5, 9), generator, count=count)
         guidance = make_guidance(count, None)
         together = torch.cat(inputs.predictions)
-        one = fastguide.guided_step(table, 1, inputs.sample, together, guidance, backend=backend)
-        many = fastguide.guided_step(table, 1, inputs.sample, inputs.predictions, guidance, backend=backend)
+        one = guided_step(table, 1, inputs.sample, together, guidance, backend=backend)
+        many = guided_step(table, 1, inputs.sample, inputs.predictions, guidance, backend=backend)
         assert torch.equal(one, many)
 
 
@@ -346,7 +346,7 @@ def test_native_is_the_reference_in_float64(shape, count, name, gradient, per_sa
         "per sample": torch.randint(len(table), shape[:1], generator=generator),
     }[tensor_index]
     results = [
-        fastguide.guided_step(
+        guided_step(
             table,
             index,
             inputs.sample,
@@ -384,7 +384,7 @@ def test_native_is_the_default_and_agrees_with_the_reference(generator):
     inputs = make_inputs(table, (2, 3, 64, 64), generator)
     arguments = (table, 5, inputs.sample, inputs.predictions, make_guidance(2, None))
     torch.testing.assert_close(
-        fastguide.guided_step(*arguments), fastguide.guided_step(*arguments, backend="reference"), rtol=1e-5, atol=1e-5
+        guided_step(*arguments), guided_step(*arguments, backend="reference"), rtol=1e-5, atol=1e-5
     )
 
 
@@ -394,12 +394,12 @@ def test_a_prediction_that_overflowed_is_clipped(backend, name, generator):
     table = TABLES[name]
     inputs = make_inputs(table, (2, 40), generator)
     inputs.predictions[1][0, 5], inputs.predictions[1][1, 7] = torch.inf, -torch.inf
-    got = fastguide.guided_step(
+    got = guided_step(
         table, 3, inputs.sample, inputs.predictions, make_guidance(2, None), noise=inputs.noise, backend=backend
     )
     assert got.isfinite().all()
     inputs.predictions[1][0, 5], inputs.predictions[1][1, 7] = 1e30, -1e30
-    large = fastguide.guided_step(
+    large = guided_step(
         table, 3, inputs.sample, inputs.predictions, make_guidance(2, None), noise=inputs.noise, backend=backend
     )
     assert torch.equal(got, large)

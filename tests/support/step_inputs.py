@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastguide
+from fastguide.step.memory import empty_like
 from tests.support.cases import alphas
 from tests.support.textbook import clipped, ddim_step, ddpm_step, guided_prediction, original_and_epsilon
 
@@ -94,6 +95,15 @@ def textbook(name, table, step, inputs, form, dtype) -> tuple[Tensor, Tensor]:
             m = m - (1 - a) ** 0.5 / a**0.5 * sg
     x0, _ = original_and_epsilon(prediction_type, i.sample, m, a)
     return result, clipped(x0, settings.get("clip"))
+
+
+def guided_step(table, index, sample, *arguments, return_original=False, **options):
+    """``fastguide.guided_step``; with ``return_original``, what it writes to a new ``original=`` as well."""
+    if not return_original:
+        return fastguide.guided_step(table, index, sample, *arguments, **options)
+    out = options.get("out")
+    original = empty_like(sample if out is None else out)
+    return fastguide.guided_step(table, index, sample, *arguments, original=original, **options), original
 
 
 def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:

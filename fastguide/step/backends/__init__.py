@@ -1,18 +1,10 @@
-"""Implementations of the step, entered in order of preference: the first that serves a device is its default."""
+"""Implementations of the step, in order of preference: the first that can run on a device is its default."""
 
 from __future__ import annotations
 
-from .. import reference
-from ..operator import Backend, register_backend
-from . import native, triton
+from . import native, reference, triton
+from .registry import register_backend
 
 register_backend(native.backend())
 register_backend(triton.backend(), default=not triton.INTERPRETED)
-register_backend(
-    Backend(
-        name="reference",
-        step=reference.guided_step,
-        devices=None,
-        status="plain torch, the specification",
-    )
-)
+register_backend(reference.backend())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..operator import Backend
+from .registry import Backend
 
 LIBRARY = Path(__file__).parents[2] / "_native.so"
 NOT_BUILT_NOTE = LIBRARY.with_suffix(".txt")
@@ -57,6 +57,7 @@ def backend() -> Backend:
         devices=("cpu", "cuda") if on_gpus else ("cpu",),
         status=f"C++, instruction set {cpu_capability()}{bound}; CUDA code: {code}",
         torch_stream=on_gpus,
+        checks_overlap=True,
     )
 
 

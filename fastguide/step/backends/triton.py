@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...solvers.table import ROW_COLUMNS
-from ..checks import counted_layout
+from ..memory import counted_layout
 from ..noise import SOURCES, torch_increment
-from ..operator import SCHEMA, Backend, guided_step_fake
+from ..operator import SCHEMA, StepArguments, guided_step_fake
+from .registry import Backend
 
 FLOOR = (3, 6)
 """The oldest Triton that the tests have run with; torch 2.10 brings it."""
@@ -71,29 +72,12 @@ def _version() -> str:
     return str(triton.__version__)
 
 
-def guided_step(
-    out: Tensor,
-    original: Tensor | None,
-    staged: Tensor | None,
-    sample: Tensor,
-    predictions: list[Tensor],
-    rows: Tensor,
-    weights: Tensor,
-    index: int,
-    indices: Tensor | None,
-    gradient: Tensor | None,
-    variance: Tensor | None,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    philox: Tensor | None,
-    philox_threads: int,
-    cursor: Tensor | None = None,
-    timestep: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-    known_noise: Tensor | None = None,
-) -> None:
-    """Launch one step; the arguments are the operator's, and ``fastguide/ops.py`` has checked them."""
+def guided_step(*arguments: Any) -> None:
+    """Launch one step; the arguments are the fields of ``StepArguments``, which ``guided_step`` has checked."""
+    (
+        out, original, staged, sample, predictions, rows, weights, index, indices, gradient, variance, noise, seeds,
+        philox, philox_threads, cursor, timestep, mask, known, known_noise,
+    ) = StepArguments(*arguments)  # fmt: skip
     total, batch = sample.numel(), sample.shape[0]
     if total == 0:
         return

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastguide import ROW_COLUMNS
-from fastguide.step import reference
+from fastguide.step.backends import reference
 from fastguide.step.noise import _normals, _philox
 from tests.support import device_code
 from tests.support.device_code.placed import DTYPES, STEPS, Case, rows

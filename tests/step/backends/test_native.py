@@ -17,7 +17,7 @@ import torch
 import fastguide
 from fastguide.__main__ import info
 from fastguide.step.backends import native
-from fastguide.step.operator import BACKENDS, default_backend
+from fastguide.step.backends.registry import BACKENDS, default_backend
 from tests.support.cases import TABLES
 
 ROOT = Path(__file__).resolve().parents[3]

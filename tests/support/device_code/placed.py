@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastguide import ROW_COLUMNS, portable_noise
-from fastguide.step import reference
+from fastguide.step.backends import reference
 from tests.support.device_code import arguments_of, module
 
 GUARD = 64  # elements of NaN before and behind

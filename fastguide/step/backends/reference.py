@@ -1,0 +1,128 @@
+"""The specification: one guided step in plain torch, any device and dtype. Every other backend is tested against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...solvers.table import ROW_COLUMNS
+from ..noise import portable_noise
+from ..operator import StepArguments, library
+from .registry import Backend
+
+
+def backend() -> Backend:
+    """Return the backend, which runs everywhere."""
+    return Backend("reference", guided_step, None, "plain torch, the specification")
+
+
+def guided_step(*arguments: object) -> None:
+    """Write one step to ``out``, the predicted original sample to ``original``, the next model input to ``staged``.
+
+    The arguments are the fields of ``StepArguments``. The arithmetic is in the dtype of ``rows`` (float32 or float64)
+    and rounds once, at the end.
+
+    Raises:
+        ValueError: ``philox`` is given: plain torch draws torch's noise by ``torch.randn``.
+    """
+    a = StepArguments(*arguments)  # type: ignore[arg-type]
+    if a.philox is not None:
+        raise ValueError("generator: the reference takes a torch.Generator, and no DeviceGenerator")
+    sample, batch, dtype = a.sample, a.sample.shape[0], a.rows.dtype
+    steps, first, live = _position(a)
+    row = {name: _per_sample(a.rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
+    weight = [_per_sample(w, sample) for w in _selected(a.weights, steps, batch).unbind(-1)]
+    scale = weight[-1]
+
+    x = sample.to(dtype)
+    p = [prediction.to(dtype) for prediction in _split(a.predictions, a.weights.shape[-1] - 1, batch)]
+    # m = sum_k w_k p_k, anchored at p_0: weight[0] is the sum of all w_k
+    m = weight[0] * p[0] if p else torch.zeros_like(x)
+    for k in range(1, len(p)):
+        m = m + weight[k] * (p[k] - p[0])
+
+    x0 = row["x0_sample"] * x + row["x0_pred"] * m
+    if a.gradient is not None:
+        x0 = x0 + row["x0_grad"] * scale * a.gradient.to(dtype)
+    x0 = row["x0_scale"] * x0
+    x0 = torch.minimum(torch.maximum(x0, -row["clip"]), row["clip"])
+
+    result = row["out_x0"] * x0 + row["out_sample"] * x
+    result = result + torch.where(row["out_pred"] != 0, row["out_pred"] * m, 0.0)  # m may have overflowed
+    shift, deviation = row["out_grad"], row["out_noise"]
+    if a.variance is not None:
+        log_variance = row["logvar_base"] + row["logvar_span"] * a.variance.to(dtype)
+        shift = shift + torch.where(row["out_var_grad"] != 0, row["out_var_grad"] * torch.exp(log_variance), 0.0)
+        deviation = torch.where(deviation != 0, deviation * torch.exp(0.5 * log_variance), 0.0)
+    if a.gradient is not None:
+        result = result + shift * scale * a.gradient.to(dtype)
+    noise = a.noise
+    if a.seeds is not None:
+        step = steps - first
+        noise = portable_noise(a.seeds, sample.shape, step=step if len(step) != 1 else step[0])
+    if noise is not None:
+        result = result + deviation * noise.to(dtype)
+    if a.mask is not None and a.known is not None and a.known_noise is not None:
+        level = row["known_sample"] * a.known.to(dtype) + row["known_noise"] * a.known_noise.to(dtype)
+        painted = a.mask.to(dtype)
+        blended = painted * result + (1 - painted) * level
+        result = torch.where(painted == 1, result, torch.where(painted == 0, level, blended))
+
+    finished = None if a.cursor is None else ~_per_sample(live, sample)
+    if a.staged is not None:
+        for start in range(0, a.staged.shape[0], batch or 1):
+            _write(a.staged[start : start + batch], row["in_scale"] * result, finished)
+    _write(a.out, result, finished)
+    if a.original is not None:
+        _write(a.original, x0, finished)
+    if a.cursor is not None:
+        _advance(a.cursor, a.timestep, a.rows, steps, live)
+
+
+library.impl("guided_step", guided_step, "CompositeExplicitAutograd")
+
+
+def _position(a: StepArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each sample's row, the row of its first step, and whether it is not finished; one for all, or (batch,)."""
+    rows = a.rows
+    steps = torch.full((1,), a.index, device=rows.device) if a.indices is None else a.indices.reshape(-1)
+    live, first = torch.ones_like(steps, dtype=torch.bool), torch.zeros_like(steps)
+    if a.cursor is not None:
+        steps, end, first, _ = a.cursor.unbind(1)
+        live = steps < end
+        steps = torch.where(live, steps, 0)
+    # Compiled code would count from the end; a row beyond the table is refused.
+    return torch.where(steps < 0, rows.shape[0], steps), first, live
+
+
+def _advance(cursor: Tensor, timestep: Tensor | None, rows: Tensor, steps: Tensor, live: Tensor) -> None:
+    """Move the cursors on, and write the timesteps of the next model call."""
+    if timestep is not None:
+        following = rows[:, ROW_COLUMNS.index("in_timestep")].index_select(0, steps)
+        repeated = timestep.reshape(-1, len(steps))
+        repeated.copy_(torch.where(live, following.to(timestep.dtype), repeated))
+    cursor[:, 0] += live
+
+
+def _write(out: Tensor, values: Tensor, finished: Tensor | None) -> None:
+    out.copy_(values if finished is None else torch.where(finished, out, values.to(out.dtype)))
+
+
+def _split(predictions: list[Tensor], count: int, batch: int) -> list[Tensor]:
+    """Return all predictions, also where one tensor holds them one after the other along the batch."""
+    if len(predictions) == 1 and count > 1:
+        return list(predictions[0].unflatten(0, (count, batch)).unbind(0))
+    return predictions
+
+
+def _selected(weights: Tensor, steps: Tensor, batch: int) -> Tensor:
+    """Return each sample's weights, shape (batch or 1, columns), from (steps or 1, batch or 1, columns)."""
+    if weights.shape[0] == 1:
+        return weights[0]
+    if steps.numel() == 1:
+        return weights.index_select(0, steps)[0]
+    return weights.expand(-1, batch, -1)[steps, torch.arange(batch, device=weights.device)]
+
+
+def _per_sample(values: Tensor, sample: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (sample.dim() - 1))

@@ -1,0 +1,76 @@
+"""The implementations of the step by name, and which one serves a device when none is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+StepFunction = Callable[..., None]
+"""Called with the fields of ``StepArguments``, by position."""
+
+
+class Backend(NamedTuple):
+    """One implementation of the step."""
+
+    name: str
+    step: StepFunction
+    devices: tuple[str, ...] | None
+    """Types of device that it can run on in this process; ``None``: all."""
+    status: str
+    """What it is, or why it runs nowhere, in a line."""
+    torch_stream: bool = False
+    """Whether its kernel on a GPU draws torch's own noise."""
+    checks_overlap: bool = False
+    """Whether it refuses by itself, before it writes, an output that shares a part of an input's memory."""
+    broken: bool = False
+    """Whether it should run on the CPU and cannot: then nothing else is chosen in its place."""
+
+    def serves(self, device: str) -> bool:
+        """Tell whether this backend can run on that type of device."""
+        return self.devices is None or device in self.devices
+
+
+BACKENDS: dict[str, Backend] = {}
+_defaults: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend, *, default: bool = True) -> None:
+    """Add a backend; it becomes the default of its devices that have none yet, unless ``default`` is False."""
+    BACKENDS[backend.name] = backend
+    for device in (backend.devices or ()) if default else ():
+        _defaults.setdefault(device, backend)
+
+
+def default_backend(device: torch.device | str) -> str:
+    """Return the name of the backend that serves a device when none is named.
+
+    Raises:
+        ValueError: The device is a GPU and no backend runs there, or the compiled backend exists and cannot be loaded.
+            ``backend="reference"`` has to be named then.
+    """
+    return backend_for(None, torch.device(device).type).name
+
+
+def backend_for(name: str | None, device: str) -> Backend:
+    """Return the backend of that name, or the default of a type of device; refuse one that cannot run there."""
+    if name is None:
+        return _defaults.get(device) or _last_resort(device)
+    chosen = BACKENDS.get(name)
+    if chosen is None:
+        raise ValueError(f"backend: expected one of {tuple(BACKENDS)}, got {name!r}")
+    if not chosen.serves(device):
+        raise ValueError(f"backend: {name!r} does not serve a sample on {device!r} here: {chosen.status}")
+    return chosen
+
+
+def _last_resort(device: str) -> Backend:
+    if device == "cuda":  # the reference would be a hundred times slower than what was asked for
+        reasons = "; ".join(f"{b.name}: {b.status}" for b in BACKENDS.values() if b.devices is not None)
+        raise ValueError(f"backend: none for a sample on a GPU is there ({reasons}); 'reference' is, if named")
+    for backend in BACKENDS.values():
+        if backend.broken:
+            reason = f"{backend.name}: {backend.status}"
+            raise ValueError(f"backend: none for a sample on {device!r} ({reason}); 'reference' is, if named")
+    return BACKENDS["reference"]

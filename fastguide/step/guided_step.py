@@ -1,0 +1,135 @@
+"""``guided_step``: the public function over the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..guidance import Guidance
+from ..guidance.weights import UNGUIDED
+from ..solvers.table import StepTable
+from . import checks
+from .backends.registry import backend_for
+from .cursor import Cursor
+from .inpainting import Inpainting
+from .noise import DeviceGenerator, draw
+
+
+def guided_step(
+    table: StepTable,
+    index: int | Tensor | Cursor,
+    sample: Tensor,
+    predictions: Tensor | Sequence[Tensor],
+    guidance: Guidance | None = None,
+    *,
+    gradient: Tensor | None = None,
+    variance: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | DeviceGenerator | None = None,
+    seeds: Tensor | None = None,
+    inpainting: Inpainting | None = None,
+    original: Tensor | None = None,
+    out: Tensor | None = None,
+    staged: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Make one step of guided sampling: combine the predictions, apply the solver's row, add the noise.
+
+    One pass over memory. Arithmetic is in float32 (in float64 if the sample is), rounded once to the output's dtype.
+
+    Args:
+        table: from a solver such as ``ddim``, on the sample's device.
+        index: the step, 0 to ``len(table) - 1``: an int, or an int64 tensor on the sample's device, of shape () or,
+            one per sample, (batch,). The host never waits for a device to read it; on the CPU it is checked. Or a
+            ``Cursor``, which the step moves on; ``out`` then has to be the sample itself.
+        sample: x_t, shape (batch, ...), dense within a sample (contiguous, channels_last, ...), any batch stride.
+        predictions: what the model returned (without autograd, as under ``torch.no_grad()``: the step is not
+            differentiable), one tensor of the sample's shape for each weight of the guidance, laid
+            out within a sample as the sample is; or one tensor with all of them along the batch,
+            ``cat([unconditional, conditional])``.
+        guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None`` for one prediction.
+        gradient: ``grad_x log p(y | x_t)``, required with a ``Classifier``; see ``Classifier.gradient``.
+        variance: the model's variance output, required by tables of ``learned`` and ``learned_range``; with several
+            conditions usually that of the conditional prediction.
+        noise: standard normal values. Where the row adds noise, one of ``noise``, ``generator`` and ``seeds`` is
+            required; where it adds none, nothing is read or drawn (with a tensor index, drawn for every step).
+        generator: draws the noise: the values of ``torch.randn(sample.shape, dtype=sample.dtype,
+            generator=generator)``, and the generator is left as that leaves it. On a GPU they are made inside of the
+            kernel (but by ``torch.randn`` for tensors beyond 2 GiB, and within captures); a CPU generator draws on the
+            CPU, and the noise is copied. ``torch.default_generator`` is torch's global one. Not under torch.compile,
+            which takes no generators. A ``DeviceGenerator`` keeps its state on the GPU, for captured graphs.
+        seeds: draws the noise from the portable stream: int64 on the sample's device, of shape () or, one per sample,
+            (batch,). The values of ``portable_noise(seeds, sample.shape, step=index)``, the same to the bit on every
+            device and in every batch. The sample is contiguous or channels_last.
+        inpainting: a known image: its part of the next sample is replaced by it, noised to that level.
+        original: where to write the predicted (clipped) original sample x_0 as well: a tensor of the sample's shape
+            and layout within a sample, of any of its dtypes; ``None``: it is not written.
+        out: where to write the next sample; it may be one of the inputs, whole. Otherwise a new tensor like the sample.
+        staged: where to write the next model input as well: the next sample times the row's ``in_scale`` (1 in DDPM
+            and DDIM), rounded once to this tensor's dtype, as often as its batch is a multiple of the sample's. Laid
+            out within a sample as the sample is; it shares no memory with any other argument, nor with the gaps between
+            another's samples.
+        backend: ``"native"``, ``"triton"`` or ``"reference"``; ``None``: the best for the device, see ``fastguide
+            info``.
+
+    Returns:
+        The next sample: ``out``, or a new tensor of the sample's dtype.
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument is not as described; the message names it, what was expected
+            and what came. Nothing has been computed then, and no noise drawn. Only an index on a GPU is looked at by
+            the kernel: out of range, it makes the sample NaN.
+
+    >>> from fastguide import ClassifierFree, NoiseSchedule, ddim
+    >>> table, x = ddim(NoiseSchedule.linear(), 50), torch.randn(2, 3, 8, 8)
+    >>> uncond, cond = torch.randn(2, 2, 3, 8, 8)
+    >>> guided_step(table, 0, x, [uncond, cond], ClassifierFree(7.5)).shape
+    torch.Size([2, 3, 8, 8])
+    """
+    chosen = backend_for(backend, checks.device_of("sample", sample).type)
+    arguments, generator = checks.validate(
+        chosen,
+        table,
+        index,
+        sample,
+        predictions,
+        UNGUIDED if guidance is None else guidance,
+        gradient=gradient,
+        variance=variance,
+        noise=noise,
+        generator=generator,
+        seeds=seeds,
+        inpainting=inpainting,
+        original=original,
+        out=out,
+        staged=staged,
+    )
+    increment = 0
+    if generator is not None:
+        arguments, increment = draw(arguments, generator, chosen.torch_stream)
+    if torch.compiler.is_compiling():
+        chosen.step(*arguments)
+        return arguments.out
+    for tensor in (out, original, staged):
+        if tensor is not None and not tensor.is_inference():  # so that autograd notices the write, if it has saved it
+            torch.autograd.graph.increment_version(tensor)
+    try:
+        chosen.step(*arguments)
+    except RuntimeError:
+        checks.check_memory(arguments)  # the kernel refuses overlaps before it writes; here are the words for it
+        raise
+    if increment and isinstance(generator, torch.Generator):
+        generator.set_offset(generator.get_offset() + increment)
+    return arguments.out
+
+
+def check_run(table: StepTable, name: str, sample: Tensor, guidance: Guidance, backend: str | None) -> None:
+    """Refuse, before a model is called, what ``guided_step`` would refuse after it; ``name`` is the sample's."""
+    if sample.device != table.device:
+        raise ValueError(f"table: expected it on {sample.device}, the device of {name}, got {table.device}; use .to()")
+    checks.check_guidance(table, guidance, sample.shape[0])
+    checks.check_sample(name, sample, torch.is_grad_enabled())
+    backend_for(backend, sample.device.type)
+    table.device_rows(guidance.form, torch.float32)

@@ -334,7 +334,7 @@ def test_a_second_build_compiles_what_changed(checkout, tmp_path):
     assert compiled() == first
     with (checkout / "csrc" / "binding" / "operator.cpp").open("a") as source:
         source.write("// changed\n")
-    assert {name for name, when in compiled().items() if when != first[name]} == {"bind.o"}
+    assert {name for name, when in compiled().items() if when != first[name]} == {"operator.o"}
 
 
 def test_install_with_a_compiler_that_fails_fails(tmp_path):
@@ -414,7 +414,7 @@ def test_without_cuda_code_a_gpu_s_sample_is_refused_with_the_reasons(tmp_path):
     code = (
         "import fastguide, sys, importlib.util; from fastguide.step.backends import native, triton\n"
         "print(fastguide.__file__, native.cuda_code())\n"
-        "from fastguide.step.operator import BACKENDS, _defaults, default_backend\n"
+        "from fastguide.step.backends.registry import BACKENDS, _defaults, default_backend\n"
         "BACKENDS['triton'] = BACKENDS['triton']._replace(devices=(), status='not installed: pip install triton')\n"
         "_defaults.pop('cuda', None)\n"
         "default_backend('cuda')"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastguide.guidance import Classifier, ClassifierFree, Composed, Guidance
 from fastguide.schedules.noise_schedule import NoiseSchedule
-from fastguide.solvers._columns import ddim, ddpm
+from fastguide.solvers import ddim, ddpm
 from fastguide.solvers.table import StepTable
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -96,7 +96,7 @@ class Inputs:
         elif solver == "add_noise":
             abar = SCHEDULE.alphas_cumprod[SCHEDULE.timesteps(NUM_STEPS)]
             columns = {"out_sample": abar.sqrt(), "out_noise": (1 - abar).sqrt()}
-            table = StepTable(SCHEDULE.timesteps(NUM_STEPS), columns, name=solver)
+            table = StepTable.from_columns(SCHEDULE.timesteps(NUM_STEPS), columns, name=solver)
         else:
             table = ddpm(
                 SCHEDULE,

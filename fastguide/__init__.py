@@ -5,16 +5,21 @@ from ._version import __version__ as __version__
 from .guidance import Classifier, ClassifierFree, Composed, Guidance
 from .sampling.sampler import Sampler
 from .sampling.trajectory import Sampled
-from .schedules.noise_schedule import NoiseSchedule
-from .solvers._columns import ddim, ddpm
-from .solvers.table import ROW_COLUMNS, StepTable
-from .step import backends as backends
+from .schedules import NoiseSchedule
+from .solvers import ROW_COLUMNS, StepTable, ddim, ddpm
 from .step.cursor import Cursor
 from .step.guided_step import guided_step
 from .step.inpainting import Inpainting
 from .step.noise import DeviceGenerator, portable_noise
-from .training.forward_process import add_noise, convert_prediction, training_target
-from .training.losses import ConditionDropout, classifier_loss, denoising_loss, drop_condition
+from .training import (
+    ConditionDropout,
+    add_noise,
+    classifier_loss,
+    convert_prediction,
+    denoising_loss,
+    drop_condition,
+    training_target,
+)
 
 __all__ = [
     "ROW_COLUMNS",

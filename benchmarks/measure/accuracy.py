@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastguide.guidance import ClassifierFree
-from fastguide.solvers._columns import ddim, ddpm
+from fastguide.solvers import ddim, ddpm
 from fastguide.step.guided_step import guided_step
 from fastguide.step.noise import portable_noise
 

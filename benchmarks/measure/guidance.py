@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fastguide.guidance import Classifier, ClassifierFree, Guidance
 from fastguide.sampling.sampler import Sampler
 from fastguide.schedules.noise_schedule import NoiseSchedule
-from fastguide.solvers._columns import ddim
+from fastguide.solvers import ddim
 from fastguide.solvers.table import StepTable
 
 WIDTHS = (32, 64, 128, 256, 512)

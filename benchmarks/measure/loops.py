@@ -12,7 +12,7 @@ from torch import Tensor
 from fastguide.guidance import ClassifierFree
 from fastguide.sampling.sampler import Sampler
 from fastguide.schedules.noise_schedule import NoiseSchedule
-from fastguide.solvers._columns import ddim, ddpm
+from fastguide.solvers import ddim, ddpm
 
 from ..contenders.registry import is_ours
 from .timing import in_turns, said

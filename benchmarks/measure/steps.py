@@ -9,7 +9,7 @@ import torch
 
 from fastguide.guidance import ClassifierFree, Composed, Guidance
 from fastguide.sampling.sampler import Sampler
-from fastguide.solvers._columns import ddim
+from fastguide.solvers import ddim
 from fastguide.step.guided_step import guided_step
 
 from ..contenders.registry import CEILINGS, CONTENDERS, is_ours, relative_error, tolerance

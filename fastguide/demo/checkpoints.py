@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from ..schedules.noise_schedule import NoiseSchedule
-from ..training.losses import classifier_loss, denoising_loss, drop_condition
+from ..training import classifier_loss, denoising_loss, drop_condition
 from .digits import Digits
 from .models import NULL_CLASS, Denoiser, NoiseAwareClassifier
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..guidance import ClassifierFree
 from ..schedules.noise_schedule import NoiseSchedule
-from ..solvers._columns import ddim, ddpm
+from ..solvers import ddim, ddpm
 from ..step.guided_step import guided_step
 from .models import Denoiser
 
@@ -48,7 +48,7 @@ def accuracy(schedule: NoiseSchedule, denoiser: Denoiser, labels: Tensor, null: 
         x0 = (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
         return math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * epsilon
 
-    timesteps = table.host_timesteps
+    timesteps = table.timesteps.tolist()
     with torch.no_grad():
         truth = x_T.double()
         for t, t_prev in zip(timesteps, [*timesteps[1:], None], strict=True):

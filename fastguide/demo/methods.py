@@ -11,7 +11,7 @@ from torch import Tensor
 from ..guidance import Classifier, ClassifierFree, Guidance
 from ..sampling.sampler import Sampler
 from ..schedules.noise_schedule import NoiseSchedule
-from ..solvers._columns import ddim, ddpm
+from ..solvers import ddim, ddpm
 from ..solvers.table import StepTable
 from .digits import NUM_CLASSES, SHAPE
 from .models import NULL_CLASS, Denoiser, NoiseAwareClassifier

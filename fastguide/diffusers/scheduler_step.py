@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..guidance import Classifier, ClassifierFree, Guidance
 from ..schedules.predictions import GradientForm
-from ..solvers._columns import VarianceType
+from ..solvers import VarianceType
 from ..solvers.table import StepTable
 from ..step.guided_step import guided_step
 from ..step.memory import empty_like

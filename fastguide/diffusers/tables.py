@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..solvers._columns import ddim_table, ddpm_table
+from ..schedules.levels import Levels
+from ..solvers.ddim import ddim_table
+from ..solvers.ddpm import ddpm_table
 from ..solvers.table import StepTable
 
 UNDEFINED = "it leads nowhere, or the schedule has no signal at that timestep"
@@ -50,7 +52,7 @@ def ddim_transitions(
         here,
         a,
         a_prev,
-        a_known=a_known,
+        inpainting_levels=Levels.from_alphas_cumprod(a_known),
         eta=eta,
         use_clipped_model_output=use_clipped_model_output,
         prediction_type=config.prediction_type,

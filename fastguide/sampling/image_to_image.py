@@ -42,7 +42,7 @@ def start(
             raise ValueError(f"mask: expected a shape that broadcasts to {expected}, got {tuple(mask.shape)}") from None
         if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
             raise ValueError(f"mask: expected values from 0 to 1, got {mask.min().item():g} to {mask.max().item():g}")
-    if table.alphas_cumprod is None:
+    if table.levels is None:
         raise ValueError(f"table: expected one of ddpm or ddim with image=, got {table!r}, which knows no levels")
     steps = len(table)
     begin = steps - min(int(steps * (1.0 if strength is None else strength)), steps)
@@ -51,9 +51,9 @@ def start(
     check_rows(table, begin)
     if begin == 0 and mask is not None:
         return x_T, 0, mask
-    level = float(table.alphas_cumprod[begin])
+    alpha, sigma = (float(values[begin]) for values in table.levels)
     wide = torch.promote_types(x_T.dtype, torch.float32)
-    return level**0.5 * image.to(wide) + (1 - level) ** 0.5 * x_T.to(wide), begin, mask
+    return alpha * image.to(wide) + sigma * x_T.to(wide), begin, mask
 
 
 def check_rows(table: StepTable, begin: int) -> None:

@@ -26,7 +26,7 @@ from .noise import Generators, noise_source
 from .state import Loop, LoopKind, LoopOptions
 from .trajectory import Record, Sampled
 
-Callback: TypeAlias = Callable[[int, int, Tensor], object]
+Callback: TypeAlias = Callable[[int, float, Tensor], object]
 
 
 class Sampler:

@@ -9,11 +9,13 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from .levels import Levels
+
 TimestepSpacing: TypeAlias = Literal["leading", "trailing", "linspace"]
 
 
 class NoiseSchedule:
-    """How much of the signal is left at each training timestep.
+    """A noise schedule: how much of the signal is left at each training timestep.
 
     A schedule holds ``alphas_cumprod`` (abar_t), a float64 CPU tensor of shape ``(num_train_timesteps,)`` that
     falls from nearly 1 to nearly 0: ``x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * noise`` (Ho et al. 2020, eq. 4).
@@ -31,7 +33,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor | Sequence[float]) -> NoiseSchedule:
-        """A schedule from abar_t itself: one dimension, falling (ties allowed), every value in [0, 1)."""
+        """Return a schedule of abar_t itself: one dimension, falling (ties allowed), every value in [0, 1)."""
         values = _as_tensor("alphas_cumprod", alphas_cumprod).detach().to("cpu", torch.float64, copy=True)
         if values.dim() != 1 or values.numel() == 0:
             raise ValueError(
@@ -51,7 +53,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
-        """A schedule from the forward variances beta_t: one dimension, every value in (0, 1]."""
+        """Return a schedule of the forward variances beta_t: one dimension, every value in (0, 1]."""
         values = _as_tensor("betas", betas).detach().to("cpu", torch.float64)
         if values.dim() != 1 or values.numel() == 0:
             raise ValueError(f"betas: expected one dimension and at least one value, got {tuple(values.shape)}")
@@ -66,7 +68,7 @@ class NoiseSchedule:
     def linear(
         cls, num_train_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
-        """Betas that rise linearly (Ho et al. 2020, section 4)."""
+        """Return a schedule whose betas rise linearly (Ho et al. 2020, section 4)."""
         _check_count("num_train_timesteps", num_train_timesteps)
         return cls.from_betas(
             torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64, device="cpu")
@@ -76,7 +78,7 @@ class NoiseSchedule:
     def scaled_linear(
         cls, num_train_timesteps: int = 1000, *, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> NoiseSchedule:
-        """Betas whose square roots rise linearly: latent diffusion's schedule (Rombach et al. 2022)."""
+        """Return latent diffusion's schedule, whose betas' roots rise linearly (Rombach et al. 2022)."""
         _check_count("num_train_timesteps", num_train_timesteps)
         roots = torch.linspace(
             math.sqrt(beta_start), math.sqrt(beta_end), num_train_timesteps, dtype=torch.float64, device="cpu"
@@ -85,7 +87,7 @@ class NoiseSchedule:
 
     @classmethod
     def cosine(cls, num_train_timesteps: int = 1000, *, max_beta: float = 0.999) -> NoiseSchedule:
-        """The squared-cosine schedule, ``squaredcos_cap_v2`` (Nichol & Dhariwal 2021, eq. 17)."""
+        """Return the squared-cosine schedule, ``squaredcos_cap_v2`` (Nichol & Dhariwal 2021, eq. 17)."""
         _check_count("num_train_timesteps", num_train_timesteps)
         time = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu") / num_train_timesteps
         alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
@@ -95,13 +97,13 @@ class NoiseSchedule:
     def sigmoid(
         cls, num_train_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
-        """Betas that follow a sigmoid from -6 to 6 (GeoDiff, Xu et al. 2022)."""
+        """Return a schedule whose betas follow a sigmoid from -6 to 6 (GeoDiff, Xu et al. 2022)."""
         _check_count("num_train_timesteps", num_train_timesteps)
         steps = _linspace(-6.0, 6.0, num_train_timesteps)
         return cls.from_betas(torch.sigmoid(steps) * (beta_end - beta_start) + beta_start)
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
-        """The same schedule shifted and scaled so that abar is exactly 0 at the last timestep.
+        """Return this schedule shifted and scaled so that abar is exactly 0 at the last timestep.
 
         Lin et al. 2023, algorithm 1. Nothing of x_0 is left there, so ``prediction_type="epsilon"`` cannot serve
         that timestep: predict v or the sample.
@@ -113,8 +115,13 @@ class NoiseSchedule:
         return self.from_alphas_cumprod(((roots - last) * (first / (first - last))).square())
 
     @property
+    def levels(self) -> Levels:
+        """The levels (alpha, sigma) = (sqrt(abar), sqrt(1 - abar)) of all training timesteps."""
+        return Levels.from_alphas_cumprod(self.alphas_cumprod)
+
+    @property
     def num_train_timesteps(self) -> int:
-        """Number of timesteps the model was trained with."""
+        """The number of timesteps that the model was trained with."""
         return self.alphas_cumprod.numel()
 
     def __len__(self) -> int:
@@ -127,7 +134,7 @@ class NoiseSchedule:
     def timesteps(
         self, num_inference_steps: int, spacing: TimestepSpacing = "leading", *, steps_offset: int = 0
     ) -> Tensor:
-        """Which training timesteps a solver visits: int64, shape ``(num_inference_steps,)``, falling.
+        """Return the training timesteps that a solver visits: int64, shape ``(num_inference_steps,)``, falling.
 
         The three spacings of the field (Lin et al. 2023, table 2); ``steps_offset`` is added in ``leading`` only,
         as in diffusers.
@@ -159,7 +166,7 @@ class NoiseSchedule:
         return self.check_timesteps(steps)
 
     def check_timesteps(self, timesteps: Tensor | Sequence[int]) -> Tensor:
-        """An explicit list of timesteps as an int64 CPU tensor; refused unless it falls strictly in the schedule."""
+        """Return given timesteps as an int64 CPU tensor; refuse them unless they fall strictly within the schedule."""
         steps = _as_tensor("timesteps", timesteps)
         if steps.dim() != 1 or steps.numel() == 0:
             raise ValueError(f"timesteps: expected one dimension and at least one value, got {tuple(steps.shape)}")

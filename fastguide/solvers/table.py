@@ -1,13 +1,15 @@
-"""The step table: one row of coefficients per step, computed in float64, kept on the device in float32."""
+"""The step table: one row of coefficients a model call, computed in float64, held on the device in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..schedules.levels import Levels
 from ..schedules.predictions import GradientForm
 
 ROW_COLUMNS = (
@@ -29,46 +31,109 @@ ROW_COLUMNS = (
     "known_sample",  # known_sample * x_0 + known_noise * z is a known image at the level of x'
     "known_noise",
 )
-"""Names of a row's coefficients, in the order in which every kernel reads them (``csrc/step.h`` repeats it)."""
+"""The names of a row's coefficients, in the order in which every kernel reads them (csrc/maths/step.h repeats it)."""
 
 _GRADIENT_COLUMNS = ("x0_grad", "out_grad", "out_var_grad")
 _CLIP, _IN_SCALE, _IN_TIMESTEP = (ROW_COLUMNS.index(name) for name in ("clip", "in_scale", "in_timestep"))
 
 
+@dataclass(eq=False, repr=False)
 class StepTable:
-    """All steps of a solver: their timesteps and their rows. Made by ``ddpm`` and ``ddim``; never changed in place.
+    """All model calls of a solver: their timesteps and their rows. Solvers make one; it is never changed in place.
 
-    ``len(table)`` is the number of steps, ``table.timesteps`` an int64 tensor of shape ``(steps,)`` on the table's
-    device, ``table.rows`` a float64 CPU tensor of shape ``(steps, len(ROW_COLUMNS))`` without any gradient.
-    A slice of consecutive steps is a table: ``table[k:]`` starts image-to-image at step k.
-
-    Args:
-        timesteps: int64 of shape ``(steps,)``.
-        columns: names of ``ROW_COLUMNS`` to float64 tensors of shape ``(steps,)``; absent: 0, no clip, in_scale 1,
-            in_timestep the timestep of the next row.
-        gradients: each ``GradientForm`` to its gradient columns, or to the reason why it has none.
-        learned_variance: whether a step takes the model's variance output.
-        undefined: why some rows may be infinite; ``None``: all must be finite. A step at such a row is refused as far
-            as the host knows the index.
-        alphas_cumprod: float64 of shape ``(steps,)``, abar at each timestep, for image-to-image; ``None``: not known.
-        name: for messages.
+    ``len(table)`` is the number of model calls and rows, ``table.steps`` the solver's number of steps, which is smaller
+    where a step takes two calls. A slice of consecutive calls is a table: ``table[k:]`` starts image-to-image at call
+    k. Make one with a solver such as ``ddim``, or of columns with ``StepTable.from_columns``.
     """
 
-    def __init__(
-        self,
+    name: str
+    """For messages."""
+    timesteps: Tensor
+    """The timestep of each model call, shape (calls,), on the table's device: int64, or floating-point."""
+    rows: Tensor
+    """The rows without any gradient: float64 on the host, of shape (calls, len(ROW_COLUMNS))."""
+    forms: Mapping[str, Tensor | str]
+    """The rows with a gradient in each form, or the reason why it has no use."""
+    learned_variance: bool = False
+    """Whether a step takes the model's variance output."""
+    undefined: str | None = None
+    """Why some rows are infinite or NaN; steps at those are refused as far as the host knows the index."""
+    levels: Levels | None = None
+    """The level of each model call's sample, for image-to-image; ``None``: not known."""
+    first_in_scale: float = 1.0
+    """What the first sample is multiplied by to be the model's input; a row's ``in_scale`` is for the call after it."""
+    completes_step: tuple[bool, ...] = ()
+    """For each model call, whether it completes a step of the solver."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    # What the host knows of the rows, so that no step has to ask the device.
+    host_timesteps: tuple[float, ...] = field(init=False)
+    adds_noise: tuple[bool, ...] = field(init=False)
+    adds_noise_anywhere: bool = field(init=False)
+    undefined_rows: frozenset[int] = field(init=False)
+    takes_predictions: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        on_host = self.timesteps.to("cpu")
+        self.host_timesteps = tuple(on_host.tolist())
+        self.timesteps = on_host.to(self.device)
+        self.adds_noise = tuple((self.rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
+        self.adds_noise_anywhere = any(self.adds_noise)
+        self.undefined_rows = frozenset((~_finite_rows(self.rows)).nonzero().flatten().tolist())
+        of_prediction = [ROW_COLUMNS.index(name) for name in ("x0_pred", "out_pred")]
+        self.takes_predictions = bool((self.rows[:, of_prediction] != 0).any())
+        dtypes = (torch.float32, torch.float64) if self.device.type == "cpu" else (torch.float32,)
+        self._device_rows = {
+            (form, dtype): values.to(self.device, dtype)
+            for form, values in [(None, self.rows), *self.forms.items()]
+            if isinstance(values, Tensor)
+            for dtype in dtypes
+        }
+
+    @classmethod
+    def from_columns(
+        cls,
         timesteps: Tensor,
         columns: Mapping[str, Tensor],
         *,
         gradients: Mapping[str, Mapping[str, Tensor] | str] | None = None,
         learned_variance: bool = False,
         undefined: str | None = None,
-        alphas_cumprod: Tensor | None = None,
+        levels: Levels | None = None,
+        first_in_scale: float = 1.0,
+        completes_step: Sequence[bool] | None = None,
         name: str = "step table",
-    ) -> None:
-        if timesteps.dim() != 1 or len(timesteps) == 0 or timesteps.dtype != torch.int64:
+    ) -> StepTable:
+        """Return a table of the columns that are not their defaults.
+
+        Args:
+            timesteps: int64 or floating-point, of shape ``(calls,)``.
+            columns: names of ``ROW_COLUMNS`` to float64 tensors of shape ``(calls,)``; absent: 0, no clip, in_scale 1,
+                in_timestep the timestep of the next row.
+            gradients: each ``GradientForm`` to its gradient columns, or to the reason why it has none.
+            learned_variance: whether a step takes the model's variance output.
+            undefined: why some rows may be infinite; ``None``: all must be finite.
+            levels: the level of each call's sample, two tensors of shape ``(calls,)``; ``None``: not known.
+            first_in_scale: what the first sample is multiplied by to be the model's input.
+            completes_step: for each call, whether it completes a step of the solver; ``None``: each does.
+            name: for messages.
+
+        Raises:
+            ValueError: a name, shape or dtype is another, a clip is not positive, or a row is not finite.
+
+        >>> double = torch.full((3,), 2.0, dtype=torch.float64)
+        >>> StepTable.from_columns(torch.tensor([2, 1, 0]), {"out_sample": double}, name="doubling")
+        StepTable(doubling, 3 steps, timesteps 2 .. 0, device=cpu)
+        """
+        real = timesteps.is_floating_point()
+        if timesteps.dim() != 1 or len(timesteps) == 0 or not (real or timesteps.dtype == torch.int64):
             raise ValueError(
-                f"timesteps: expected int64 of shape (steps,), got {timesteps.dtype} of {tuple(timesteps.shape)}"
+                "timesteps: expected int64 or floating-point of shape (calls,), got "
+                f"{timesteps.dtype} of {tuple(timesteps.shape)}"
             )
+        completes_step = (True,) * len(timesteps) if completes_step is None else tuple(completes_step)
+        if len(completes_step) != len(timesteps):
+            raise ValueError(f"completes_step: expected {len(timesteps)}, one a call, got {len(completes_step)}")
         rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64, device="cpu")
         rows[:, _CLIP] = torch.inf
         rows[:, _IN_SCALE] = 1.0
@@ -76,136 +141,112 @@ class StepTable:
         _set_columns(rows, columns, ROW_COLUMNS)
         if not bool((rows[:, _CLIP] > 0).all()):
             raise ValueError("columns: expected positive values in 'clip'")
-        forms: dict[str, Tensor | str] = {}
-        for form, gradient in (gradients or {}).items():
-            if form not in get_args(GradientForm):
-                raise ValueError(f"gradients: expected the forms {get_args(GradientForm)}, got {form!r}")
-            if isinstance(gradient, str):
-                forms[form] = gradient
-                continue
-            guided = forms[form] = rows.clone()
-            _set_columns(guided, gradient, _GRADIENT_COLUMNS)
-        bad = [~_finite_rows(values) for values in (rows, *forms.values()) if isinstance(values, Tensor)]
-        bad_rows = torch.stack(bad).any(0)
-        if undefined is None and bool(bad_rows.any()):
-            raise ValueError(f"columns: expected finite rows, got others at timestep {int(timesteps[bad_rows][0])}")
-        self._assign(timesteps, rows, forms, learned_variance, undefined, alphas_cumprod, name, torch.device("cpu"))
-
-    def _assign(
-        self,
-        timesteps: Tensor,
-        rows: Tensor,
-        forms: Mapping[str, Tensor | str],
-        learned_variance: bool,
-        undefined: str | None,
-        alphas_cumprod: Tensor | None,
-        name: str,
-        device: torch.device,
-    ) -> StepTable:
-        self.name = name
-        self.undefined = undefined
-        self.alphas_cumprod = alphas_cumprod
-        self.device = device
-        self.rows = rows
-        self.timesteps = timesteps.to(device)
-        self.learned_variance = learned_variance
-        self._forms = forms
-        # Host knowledge, so that no step has to ask the device.
-        self.host_timesteps: tuple[int, ...] = tuple(timesteps.tolist())
-        self.adds_noise: tuple[bool, ...] = tuple((rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
-        self.undefined_rows = frozenset((~_finite_rows(rows)).nonzero().flatten().tolist())
-        self.adds_noise_anywhere = any(self.adds_noise)
-        self.scales_inputs = bool((rows[:, _IN_SCALE] != 1).any())
-        self.takes_predictions = bool(
-            (rows[:, [ROW_COLUMNS.index("x0_pred"), ROW_COLUMNS.index("out_pred")]] != 0).any()
+        forms = {form: _with_gradient(rows, form, gradient) for form, gradient in (gradients or {}).items()}
+        if undefined is None:
+            finite = [_finite_rows(values) for values in (rows, *forms.values()) if isinstance(values, Tensor)]
+            bad = timesteps[~torch.stack(finite).all(0)]
+            if len(bad):
+                raise ValueError(f"columns: expected finite rows, got others at timestep {bad[0].item()}")
+        return cls(
+            name, timesteps, rows, forms, learned_variance, undefined, levels, float(first_in_scale), completes_step
         )
-        self._device_rows = {
-            (form, dtype): values.to(device, dtype)
-            for form, values in [(None, rows), *forms.items()]
-            if isinstance(values, Tensor)
-            for dtype in ((torch.float32, torch.float64) if device.type == "cpu" else (torch.float32,))
-        }
-        return self
+
+    @property
+    def steps(self) -> int:
+        """The solver's number of steps."""
+        return sum(self.completes_step)
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether the model's input is anywhere another tensor than the sample."""
+        return self.first_in_scale != 1 or bool((self.rows[:, _IN_SCALE] != 1).any())
+
+    def in_scale(self, call: int) -> float:
+        """Return what the sample is multiplied by to be the input of a model call."""
+        return self.first_in_scale if call == 0 else float(self.rows[call - 1, _IN_SCALE])
 
     def __len__(self) -> int:
         return len(self.host_timesteps)
 
     def __repr__(self) -> str:
+        calls = "" if self.steps == len(self) else f" in {len(self)} calls"
         ends = f"{self.host_timesteps[0]} .. {self.host_timesteps[-1]}"
-        return f"StepTable({self.name}, {len(self)} steps, timesteps {ends}, device={self.device})"
+        return f"StepTable({self.name}, {self.steps} steps{calls}, timesteps {ends}, device={self.device})"
 
-    def __getitem__(self, steps: slice) -> StepTable:
-        if not isinstance(steps, slice):  # also ends the iteration that __getitem__ would otherwise invite
-            raise TypeError(f"table: expected a slice such as table[k:], got {steps!r}")
-        start, stop, stride = steps.indices(len(self))
+    def __getitem__(self, calls: slice) -> StepTable:
+        if not isinstance(calls, slice):  # also ends the iteration that __getitem__ would otherwise invite
+            raise TypeError(f"table: expected a slice such as table[k:], got {calls!r}")
+        start, stop, stride = calls.indices(len(self))
         if stride != 1:
-            raise ValueError(f"table: a row leads to the next timestep, so slices have step 1; got {steps!r}")
+            raise ValueError(f"table: a row leads to the next timestep, so slices have step 1; got {calls!r}")
         if start >= stop:
             raise ValueError(f"table: the slice {start}:{stop} of {len(self)} steps is empty")
-        kept = slice(start, stop)
-        forms = {form: v if isinstance(v, str) else v[kept] for form, v in self._forms.items()}
-        return StepTable.__new__(StepTable)._assign(
-            torch.tensor(self.host_timesteps[kept], device="cpu"),  # not from the device: nothing waits
-            self.rows[kept],
-            forms,
-            self.learned_variance,
-            self.undefined,
-            self.alphas_cumprod[kept] if self.alphas_cumprod is not None else None,
-            self.name,
-            self.device,
+        part = slice(start, stop)
+        return replace(
+            self,
+            timesteps=self._on_host(part),
+            rows=self.rows[part],
+            forms={form: values if isinstance(values, str) else values[part] for form, values in self.forms.items()},
+            levels=None if self.levels is None else self.levels.at(part),
+            first_in_scale=self.in_scale(start),
+            completes_step=self.completes_step[part],
         )
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The same table with its timesteps and rows on ``device`` (itself, if it is there already)."""
+        """Return the same table with its timesteps and rows on ``device`` (itself, if they are on it already)."""
         target = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        if target == self.device:
-            return self
-        return StepTable.__new__(StepTable)._assign(
-            torch.tensor(self.host_timesteps, device="cpu"),
-            self.rows,
-            self._forms,
-            self.learned_variance,
-            self.undefined,
-            self.alphas_cumprod,
-            self.name,
-            target,
-        )
+        return self if target == self.device else replace(self, timesteps=self._on_host(slice(None)), device=target)
 
-    def index(self, timestep: int) -> int:
-        """The step at which the model is called with ``timestep``."""
+    def _on_host(self, part: slice) -> Tensor:
+        """Return timesteps without waiting for the device."""
+        return torch.tensor(self.host_timesteps[part], dtype=self.timesteps.dtype, device="cpu")
+
+    def index(self, timestep: float) -> int:
+        """Return the model call at which the model sees this timestep."""
         try:
-            return self.host_timesteps.index(int(timestep))
+            return self.host_timesteps.index(float(timestep))
         except ValueError:
             raise ValueError(
                 f"timestep: expected one of the {len(self)} timesteps of {self!r}, got {timestep}"
             ) from None
 
     def coefficients(self, form: GradientForm | None = None) -> dict[str, Tensor]:
-        """The rows by name, float64 on the host: each a tensor of shape ``(steps,)``."""
+        """Return the rows by column name, float64 on the host: each a tensor of shape ``(calls,)``."""
         rows = self.rows if form is None else self._form(form)
         return dict(zip(ROW_COLUMNS, rows.unbind(1), strict=True))
 
     @property
     def unused_forms(self) -> dict[str, str]:
-        """Forms in which a gradient has no use here, with the reason."""
-        return {form: reason for form, reason in self._forms.items() if isinstance(reason, str)}
+        """Forms in which a gradient has no use, each with the reason."""
+        return {form: reason for form, reason in self.forms.items() if isinstance(reason, str)}
 
     def device_rows(self, form: GradientForm | None, dtype: torch.dtype) -> Tensor:
-        """The rows that a kernel reads: shape ``(steps, len(ROW_COLUMNS))``, on the table's device.
+        """Return the rows that a kernel reads: shape ``(calls, len(ROW_COLUMNS))``, on the table's device.
 
-        ``form`` says how a gradient enters (``None``: there is no gradient); ``dtype`` is float32 or float64, the
-        precision of the arithmetic.
+        Args:
+            form: how a gradient enters; ``None``: there is no gradient.
+            dtype: float32 or float64, the precision of the arithmetic.
         """
         rows = self._device_rows.get((form, dtype))
         return rows if rows is not None else self._form(form).to(self.device, dtype)
 
     def _form(self, form: str | None) -> Tensor:
-        values = self._forms.get(form) if form is not None else self.rows
+        values = self.forms.get(form) if form is not None else self.rows
         if isinstance(values, Tensor):
             return values
         if form not in get_args(GradientForm):
             raise ValueError(f"form: expected one of {get_args(GradientForm)}, got {form!r}")
         raise ValueError(f"gradient: the form {form!r} has no use in {self.name}: {values or 'it takes no gradient'}")
+
+
+def _with_gradient(rows: Tensor, form: str, gradient: Mapping[str, Tensor] | str) -> Tensor | str:
+    if form not in get_args(GradientForm):
+        raise ValueError(f"gradients: expected the forms {get_args(GradientForm)}, got {form!r}")
+    if isinstance(gradient, str):
+        return gradient
+    rows = rows.clone()
+    _set_columns(rows, gradient, _GRADIENT_COLUMNS)
+    return rows
 
 
 def _set_columns(rows: Tensor, columns: Mapping[str, Tensor], allowed: tuple[str, ...]) -> None:
@@ -216,7 +257,7 @@ def _set_columns(rows: Tensor, columns: Mapping[str, Tensor], allowed: tuple[str
 
 
 def _finite_rows(rows: Tensor) -> Tensor:
-    """Which rows are finite; an infinite clip is none."""
+    """Tell which rows are finite; an infinite clip is no clip."""
     others = [i for i in range(len(ROW_COLUMNS)) if i != _CLIP]
     finite: Tensor = rows[:, others].isfinite().all(1) & ~rows[:, _CLIP].isnan()
     return finite

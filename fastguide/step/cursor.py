@@ -74,7 +74,7 @@ class Cursor:
             self.timestep.fill_(table.host_timesteps[begin])
         return self
 
-    def place(self, sample: int, begin: int, end: int, timestep: int) -> Cursor:
+    def place(self, sample: int, begin: int, end: int, timestep: float) -> Cursor:
         """Put one sample at row ``begin``, to be finished at ``end``, with the timestep of its next model call."""
         if self.batch is None or not 0 <= sample < self.batch:
             if self.batch is None:

@@ -36,11 +36,11 @@ class StepArguments(NamedTuple):
     variance: Tensor | None
     noise: Tensor | None
     """Standard normal values that were drawn already; at most one of ``noise``, ``seeds`` and ``philox``."""
-    seeds: Tensor | None
+    seeds: Tensor | None = None
     """Of the portable stream, drawn by the kernel: int64 of shape () or (batch,)."""
-    philox: Tensor | None
+    philox: Tensor | None = None
     """torch's CUDA stream, drawn by the kernel: seed and offset on the CPU, or ``DeviceGenerator.state``."""
-    philox_threads: int
+    philox_threads: int = 0
     """Threads of torch's own kernel for a tensor of this size."""
     cursor: Tensor | None = None
     """``Cursor.state``: where each sample is in its table; the step moves it on."""
@@ -79,12 +79,13 @@ def elementwise(arguments: StepArguments) -> list[Tensor | None]:
 def _schema() -> str:
     """The fields as an operator's schema, each written tensor with an alias of its own."""
     types = {Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", int: "SymInt"}
-    parts = []
+    defaults, parts = StepArguments._field_defaults, []
     for name, hint in get_type_hints(StepArguments).items():
         kind = types[hint]
         if name in WRITTEN:
             kind = f"Tensor({chr(ord('a') + WRITTEN.index(name))}!){kind.removeprefix('Tensor')}"
-        parts.append(f"{kind} {name}" + ("=None" if name in StepArguments._field_defaults else ""))
+        default = f"={defaults[name]}" if name in defaults else ""
+        parts.append(f"{kind} {name}{default}")
     return f"({', '.join(parts)}) -> ()"
 
 

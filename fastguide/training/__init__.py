@@ -1,7 +1,8 @@
 """What guidance asks of training: noised samples, losses, dropped conditions."""
 
+from .condition_dropout import ConditionDropout, drop_condition
 from .forward_process import add_noise, convert_prediction, training_target
-from .losses import ConditionDropout, classifier_loss, denoising_loss, drop_condition
+from .losses import classifier_loss, denoising_loss
 
 __all__ = [
     "ConditionDropout",

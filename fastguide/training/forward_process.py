@@ -1,13 +1,15 @@
-"""Forward noising and conversions between what a model may predict: rows of the same kernel, by training timestep."""
+"""The forward process: noised samples, training targets, and conversions between what a model may predict."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..schedules.noise_schedule import NoiseSchedule
-from ..schedules.predictions import PredictionType, check_prediction_type, from_original_and_epsilon
-from ..schedules.predictions import convert as conversion
+from ..schedules.predictions import PredictionType, check_prediction_type
+from ..solvers.noising import conversion_table, noising_table, target_table
 from ..solvers.table import StepTable
 from ..step.guided_step import guided_step
 
@@ -22,7 +24,7 @@ def add_noise(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * noise (Ho et al. 2020, eq. 4).
+    """Return x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * noise (Ho et al. 2020, eq. 4).
 
     Args:
         schedule: the noise schedule.
@@ -35,7 +37,7 @@ def add_noise(
     >>> [f"{v:.4f}" for v in x.mean((1, 2, 3))]
     ['0.0100', '1.0000']
     """
-    table = _table(_NOISING, "", schedule, _device_of("original", original))
+    table = _cached(noising_table, schedule, device=_device_of("original", original))
     return guided_step(
         table, _checked(timestep, table), original, [], noise=noise, generator=generator, out=out, backend=backend
     )
@@ -52,10 +54,10 @@ def convert_prediction(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """What a model would predict as ``target``, from what it predicts as ``source``, at the same noisy sample.
+    """Return what a model would predict as ``target``, from what it predicts as ``source`` at the same noisy sample.
 
     ``epsilon``, ``sample`` (x_0), ``v_prediction`` and ``score`` = -epsilon / sqrt(1 - abar_t) are each linear in x_t
-    and any other (``fastguide.predictions`` cites the formulas).
+    and any other (``fastguide.schedules.predictions`` cites the formulas).
 
     Args:
         schedule: the noise schedule.
@@ -77,7 +79,7 @@ def convert_prediction(
     """
     check_prediction_type("source", source)
     check_prediction_type("target", target)
-    table = _table(_CONVERSION, f"{source} to {target}", schedule, _device_of("sample", sample))
+    table = _cached(conversion_table, schedule, source, target, device=_device_of("sample", sample))
     return guided_step(table, _checked(timestep, table), sample, [prediction], out=out, backend=backend)
 
 
@@ -91,7 +93,7 @@ def training_target(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """What a model is trained to predict at x_t = ``add_noise(schedule, original, timestep, noise)``.
+    """Return what a model is trained to predict at x_t = ``add_noise(schedule, original, timestep, noise)``.
 
     Computed from x_0 and the noise themselves, so that nothing is lost to the rounding of x_t, and defined where the
     schedule has no signal. Arguments as in ``add_noise``; only ``"score"`` of abar = 1 would not be finite.
@@ -101,50 +103,34 @@ def training_target(
     True
     """
     check_prediction_type("prediction_type", prediction_type)
-    table = _table(_TARGET, prediction_type, schedule, _device_of("original", original))
+    table = _cached(target_table, schedule, prediction_type, device=_device_of("original", original))
     return guided_step(table, _checked(timestep, table), original, [], noise=noise, out=out, backend=backend)
 
 
-# Tables over all training timesteps, the row being the timestep; one for each use, schedule and device.
-_tables: dict[tuple[str, str, NoiseSchedule, torch.device], StepTable] = {}
+# Tables over all training timesteps, the row being the timestep. Not functools.lru_cache: torch.compile traces through
+# that, and would make the table in every compiled function.
+_tables: dict[tuple[object, ...], StepTable] = {}
 _MOST_TABLES = 64
-_NOISING, _TARGET, _CONVERSION = "add_noise", "training_target", "convert_prediction"
 
 
-def _table(use: str, kind: str, schedule: NoiseSchedule, device: torch.device) -> StepTable:
-    table = _tables.get((use, kind, schedule, device))
+def _cached(make: Callable[..., StepTable], *arguments: object, device: torch.device) -> StepTable:
+    """Return the table of ``make(*arguments)`` on a device, made at the first time."""
+    key = (make, *arguments, device)
+    table = _tables.get(key)
     if table is None:
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"torch.compile: expected the table of {use} for this schedule and device to exist; "
+                f"torch.compile: expected the {make.__name__} of this schedule and device to exist; "
                 "call the function once, with any sample, before compiling"
             )
         if len(_tables) >= _MOST_TABLES:
             _tables.pop(next(iter(_tables)), None)
-        table = _tables[use, kind, schedule, device] = _made_table(use, kind, schedule).to(device)
+        table = _tables[key] = make(*arguments).to(device)
     return table
 
 
-def _made_table(use: str, kind: str, schedule: NoiseSchedule) -> StepTable:
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule: expected a NoiseSchedule, got {type(schedule).__name__}")
-    abar = schedule.alphas_cumprod
-    undefined = None
-    if use == _NOISING:
-        columns = {"out_sample": abar.sqrt(), "out_noise": (1 - abar).sqrt()}
-    elif use == _TARGET:
-        of_original, of_noise = from_original_and_epsilon(kind, abar)
-        columns = {"out_sample": of_original, "out_noise": of_noise}
-    else:
-        source, target = kind.split(" to ")
-        part = conversion(source, target, abar)
-        columns = {"out_sample": part.scale * part.sample, "out_pred": part.scale * part.pred}
-        undefined = f"the schedule has zero signal there, where {source} does not determine {target}"
-    return StepTable(torch.arange(len(schedule), device="cpu"), columns, undefined=undefined, name=use)
-
-
 def _checked(timestep: int | Tensor, table: StepTable) -> int | Tensor:
-    """The timestep, which is the row; what the host sees of it is checked here, as the caller knows no index."""
+    """Return the timestep, which is the row; what the host sees of it is checked here, as the caller knows no index."""
     values: list[int] = []
     if isinstance(timestep, int) and not isinstance(timestep, bool):
         values = [timestep]

@@ -10,7 +10,7 @@ from fastguide import Classifier, ClassifierFree, Composed
 from tests.support.cases import TABLES
 
 CPU = torch.device("cpu")
-PASS_THROUGH = fastguide.StepTable(  # x' = m: shows the guided prediction
+PASS_THROUGH = fastguide.StepTable.from_columns(  # x' = m: shows the guided prediction
     torch.zeros(1, dtype=torch.int64), {"out_pred": torch.ones(1, dtype=torch.float64)}
 )
 

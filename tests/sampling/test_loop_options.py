@@ -420,12 +420,13 @@ def test_a_classifier_has_whole_timesteps():
 
 
 def test_undefined_rows_and_scaled_inputs_are_refused():
-    undefined = fastguide.StepTable(
+    undefined = fastguide.StepTable.from_columns(
         torch.tensor([9, 0]), {"x0_pred": torch.tensor([torch.inf, 1.0])}, undefined="it has no signal"
     )
     with pytest.raises(ValueError, match=r"table: expected steps at which .* is defined, got step 0: it has no signal"):
         Sampler(model, undefined)(randn())
-    scaled = fastguide.StepTable(torch.tensor([9]), {"in_scale": torch.tensor([0.5]), "out_pred": torch.ones(1)})
+    columns = {"in_scale": torch.tensor([0.5]), "out_pred": torch.ones(1)}
+    scaled = fastguide.StepTable.from_columns(torch.tensor([9]), columns)
     with pytest.raises(ValueError, match="table: expected in_scale of 1"):
         Sampler(model, scaled)(randn())
 

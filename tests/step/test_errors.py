@@ -14,7 +14,7 @@ from tests.support.cases import SCHEDULE, TABLES
 X = torch.zeros(2, 3, 4)
 SEEDS = torch.tensor([1, 2])
 TRANSPOSED = torch.zeros(2, 4, 3, 5).transpose(1, 2)
-UNDEFINED = fastguide.StepTable(
+UNDEFINED = fastguide.StepTable.from_columns(
     torch.tensor([5, 3]), {"out_pred": torch.tensor([1.0, math.inf])}, undefined="because", name="half a table"
 )
 DDIM, DDPM, LEARNED = TABLES["ddim"], TABLES["ddpm"], TABLES["ddpm learned"]
@@ -217,15 +217,15 @@ SOLVER_ERRORS = [
     (lambda: ddim(SCHEDULE, 5, clip_sample_range="1"), ValueError, "clip_sample_range: expected a positive number or None, got '1'"),
     (lambda: ddim(SCHEDULE, timesteps="abc"), TypeError, "timesteps: expected a tensor or a sequence of numbers, got 'abc'"),
     (lambda: ddim(SCHEDULE, 5, steps_offset=0.5), TypeError, "steps_offset: expected an integer, got 0.5"),
-    (lambda: fastguide.StepTable(torch.zeros(1), {}), ValueError, "timesteps: expected int64 of shape"),
-    (lambda: fastguide.StepTable(torch.zeros(0, dtype=torch.int64), {}), ValueError, "timesteps: expected int64 of shape"),
-    (lambda: fastguide.StepTable(torch.tensor([3]), {"out": torch.ones(1)}), ValueError, "columns: expected some of .* got 'out'"),
-    (lambda: fastguide.StepTable(torch.tensor([3]), {"clip": torch.zeros(1)}), ValueError, "columns: expected positive values in 'clip'"),
-    (lambda: fastguide.StepTable(torch.tensor([3]), {"out_x0": torch.tensor([math.nan])}), ValueError, "columns: expected finite rows, got others at timestep 3"),
-    (lambda: fastguide.StepTable(torch.tensor([3]), {"in_scale": torch.tensor([math.inf])}), ValueError, "columns: expected finite rows, got others at timestep 3"),
-    (lambda: fastguide.StepTable(torch.tensor([3]), {}, gradients={"mean": {"in_scale": torch.ones(1)}}), ValueError, "columns: expected some of .* got 'in_scale'"),
-    (lambda: fastguide.StepTable(torch.tensor([3]), {}, gradients={"mean": {"out_grad": torch.tensor([math.inf])}}), ValueError, "columns: expected finite rows"),
-    (lambda: fastguide.StepTable(torch.tensor([3]), {}, gradients={"middle": {}}), ValueError, "gradients: expected the forms .* got 'middle'"),
+    (lambda: fastguide.StepTable.from_columns(torch.zeros(1), {}), ValueError, "timesteps: expected int64 of shape"),
+    (lambda: fastguide.StepTable.from_columns(torch.zeros(0, dtype=torch.int64), {}), ValueError, "timesteps: expected int64 of shape"),
+    (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {"out": torch.ones(1)}), ValueError, "columns: expected some of .* got 'out'"),
+    (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {"clip": torch.zeros(1)}), ValueError, "columns: expected positive values in 'clip'"),
+    (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {"out_x0": torch.tensor([math.nan])}), ValueError, "columns: expected finite rows, got others at timestep 3"),
+    (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {"in_scale": torch.tensor([math.inf])}), ValueError, "columns: expected finite rows, got others at timestep 3"),
+    (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {}, gradients={"mean": {"in_scale": torch.ones(1)}}), ValueError, "columns: expected some of .* got 'in_scale'"),
+    (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {}, gradients={"mean": {"out_grad": torch.tensor([math.inf])}}), ValueError, "columns: expected finite rows"),
+    (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {}, gradients={"middle": {}}), ValueError, "gradients: expected the forms .* got 'middle'"),
     (lambda: fastguide.convert_prediction(None, X, 3, X, "epsilon", "sample"), TypeError, "schedule: expected a NoiseSchedule, got NoneType"),
     (lambda: fastguide.convert_prediction(SCHEDULE, X, 3, X, "", "epsilon"), ValueError, "source: expected one of"),
     (lambda: fastguide.drop_condition([1, 2], torch.tensor(0)), TypeError, "condition: expected a tensor, got list"),

@@ -41,7 +41,7 @@ def gpu_backend(request):
 
 def pure_noise(steps=1):
     ones = torch.ones(steps, dtype=torch.float64)
-    return fastguide.StepTable(torch.arange(steps).flip(0), {"out_noise": ones}).to("cuda")
+    return fastguide.StepTable.from_columns(torch.arange(steps).flip(0), {"out_noise": ones}).to("cuda")
 
 
 def on_gpu(name="ddpm", shape=(2, 4, 64, 64), *, count=2, dtype=torch.float32, form=None, seed=0):

@@ -92,8 +92,8 @@ def test_double_precision(generator):
 
 def test_a_loop_without_mask_needs_no_known_columns():
     """Tables of other makes: a known part would be zero; they say no level."""
-    table = fastguide.StepTable(torch.tensor([3]), {"out_sample": torch.ones(1)})
-    assert table.alphas_cumprod is None
+    table = fastguide.StepTable.from_columns(torch.tensor([3]), {"out_sample": torch.ones(1)})
+    assert table.levels is None
 
 
 BAD = {

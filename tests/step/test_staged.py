@@ -29,7 +29,7 @@ def scaled(table, scales):
         if form not in table.unused_forms
     }
     columns = {**table.coefficients(), "in_scale": torch.as_tensor(scales, dtype=torch.float64)}
-    return fastguide.StepTable(
+    return fastguide.StepTable.from_columns(
         table.timesteps, columns, gradients=gradients, learned_variance=table.learned_variance, name=table.name
     )
 

@@ -190,7 +190,7 @@ def test_bfloat16_output_is_the_rounded_float32_result(backend, generator):
 def test_special_values_are_converted_as_torch_does(backend):
     """NaN, subnormals, ties and overflow of the 16-bit dtypes, through a step that multiplies by one."""
     one = torch.ones(1, dtype=torch.float64)
-    table = fastguide.StepTable(torch.zeros(1, dtype=torch.int64), {"out_sample": one, "out_pred": one})
+    table = fastguide.StepTable.from_columns(torch.zeros(1, dtype=torch.int64), {"out_sample": one, "out_pred": one})
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)  # every 16-bit pattern
     zeros = torch.zeros(1, 2**16)
     for dtype in (torch.float16, torch.bfloat16):
@@ -219,7 +219,7 @@ def test_exponential_of_the_learned_variance(backend):
     if backend == "triton" and triton_interpreter.INTERPRETED:
         pytest.skip("in Triton's interpreter exp is numpy's, and less exact than a GPU's")
     one = torch.ones(1, dtype=torch.float64)
-    table = fastguide.StepTable(
+    table = fastguide.StepTable.from_columns(
         torch.zeros(1, dtype=torch.int64),
         {"out_pred": one, "out_noise": one, "logvar_span": one},
         learned_variance=True,
@@ -361,13 +361,14 @@ def test_native_is_the_reference_in_float64(shape, count, name, gradient, per_sa
         )
         for backend in ("native", "reference")
     ]
-    for native, reference in zip(*results, strict=True):
-        torch.testing.assert_close(native, reference, rtol=1e-11, atol=1e-11)
+    for native, specified in zip(*results, strict=True):
+        torch.testing.assert_close(native, specified, rtol=1e-11, atol=1e-11)
 
 
 def test_weights_need_not_sum_to_one(generator):
     """At the operator, column 0 holds the sum: m = sum_k w_k p_k for any weights, in every way of combining."""
-    table = fastguide.StepTable(torch.zeros(1, dtype=torch.int64), {"out_pred": torch.ones(1, dtype=torch.float64)})
+    columns = {"out_pred": torch.ones(1, dtype=torch.float64)}
+    table = fastguide.StepTable.from_columns(torch.zeros(1, dtype=torch.int64), columns)
     rows = table.device_rows(None, torch.float64)
     for count in (1, 2, 3, 5):
         w = torch.randn(count, dtype=torch.float64, generator=generator)

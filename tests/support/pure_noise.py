@@ -7,7 +7,7 @@ import torch
 import fastguide
 
 STEPS = 40
-TABLE = fastguide.StepTable(
+TABLE = fastguide.StepTable.from_columns(
     torch.arange(STEPS).flip(0), {"out_noise": torch.ones(STEPS, dtype=torch.float64)}, name="pure noise"
 )
 

@@ -1,4 +1,4 @@
-"""Where each sample stands in its table, kept on the device, so that one captured step is right at every replay."""
+"""The step index of each sample, on the device, so that one captured step is right at every replay."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import torch
 from ..solvers.table import StepTable
 
 CURSOR_COLUMNS = ("index", "end", "first", "readers")
-"""Of ``Cursor.state``, as csrc/cursor.h has them."""
+"""The columns of ``Cursor.state``; csrc/kernels/cursor.h has the same."""
 
 TIMESTEP_DTYPES = (torch.int64, torch.float32)
 
 
 class Cursor:
-    """The step index of a loop on the device: ``guided_step(table, cursor, ...)`` reads it and moves it on.
+    """The step index of a loop on the device: ``guided_step(table, cursor, ...)`` reads it and advances it.
 
     The step then also writes the timestep of the next model call, so that a loop over model and step has nothing else
-    to launch, and can be captured once and replayed. Samples that have come to their end are left as they are. Of one
-    stream of work at a time, like a generator.
+    to launch, and can be captured once and replayed. Finished samples are left as they are. Like a generator, it
+    serves one stream of work at a time.
 
     Args:
         batch: one position for each of so many samples; ``None``: one for all.
         timesteps: how many timesteps to keep: as many as the model takes, a multiple of the batch; ``None``: one, 0-d.
-        timestep_dtype: int64, or float32 for models that take real numbers.
+        timestep_dtype: int64, or float32 for models and tables of real timesteps.
         device: that of the table and the samples.
 
     >>> from fastguide import NoiseSchedule, ddim, guided_step
@@ -64,6 +64,8 @@ class Cursor:
         """
         if not isinstance(table, StepTable):
             raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
+        if table.timesteps.is_floating_point() and not self.timestep.is_floating_point():
+            raise ValueError("timestep_dtype: expected torch.float32 for a table of real timesteps, got torch.int64")
         end = len(table) if end is None else end
         _check_integers(begin=begin, end=end)
         if not 0 <= begin <= end <= len(table):

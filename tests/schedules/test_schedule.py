@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fastguide import NoiseSchedule
+from fastguide.schedules import Levels
+from fastguide.schedules.predictions import convert, from_original_and_epsilon
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -107,3 +109,32 @@ def test_from_alphas_cumprod_copies_what_it_is_given():
 def test_bad_schedules_are_refused(build, message):
     with pytest.raises((ValueError, TypeError), match=message):
         build()
+
+
+def test_levels_are_the_roots_of_abar_and_its_rest():
+    schedule = NoiseSchedule.cosine()
+    alpha, sigma = schedule.levels
+    torch.testing.assert_close(alpha.square(), schedule.alphas_cumprod, rtol=1e-15, atol=0)
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("levels", ["variance-preserving", "flow", "edm"])
+def test_predictions_agree_at_any_level(levels):
+    """One x_0 and one epsilon, predicted in every type, converted to every other: the definitions, at random levels."""
+    sigma = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    alpha = {"variance-preserving": (1 - sigma**2).sqrt(), "flow": 1 - sigma, "edm": torch.ones_like(sigma)}[levels]
+    x_0, epsilon = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x, r = alpha * x_0 + sigma * epsilon, (alpha**2 + sigma**2).sqrt()
+    truth = {
+        "epsilon": epsilon,
+        "sample": x_0,
+        "v_prediction": (alpha * epsilon - sigma * x_0) / r,
+        "score": -epsilon / sigma,
+    }
+    for source in truth:
+        for target in truth:
+            scale, of_x, of_prediction = convert(source, target, Levels(alpha, sigma))
+            got = scale * (of_x * x + of_prediction * truth[source])
+            torch.testing.assert_close(got, truth[target], rtol=1e-12, atol=1e-12)
+        of_original, of_epsilon = from_original_and_epsilon(source, Levels(alpha, sigma))
+        torch.testing.assert_close(of_original * x_0 + of_epsilon * epsilon, truth[source], rtol=1e-12, atol=1e-12)

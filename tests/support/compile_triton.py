@@ -5,7 +5,6 @@ python tests/support/compile_triton.py FOLDER
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from triton.compiler import ASTSource
 
 from fastguide.step.backends import triton as backend
 from fastguide.step.backends import triton_kernel as kernels
+from fastguide.step.operator import ELEMENTWISE, StepArguments
 
 CUDA = [GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)]
 AMD = [GPUTarget("hip", architecture, 64) for architecture in ("gfx90a", "gfx942")]
@@ -28,7 +28,7 @@ CASES = {  # each with what it is there for
     "torch's noise, shared": {"NOISE": kernels.TORCH_STREAM.value, "SHARED": True},
     "everything": {"NOISE": kernels.GIVEN.value, "K": 4, "optional": ("gradient", "variance", "original", "staged")},
     "a loop's": {"NOISE": kernels.PORTABLE.value, "optional": ("staged", "cursor", "timestep")},
-    "a loop's, torch's noise": {"NOISE": kernels.TORCH_STREAM.value, "optional": ("cursor", "timestep", "state")},
+    "a loop's, torch's noise": {"NOISE": kernels.TORCH_STREAM.value, "optional": ("cursor", "timestep", "philox")},
     "a known image": {"NOISE": kernels.GIVEN.value, "optional": ("mask", "known", "known_noise")},
     "float16": {"NOISE": kernels.PORTABLE.value, "state": "fp16", "model": "fp16", "optional": ("staged",)},
 }
@@ -40,26 +40,38 @@ def compiled(target, *, NOISE, K=2, EVEN=True, SHARED=False, state="fp32", model
     block = backend.VECTOR * backend.WARPS * target.warp_size
     constants = {"NOISE": NOISE, "K": K, "EVEN": EVEN, "COUNTED": True, "SHARED": SHARED}
     constants |= {"PTX": target.backend == "cuda", "BLOCK": block}
-    pointers = {"out": state, "x": state, "rows": "fp32", "weights": "fp32", "indices": "i64"}
-    dtypes = {"original": state, "staged": model, "gradient": model, "variance": model, "noise": state, "seeds": "i64"}
-    dtypes |= {"state": "i64", "cursor": "i64", "timestep": "i64", "mask": state, "known": state, "known_noise": state}
+    dtypes = {"out": state, "sample": state, "predictions": model, "rows": "fp32", "weights": "fp32", "indices": "i64"}
+    dtypes |= {"original": state, "staged": model, "gradient": model, "variance": model, "noise": state, "seeds": "i64"}
+    dtypes |= {"philox": "i64", "cursor": "i64", "timestep": "i64", "mask": state, "known": state, "known_noise": state}
     source = {kernels.GIVEN.value: ["noise"], kernels.PORTABLE.value: ["seeds"]}.get(NOISE, [])
-    pointers |= {name: dtypes[name] for name in (*optional, *source)}
-    signature, constexprs, attributes = {}, {}, {}
+    present = {"out", "sample", "predictions", "rows", "weights", "indices", *optional, *source}
+    tensors = [name for name in StepArguments._fields if name in dtypes]
+    strided = [name for name in tensors if name in (*ELEMENTWISE, "staged", "predictions")]
     aligned = [["tt.divisibility", 16]]
+
+    def nested(names, kinds, at):
+        """A tuple's types, with the predictions' a tuple in it; what is absent is the constant None."""
+        for k, name in enumerate(names):
+            kind = kinds(name)
+            if kind == "constexpr":
+                constexprs[(at, k)] = None
+            for place in [(at, k, i) for i in range(K)] if name == "predictions" else [(at, k)]:
+                if kind != "constexpr":
+                    attributes[place] = aligned
+            yield (kind,) * K if name == "predictions" else kind
+
+    signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernels.step_kernel.arg_names):
         if name in constants:
             signature[name], constexprs[(i,)] = "constexpr", constants[name]
-        elif name in pointers:
-            signature[name], attributes[(i,)] = "*" + pointers[name], aligned
-        elif name in ("predictions", "prediction_strides"):
-            signature[name] = ("*" + model if name == "predictions" else "i32",) * K
-            attributes |= {(i, k): aligned for k in range(K)}
-        elif name in dtypes:
-            signature[name], constexprs[(i,)] = "constexpr", None
+        elif name == "tensors":
+            kinds = lambda name: "*" + dtypes[name] if name in present else "constexpr"  # noqa: E731
+            signature[name] = tuple(nested(tensors, kinds, i))
+        elif name == "strides":
+            signature[name] = tuple(nested(strided, lambda _: "i32", i))
         else:
             signature[name] = "i32"
-            if name in ("size", "threads") or re.fullmatch("(?!weights|indices|seeds|cursor).*_stride", name):
+            if name in ("size", "threads"):
                 attributes[(i,)] = aligned
     code = ASTSource(fn=kernels.step_kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(code, target=target, options={"num_warps": backend.WARPS, **backend.OPTIONS})

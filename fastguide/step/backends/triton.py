@@ -1,11 +1,11 @@
-"""The Triton backend: an operator of its own with the same schema, launched from one kernel. NVIDIA and AMD."""
+"""The Triton backend: an operator of its own with the same schema, which launches one kernel. NVIDIA and AMD."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...solvers.table import ROW_COLUMNS
 from ..memory import counted_layout
 from ..noise import SOURCES, torch_increment
-from ..operator import SCHEMA, StepArguments, guided_step_fake
+from ..operator import ELEMENTWISE, SCHEMA, StepArguments, elementwise, guided_step_fake
 from .registry import Backend
 
 FLOOR = (3, 6)
@@ -28,7 +28,7 @@ BLOCK = VECTOR * WARPS * (32 if torch.version.hip is None else 64)
 _SMALL_BLOCK = 256  # where noise is drawn one element at a time, of small tensors
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Triton runs kernels in its interpreter, on the CPU: for debugging and tests."""
+"""Whether Triton runs kernels in its interpreter, on the CPU: for debugging and tests."""
 
 _PTX = torch.version.hip is None and not INTERPRETED
 
@@ -40,15 +40,15 @@ _NONE, _GIVEN = SOURCES.index("none"), SOURCES.index("given")
 _TORCH_STREAM, _PORTABLE = SOURCES.index("torch_stream"), SOURCES.index("portable")
 
 OPTIONS = {"enable_fp_fusion": False}
-"""Of every compilation: products and sums are not joined, so that a step's bits do not depend on its variant, nor the
-portable stream's on the device."""
+"""Options of every compilation: products and sums are not joined, so that a step's bits do not depend on its variant,
+nor the portable stream's on the device."""
 
 _compiled: dict[tuple[Any, ...], Any] = {}
-"""Triton's kernels by what each was compiled for. Triton finds them too, but takes longer than a small step."""
+"""Kernels by what each was compiled for. Triton would find them too, but takes longer than a small step."""
 
 
 def backend() -> Backend:
-    """The backend as this process has it; the kernel is imported at its first step."""
+    """Return the backend as this process has it; the kernel is imported at its first step."""
     step = torch.ops.fastguide.guided_step_triton.default
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", step, (), "not installed: pip install triton")
@@ -72,124 +72,107 @@ def _version() -> str:
     return str(triton.__version__)
 
 
+_SCALARS = ("index", "philox_threads")
+_TENSORS = tuple(place for place, name in enumerate(StepArguments._fields) if name not in _SCALARS)
+_WITH_STRIDES = tuple(
+    place for place, name in enumerate(StepArguments._fields) if name in (*ELEMENTWISE, "staged", "predictions")
+)
+
+
 def guided_step(*arguments: Any) -> None:
     """Launch one step; the arguments are the fields of ``StepArguments``, which ``guided_step`` has checked."""
-    (
-        out, original, staged, sample, predictions, rows, weights, index, indices, gradient, variance, noise, seeds,
-        philox, philox_threads, cursor, timestep, mask, known, known_noise,
-    ) = StepArguments(*arguments)  # fmt: skip
-    total, batch = sample.numel(), sample.shape[0]
+    a = StepArguments(*arguments)
+    total, batch = a.sample.numel(), a.sample.shape[0]
     if total == 0:
         return
+    _check(a)
+    count = a.weights.shape[-1] - 1
+    predictions = tuple(a.predictions)
+    if len(predictions) == 1 and count > 1:
+        predictions = a.predictions[0].unflatten(0, (count, batch)).unbind(0)
+    noise = _noise_of(a)
+    state = a.philox if a.philox is not None and a.philox.numel() == 3 else None
+    a = a._replace(predictions=predictions, philox=state)  # type: ignore[arg-type]
     size = total // batch
-    floats = (out, original, staged, sample, *predictions, gradient, variance, noise, rows, mask, known, known_noise)
+    numbers = (
+        _stride_unless_one(a.weights, 0),
+        _stride_unless_one(a.weights, 1),
+        a.indices.stride(0) if a.indices is not None and a.indices.dim() else 0,
+        a.seeds.stride(0) if a.seeds is not None and a.seeds.dim() else 0,
+        a.index,
+        a.rows.shape[0],
+        a.staged.shape[0] // batch if a.staged is not None else 0,
+        batch,
+        noise.channels,
+        *noise.words,
+        noise.increment,
+        0 if a.cursor is None else _stride_unless_one(a.cursor, 0),
+        a.timestep.numel() if a.timestep is not None else 0,
+    )
+    constants = (
+        noise.source, len(predictions), size % noise.block == 0, noise.channels == 1, noise.shared, _PTX, noise.block,
+    )  # fmt: skip
+    tensors = tuple(a[place] for place in _TENSORS)
+    strides = tuple(_batch_stride(a[place]) for place in _WITH_STRIDES)
+    _launch(noise.programs, (tensors, (*strides, size, a.philox_threads), numbers, constants), a.sample.device)
+
+
+def _check(a: StepArguments) -> None:
+    floats = (*elementwise(a), a.staged, *a.predictions, a.rows)
     if torch.float64 in [tensor.dtype for tensor in floats if tensor is not None]:
         raise RuntimeError("sample: expected no float64 tensors in Triton; the native and reference backends take them")
-    if rows.shape[1] != len(ROW_COLUMNS) or not rows.is_contiguous():
-        raise RuntimeError(f"rows: expected shape (steps, {len(ROW_COLUMNS)}), contiguous, got {tuple(rows.shape)}")
-    count = weights.shape[-1] - 1
-    if len(predictions) == 1 and count > 1:
-        predictions = list(predictions[0].unflatten(0, (count, batch)).unbind(0))
-
-    kind, channels, block = _NONE, 1, BLOCK
-    seed = offset = (0, 0)
-    increment, shared, state = 0, False, None
-    if seeds is not None or philox is not None:
-        kind, channels = _PORTABLE, _channels(sample)
-    elif noise is not None:
-        kind = _GIVEN
-    if philox is not None:
-        kind = _TORCH_STREAM
-        increment = torch_increment(total, philox_threads)
-        if philox.numel() == 3:
-            state = philox
-        else:
-            seed, offset = (_words(value) for value in philox.tolist())
-        fitting = (b for b in (BLOCK, 512, 256) if size % b == 0 and philox_threads % b == 0)
-        block = next(fitting, 0)
-        shared = bool(block) and channels == 1 and total > philox_threads
-        block = block if shared else _SMALL_BLOCK
-    even = size % block == 0
-    programs = batch * -(-size // block)
-    if shared:
-        programs = -(-total // (philox_threads * 4)) * (philox_threads // block)
-
-    tensors = (
-        out,
-        original,
-        staged,
-        sample,
-        tuple(predictions),
-        rows,
-        weights,
-        indices,
-        gradient,
-        variance,
-        noise,
-        seeds,
-        state,
-        cursor,
-        timestep,
-        mask,
-        known,
-        known_noise,
-    )
-    specialized = (
-        _stride(out),
-        _stride(original),
-        _stride(staged),
-        _stride(sample),
-        tuple(_stride(prediction) for prediction in predictions),
-        _stride(gradient),
-        _stride(variance),
-        _stride(noise),
-        _stride(mask),
-        _stride(known),
-        _stride(known_noise),
-        size,
-        philox_threads,
-    )
-    others = (
-        weights.stride(0) if weights.shape[0] > 1 else 0,
-        weights.stride(1) if weights.shape[1] > 1 else 0,
-        indices.stride(0) if indices is not None and indices.dim() else 0,
-        seeds.stride(0) if seeds is not None and seeds.dim() else 0,
-        index,
-        rows.shape[0],
-        staged.shape[0] // batch if staged is not None else 0,
-        batch,
-        channels,
-        *seed,
-        *offset,
-        increment,
-        cursor.stride(0) if cursor is not None and len(cursor) > 1 else 0,
-        timestep.numel() if timestep is not None else 0,
-    )
-    constants = (kind, len(predictions), even, channels == 1, shared, _PTX, block)
-    _launch(programs, tensors, specialized, others, constants, sample.device)
+    if a.rows.shape[1] != len(ROW_COLUMNS) or not a.rows.is_contiguous():
+        raise RuntimeError(f"rows: expected shape (steps, {len(ROW_COLUMNS)}), contiguous, got {tuple(a.rows.shape)}")
 
 
-def _launch(
-    programs: int,
-    tensors: tuple[Any, ...],
-    specialized: tuple[Any, ...],
-    others: tuple[int, ...],
-    constants: tuple[Any, ...],
-    device: torch.device,
-) -> None:
-    """The kernel's parameters in their order: Triton compiles anew for other kinds of all but ``others``."""
-    arguments = (*tensors, *specialized, *others, *constants)
+class _Noise(NamedTuple):
+    """The source of a step's noise, and how its elements are dealt out to programs."""
+
+    source: int
+    channels: int
+    block: int
+    programs: int
+    words: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Seed and offset of torch's stream, unless they are on the device."""
+    increment: int = 0
+    shared: bool = False
+    """Whether a program computes the four tiles whose values come of the same calls."""
+
+
+def _noise_of(a: StepArguments) -> _Noise:
+    total, batch, threads = a.sample.numel(), a.sample.shape[0], a.philox_threads
+    size = total // batch
+    if a.philox is None:
+        source = _PORTABLE if a.seeds is not None else _NONE if a.noise is None else _GIVEN
+        channels = _channels(a.sample) if a.seeds is not None else 1
+        return _Noise(source, channels, BLOCK, batch * -(-size // BLOCK))
+    channels, words = _channels(a.sample), (0, 0, 0, 0)
+    if a.philox.numel() == 2:  # on the host
+        seed, offset = a.philox.tolist()
+        words = (*_words(seed), *_words(offset))
+    block = next((b for b in (BLOCK, 512, 256) if size % b == 0 and threads % b == 0), 0)
+    shared = bool(block) and channels == 1 and total > threads
+    block = block if shared else _SMALL_BLOCK
+    programs = -(-total // (threads * 4)) * (threads // block) if shared else batch * -(-size // block)
+    return _Noise(_TORCH_STREAM, channels, block, programs, words, torch_increment(total, threads), shared)
+
+
+_Arguments: TypeAlias = tuple[tuple[Any, ...], tuple[Any, ...], tuple[int, ...], tuple[Any, ...]]
+"""Tensors; strides, size and threads, for whose kinds Triton compiles anew; other numbers; constants."""
+
+
+def _launch(programs: int, arguments: _Arguments, device: torch.device) -> None:
     if device.type != "cuda":
         _compile_and_launch(programs, arguments)
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch(programs, tensors, specialized, others, constants, device)
+            _launch(programs, arguments, device)
         return
-    key = kind_of_launch(device, tensors, specialized, others, constants)
+    key = kind_of_launch(device, arguments)
     kernel = _compiled.get(key)
     if kernel is not None:
-        kernel[programs, 1, 1](*arguments)
+        kernel[programs, 1, 1](*_flat(arguments))
         return
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -199,38 +182,46 @@ def _launch(
     _compiled[key] = _compile_and_launch(programs, arguments)
 
 
-def _compile_and_launch(programs: int, arguments: tuple[Any, ...]) -> Any:
+def _compile_and_launch(programs: int, arguments: _Arguments) -> Any:
     from . import triton_kernel as kernels
 
-    warps = arguments[-1] * WARPS // BLOCK
-    return kernels.step_kernel[(programs, 1, 1)](*arguments, num_warps=warps, **OPTIONS)
+    *_, constants = arguments
+    warps = constants[-1] * WARPS // BLOCK
+    return kernels.step_kernel[(programs, 1, 1)](*_flat(arguments), num_warps=warps, **OPTIONS)
 
 
-def kind_of_launch(
-    device: torch.device,
-    tensors: tuple[Any, ...],
-    specialized: tuple[Any, ...],
-    others: tuple[int, ...],
-    constants: tuple[Any, ...],
-) -> tuple[Any, ...]:
-    """All that Triton compiles a kernel of its own for."""
-    flat = [*tensors[:4], *tensors[4], *tensors[5:]]
+def _flat(arguments: _Arguments) -> tuple[Any, ...]:
+    """Return the kernel's parameters in their order."""
+    tensors, (*strides, size, threads), numbers, constants = arguments
+    return tensors, tuple(strides), size, threads, *numbers, *constants
+
+
+def kind_of_launch(device: torch.device, arguments: _Arguments) -> tuple[Any, ...]:
+    """Return all that Triton compiles a kernel of its own for."""
+    nested, specialized, others, constants = arguments
+    tensors = [*nested[:4], *nested[4], *nested[5:]]
     key: list[Any] = [device, constants]
-    key += [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in flat]
+    key += [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
     if torch.version.hip is not None:  # there, also for tensors whose offsets fit 32 bits
-        key += [tensor is not None and tensor.untyped_storage().nbytes() < 2**31 for tensor in flat]
+        key += [tensor is not None and tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors]
     numbers = (*specialized[:4], *specialized[4], *specialized[5:])
     key += [(n == 1) + 2 * (n % 16 == 0) + 4 * (n >= 2**31) for n in numbers]
     key += [-(2**31) <= n < 2**31 for n in others]
     return tuple(key)
 
 
-def _stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
+def _batch_stride(tensor: Any) -> Any:
+    if tensor is None:
+        return 0
+    return tensor.stride(0) if isinstance(tensor, Tensor) else tuple(part.stride(0) for part in tensor)
+
+
+def _stride_unless_one(tensor: Tensor, dimension: int) -> int:
+    return tensor.stride(dimension) if tensor.shape[dimension] > 1 else 0
 
 
 def _channels(sample: Tensor) -> int:
-    """How streams of noise count elements: see StepArguments::channels in csrc/arguments.h."""
+    """Return how streams of noise count elements: see StepArguments::channels in csrc/kernels/arguments.h."""
     if not counted_layout(sample):
         raise RuntimeError(f"sample: expected contiguous or channels_last, got strides {sample.stride()}")
     inner = sample[0]
@@ -238,7 +229,7 @@ def _channels(sample: Tensor) -> int:
 
 
 def _words(value: int) -> tuple[int, int]:
-    """The lower and upper word of 64 bits, each as int32."""
+    """Return the lower and upper word of 64 bits, each as int32."""
 
     def signed(word: int) -> int:
         return (word + 2**31) % 2**32 - 2**31

@@ -1,4 +1,4 @@
-"""The Triton kernel: the guided step of csrc/step.h over tiles of a sample. Imported at the first step."""
+"""The Triton kernel: the guided step of csrc/maths/step.h over tiles of a sample. Imported at the first step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PORTABLE = tl.constexpr(SOURCES.index("portable"))
 
 @triton.jit
 def _add(a, b, PTX: tl.constexpr):
-    """Rounded on its own: ptxas up to 13.0 joins products and sums that LLVM packed in pairs, whatever it is told."""
+    """Add with a rounding of its own: ptxas up to 13.0 joins products and sums that LLVM packed in pairs."""
     if PTX:
         return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
     else:
@@ -56,13 +56,13 @@ def _add(a, b, PTX: tl.constexpr):
 
 @triton.jit
 def _exp(x):
-    """To 1 or 2 units in the last place; tl.exp is the hardware's approximation."""
+    """Compute exp to 1 or 2 units in the last place; tl.exp is the hardware's approximation."""
     return tl.exp(x) if _INTERPRETED else libdevice.exp(x)
 
 
 @triton.jit
 def _torch_normals(a, b):
-    """curand's Box-Muller, sine first; see torch_normal in csrc/philox.h."""
+    """Apply curand's Box-Muller, sine first; see torch_normal in csrc/maths/philox.h."""
     u = tl.fma(a.to(tl.float32), 2.3283064e-10, 1.1641532e-10)
     v = tl.fma(b.to(tl.float32), 1.4629181e-09, 7.3145904e-10)  # 2^-32 of a turn, and half of that
     if _INTERPRETED:
@@ -76,7 +76,7 @@ def _torch_normals(a, b):
 
 @triton.jit
 def _portable_normals(a, b, PTX: tl.constexpr):
-    """portable_normal in csrc/philox.h: the same bits, as nothing is contracted."""
+    """Compute portable_normal of csrc/maths/philox.h: the same bits, as nothing is contracted."""
     u = _add(a.to(tl.float32) * 2.3283064e-10, 1.1641532e-10, PTX)
     shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
     exponent = (shifted >> 23).to(tl.float32)
@@ -107,7 +107,7 @@ def _portable_normals(a, b, PTX: tl.constexpr):
 
 @triton.jit
 def _counted(place, channels, size, COUNTED: tl.constexpr):
-    """An element's place in a contiguous sample; see StepArguments::channels in csrc/arguments.h."""
+    """Return an element's place in a contiguous sample; see StepArguments::channels in csrc/kernels/arguments.h."""
     if COUNTED:
         return place
     return (place % channels) * (size // channels) + place // channels
@@ -115,7 +115,7 @@ def _counted(place, channels, size, COUNTED: tl.constexpr):
 
 @triton.jit
 def _word64(low, high):
-    """64 bits of two words that came as int32."""
+    """Return 64 bits of two words that came as int32."""
     return (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.uint64)
 
 
@@ -123,7 +123,7 @@ def _word64(low, high):
 def _draw_portable(
     seed, step, first, size, channels, COUNTED: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
-    """The values of a tile that begins at the element `first` of its sample."""
+    """Draw the values of a tile that begins at the element `first` of its sample."""
     step = step.to(tl.uint32)
     zero = step * 0
     if COUNTED:
@@ -142,7 +142,7 @@ def _draw_portable(
 
 @triton.jit
 def _torch_call(seed, offset, call, thread):
-    """The four words of one call in one thread of torch's kernel."""
+    """Return the four words of one call in one thread of torch's kernel."""
     counter = (offset >> 2) + call
     zero = thread * 0
     return tl.philox(
@@ -152,7 +152,7 @@ def _torch_call(seed, offset, call, thread):
 
 @triton.jit
 def _draw_torch(seed, offset, call, thread):
-    """And the four values that are made of them."""
+    """Return the four values that torch makes of such a call."""
     words = _torch_call(seed, offset, call, thread)
     z0, z1 = _torch_normals(words[0], words[1])
     z2, z3 = _torch_normals(words[2], words[3])
@@ -181,13 +181,19 @@ def _store(pointers, values, inside, EVEN: tl.constexpr):
 
 @triton.jit
 def _step_tile(
-    out, original, staged, x, predictions, rows, weights, gradient, variance, noise, mask, known, known_noise,
-    out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
-    noise_stride, mask_stride, known_stride, known_noise_stride, weights_step_stride, weights_batch_stride,
-    copies, batch, sample, first, size, row, in_table, z,
+    tensors, strides, place, weights_step_stride, weights_batch_stride, copies, batch, z,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """csrc/step.h on the elements first .. first + BLOCK of a sample; z is the noise, unless it is given."""
+    """Compute the elements first .. first + BLOCK of a sample as csrc/maths/step.h does; z is noise drawn here."""
+    (
+        out, original, staged, x, predictions, rows, weights, _, gradient, variance, noise, _, _, _, _,
+        mask, known, known_noise,
+    ) = tensors  # fmt: skip
+    (
+        out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
+        noise_stride, mask_stride, known_stride, known_noise_stride,
+    ) = strides  # fmt: skip
+    sample, first, size, row, in_table = place
     inside = tl.arange(0, BLOCK) < size - first
     values = _load(_place(x, x_stride, sample, first, BLOCK), inside, EVEN)
     w = weights + row * weights_step_stride + sample * weights_batch_stride
@@ -253,7 +259,7 @@ def _step_tile(
 
 @triton.jit
 def _position_of(sample, index, indices, indices_stride, cursor, cursor_stride):
-    """The sample's row; the row of its first step; and whether it is finished. See csrc/cursor.h."""
+    """Return the sample's row, the row of its first step, and whether it is not finished. See csrc/kernels/cursor.h."""
     # No ternary: Triton compiles both of its sides.
     if cursor is not None:
         place = cursor + sample * cursor_stride
@@ -269,14 +275,14 @@ def _position_of(sample, index, indices, indices_stride, cursor, cursor_stride):
 
 @triton.jit
 def _in_table(row, steps):
-    """The row, or 0, and whether the table has it: the host does not read indices on the device."""
+    """Return the row, or 0, and whether the table has it: the host does not read indices on the device."""
     in_table = (row >= 0) & (row < steps)
     return tl.where(in_table, row, 0), in_table
 
 
 @triton.jit
 def _advance(cursor, cursor_stride, timestep, timestep_count, rows, steps, batch, SHARE: tl.constexpr):
-    """advance in csrc/cursor.h: the cursors, and the timesteps of the next model call."""
+    """Advance the cursors and write the timesteps of the next model call, as csrc/kernels/cursor.h does."""
     cursors = batch
     if cursor_stride == 0:
         cursors = 1
@@ -301,28 +307,27 @@ _NOT_SPECIALIZED += ["cursor_stride", "timestep_count"]
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def step_kernel(
-    out, original, staged, x, predictions, rows, weights, indices, gradient, variance, noise, seeds, state,
-    cursor, timestep, mask, known, known_noise,
-    out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
-    noise_stride, mask_stride, known_stride, known_noise_stride, size, threads,
+    tensors, strides, size, threads,
     weights_step_stride, weights_batch_stride, indices_stride, seeds_stride, index, steps, copies, batch, channels,
     seed_low, seed_high, offset_low, offset_high, increment, cursor_stride, timestep_count,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr,
     PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One step; a program computes a tile of one sample.
+    """Make one step; a program computes a tile of one sample.
 
-    Pointers are None where the operator's argument is. state: of a DeviceGenerator, seed, offset and programs done;
-    else seed and offset come as words. cursor: where samples stand, and programs done.
+    tensors: the fields of StepArguments that are tensors, in its order; None where absent, and a tuple for the
+    predictions. Of a DeviceGenerator, philox is seed, offset and programs done; else seed and offset come as words.
+    strides: the batch strides of those that have an element for each of the sample's, in the same order.
     COUNTED: elements are counted as they lie in memory, and channels is not read.
     SHARED: the torch stream for tensors larger than torch's grid; a program computes the four tiles, threads elements
     apart, whose values come of the same calls. size and threads are then multiples of BLOCK.
     PTX: for NVIDIA.
     """
-    draws = True  # from torch's stream: of a finished loop, or a step without noise, not
+    _, _, _, x, _, rows, _, indices, _, _, _, seeds, state, cursor, timestep, _, _, _ = tensors
+    draws = True  # from torch's stream; a finished loop and a step without noise draw nothing
     if NOISE == TORCH_STREAM:
         if cursor is not None:
-            here, _, going_on = _position_of(0, index, indices, indices_stride, cursor, cursor_stride)
+            here, start, going_on = _position_of(0, index, indices, indices_stride, cursor, cursor_stride)
             here, known_row = _in_table(here, steps)
             draws = going_on & known_row & (tl.load(rows + here * NUM_COLUMNS + OUT_NOISE) != 0.0)
         if state is None:
@@ -342,18 +347,13 @@ def step_kernel(
             element = (call * 4 + value) * threads + first_thread
             if element < batch * size:
                 sample = element // size
-                row, _, live = _position_of(sample, index, indices, indices_stride, cursor, cursor_stride)
+                row, start, live = _position_of(sample, index, indices, indices_stride, cursor, cursor_stride)
                 row, in_table = _in_table(row, steps)
                 z = normals[value].to(x.dtype.element_ty).to(tl.float32)  # torch.randn rounds float32's
                 if live:
                     _step_tile(
-                        out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
-                        mask, known, known_noise,
-                        out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride,
-                        variance_stride, noise_stride, mask_stride, known_stride, known_noise_stride,
-                        weights_step_stride, weights_batch_stride, copies, batch,
-                        sample, tl.multiple_of(element % size, BLOCK), size, row, in_table, z,
-                        NOISE, K, True, PTX, BLOCK,
+                        tensors, strides, (sample, tl.multiple_of(element % size, BLOCK), size, row, in_table),
+                        weights_step_stride, weights_batch_stride, copies, batch, z, NOISE, K, True, PTX, BLOCK,
                     )  # fmt: skip
     else:
         tiles = (size - 1) // BLOCK + 1  # tl.cdiv adds first, which overflows near 2^31
@@ -366,8 +366,8 @@ def step_kernel(
             sample_seed = tl.load(seeds + sample * seeds_stride).to(tl.uint64, bitcast=True)
             z = _draw_portable(sample_seed, row - start, first, size, channels, COUNTED, BLOCK, PTX)
         if NOISE == TORCH_STREAM:
-            place = _counted(first + tl.arange(0, BLOCK), channels, size, COUNTED)
-            element = (sample * size).to(tl.uint32) + place.to(tl.uint32)
+            counted = _counted(first + tl.arange(0, BLOCK), channels, size, COUNTED)
+            element = (sample * size).to(tl.uint32) + counted.to(tl.uint32)
             dealt = element // threads.to(tl.uint32)
             words = _torch_call(seed, offset, (dealt // 4).to(tl.uint64), element % threads.to(tl.uint32))
             low = dealt % 4 < 2
@@ -375,15 +375,11 @@ def step_kernel(
             z = tl.where(dealt % 2 == 0, z0, z1).to(x.dtype.element_ty).to(tl.float32)
         if live:
             _step_tile(
-                out, original, staged, x, predictions, rows, weights, gradient, variance, noise,
-                mask, known, known_noise,
-                out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride,
-                variance_stride, noise_stride, mask_stride, known_stride, known_noise_stride,
-                weights_step_stride, weights_batch_stride, copies, batch,
-                sample, first, size, row, in_table, z, NOISE, K, EVEN, PTX, BLOCK,
+                tensors, strides, (sample, first, size, row, in_table),
+                weights_step_stride, weights_batch_stride, copies, batch, z, NOISE, K, EVEN, PTX, BLOCK,
             )  # fmt: skip
 
-    # What is kept on the device moves on when all warps and all programs have read it: the last one sees to that.
+    # Every program counts itself after it has read the cursor and the stream; the one that reads last advances them.
     if cursor is not None:
         tl.debug_barrier()
         if tl.atomic_add(cursor + CURSOR_READERS, 1) == tl.num_programs(0) - 1:

@@ -191,7 +191,7 @@ def gpu(monkeypatch):
 
 
 def launch(tensors=TENSORS, specialized=SPECIALIZED, others=OTHERS, constants=CONSTANTS, index=0):
-    triton._launch(7, tensors, specialized, others, constants, torch.device("cuda", index))
+    triton._launch(7, (tensors, specialized, others, constants), torch.device("cuda", index))
 
 
 def changed(values, **at):

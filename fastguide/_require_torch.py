@@ -8,10 +8,10 @@ from ._version import TORCH_FLOOR, __version__
 
 
 def check(found: str) -> None:
-    """A torch's version, such as ``2.13.0+cpu``.
+    """Refuse a version of torch, such as ``2.9.1+cpu``, that is older than the floor.
 
     Raises:
-        ImportError: it is older than the floor.
+        ImportError: the version is older.
     """
     if tuple(int(part) for part in found.split("+")[0].split(".")[:2]) < TORCH_FLOOR:
         floor = ".".join(map(str, TORCH_FLOOR))

@@ -19,17 +19,16 @@ from fastguide.step.backends import native
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastguide"
 
-FLOORS = [  # a package imports packages further left only, and has no circle of imports within
-    ["_version"],
-    ["_require_torch"],
+FLOORS = [  # a package imports packages of lower floors, and has no circle of imports within
     ["schedules"],
     ["solvers", "guidance"],
     ["step"],
     ["sampling", "training"],
-    ["", "diffusers", "demo", "__main__"],  # "" is fastguide/__init__.py
+    ["fastguide", "diffusers", "demo"],  # fastguide: the public names
+    ["__main__"],
 ]
-FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-ABOVE_ITS_OWN = {"__main__": {"demo"}}  # a command shows what there is
+FLOOR = {package: height for height, packages in enumerate(FLOORS) for package in packages}
+FOUNDATION = {"_version", "_require_torch"}  # single files, which every floor may use
 
 
 def module_name(path: Path) -> str:
@@ -54,14 +53,13 @@ def imported_modules(path: Path) -> set[str]:
     return found - {module_name(path)}
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in FOUNDATION])
 def test_packages_import_downward(name):
-    room = name.partition(".")[0]
-    assert room in FLOOR, f"{name}: which floor is it on?"
-    for imported in imported_modules(MODULES[name]):
-        other = imported.partition(".")[0]
-        below = FLOOR[other] < FLOOR[room] or other in ABOVE_ITS_OWN.get(room, ())
-        assert other == room or below, f"{name} imports {imported}, which is no lower"
+    package = name.partition(".")[0] or "fastguide"
+    assert package in FLOOR, f"{name}: which floor is it on?"
+    for imported in imported_modules(MODULES[name]) - FOUNDATION:
+        other = imported.partition(".")[0] or "fastguide"
+        assert other == package or FLOOR[other] < FLOOR[package], f"{name} imports {imported}, which is no lower"
 
 
 def test_no_circle_within_a_package():
@@ -134,14 +132,14 @@ def test_every_file_says_its_job_in_its_first_lines():
         assert path.read_text().startswith("// "), path
 
 
-def test_no_file_is_longer_than_500_lines():
+def test_no_file_is_longer_than_450_lines():
     for path in [
         *PACKAGE.rglob("*.py"),
         *CPP_FILES,
         *(ROOT / "tests").rglob("*.py"),
         *(ROOT / "benchmarks").rglob("*.py"),
     ]:
-        assert len(path.read_text().splitlines()) <= 500, path
+        assert len(path.read_text().splitlines()) <= 450, path
 
 
 def test_readme_commands_are_the_ones_that_ci_runs():

@@ -45,6 +45,10 @@ class Guidance:
     the sum of all w_k, column k holds w_k, and the last column holds the gradient's scale s.
     """
 
+    steps: int
+    """The number of steps that the weights are given for; 1: they are the same at every step."""
+    batch: int
+    """The number of samples that the weights are given for; 1: they are the same for every sample."""
     num_predictions: int
     classifier: GradientSource | None
     weights_from: WeightsFrom | None
@@ -53,7 +57,8 @@ class Guidance:
     def __init__(
         self, weights: Tensor, classifier: GradientSource | None, weights_from: WeightsFrom | None = None
     ) -> None:
-        self.num_predictions = weights.shape[-1] - 1
+        self.steps, self.batch, columns = weights.shape
+        self.num_predictions = columns - 1
         self.classifier = classifier
         self.weights_from = weights_from
         self.form: GradientForm | None = None if classifier is None else classifier.gradient_form
@@ -84,16 +89,6 @@ class Guidance:
         if not isinstance(num_predictions, int) or isinstance(num_predictions, bool) or num_predictions < 2:
             raise ValueError(f"num_predictions: expected an integer from 2 on, got {num_predictions!r}")
         return Guidance(scale_columns(*[1.0] * num_predictions, 0.0), None, weights_from)
-
-    @property
-    def steps(self) -> int:
-        """The number of steps that the weights are given for; 1: they are the same at every step."""
-        return self._source.shape[0]
-
-    @property
-    def batch(self) -> int:
-        """The number of samples that the weights are given for; 1: they are the same for every sample."""
-        return self._source.shape[1]
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return constant weights on a device, in float32 or float64; only the first call moves anything."""

@@ -23,6 +23,9 @@ from .operator import ELEMENTWISE, NAMES, StepArguments, elementwise
 Generator: TypeAlias = "torch.Generator | DeviceGenerator"
 
 
+_NOT_INPAINTING = (None, None, None)
+
+
 def validate(
     backend: Backend,
     table: StepTable,
@@ -30,7 +33,6 @@ def validate(
     sample: Tensor,
     predictions: Tensor | Sequence[Tensor],
     guidance: Guidance,
-    *,
     gradient: Tensor | None,
     variance: Tensor | None,
     noise: Tensor | None,
@@ -60,6 +62,8 @@ def validate(
         noise = generator = seeds = None
 
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    state, timestep = (None, None) if cursor is None else (cursor.state, cursor.timestep)
+    mask, known, known_noise = _NOT_INPAINTING if inpainting is None else inpainting
     arguments = StepArguments(
         empty_like(sample) if out is None else out,
         original,
@@ -74,19 +78,23 @@ def validate(
         variance,
         noise,
         seeds,
-        None,
+        None,  # philox
         0,
-        *((None, None) if cursor is None else (cursor.state, cursor.timestep)),
-        *((None, None, None) if inpainting is None else inpainting),
+        state,
+        timestep,
+        mask,
+        known,
+        known_noise,
     )
-    _check_layouts(arguments, stacked)
+    _check_layouts(arguments, stacked, out)
     if generator is not None:
         if torch.compiler.is_compiling():
             raise ValueError("generator: torch.compile takes none; expected noise= or seeds=")
         if isinstance(generator, DeviceGenerator):
             check_device_generator(backend.name, backend.torch_stream, sample, cursor)
-    unchecked = (out is not None or original is not None) and (generator is not None or not backend.checks_overlap)
-    if (unchecked or staged is not None) and not torch.compiler.is_compiling():
+    if (staged is not None or generator is not None or not backend.checks_overlap) and not (
+        (out is None and original is None and staged is None) or torch.compiler.is_compiling()
+    ):
         check_memory(arguments)
     return arguments, generator
 
@@ -102,13 +110,12 @@ def device_of(name: str, tensor: Tensor) -> torch.device:
 
 
 def _as_list(predictions: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if type(predictions) is list:
+        return predictions
     if isinstance(predictions, Tensor):
         return [predictions]
     if not isinstance(predictions, Sequence):
         raise TypeError(f"predictions: expected a tensor or a sequence of them, got {type(predictions).__name__}")
-    for k, prediction in enumerate(predictions):
-        if not isinstance(prediction, Tensor):
-            raise TypeError(f"predictions[{k}]: expected a tensor, got {type(prediction).__name__}")
     return list(predictions)
 
 
@@ -130,8 +137,11 @@ def _check_predictions(table: StepTable, sample: Tensor, predictions: list[Tenso
         return False
     if len(predictions) == count:
         return False
-    if len(predictions) == 1 and predictions[0].shape[:1] == (batch * count,):
+    first = predictions[0] if len(predictions) == 1 else None
+    if isinstance(first, Tensor) and first.dim() > 0 and first.size(0) == batch * count:
         return True
+    for k, prediction in enumerate(predictions):
+        device_of(f"predictions[{k}]", prediction)
     raise ValueError(
         f"predictions: expected {count}, one for each weight of the guidance, or one tensor of batch "
         f"{batch} * {count}; got {len(predictions)} of shape {_shape(predictions[0]) if predictions else '-'}"
@@ -283,37 +293,43 @@ def check_device_generator(backend: str, torch_stream: bool, sample: Tensor, cur
 # ---- Shapes, dtypes, devices, layouts, autograd ----
 
 
-def _check_layouts(arguments: StepArguments, stacked: bool) -> None:
-    """Refuse tensors that have not an element for each of the sample's, in its order."""
+def _check_layouts(arguments: StepArguments, stacked: bool, out: Tensor | None) -> None:
+    """Refuse tensors that have not an element for each of the sample's, in its order; ``out``: None if it is new."""
     sample, grad_enabled = arguments.sample, torch.is_grad_enabled()
     check_sample("sample", sample, grad_enabled)
     shape, strides, device = sample.shape, sample.stride(), sample.device
-    operands = elementwise(arguments)
-    for tensor in operands if stacked else (*operands, *arguments.predictions):
-        if tensor is not None and not (  # nearly always; what follows finds the words for the rest
+    new = arguments.out if out is None else None
+    whole = arguments.predictions[0] if stacked else None
+    for tensor in (*elementwise(arguments), *arguments.predictions):
+        if tensor is sample or tensor is new:
+            continue
+        if not (  # nearly always; what follows finds the words for the rest
             isinstance(tensor, Tensor)
-            and tensor.shape == shape
             and tensor.stride() == strides
             and tensor.dtype in DTYPES
             and tensor.device == device
             and not (grad_enabled and tensor.requires_grad)
+            and (tensor.shape == shape or (tensor is whole and [*tensor.shape][1:] == [*shape][1:]))
         ):
             _check_operands(arguments, stacked)
             break
-    if stacked:
-        whole = (arguments.predictions[0].shape[0], *shape[1:])
-        _check_operand("predictions", arguments.predictions[0], sample, grad_enabled, whole)
-    _check_separate_samples("out", arguments.out)
+    if out is not None and shape[0] > 1:
+        _check_separate_samples("out", out)
     if arguments.staged is not None:
         _check_staged(arguments.staged, sample, grad_enabled)
 
 
 def _check_operands(arguments: StepArguments, stacked: bool) -> None:
     grad_enabled = torch.is_grad_enabled()
-    if not stacked:
+    if stacked:
+        (prediction,) = arguments.predictions
+        whole = (prediction.shape[0], *arguments.sample.shape[1:])
+        _check_operand("predictions", prediction, arguments.sample, grad_enabled, whole)
+    else:
         for k, prediction in enumerate(arguments.predictions):
             _check_operand(f"predictions[{k}]", prediction, arguments.sample, grad_enabled)
-    for name, tensor in zip(ELEMENTWISE, elementwise(arguments), strict=True):
+    for name in ELEMENTWISE:
+        tensor = getattr(arguments, name)
         if tensor is not None:
             _check_operand(NAMES.get(name, name), tensor, arguments.sample, grad_enabled)
 

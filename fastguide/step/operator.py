@@ -71,9 +71,9 @@ NAMES = {"mask": "inpainting.mask", "known": "inpainting.original", "known_noise
 _ELEMENTWISE_PLACES = tuple(StepArguments._fields.index(name) for name in ELEMENTWISE)
 
 
-def elementwise(arguments: StepArguments) -> list[Tensor | None]:
-    """Return the tensors of ``ELEMENTWISE``, in its order."""
-    return [arguments[place] for place in _ELEMENTWISE_PLACES]  # type: ignore[misc]
+def elementwise(arguments: StepArguments) -> list[Tensor]:
+    """Return the tensors of ``ELEMENTWISE`` that are there."""
+    return [tensor for place in _ELEMENTWISE_PLACES if (tensor := arguments[place]) is not None]  # type: ignore[misc]
 
 
 def _schema() -> str:

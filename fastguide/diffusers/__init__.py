@@ -1,4 +1,7 @@
-"""Drop-ins for diffusers: schedulers whose ``step`` is fastguide's fused kernel. Needs the extra ``diffusers``."""
+"""Accelerate diffusers: a pipeline by one call, or by schedulers whose ``step`` is the fused kernel.
+
+This needs the extra ``diffusers``.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,13 @@ try:
 except ImportError as error:
     raise ImportError("fastguide.diffusers: expected diffusers: pip install 'diffusers>=0.35'") from error
 
-from . import guiders
+from . import guiders, schedulers
 from .from_pipeline import as_model, sampler_from_pipeline, step_table
 from .pipelines import Acceleration, accelerate, restore
-from .schedulers import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler
+from .schedulers import *  # noqa: F403  # one list says which schedulers there are
 
 __all__ = [
     "Acceleration",
-    "DDIMInverseScheduler",
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
     "accelerate",
     "as_model",
     "guiders",
@@ -26,3 +24,4 @@ __all__ = [
     "sampler_from_pipeline",
     "step_table",
 ]
+__all__ += schedulers.__all__

@@ -1,4 +1,4 @@
-"""fastguide's own loop over the parts of a diffusers pipeline: its denoiser as a model, its scheduler as a table."""
+"""Make a ``Sampler`` of the parts of a diffusers pipeline: its denoiser as a model, its scheduler as a table."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..sampling.sampler import Sampler
-from ..solvers.table import StepTable
-from . import tables as transitions
+from ..solvers import StepTable
+from .schedulers import SERVED
 
 _CONDITIONS = ("encoder_hidden_states", "class_labels")
 
 
 def as_model(denoiser: Callable[..., Any], *, learned_variance: bool = True) -> Callable[..., Tensor]:
-    """``model(x, t, condition)`` for ``Sampler``, of a diffusers denoiser that returns ``.sample``.
+    """Return ``model(x, t, condition)`` for ``Sampler``, of a diffusers denoiser that returns ``.sample``.
 
     A condition that is a tensor goes to ``encoder_hidden_states`` or ``class_labels``, whichever the denoiser needs; a
     mapping goes to its arguments by name, and may hold mappings, such as ``added_cond_kwargs``.
 
     Args:
         denoiser: a model of diffusers, or a callable with its arguments.
-        learned_variance: whether the second half of twice the channels is kept, for a table of learned variance.
+        learned_variance: whether to return the second half of twice the channels too, for a table of learned variance.
 
     >>> import diffusers
     >>> unet = diffusers.UNet2DModel(
@@ -57,7 +57,7 @@ def as_model(denoiser: Callable[..., Any], *, learned_variance: bool = True) -> 
 
 
 def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
-    """The steps that a DDPM or DDIM scheduler of diffusers would make; the scheduler stays as it is.
+    """Return the steps that a DDPM or DDIM scheduler of diffusers would make; the scheduler stays as it is.
 
     Args:
         scheduler: of diffusers or of fastguide.
@@ -73,13 +73,10 @@ def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) ->
     >>> step_table(diffusers.DDIMScheduler(), 20, eta=1.0)
     StepTable(ddim, 20 steps, timesteps 950 .. 0, device=cpu)
     """
-    own = copy.copy(scheduler)  # from_config would drop what a pipeline has changed in the configuration
-    if isinstance(own, (diffusers.DDIMScheduler, diffusers.DDIMParallelScheduler)):
-        make = _ddim_rows
-    elif isinstance(own, (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler)):
-        make = _ddpm_rows
-    else:
+    loop = next((ours._loop for theirs, ours in SERVED.items() if isinstance(scheduler, theirs)), None)
+    if loop is None:
         raise TypeError(f"scheduler: expected a DDPM or DDIM scheduler, got {type(scheduler).__name__}")
+    own = copy.copy(scheduler)  # from_config would drop what a pipeline has changed in the configuration
     if own.config.get("thresholding"):
         raise ValueError("scheduler: expected one without dynamic thresholding, which is no row of a table")
     most = own.config.num_train_timesteps
@@ -87,21 +84,9 @@ def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) ->
         raise TypeError(f"num_inference_steps: expected an integer, got {num_inference_steps!r}")
     if not 1 <= num_inference_steps <= most:
         raise ValueError(f"num_inference_steps: expected 1 to {most}, got {num_inference_steps}")
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
-        raise TypeError(f"eta: expected a number from 0 to 1, got {eta!r}")
-    if not 0 <= eta <= (1 if make is _ddim_rows else 0):
-        raise ValueError(f"eta: expected 0 to 1 with DDIM, and 0 with DDPM, got {eta}")
     own.set_timesteps(num_inference_steps)
-    return make(own, eta)
-
-
-def _ddim_rows(scheduler: Any, eta: float) -> StepTable:
-    return transitions.ddim_transitions(scheduler, eta, False, at=scheduler.timesteps, undefined=None)
-
-
-def _ddpm_rows(scheduler: Any, eta: float) -> StepTable:
-    timesteps = scheduler.timesteps
-    return transitions.ddpm_transitions(scheduler, tuple(timesteps.tolist()), at=timesteps, undefined=None)
+    table: StepTable = loop(own, eta)
+    return table
 
 
 def sampler_from_pipeline(
@@ -112,7 +97,7 @@ def sampler_from_pipeline(
     eta: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> Sampler:
-    """A ``Sampler`` of a pipeline's denoiser and scheduler, for latents and embeddings that are there already.
+    """Make a ``Sampler`` of a pipeline's denoiser and scheduler, for latents and embeddings that exist already.
 
     Args:
         pipe: a diffusers pipeline with a ``unet`` or ``transformer`` and a DDPM or DDIM scheduler.
@@ -120,7 +105,7 @@ def sampler_from_pipeline(
         guidance: such as ``fastguide.ClassifierFree(7.5)``; then ``uncond=`` is given with ``cond=``. A mapping goes
             to the denoiser's arguments by name.
         eta: of DDIM.
-        dtype: what the latents are cast to for the denoiser; ``None``: its own. The state is best float32.
+        dtype: what the latents are cast to for the denoiser; ``None``: its own. They are best float32 themselves.
 
     Returns:
         ``sampler(x_T, cond=prompt_embeds, uncond=negative_prompt_embeds)`` gives the latents that the pipeline would.

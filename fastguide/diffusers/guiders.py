@@ -1,4 +1,4 @@
-"""Guiders for diffusers' modular pipelines whose guidance is fused into the scheduler's step."""
+"""Fuse the guidance of diffusers' modular pipelines, by a guider, into the scheduler's step."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from .lazy_guidance import Pair, Traced
 
 
 class ClassifierFreeGuidance(_diffusers.ClassifierFreeGuidance):
-    """``diffusers.ClassifierFreeGuidance``, whose result is computed in the step of a scheduler of fastguide's.
+    """``diffusers.ClassifierFreeGuidance``, whose result is computed in the step of one of fastguide's schedulers.
 
-    The same configuration and interface. Given to anything else than such a step, the result is computed there, and is
-    diffusers' own: rescaled guidance is, for one.
+    It has the same configuration and interface. Anything else that uses the result, such as rescaled guidance, makes
+    diffusers' own computation of it.
     """
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
-        """As diffusers', of predictions that are traced."""
-        apart = [] if pred_uncond is None else [pred_uncond, pred_cond]
-        if len(apart) == 2 and all(_traceable(tensor) for tensor in apart):
-            pred_uncond, pred_cond = Traced.both(Pair(*apart))
+        """Combine the predictions as diffusers does, but trace them first."""
+        if pred_uncond is not None and _traceable(pred_uncond) and _traceable(pred_cond):
+            pred_uncond, pred_cond = Traced.both(Pair(pred_uncond, pred_cond))
         return super().forward(pred_cond, pred_uncond)
 
 

@@ -1,9 +1,9 @@
-"""Tensors that are noted instead of computed: a pipeline's guidance, and what a step may never be asked for.
+"""Compute tensors only when they are used: a pipeline's guidance, and the x_0 that a step predicts.
 
 A pipeline that is accelerated gets its model's output as a ``Traced`` tensor. Halving that, and the three operations of
-classifier-free guidance, ``uncond + guidance_scale * (cond - uncond)``, are written down in a ``Guided`` tensor, which
-the scheduler's step takes apart. Any other operation computes what was noted, with the pipeline's own operations, and
-goes on with a plain tensor.
+classifier-free guidance, ``uncond + guidance_scale * (cond - uncond)``, give a ``Guided`` tensor, which the scheduler's
+step takes apart. Any other operation computes what was deferred, with the pipeline's own operations, and goes on with a
+plain tensor.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Pair:
     whole: Tensor | None = None
 
     def versions(self) -> tuple[int, int]:
-        """How often each was written to."""
+        """Return how often each was written to."""
         return self.uncond._version, self.cond._version
 
     def output(self) -> Output:
-        """What a step takes."""
+        """Return what a step takes."""
         return (self.uncond, self.cond) if self.whole is None else self.whole
 
 
@@ -47,14 +47,14 @@ class Traced(Tensor):
 
     @classmethod
     def of(cls, output: Tensor) -> Tensor:
-        """The output that may be halved, traced."""
+        """Return a model's output, traced."""
         traced = output.as_subclass(cls)
         traced._whole, traced._pair = output, None
         return traced
 
     @classmethod
     def both(cls, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Unconditional and conditional prediction, traced."""
+        """Return the unconditional and the conditional prediction, traced."""
         uncond, cond = pair.uncond.as_subclass(cls), pair.cond.as_subclass(cls)
         for half, traced in enumerate((uncond, cond)):
             traced._whole, traced._pair, traced._half = None, pair, half
@@ -75,21 +75,22 @@ class Deferred(Tensor):
 
     @classmethod
     def of(cls, like: Tensor, function: Callable[[], Tensor]) -> Any:
-        """What a function returns: a tensor of the shape, dtype and device of another."""
+        """Return what a function will: a tensor of the shape, dtype and device of another."""
         deferred: Any = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         deferred._function, deferred._value = function, None
         return deferred
 
     def computed(self) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         if self._value is None:
             self._value = self._function()
-            self._version_then = self._value._version if not self._value.is_inference() else 0
+            self._version_computed = self._value._version if not self._value.is_inference() else 0
         return self._value
 
-    def is_as_noted(self) -> bool:
-        """Whether it has not been written to since it was computed."""
-        return self._value is None or (not self._value.is_inference() and self._value._version == self._version_then)
+    def is_unchanged(self) -> bool:
+        """Tell whether nothing has been written to it since it was computed."""
+        value = self._value
+        return value is None or (not value.is_inference() and value._version == self._version_computed)
 
     @classmethod
     def __torch_function__(
@@ -113,15 +114,22 @@ class Guided(Deferred):
     _versions: tuple[int, int]
 
     @classmethod
-    def noted(cls, pair: Pair, scale: Scale | None, complete: bool, of: Guided | None = None) -> Guided:
-        """A scale of None: not multiplied yet. ``of``: what it was made of."""
+    def of_pair(cls, pair: Pair, scale: Scale | None, complete: bool, part: Guided | None = None) -> Guided:
+        """Defer guidance of two predictions.
+
+        ``scale``: ``None`` until the difference is multiplied; ``part``: the guidance that this one is made of.
+        """
         guided: Guided = cls.of(pair.uncond, lambda: guided._compute())
         guided.pair, guided.scale, guided.complete = pair, scale, complete
-        guided._versions = pair.versions() if of is None else of._versions
+        guided._versions = pair.versions() if part is None else part._versions
         return guided
 
     def output(self) -> Output:
-        """The pair for a step; refused if it is not what it was when guidance was taken from it."""
+        """Return the pair for a step, as it was when guidance was taken from it.
+
+        Raises:
+            RuntimeError: it has been written to since.
+        """
         if self.pair.versions() != self._versions:
             raise RuntimeError(
                 "the model's output was written to after guidance had been taken from it: expected plain tensors for "
@@ -137,7 +145,7 @@ class Guided(Deferred):
 
 
 def resolved(output: Tensor, sample: Tensor, guidance_scale: Any) -> tuple[Output, Any]:
-    """A step's model output and guidance scale, with what was noted of them taken apart.
+    """Return a step's model output and guidance scale, of deferred guidance the predictions and their scale.
 
     Raises:
         TypeError: the output or the sample is no tensor.
@@ -148,12 +156,15 @@ def resolved(output: Tensor, sample: Tensor, guidance_scale: Any) -> tuple[Outpu
         hint = "; its .sample is one" if isinstance(getattr(output, "sample", None), Tensor) else ""
         hint = "; its [0] is one" if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else hint
         raise TypeError(f"model_output: expected a tensor, got {type(output).__name__}{hint}")
-    noted = type(output) is Guided and output.complete and output.is_as_noted()
-    if noted and guidance_scale is None and output.shape == sample.shape:
+    if guidance_scale is None and _is_complete(output) and output.shape == sample.shape:
         assert isinstance(output, Guided)
         scale = 1.0 if output.scale is None else output.scale
         return output.output(), scale.reshape(-1) if isinstance(scale, Tensor) else scale
     return _plain(output), guidance_scale
+
+
+def _is_complete(output: Tensor) -> bool:
+    return type(output) is Guided and output.complete and output.is_unchanged()
 
 
 def _plain(value: Any) -> Any:
@@ -166,10 +177,10 @@ def _function(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any
     rule = _RULES.get(function)
     if rule is not None and not keywords:
         with torch._C.DisableTorchFunctionSubclass():
-            noted = rule(*arguments)
-        if noted is not None:
-            return noted
-    if function in _OF_METADATA or (function in _OF_AUTOGRAD and type(arguments[0]) is Traced):
+            deferred = rule(*arguments)
+        if deferred is not None:
+            return deferred
+    if function in _METADATA or (function in _AUTOGRAD and type(arguments[0]) is Traced):
         with torch._C.DisableTorchFunctionSubclass():
             return function(*arguments, **keywords)
     return function(*tree_map(_plain, arguments), **tree_map(_plain, keywords))
@@ -189,12 +200,12 @@ def _difference(cond: Any, uncond: Any) -> Any:
     if not isinstance(pair, Pair) or not same:
         return None
     in_order = (cond._half, uncond._half) == (1, 0) and pair.cond.dtype == pair.uncond.dtype
-    return Guided.noted(pair, None, False) if in_order else None
+    return Guided.of_pair(pair, None, False) if in_order else None
 
 
 def _scaled(first: Any, second: Any) -> Any:
     guided, scale = (first, second) if type(first) is Guided else (second, first)
-    if type(guided) is not Guided or guided.complete or guided.scale is not None or not guided.is_as_noted():
+    if type(guided) is not Guided or guided.complete or guided.scale is not None or not guided.is_unchanged():
         return None
     if isinstance(scale, (Deferred, Traced)):
         return None
@@ -204,20 +215,20 @@ def _scaled(first: Any, second: Any) -> Any:
         fits = fits and scale.device == guided.device
         if not fits or torch.result_type(scale, guided) != guided.dtype:
             return None
-        return Guided.noted(guided.pair, scale, False, guided)
+        return Guided.of_pair(guided.pair, scale, False, guided)
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    return Guided.noted(guided.pair, float(scale), False, guided) if number else None
+    return Guided.of_pair(guided.pair, float(scale), False, guided) if number else None
 
 
 def _sum(first: Any, second: Any) -> Any:
     guided, prediction = (first, second) if type(first) is Guided else (second, first)
     if type(guided) is not Guided or guided.complete or getattr(prediction, "_pair", None) is not guided.pair:
         return None
-    if not guided.is_as_noted():
+    if not guided.is_unchanged():
         return None
     scale = 1.0 if guided.scale is None else guided.scale
     scale = scale + prediction._half  # from the conditional one: the paper's own form
-    return Guided.noted(guided.pair, scale, True, guided)
+    return Guided.of_pair(guided.pair, scale, True, guided)
 
 
 def _names(*names: str) -> list[Any]:
@@ -231,6 +242,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_names("add", "__add__", "__radd__"), _sum),
 }
 _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad")
-_OF_METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES}
-_OF_METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex}
-_OF_AUTOGRAD = {Tensor.requires_grad_, *(getattr(Tensor, name).__set__ for name in ("requires_grad", "data"))}
+_METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES}
+_METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex}
+_AUTOGRAD = {Tensor.requires_grad_, *(getattr(Tensor, name).__set__ for name in ("requires_grad", "data"))}

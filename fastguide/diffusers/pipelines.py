@@ -1,4 +1,4 @@
-"""Whole pipelines: exchange the scheduler and fuse the pipeline's guidance, without editing the pipeline."""
+"""Accelerate whole pipelines: exchange the scheduler and fuse the pipeline's guidance, without editing either."""
 
 from __future__ import annotations
 
@@ -9,23 +9,13 @@ import diffusers
 import torch
 from torch import Tensor
 
-from . import schedulers
 from .lazy_guidance import Traced
-from .scheduler_step import FusedStep
+from .scheduler_step import SchedulerStep
+from .schedulers import SERVED
 
-_SERVED = {
-    getattr(diffusers, cls.__name__): cls
-    for cls in (
-        schedulers.DDIMScheduler,
-        schedulers.DDPMScheduler,
-        schedulers.DDIMParallelScheduler,
-        schedulers.DDPMParallelScheduler,
-        schedulers.DDIMInverseScheduler,
-    )
-}
 _SCHEDULERS = ("scheduler", "inverse_scheduler")
 _MODELS = ("unet", "transformer")
-_RECORD = "_fastguide_acceleration"
+_CHANGES = "_fastguide_changes"
 
 
 @dataclass(frozen=True)
@@ -42,11 +32,13 @@ class Acceleration:
 
 
 @dataclass
-class _Record:
-    """What ``restore`` needs: each scheduler of fastguide's with the one before it, each traced model with its hook."""
+class _Changes:
+    """What ``restore`` undoes; an attribute of the pipeline."""
 
     schedulers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    models: dict[str, tuple[torch.nn.Module, Any]] = field(default_factory=dict)
+    """fastguide's scheduler at each place, and the one before it."""
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """The hook of each traced model."""
 
 
 def accelerate(pipe: Any) -> Acceleration:
@@ -56,16 +48,16 @@ def accelerate(pipe: Any) -> Acceleration:
     the pipeline computes ``uncond + guidance_scale * (cond - uncond)`` of its halves and gives it to the scheduler, the
     step does both in one pass and in float32; whatever else it computes is computed as before, such as rescaled
     guidance or that of a pipeline's own making. Nothing is traced in inference mode, with gradients, or of a model that
-    is compiled afterwards. Who calls the model himself gets a traced tensor as well, a subclass of ``Tensor``.
+    is compiled afterwards. If you call the model yourself, you get a traced tensor too, a subclass of ``Tensor``.
 
-    Call it again after a scheduler or a model has been exchanged; otherwise that changes nothing. ``restore(pipe)``
-    undoes it. A pipeline that is saved is saved as diffusers' own.
+    Call it again after you have exchanged a scheduler or a model; calling it again otherwise changes nothing.
+    ``restore(pipe)`` undoes it. A saved pipeline is diffusers' own.
 
     Args:
         pipe: a pipeline with a ``scheduler``; with ``unet`` or ``transformer``, its guidance is fused as well.
 
     Returns:
-        What was exchanged and traced, and what was left alone and why: another scheduler than DDPM or DDIM, mostly.
+        What was exchanged and traced, and what was left alone and why; mostly a scheduler other than DDPM and DDIM.
 
     Raises:
         TypeError: it is no pipeline.
@@ -85,49 +77,55 @@ def accelerate(pipe: Any) -> Acceleration:
         if modular is not None and isinstance(pipe, modular):
             hint = "; a modular one takes a scheduler and a guider of fastguide.diffusers as its components"
         raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}{hint}")
-    record: _Record = pipe.__dict__.setdefault(_RECORD, _Record())
+    changes: _Changes = pipe.__dict__.setdefault(_CHANGES, _Changes())
+    exchanged, left_alone = _exchange_schedulers(pipe, changes)
+    traced = []
+    for name in _MODELS:
+        model = getattr(pipe, name, None)
+        if not isinstance(model, torch.nn.Module):
+            continue
+        _remove_hook(changes, name)
+        if isinstance(pipe, diffusers.DiTPipeline):
+            left_alone[name] = "DiTPipeline combines parts of channels by itself; only its step is fused"
+        elif "scheduler" not in exchanged:
+            left_alone[name] = "its guidance goes to no scheduler of fastguide's"
+        else:
+            changes.hooks[name] = model.register_forward_hook(_trace)
+            traced.append(name)
+    return Acceleration(exchanged, traced, left_alone)
+
+
+def _exchange_schedulers(pipe: Any, changes: _Changes) -> tuple[dict[str, str], dict[str, str]]:
+    """Put fastguide's schedulers in their places; return their classes, and the reasons of those that stay."""
     exchanged: dict[str, str] = {}
     left_alone: dict[str, str] = {}
     for name in _SCHEDULERS:
         scheduler = getattr(pipe, name, None)
         if scheduler is None:
             continue
-        if type(scheduler) in _SERVED:
-            if scheduler.config.get("thresholding"):
-                left_alone[name] = f"{type(scheduler).__name__}: dynamic thresholding is not in the fused step"
-                continue
-            served = _SERVED[type(scheduler)]
-            fused = served.__new__(served)
-            fused.__dict__.update(scheduler.__dict__)
-            record.schedulers[name] = (fused, scheduler)
-            setattr(pipe, name, fused)
-            scheduler = fused
-        if isinstance(scheduler, FusedStep):
-            exchanged[name] = type(scheduler).__name__
+        own, kind = SERVED.get(type(scheduler)), type(scheduler).__name__
+        if isinstance(scheduler, SchedulerStep):
+            exchanged[name] = kind
+        elif own is None:
+            served = ", ".join(c.__name__ for c in SERVED)
+            left_alone[name] = f"{kind}: only {served} are served, and no subclasses"
+        elif scheduler.config.get("thresholding"):
+            left_alone[name] = f"{kind}: dynamic thresholding is not in the fused step"
         else:
-            served_names = ", ".join(c.__name__ for c in _SERVED)
-            left_alone[name] = f"{type(scheduler).__name__}: only {served_names} are served, and no subclasses"
+            fused = own.__new__(own)
+            fused.__dict__.update(scheduler.__dict__)
+            changes.schedulers[name] = (fused, scheduler)
+            setattr(pipe, name, fused)
+            exchanged[name] = own.__name__
     if not exchanged and not left_alone:
         left_alone["pipe"] = f"it has none of {', '.join(_SCHEDULERS)}"
-    traced = []
-    for name in _models(pipe):
-        reason = "its guidance goes to no scheduler of fastguide's"
-        if isinstance(pipe, diffusers.DiTPipeline):
-            reason = "DiTPipeline combines parts of channels by itself; only its step is fused"
-        _remove_hook(record, name)
-        if "scheduler" in exchanged and not isinstance(pipe, diffusers.DiTPipeline):
-            model = getattr(pipe, name)
-            record.models[name] = (model, model.register_forward_hook(_trace))
-            traced.append(name)
-        else:
-            left_alone[name] = reason
-    return Acceleration(exchanged, traced, left_alone)
+    return exchanged, left_alone
 
 
 def restore(pipe: Any) -> None:
-    """Undo ``accelerate``: the schedulers are those from before, and the models' outputs are plain.
+    """Undo ``accelerate``: put the schedulers from before back, and stop tracing the models' outputs.
 
-    A scheduler or model that the caller has put in its place since stays.
+    A scheduler or model that you have put in its place since stays.
 
     Raises:
         TypeError: it is no pipeline.
@@ -135,29 +133,25 @@ def restore(pipe: Any) -> None:
     """
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
-    record: _Record | None = pipe.__dict__.pop(_RECORD, None)
-    if record is None:
+    changes: _Changes | None = pipe.__dict__.pop(_CHANGES, None)
+    if changes is None:
         raise ValueError(
             f"pipe: expected one that accelerate() was called on, got a {type(pipe).__name__} that was not"
         )
-    for name in list(record.models):
-        _remove_hook(record, name)
-    for name, (fused, before) in record.schedulers.items():
+    for name in list(changes.hooks):
+        _remove_hook(changes, name)
+    for name, (fused, before) in changes.schedulers.items():
         if getattr(pipe, name, None) is fused:
             setattr(pipe, name, before)
 
 
-def _remove_hook(record: _Record, name: str) -> None:
-    if name in record.models:
-        record.models.pop(name)[1].remove()
-
-
-def _models(pipe: Any) -> list[str]:
-    return [name for name in _MODELS if isinstance(getattr(pipe, name, None), torch.nn.Module)]
+def _remove_hook(changes: _Changes, name: str) -> None:
+    if name in changes.hooks:
+        changes.hooks.pop(name).remove()
 
 
 def _trace(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
-    """A forward hook: the output, or the first of several, traced."""
+    """Return a model's output, or the first of several, traced: a forward hook."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return output
     if isinstance(output, tuple) and output and _plain_tensor(output[0]):

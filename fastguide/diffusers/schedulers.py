@@ -1,4 +1,4 @@
-"""diffusers' DDPM and DDIM schedulers with the fused step: the same configurations, arguments, results and noise.
+"""These are diffusers' DDPM and DDIM schedulers with the fused step: with the same configurations, results and noise.
 
 What the kernel does not serve is left to diffusers' own ``step``, which these classes inherit: dynamic thresholding,
 tensors that require grad, shapes that broadcast, and whatever it refuses.
@@ -6,33 +6,75 @@ tensors that require grad, shapes that broadcast, and whatever it refuses.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 from torch import Tensor
 
 from ..schedules.predictions import GradientForm
-from ..solvers.table import StepTable
-from . import lazy_outputs as outputs
-from . import tables as transitions
-from .lazy_guidance import resolved
-from .scheduler_step import FusedStep, Generators, HostAlphas, Scale
+from ..solvers import StepTable
+from . import lazy_outputs, tables
+from .guidance_arguments import Scale, combined
+from .noise import Generators
+from .scheduler_step import SchedulerStep, plan, run
+from .timesteps import host_timesteps
+
+__all__ = [  # noqa: RUF022  # all that is served, the most used first: SERVED, below, is made of it
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMParallelScheduler",
+    "DDIMInverseScheduler",
+]
 
 
-class _DDIM(HostAlphas, FusedStep):
+class _AlphasCopy(NamedTuple):
+    """``alphas_cumprod`` on the host, and a copy of it on a device."""
+
+    host: Tensor
+    device: Tensor
+
+
+class _HostAlphas:
+    """Mix this into schedulers whose methods would move ``alphas_cumprod`` to a device for good."""
+
+    alphas_cumprod: Tensor
+    _alphas_copy: _AlphasCopy | None = None
+
+    def _with_alphas_on_device(self, name: str, tensor: Tensor, *arguments: Any) -> Tensor:
+        """Call diffusers' method of this name with ``alphas_cumprod`` on the tensor's device."""
+        alphas, copied = self.alphas_cumprod, self._alphas_copy
+        if copied is None or copied.host is not alphas or copied.device.device != tensor.device:
+            copied = self._alphas_copy = _AlphasCopy(alphas, alphas.to(tensor.device))
+        self.alphas_cumprod = copied.device
+        try:
+            result: Tensor = getattr(super(), name)(tensor, *arguments)
+        finally:
+            self.alphas_cumprod = alphas  # on the host, where rows are computed
+        return result
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Add noise as diffusers does, but leave ``alphas_cumprod`` where it is."""
+        return self._with_alphas_on_device("add_noise", original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the velocity as diffusers does, but leave ``alphas_cumprod`` where it is."""
+        return self._with_alphas_on_device("get_velocity", sample, noise, timesteps)
+
+
+class _DDIM(_HostAlphas, SchedulerStep):
     final_alpha_cumprod: Tensor
+    _transitions = tables.ddim_transitions
+    _loop = tables.ddim_loop
 
-    def _state(self) -> tuple[Any, ...]:
+    def _table_state(self) -> tuple[Any, ...]:
         return (self.config, self.alphas_cumprod, self.final_alpha_cumprod, self.num_inference_steps)
 
-    def _transitions(self, *arguments: Any) -> StepTable:
-        return transitions.ddim_transitions(self, *arguments)
-
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """As diffusers'; the timesteps' values are kept on the host as well."""
+        """Set the timesteps as diffusers does; the host remembers their values."""
         super().set_timesteps(num_inference_steps)  # type: ignore[misc]
-        self._remember(device, 0.0, False)
+        self._timesteps_are_set(device, 0.0, False)
 
     def step(
         self,
@@ -50,7 +92,7 @@ class _DDIM(HostAlphas, FusedStep):
         gradient_scale: Scale = 1.0,
         gradient_form: GradientForm = "epsilon",
     ) -> Any:
-        """One step: ``diffusers.DDIMScheduler.step``, and guidance with it.
+        """Make one step: ``diffusers.DDIMScheduler.step``, and guidance with it.
 
         Args:
             model_output: the model's output; with ``guidance_scale`` of twice the sample's batch, unconditional first.
@@ -62,51 +104,32 @@ class _DDIM(HostAlphas, FusedStep):
             gradient: of a classifier, as ``fastguide.guided_step`` takes it.
             gradient_scale, gradient_form: its scale and form, as in ``fastguide.Classifier``.
         """
-        output, guidance_scale = resolved(model_output, sample, guidance_scale)
-        guidance = self._guidance(output, sample, guidance_scale, gradient, gradient_scale, gradient_form)
-        fits = (
-            isinstance(eta, (int, float))
-            and 0 <= eta <= 1
-            and not (generator is not None and variance_noise is not None)
-            and (variance_noise is None or variance_noise.dtype != torch.float64 or sample.dtype == torch.float64)
-        )
-        if fits and self.num_inference_steps and self._serves(output, sample, gradient, variance_noise):
-            row = self._row(timestep, sample)
-            table = self._table(sample.device, float(eta), use_clipped_model_output)
-            if self._is_defined(table, row) and self._fits(output, sample, guidance, guidance is not None):
-                return self._step(
-                    table,
-                    row,
-                    output,
-                    sample,
-                    generator,
-                    variance_noise,
-                    eta > 0,
-                    return_dict,
-                    guidance,
-                    gradient,
-                )
+        rows = isinstance(eta, (int, float)) and 0 <= eta <= 1 and (generator is None or variance_noise is None)
+        planned = plan(
+            self, (float(eta), use_clipped_model_output) if rows else None, model_output, timestep, sample,
+            variance_noise, guidance_scale, gradient, gradient_scale, gradient_form,
+        )  # fmt: skip
+        if planned is not None:
+            return run(planned, generator, variance_noise, eta > 0, return_dict)
+        output = combined(self, model_output, sample, guidance_scale, gradient)
         return super().step(  # type: ignore[misc]
-            self._combined(output, sample, guidance_scale, gradient),
-            timestep,
-            sample,
-            eta,
-            use_clipped_model_output,
-            generator,
-            variance_noise,
-            return_dict,
+            output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
         )
 
 
-class _DDPM(HostAlphas, FusedStep):
+class _DDPM(_HostAlphas, SchedulerStep):
     custom_timesteps: bool
+    _loop = tables.ddpm_loop
+    _steps_before_set_timesteps = True
 
-    def _state(self) -> tuple[Any, ...]:
+    def _table_state(self) -> tuple[Any, ...]:
         return (self.config, self.alphas_cumprod, self.timesteps, self.num_inference_steps, self.variance_type)
 
-    def _transitions(self, *arguments: Any) -> StepTable:
-        chosen = self.custom_timesteps or self.num_inference_steps
-        return transitions.ddpm_transitions(self, self._host_timesteps() if chosen else None)
+    def _transitions(self) -> StepTable:
+        return tables.ddpm_transitions(self, self._linked_timesteps())
+
+    def _linked_timesteps(self) -> tuple[int, ...] | None:
+        return host_timesteps(self) if self.custom_timesteps or self.num_inference_steps else None
 
     def set_timesteps(
         self,
@@ -114,9 +137,9 @@ class _DDPM(HostAlphas, FusedStep):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """As diffusers'; the timesteps' values are kept on the host as well."""
+        """Set the timesteps as diffusers does; the host remembers their values."""
         super().set_timesteps(num_inference_steps, None, timesteps)  # type: ignore[misc]
-        self._remember(device)
+        self._timesteps_are_set(device)
 
     def step(
         self,
@@ -131,7 +154,7 @@ class _DDPM(HostAlphas, FusedStep):
         gradient_scale: Scale = 1.0,
         gradient_form: GradientForm = "epsilon",
     ) -> Any:
-        """One step: ``diffusers.DDPMScheduler.step``, and guidance with it.
+        """Make one step: ``diffusers.DDPMScheduler.step``, and guidance with it.
 
         Args:
             model_output: the model's output, of twice the sample's channels if the variance is learned; with
@@ -144,33 +167,14 @@ class _DDPM(HostAlphas, FusedStep):
         Raises:
             IndexError: the timestep is not one of ``timesteps``, of which the step leads from one to the next.
         """
-        output, guidance_scale = resolved(model_output, sample, guidance_scale)
-        guidance = self._guidance(output, sample, guidance_scale, gradient, gradient_scale, gradient_form)
-        if self._serves(output, sample, gradient):
-            row = self._row(timestep, sample)
-            table = self._table(sample.device)
-            learned = table.learned_variance
-            if self._fits(output, sample, guidance, learned) and self._is_defined(table, row):
-                draws = isinstance(row, Tensor) or row > 0
-                return self._step(table, row, output, sample, generator, None, draws, return_dict, guidance, gradient)
-        return super().step(  # type: ignore[misc]
-            self._combined(output, sample, guidance_scale, gradient), timestep, sample, generator, return_dict
+        planned = plan(
+            self, (), model_output, timestep, sample, None, guidance_scale, gradient, gradient_scale, gradient_form
         )
-
-    def _is_defined(self, table: StepTable, row: int | Tensor) -> bool:
-        if isinstance(row, int) and row in table.undefined_rows:
-            chosen = self._host_timesteps()
-            if row not in chosen and (self.custom_timesteps or self.num_inference_steps):
-                raise IndexError(
-                    f"timestep: expected one of the {len(chosen)} that are set, {_ends(chosen)}, got {row}"
-                )
-        return super()._is_defined(table, row)
-
-
-def _ends(timesteps: tuple[int, ...]) -> str:
-    return (
-        ", ".join(map(str, timesteps)) if len(timesteps) < 8 else f"{timesteps[0]}, {timesteps[1]} .. {timesteps[-1]}"
-    )
+        if planned is not None:
+            draws = isinstance(planned.row, Tensor) or planned.row > 0
+            return run(planned, generator, None, draws, return_dict)
+        output = combined(self, model_output, sample, guidance_scale, gradient)
+        return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]
 
 
 class DDIMScheduler(_DDIM, diffusers.DDIMScheduler):
@@ -184,7 +188,7 @@ class DDIMScheduler(_DDIM, diffusers.DDIMScheduler):
     torch.Size([1, 4, 8, 8])
     """
 
-    _output = outputs.LazyDDIMOutput
+    _output = lazy_outputs.LazyDDIMOutput
 
 
 class DDPMScheduler(_DDPM, diffusers.DDPMScheduler):
@@ -194,37 +198,37 @@ class DDPMScheduler(_DDPM, diffusers.DDPMScheduler):
     variance is the paper's.
     """
 
-    _output = outputs.LazyDDPMOutput
+    _output = lazy_outputs.LazyDDPMOutput
 
 
 class DDIMParallelScheduler(_DDIM, diffusers.DDIMParallelScheduler):
     """``diffusers.DDIMParallelScheduler`` with the fused step."""
 
-    _output = outputs.LazyDDIMParallelOutput
+    _output = lazy_outputs.LazyDDIMParallelOutput
 
 
 class DDPMParallelScheduler(_DDPM, diffusers.DDPMParallelScheduler):
     """``diffusers.DDPMParallelScheduler`` with the fused step."""
 
-    _output = outputs.LazyDDPMParallelOutput
+    _output = lazy_outputs.LazyDDPMParallelOutput
 
 
-class DDIMInverseScheduler(FusedStep, diffusers.DDIMInverseScheduler):
+class DDIMInverseScheduler(SchedulerStep, diffusers.DDIMInverseScheduler):
     """``diffusers.DDIMInverseScheduler`` with the fused step: from an image back to its noise."""
 
-    _output = outputs.LazyDDIMInverseOutput
+    _output = lazy_outputs.LazyDDIMInverseOutput
     initial_alpha_cumprod: Tensor
 
-    def _state(self) -> tuple[Any, ...]:
+    def _table_state(self) -> tuple[Any, ...]:
         return (self.config, self.alphas_cumprod, self.initial_alpha_cumprod, self.num_inference_steps)
 
-    def _transitions(self, *arguments: Any) -> StepTable:
-        return transitions.ddim_transitions(self, 0.0, False, inverse=True)
+    def _transitions(self) -> StepTable:
+        return tables.ddim_transitions(self, 0.0, False, inverse=True)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """As diffusers'; the timesteps' values are kept on the host as well."""
+        """Set the timesteps as diffusers does; the host remembers their values."""
         super().set_timesteps(num_inference_steps)  # type: ignore[misc]
-        self._remember(device)
+        self._timesteps_are_set(device)
 
     def step(
         self,
@@ -235,12 +239,13 @@ class DDIMInverseScheduler(FusedStep, diffusers.DDIMInverseScheduler):
         *,
         guidance_scale: Scale | None = None,
     ) -> Any:
-        """One step: ``diffusers.DDIMInverseScheduler.step``; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        output, guidance_scale = resolved(model_output, sample, guidance_scale)
-        guidance = self._guidance(output, sample, guidance_scale, None, 1.0, "epsilon")
-        if self.num_inference_steps and self._serves(output, sample):
-            row, table = self._row(timestep, sample), self._table(sample.device)
-            if self._is_defined(table, row) and self._fits(output, sample, guidance, guidance is not None):
-                return self._step(table, row, output, sample, None, None, False, return_dict, guidance, None)
-        combined = self._combined(output, sample, guidance_scale, None)
-        return super().step(combined, timestep, sample, return_dict)  # type: ignore[misc]
+        """Make one step: ``diffusers.DDIMInverseScheduler.step``; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        planned = plan(self, (), model_output, timestep, sample, guidance_scale=guidance_scale)
+        if planned is not None:
+            return run(planned, None, None, False, return_dict)
+        output = combined(self, model_output, sample, guidance_scale, None)
+        return super().step(output, timestep, sample, return_dict)  # type: ignore[misc]
+
+
+SERVED: dict[type, type[SchedulerStep]] = {getattr(diffusers, name): globals()[name] for name in __all__}
+"""diffusers' classes, each with the one that has the fused step."""

@@ -1,22 +1,125 @@
-"""A diffusers scheduler's transitions as step tables: the row's number is the training timestep."""
+"""Make step tables of a diffusers scheduler's transitions, and cache them until the scheduler changes.
+
+A table has a row for every training timestep, and the row's number is the timestep.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..schedules.levels import Levels
+from ..solvers import StepTable, VarianceType
 from ..solvers.ddim import ddim_table
 from ..solvers.ddpm import ddpm_table
-from ..solvers.table import StepTable
+from .timesteps import host_timesteps, version_of
 
 UNDEFINED = "it leads nowhere, or the schedule has no signal at that timestep"
 
 
+# ---- Cache ----
+
+
+class TableCache(NamedTuple):
+    """The tables of one state of a scheduler; replaced as a whole, so that copies of a scheduler may share it."""
+
+    state: tuple[Any, ...]
+    """What the rows depend on besides the arguments of ``step``, compared by identity."""
+    versions: tuple[int | None, int | None] | None
+    """Of ``alphas_cumprod`` and ``timesteps``; ``None`` if made while torch.compile traced."""
+    served: bool
+    """Whether rows can express the scheduler's configuration."""
+    tables: dict[tuple[Any, ...], StepTable]
+    """By device and the arguments of ``step`` that rows depend on."""
+
+
+def current_tables(scheduler: Any) -> TableCache:
+    """Return the scheduler's cache, a new one if its state has changed since."""
+    state, cache = scheduler._table_state(), scheduler._table_cache
+    compiling = torch.compiler.is_compiling()
+    versions = None if compiling else (version_of(scheduler.alphas_cumprod), version_of(scheduler.timesteps))
+    if cache is None or not all(map(operator.is_, state, cache.state)) or not (compiling or cache.versions == versions):
+        cache = scheduler._table_cache = TableCache(state, versions, _is_served(scheduler), {})
+    found: TableCache = cache
+    return found
+
+
+def table_of(scheduler: Any, cache: TableCache, device: torch.device, arguments: tuple[Any, ...]) -> StepTable:
+    """Return the table for a step's device and arguments; make it if the cache has none.
+
+    Raises:
+        RuntimeError: the cache has none while torch.compile is tracing, which cannot make it.
+    """
+    key = (device, *arguments)
+    table = cache.tables.get(key)
+    if table is None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"step: torch.compile does not make the table for these arguments, {arguments}; make one step with "
+                "them before it is compiled"
+            )
+        table = cache.tables[key] = scheduler._transitions(*arguments).to(device)
+    return table
+
+
+def prepare_tables(scheduler: Any, arguments: tuple[Any, ...]) -> None:
+    """Make the tables now, where the timesteps are: for these arguments, and those of steps made before."""
+    before = scheduler._table_cache
+    used = set() if before is None else {key[1:] for key in before.tables}
+    cache = current_tables(scheduler)
+    if cache.served:
+        for each in {arguments, *used}:
+            table_of(scheduler, cache, scheduler.timesteps.device, each)
+
+
+def _is_served(scheduler: Any) -> bool:
+    """Tell whether rows can express the configuration; diffusers has the words for what is wrong with another.
+
+    Dynamic thresholding is no row.
+    """
+    config, steps, variance_type = scheduler.config, scheduler.num_inference_steps, scheduler.variance_type
+    counted = scheduler._steps_before_set_timesteps if steps is None else isinstance(steps, int) and steps > 0
+    return (
+        counted
+        and not config.get("thresholding")
+        and config.prediction_type in ("epsilon", "sample", "v_prediction")
+        and (not config.clip_sample or config.clip_sample_range > 0)
+        and variance_type in get_args(VarianceType)
+        and config.get("variance_type", variance_type) == variance_type
+        and all(0 <= timestep < len(scheduler.alphas_cumprod) for timestep in host_timesteps(scheduler))
+    )
+
+
+def is_defined(scheduler: Any, table: StepTable, row: int | Tensor) -> bool:
+    """Tell whether the table has this row, as far as the host knows.
+
+    Raises:
+        IndexError: it has none because the scheduler leads only from one of ``timesteps`` to the next.
+    """
+    if isinstance(row, Tensor):
+        return True
+    if row not in table.undefined_rows:
+        return 0 <= row < len(table)
+    chosen = scheduler._linked_timesteps()
+    if chosen is not None and row not in chosen:
+        raise IndexError(f"timestep: expected one of the {len(chosen)} that are set, {_ends(chosen)}, got {row}")
+    return False
+
+
+def _ends(timesteps: tuple[int, ...]) -> str:
+    if len(timesteps) < 8:
+        return ", ".join(map(str, timesteps))
+    return f"{timesteps[0]}, {timesteps[1]} .. {timesteps[-1]}"
+
+
+# ---- Transitions ----
+
+
 def host_alphas(scheduler: Any) -> Tensor:
-    """abar of every training timestep, on the host, in float32.
+    """Return abar of every training timestep, on the host, in float32.
 
     diffusers takes 1 - abar and the like in float32, which loses four digits where abar is near 1. Rows that are to
     give the same picture have to lose them too; ``fastguide.ddpm`` and ``fastguide.ddim`` do not.
@@ -34,22 +137,22 @@ def ddim_transitions(
     at: Tensor | None = None,
     undefined: str | None = UNDEFINED,
 ) -> StepTable:
-    """From every timestep t to t - num_train_timesteps // num_inference_steps, as ``DDIMScheduler.step`` goes.
+    """Make the rows from every timestep t to t - num_train_timesteps // num_inference_steps, as ``DDIMScheduler``'s.
 
     ``inverse``: to t from that one, as ``DDIMInverseScheduler.step``; ``at``: only from these timesteps, in this order.
     """
     config, alphas = scheduler.config, host_alphas(scheduler)
     final = float(scheduler.initial_alpha_cumprod if inverse else scheduler.final_alpha_cumprod)
-    here = torch.arange(len(alphas), device="cpu") if at is None else at
-    there = here - config.num_train_timesteps // scheduler.num_inference_steps
-    a, a_prev = alphas[here], torch.where(there >= 0, alphas[there.clamp(min=0)], final)
+    steps = torch.arange(len(alphas), device="cpu") if at is None else at
+    previous = steps - config.num_train_timesteps // scheduler.num_inference_steps
+    a, a_prev = alphas[steps], torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
     if inverse:
         a, a_prev = a_prev, a
     a_known = a_prev.clone()
     if at is not None:  # a loop, which ends with its last step
         a_known[-1] = 1.0
     return ddim_table(
-        here,
+        steps,
         a,
         a_prev,
         inpainting_levels=Levels.from_alphas_cumprod(a_known),
@@ -68,26 +171,46 @@ def ddpm_transitions(
     at: Tensor | None = None,
     undefined: str | None = UNDEFINED,
 ) -> StepTable:
-    """From every one of ``timesteps`` to the next, as ``DDPMScheduler.step`` goes; ``None``: from every t to t - 1.
+    """Make the rows from every one of ``timesteps`` to the next, as ``DDPMScheduler``'s; ``None``: from t to t - 1.
 
     Noise is added at every timestep but 0, also where a trailing spacing ends at another. ``at``: only from these.
     """
     config, alphas = scheduler.config, host_alphas(scheduler)
-    here = torch.arange(len(alphas), device="cpu")
-    there = here - 1
+    every = torch.arange(len(alphas), device="cpu")
+    previous = every - 1
     if timesteps is not None:
-        there = torch.full_like(here, len(alphas))  # nowhere
+        previous = torch.full_like(every, len(alphas))  # nowhere
         for timestep, following in reversed(list(zip(timesteps, (*timesteps[1:], -1), strict=True))):
-            there[timestep] = following  # of one that comes twice, from its first place
+            previous[timestep] = following  # of one that comes twice, from its first place
     padded = torch.cat([alphas, alphas.new_tensor([torch.nan, 1.0])])  # nowhere, and -1
-    here = here if at is None else at
+    steps = every if at is None else at
     return ddpm_table(
-        here,
-        alphas[here],
-        padded[there[here]],
-        here > 0,
+        steps,
+        alphas[steps],
+        padded[previous[steps]],
+        steps > 0,
         prediction_type=config.prediction_type,
         variance_type=scheduler.variance_type,
         clip_sample_range=config.clip_sample_range if config.clip_sample else None,
         undefined=undefined,
     )
+
+
+def ddim_loop(scheduler: Any, eta: float) -> StepTable:
+    """Make the table of a DDIM scheduler's whole loop over its ``timesteps``."""
+    _check_eta(eta, 1)
+    return ddim_transitions(scheduler, eta, False, at=scheduler.timesteps, undefined=None)
+
+
+def ddpm_loop(scheduler: Any, eta: float) -> StepTable:
+    """Make the table of a DDPM scheduler's whole loop over its ``timesteps``; ``eta`` has to be 0."""
+    _check_eta(eta, 0)
+    timesteps = scheduler.timesteps
+    return ddpm_transitions(scheduler, tuple(timesteps.tolist()), at=timesteps, undefined=None)
+
+
+def _check_eta(eta: float, largest: int) -> None:
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
+        raise TypeError(f"eta: expected a number from 0 to 1, got {eta!r}")
+    if not 0 <= eta <= largest:
+        raise ValueError(f"eta: expected 0 to 1 with DDIM, and 0 with DDPM, got {eta}")

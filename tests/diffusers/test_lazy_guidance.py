@@ -1,4 +1,4 @@
-"""Guidance that is noted instead of computed: which expressions are, and that all others have the plain values."""
+"""Guidance that is deferred to the step: which expressions are, and that all others have the plain values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.scheduler_pair import STEPS, diffusers, fused, pair, randn
 WHOLE = randn(4, 3, 5)
 UNCOND, COND = WHOLE.chunk(2)
 SAMPLE = randn(2, 3, 5, seed=1)
-NOTED = {
+DEFERRED = {
     "a pipeline's": (lambda u, c: u + 7.5 * (c - u), 7.5),
     "scale last": (lambda u, c: u + (c - u) * 7.5, 7.5),
     "prediction last": (lambda u, c: 7.5 * (c - u) + u, 7.5),
@@ -27,9 +27,9 @@ NOTED = {
 }
 
 
-@pytest.mark.parametrize("name", NOTED)
-def test_guidance_is_noted(name):
-    expression, scale = NOTED[name]
+@pytest.mark.parametrize("name", DEFERRED)
+def test_guidance_is_deferred(name):
+    expression, scale = DEFERRED[name]
     for whole in (True, False):
         traced = Traced.of(WHOLE).chunk(2) if whole else Traced.both(Pair(UNCOND, COND))
         guided = expression(*traced)
@@ -87,7 +87,7 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES)
 def test_what_is_written_to_guidance_stays(write):
-    """Also to a part of it, before the rest is noted."""
+    """This holds for writes to a part of it, before the rest is deferred, as well."""
     for expression in (
         lambda u, c, w: w(u + 2.0 * (c - u)),
         lambda u, c, w: u + 2.0 * w(c - u),
@@ -127,7 +127,7 @@ def test_predictions_of_two_outputs_are_not_mixed():
     assert type(cond - uncond) is torch.Tensor
 
 
-def test_an_output_written_to_meanwhile_is_refused():
+def test_an_output_written_to_after_guidance_is_refused():
     whole = WHOLE.clone()
     uncond, cond = Traced.of(whole).chunk(2)
     guided = uncond + 2.0 * (cond - uncond)
@@ -140,13 +140,13 @@ def test_an_output_written_to_meanwhile_is_refused():
 
 
 def test_a_step_takes_plain_values_of_what_it_cannot_take_apart():
-    """Another shape than the sample's, a scale of its own, or no complete guidance."""
+    """Its output is not of the sample's shape, has a scale besides, or is incomplete guidance."""
     uncond, cond = Traced.of(WHOLE).chunk(2)
     guided = uncond + 2.0 * (cond - uncond)
     for output, sample, scale in ((guided, SAMPLE[:1], None), (guided, SAMPLE, 3.0), (cond - uncond, SAMPLE, None)):
-        got, kept = resolved(output, sample, scale)
+        got, same_scale = resolved(output, sample, scale)
         assert type(got) is torch.Tensor
-        assert kept == scale
+        assert same_scale == scale
     assert type(resolved(Traced.of(WHOLE), SAMPLE, None)[0]) is torch.Tensor
 
 

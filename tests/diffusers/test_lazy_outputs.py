@@ -1,4 +1,4 @@
-"""What a drop-in scheduler's step returns: diffusers' types, the predicted original only when it is read."""
+"""A drop-in scheduler's step returns diffusers' types, and computes the predicted original only when it is read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ READS = {
     "pickle": lambda o: pickle.loads(pickle.dumps(o)).pred_original_sample,
     "values": lambda o: list(o.values())[1],
     "pytree": lambda o: torch.utils._pytree.tree_leaves(o)[1],
-    "pytree, put together": lambda o: torch.utils._pytree.tree_map(lambda x: x, o).pred_original_sample,
+    "pytree, unflattened": lambda o: torch.utils._pytree.tree_map(lambda x: x, o).pred_original_sample,
 }
 PAIR_READS = {  # of a tuple of two, whose second has no memory until it is read
     "arithmetic": lambda o: o[1] + 0,
@@ -68,7 +68,7 @@ def test_the_predicted_original_is_computed_when_it_is_read(return_dict, read, m
     real = fastguide.diffusers.scheduler_step.guided_step
 
     def spy(*arguments, **keywords):
-        computed.append(keywords.get("return_original", False))
+        computed.append(keywords.get("original") is not None)
         return real(*arguments, **keywords)
 
     monkeypatch.setattr("fastguide.diffusers.scheduler_step.guided_step", spy)
@@ -113,7 +113,7 @@ def test_every_input_is_watched(changed):
         _ = result.pred_original_sample
 
 
-def test_where_nobody_counts_who_writes_the_original_is_computed_at_once():
+def test_the_original_of_inference_tensors_is_computed_at_once():
     scheduler = fused.DDIMScheduler()
     scheduler.set_timesteps(STEPS)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Whole loops against diffusers' schedulers, with their classifier-free guidance: the same pictures, the same noise."""
+"""Whole loops give the pictures and draw the noise of diffusers' schedulers with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def model(x, t, condition):
 
 
 def assert_same_picture(ours, theirs, truth):
-    """Within 1e-5 of diffusers, and of what diffusers' own float32 rounds away (it takes 1 - abar in float32)."""
+    """Compare within 1e-5 and what diffusers' own float32 rounds away (it takes 1 - abar in float32)."""
     their_error = (theirs - truth).norm() / truth.norm()
     assert (ours - theirs).norm() / theirs.norm() < 1e-5 + their_error
     assert (ours - truth).norm() / truth.norm() < 1e-5
 
 
 def true_loop(table, schedule, x_T, step, **settings):
-    """The textbook's loop in float64, with the same noise."""
+    """Run the textbook's loop in float64, with the same noise."""
     generator = torch.Generator().manual_seed(3)
     x = x_T.double()
     abar = schedule.alphas_cumprod
@@ -44,7 +44,7 @@ def true_loop(table, schedule, x_T, step, **settings):
 
 
 def loops(table, scheduler, x_T, **step_options):
-    """(fastguide, diffusers) after the same loop; the generators must end in the same state."""
+    """Return fastguide's and diffusers' sample after the same loop; their generators must end in the same state."""
     scheduler.set_timesteps(STEPS)
     assert table.host_timesteps == tuple(scheduler.timesteps.tolist())
     ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
@@ -59,7 +59,7 @@ def loops(table, scheduler, x_T, **step_options):
 
 
 def schedule_of(scheduler):
-    """From diffusers' own numbers, which are float32: what is compared is the step."""
+    """Make the schedule of diffusers' own numbers, which are float32, so that only the step is compared."""
     return fastguide.NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)
 
 
@@ -115,7 +115,7 @@ def test_ddpm_loop_is_diffusers(variance_type, prediction_type, spacing, generat
 
 
 def test_ddpm_trailing_is_diffusers_up_to_the_last_step(generator):
-    """diffusers adds noise at the last trailing step, as that is not timestep 0; here no last step adds any."""
+    """diffusers adds noise at the last trailing step, as that is not timestep 0; fastguide's last step adds none."""
     scheduler = diffusers.DDPMScheduler(**BETAS, timestep_spacing="trailing")
     table = fastguide.ddpm(schedule_of(scheduler), STEPS, clip_sample_range=1.0, timestep_spacing="trailing")
     scheduler.set_timesteps(STEPS)
@@ -142,7 +142,7 @@ def test_learned_range_step_is_diffusers(generator):
 
 @pytest.mark.parametrize("variance_type", ["fixed_large_log", "learned"])
 def test_where_diffusers_returns_nan_fastguide_follows_the_paper(variance_type, generator):
-    """Documented: diffusers takes the square root of a log-variance here. test_rows.py has the paper's value."""
+    """diffusers takes the square root of a log-variance; solvers/test_rows.py has the paper's value."""
     scheduler = diffusers.DDPMScheduler(**BETAS, variance_type=variance_type)
     scheduler.set_timesteps(STEPS)
     table = fastguide.ddpm(schedule_of(scheduler), STEPS, variance_type=variance_type)

@@ -18,7 +18,7 @@ WIDTHS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups
 
 
 def parts(in_channels=4):
-    """A denoiser and an autoencoder."""
+    """Make a denoiser and an autoencoder."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=in_channels, out_channels=4, cross_attention_dim=8, attention_head_dim=4,
@@ -50,7 +50,7 @@ def prompts(batch=2):
 
 
 def images_of(pipe, **arguments):
-    """Before, while accelerated, and after; and what the acceleration says."""
+    """Return the images before and during acceleration, and what ``accelerate`` returned; then restore and compare."""
 
     def run():
         torch.manual_seed(2)  # not every pipeline gives its generator to the step
@@ -72,7 +72,7 @@ def images_of(pipe, **arguments):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Guidance scales of the fused steps that were made."""
+    """Collect the guidance of each fused step."""
     scales = []
     real = fused.scheduler_step.guided_step
 
@@ -99,7 +99,7 @@ def test_text_to_image(name, eta, prediction_type, steps):
 
 @pytest.mark.parametrize("options", [{"guidance_scale": 1.0}, {"guidance_scale": 6.0, "guidance_rescale": 0.7}])
 def test_what_the_pipeline_computes_besides_guidance_is_computed(options, steps):
-    """No guidance at all, and guidance that is rescaled before the step: only the step is fused then."""
+    """Only the step is fused without guidance, and with guidance that is rescaled before the step."""
     pipe = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler"))
     before, during, _ = images_of(pipe, **prompts(), num_inference_steps=4, **options)
     torch.testing.assert_close(during, before, rtol=1e-4, atol=1e-4)
@@ -209,7 +209,7 @@ def test_a_sampler_leaves_out_a_variance_that_its_scheduler_does_not_take():
 
 
 def test_a_sampler_gives_mappings_of_mappings_to_the_denoiser():
-    """As SDXL's unet needs."""
+    """SDXL's unet needs them."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=8, attention_head_dim=4,
@@ -294,7 +294,7 @@ def test_another_scheduler_is_named_and_left_alone():
     assert thresholding.scheduler is before
 
 
-def test_a_scheduler_that_is_fused_already_keeps_its_place():
+def test_a_scheduler_that_is_fused_already_stays():
     scheduler = fused.DDIMScheduler(clip_sample=False)
     pipe = stable_diffusion("StableDiffusionPipeline", scheduler)
     assert fused.accelerate(pipe).traced == ["unet"]
@@ -317,8 +317,8 @@ def test_a_pipeline_with_a_fused_scheduler_is_saved_and_loaded(tmp_path):
     assert loaded.scheduler.config.beta_schedule == "scaled_linear"
 
 
-def test_parts_that_are_exchanged_meanwhile():
-    """A second call serves them; and undoing leaves them where they are."""
+def test_parts_that_are_exchanged_after_acceleration():
+    """A second call accelerates them; restoring leaves them in place."""
     pipe = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler"))
     first, unet = pipe.scheduler, pipe.unet
     fused.accelerate(pipe)

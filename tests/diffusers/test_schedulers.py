@@ -1,11 +1,13 @@
-"""The drop-in schedulers: diffusers' pictures, diffusers' noise, and guidance in the step."""
+"""The drop-in schedulers make diffusers' pictures with diffusers' noise, and take guidance into the step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import fastguide
+from fastguide.diffusers.tables import current_tables, table_of
 from tests.support.scheduler_pair import NAMES, SHAPE, STEPS, assert_close, diffusers, fused, loop, model, pair, randn
 
 DDIM = [{"eta": eta, "use_clipped_model_output": clipped} for eta in (0.0, 0.5, 1.0) for clipped in (False, True)]
@@ -92,7 +94,7 @@ def test_ddim_and_its_inversion_undo_each_other():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nearer_to_float64_than_diffusers_in_16_bits(dtype):
-    """Everything in 16 bits, as a pipeline of that dtype has it; the truth is diffusers' own step in float64."""
+    """Everything is in 16 bits, as in a pipeline of that dtype; the truth is diffusers' own step in float64."""
     results = []
     schedulers = (*pair("DDIMScheduler"), diffusers.DDIMScheduler())
     for scheduler, kind in zip(schedulers, (dtype, dtype, torch.float64), strict=True):
@@ -142,7 +144,7 @@ def test_a_scale_and_a_timestep_of_each_sample():
                 if name == "DDIMScheduler":
                     torch.testing.assert_close(got[b : b + 1], alone.prev_sample, rtol=1e-6, atol=1e-6)
                 else:
-                    table = one._table(x.device)
+                    table = table_of(one, current_tables(one), x.device, ())
                     mean = fastguide.guided_step(
                         table, int(t[b] if t.dim() else t), x[b : b + 1], list(output[b::2].split(1)),
                         fastguide.ClassifierFree(scale), noise=noise[b : b + 1],
@@ -166,6 +168,32 @@ def test_learned_variance_with_guidance_is_the_conditional_s():
     ddim.set_timesteps(STEPS)
     without = torch.cat([uncond, cond])
     assert torch.equal(ddim.step(output, t, x, guidance_scale=3.0)[0], ddim.step(without, t, x, guidance_scale=3.0)[0])
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_a_variance_without_use_is_left_out_of_guided_steps(name):
+    """The output has twice the channels, as DiT's, and the scheduler's variance is fixed."""
+    results = []
+    for width in (6, 3):
+        scheduler = getattr(fused, name)()
+        scheduler.set_timesteps(STEPS)
+        output = randn(4, 6, 8, 8, seed=1)[:, :width]
+        generator = torch.Generator().manual_seed(0)
+        results.append(scheduler.step(output, 83, randn(*SHAPE), generator=generator, guidance_scale=3.0).prev_sample)
+    assert torch.equal(*results)
+
+
+def test_weights_made_of_a_fake_mode_s_scale_are_real():
+    """Weights of numbers are made once for all steps, so also for those outside of the mode."""
+    scheduler = fused.DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert (
+            type(scheduler.step(torch.ones(4, 3, 8, 8), 83, torch.ones(SHAPE), guidance_scale=1.2345)[0]) is FakeTensor
+        )
+    step = randn(4, *SHAPE[1:]), 83, randn(*SHAPE, seed=1)
+    got, expected = (scheduler.step(*step, guidance_scale=scale)[0] for scale in (1.2345, [1.2345, 1.2345]))
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("form", ["epsilon", "epsilon_after_clip", "mean"])

@@ -1,4 +1,4 @@
-"""A drop-in scheduler beside diffusers' own, and loops over both."""
+"""Make a drop-in scheduler and diffusers' own, and run loops over either."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPE = (2, 3, 8, 8)
 
 
 def pair(name, **config):
-    """The drop-in and diffusers' own."""
+    """Return the drop-in and diffusers' own."""
     return getattr(fused, name)(**config), getattr(diffusers, name)(**config)
 
 
@@ -28,7 +28,7 @@ def model(x, t):
 
 
 def loop(scheduler, x, *, learned=False, dtype=None, generator=None, **options):
-    """A picture, and the predicted originals on the way."""
+    """Return a picture, and the predicted originals of all steps."""
     originals = []
     for t in scheduler.timesteps:
         output = model(x, t)

@@ -32,7 +32,8 @@ except ImportError:
 
 TORCH_FLOOR = runpy.run_path(str(Path(__file__).resolve().parent / "fastguide" / "_version.py"))["TORCH_FLOOR"]
 FLAGS = (
-    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra"
+    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
+    "-Wall -Wextra -Werror=switch"  # a dtype that a switch forgets does not compile
 )
 INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -41,17 +42,17 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 CUDA_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # the PTX serves every other GPU from 8.0 on
 # -fmad=false: products and sums stay apart, or an element's bits would depend on where in a vector it lies.
-CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden --threads=2"
+CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wswitch,-Werror=switch --threads=2"
 
 
 class BuildNative(build_ext):
-    """One shared library that depends on neither Python nor the version of torch."""
+    """Build one shared library that depends on neither Python nor the version of torch."""
 
     def finalize_options(self) -> None:
         # One folder for every Python and kind of install: ninja then compiles what changed, and nothing else.
-        asked = self.build_temp
+        chosen = self.build_temp
         super().finalize_options()
-        self.build_temp = asked or str(Path(__file__).resolve().parent / "build" / "native")
+        self.build_temp = chosen or str(Path(__file__).resolve().parent / "build" / "native")
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -83,12 +84,13 @@ class BuildNative(build_ext):
             hint = "" if code.nvcc is None else "; if it is nvcc's, FASTGUIDE_CUDA=0 builds without it"
             raise SystemExit(f"fastguide: the native library could not be compiled: the error is above{hint}")
         print(
-            f"fastguide: native library built for the CPU ({', '.join(INSTRUCTION_SETS)}); for GPUs: {code.said}",
+            f"fastguide: native library built for the CPU ({', '.join(INSTRUCTION_SETS)}); "
+            f"for GPUs: {code.description}",
             file=sys.stderr,
         )
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install: the library, or the note why there is none, in place of what was there before."""
+        """Replace the library of an earlier editable install by the new one, or by the note why there is none."""
         source = Path(__file__).resolve().parent / "fastguide"
         for name in ("_native.so", "_native.txt"):
             (source / name).unlink(missing_ok=True)
@@ -98,10 +100,10 @@ class BuildNative(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library uses no Python API: one wheel serves every Python 3 on the platform."""
+    """Tag the wheel for every Python 3 on the platform: the library uses no Python API."""
 
     def run(self) -> None:
-        # What an earlier build left there may have been deleted since, and would be packed.
+        # An earlier build may have left files that were deleted since: they would be packed.
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 
@@ -110,7 +112,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 def find_compiler() -> str | None:
-    """The command of $CXX, which must exist if it is set; else the first of the usual names."""
+    """Return the command of $CXX, which must exist if it is set; else the first of the usual names."""
     chosen = os.environ.get("CXX", "").strip()
     if chosen:
         if shutil.which(shlex.split(chosen)[0]) is None:
@@ -120,13 +122,17 @@ def find_compiler() -> str | None:
 
 
 def program_of(compiler: str) -> str:
-    """The compiler itself, of a command such as ``ccache g++ -pipe``: the last program before the options."""
+    """Return the compiler in a command such as ``ccache g++ -pipe``: the last program before the options."""
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), shlex.split(compiler)))
     return words[-1]
 
 
 def find_nvcc() -> Path | None:
-    """nvcc, unless FASTGUIDE_CUDA=0; an error if it is asked for and not there."""
+    """Find nvcc, unless FASTGUIDE_CUDA=0.
+
+    Raises:
+        SystemExit: FASTGUIDE_CUDA=1, and there is no nvcc.
+    """
     wanted = os.environ.get("FASTGUIDE_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"fastguide: FASTGUIDE_CUDA: expected 0, 1 or nothing, got {wanted!r}")
@@ -141,17 +147,17 @@ def find_nvcc() -> Path | None:
 
 
 class CudaCode(NamedTuple):
-    """What the GPU kernels are compiled for, and with what."""
+    """How the GPU kernels are compiled, and for which architectures."""
 
     nvcc: Path | None
     architectures: list[tuple[str, bool]]
     """("90", with PTX)."""
-    said: str
-    """For people: such as ``sm_80 sm_90 PTX 80``; or ``none: `` and why. ``fastguide info`` shows it."""
+    description: str
+    """For people: such as ``sm_80 sm_90 PTX 80``; or ``none: `` and the reason. ``fastguide info`` shows it."""
 
 
 def cuda_code() -> CudaCode:
-    """What can be compiled here, or is asked for."""
+    """Choose what this machine's nvcc compiles, as the environment variables ask for it."""
     nvcc = find_nvcc()
     if nvcc is None:
         missing = "no nvcc was found" + (" in CUDA_HOME" if os.environ.get("CUDA_HOME") else "")
@@ -163,56 +169,63 @@ def cuda_code() -> CudaCode:
 
 
 def cuda_architectures(nvcc: Path) -> list[tuple[str, bool]]:
-    """What to compile for: ("90", with PTX). Those of the default that an older nvcc does not know are left out."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    known = asked_of(nvcc, "--list-gpu-arch").stdout.split()
+    """List what to compile for: ("90", with PTX). Defaults that an older nvcc does not support are left out."""
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    supported = run_nvcc(nvcc, "--list-gpu-arch").stdout.split()
     architectures = []
-    for entry in (asked or CUDA_ARCHITECTURES).replace(";", " ").split():
+    for entry in (chosen or CUDA_ARCHITECTURES).replace(";", " ").split():
         version, plus, ptx = entry.partition("+")
         name = version.replace(".", "")
         if not name.rstrip("af").isdigit() or ptx not in ("", "PTX") or (plus and not ptx):
             raise SystemExit(f"fastguide: TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 9.0+PTX, got {entry!r}")
-        if f"compute_{name.rstrip('af')}" in known:
+        if f"compute_{name.rstrip('af')}" in supported:
             architectures.append((name, bool(ptx)))
-        elif asked:
+        elif chosen:
             raise SystemExit(
-                f"fastguide: TORCH_CUDA_ARCH_LIST: {nvcc} has no code for {entry!r}; it knows {' '.join(known)}. "
+                f"fastguide: TORCH_CUDA_ARCH_LIST: {nvcc} has no code for {entry!r}; it knows {' '.join(supported)}. "
                 "Ask for some of these, or take another CUDA toolkit (12.8 and newer know 12.0)"
             )
         else:
             announce(f"fastguide: {nvcc} is too old for sm_{name}, which is left out")
     if not architectures:
-        if not asked:
+        if not chosen:
             raise SystemExit(f"fastguide: {nvcc} is too old: expected one that knows some of {CUDA_ARCHITECTURES}")
-        raise SystemExit(f"fastguide: TORCH_CUDA_ARCH_LIST: expected architectures, got {asked!r}")
+        raise SystemExit(f"fastguide: TORCH_CUDA_ARCH_LIST: expected architectures, got {chosen!r}")
     return architectures
 
 
-def asked_of(nvcc: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What nvcc says to arguments that compile nothing; an error if it does not work."""
+def run_nvcc(nvcc: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run nvcc with arguments that compile nothing.
+
+    Raises:
+        SystemExit: it cannot be run, or fails.
+    """
     advice = "Mend it, name another with CUDA_HOME, or build without the GPU kernels: FASTGUIDE_CUDA=0"
     try:
         result = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
     except OSError as error:
         raise SystemExit(f"fastguide: {nvcc} cannot be run: {error}. {advice}") from None
     if result.returncode != 0:
-        said = (result.stderr or result.stdout).strip() or "nothing"
-        raise SystemExit(f"fastguide: {nvcc} {arguments[0]} fails with {result.returncode}, and says {said}. {advice}")
+        output = (result.stderr or result.stdout).strip() or "nothing"
+        raise SystemExit(
+            f"fastguide: {nvcc} {arguments[0]} fails with {result.returncode}, and says {output}. {advice}"
+        )
     return result
 
 
 def compression(nvcc: Path) -> str:
-    """The smallest code that every driver of the toolkit loads: before CUDA 13, some know the older format alone."""
-    release = re.search(r"release (\d+)", asked_of(nvcc, "--version").stdout)
+    """Return the option for the smallest code that every driver of the toolkit loads."""
+    # Before CUDA 13, some drivers read the older format only.
+    release = re.search(r"release (\d+)", run_nvcc(nvcc, "--version").stdout)
     return "--compress-mode=size" if release and int(release[1]) >= 13 else "-Xfatbin=-compress-all"
 
 
 def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
-    """What to compile and how, for ninja."""
+    """Write the build file: what ninja compiles, and how."""
     torch_root = find_torch()
     target = f"0x{TORCH_FLOOR[0]:02X}{TORCH_FLOOR[1]:02X}000000000000"
     source = Path(__file__).resolve().parent / "csrc"
-    nvcc, architectures, said = code
+    nvcc, architectures, description = code
     # torch loads the library itself: it must name libtorch, or its symbols are not found.
     keep = "" if sys.platform == "darwin" else "-Wl,--no-as-needed -Wl,--strip-all "
     lines = [
@@ -227,8 +240,8 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
         f"  command = $cxx -shared $in -o $out -L{quote(torch_root / 'lib')} $libraries",
         f"build operator.o: compile {escape(source / 'binding' / 'operator.cpp')}",
         f"  extra = -DTORCH_TARGET_VERSION={target} -isystem {quote(torch_root / 'include')} "
-        f"-ffile-prefix-map={quote(source)}=csrc "  # error messages name files; not where they were built
-        f"'-DFASTGUIDE_CUDA_CODE=\"{said}\"'" + (" -DFASTGUIDE_CUDA" if nvcc else ""),
+        f"-ffile-prefix-map={quote(source)}=csrc "  # error messages name files, without the folder of the build
+        f"'-DFASTGUIDE_CUDA_CODE=\"{description}\"'" + (" -DFASTGUIDE_CUDA" if nvcc else ""),
     ]
     objects = ["operator.o"]
     for name, flags in INSTRUCTION_SETS.items():
@@ -260,7 +273,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
 
 
 def find_torch() -> Path:
-    """Where torch is, of which headers and one name to link are needed: it is not imported."""
+    """Find torch without importing it: the build needs its headers and one library to link."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
@@ -275,8 +288,8 @@ def find_torch() -> Path:
 
 
 def cudart(nvcc: Path) -> str:
-    """The static CUDA runtime of an nvcc's toolkit; nvcc itself says where that is, as it may be called by a script."""
-    plan = asked_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull)
+    """Find the static CUDA runtime of nvcc's toolkit; nvcc itself names the toolkit, because it may be a script."""
+    plan = run_nvcc(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull)
     root = re.search(r"\bTOP=(.+)", plan.stderr)
     if root is None:
         raise SystemExit(f"fastguide: {nvcc} --dryrun does not say where its toolkit is:\n{plan.stderr}")
@@ -288,17 +301,17 @@ def cudart(nvcc: Path) -> str:
 
 
 def escape(path: str | Path) -> str:
-    """A path of a build line, as ninja reads it."""
+    """Escape a path for a build line of ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def quote(word: str | Path) -> str:
-    """A word of a command, as ninja hands it to the shell."""
+    """Quote a word of a command that ninja passes to the shell."""
     return shlex.quote(str(word)).replace("$", "$$")
 
 
 def ninja() -> str:
-    """The ninja of the build environment, else the one on the PATH."""
+    """Find ninja: that of the build environment, else the one on the PATH."""
     beside = Path(sys.executable).parent / "ninja"
     found = str(beside) if beside.exists() else shutil.which("ninja")
     if found is None:
@@ -307,9 +320,9 @@ def ninja() -> str:
 
 
 def announce(message: str) -> None:
-    """Say it where the person sees it: pip hides what a successful build prints, but not the terminal."""
+    """Print a message where a person sees it: pip hides what a successful build prints, but not the terminal."""
     print(message, file=sys.stderr)
-    with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:  # where there is one
+    with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:  # if there is one
         print(f"\n{message}", file=terminal)
 
 

@@ -1,8 +1,8 @@
-// Where each sample stands in its table, kept on the device, so that one launch is right at every step of a loop.
+// The step index of each sample on the device, so that one captured launch is right at every step of a loop.
 //
-// A cursor is a row of kCursorColumns int64: the step's index; the index at which the sample is finished, and is left
-// as it is from there on; the index of its first step, from which the portable noise counts; and, in the first row, how
-// many blocks of a GPU's kernel have read theirs. Host and device, no torch.
+// A cursor is a row of kCursorColumns int64: the step's index; the index at which the sample is finished and no longer
+// changed; the index of its first step, from which the portable noise counts; and, in the first row, how many blocks of
+// a GPU's kernel have read the cursor. Host and device, no torch.
 #pragma once
 
 #include <cstdint>
@@ -30,22 +30,27 @@ FASTGUIDE_INLINE bool in_table(const StepArguments& a, const Position& position)
   return position.index >= 0 && position.index < a.steps;
 }
 
-FASTGUIDE_INLINE double row_value(const StepArguments& a, int64_t index, int column) {
-  const int64_t place = index * num_columns + column;
-  return a.double_precision ? static_cast<const double*>(a.rows)[place] : static_cast<const float*>(a.rows)[place];
+template <typename T>
+FASTGUIDE_INLINE const Row<T>& row_at(const StepArguments& a, int64_t index) {
+  return static_cast<const Row<T>*>(a.rows)[index];
 }
 
 FASTGUIDE_INLINE void write_timestep(const StepArguments& a, int64_t place, int64_t index) {
-  const double value = row_value(a, index, Column::in_timestep);
-  if (a.timestep_element == TimestepElement::int64) {
-    static_cast<int64_t*>(a.timestep)[place] = int64_t(value);
-  } else {
-    static_cast<float*>(a.timestep)[place] = float(value);
+  const double value =
+      a.double_precision ? row_at<double>(a, index).in_timestep : double(row_at<float>(a, index).in_timestep);
+  switch (a.timestep_element) {
+    case TimestepElement::int64:
+      static_cast<int64_t*>(a.timestep)[place] = int64_t(value);
+      return;
+    case TimestepElement::float32:
+      static_cast<float*>(a.timestep)[place] = float(value);
+      return;
   }
+  FASTGUIDE_UNREACHABLE();
 }
 
-// Moves all cursors on, and writes the timesteps of the next model call, once every reader has its position; a share
-// of the work, of `shares`. common: the position of a cursor for all samples.
+// Advances all cursors and writes the timesteps of the next model call, after every reader has its position. Does one
+// share of the work, of `shares`. common is the position of a cursor that all samples have in common.
 FASTGUIDE_INLINE void advance(const StepArguments& a, const Position& common, int64_t share, int64_t shares) {
   if (a.cursor_stride == 0) {
     if (!common.live || !in_table(a, common)) return;
@@ -61,10 +66,12 @@ FASTGUIDE_INLINE void advance(const StepArguments& a, const Position& common, in
   }
 }
 
-// Whether torch's stream moves on: a finished sample draws nothing, nor does a step of a loop that adds no noise.
+// Whether torch's stream advances: a finished sample draws nothing, nor does a step of a loop that adds no noise.
 FASTGUIDE_INLINE bool draws_from(const StepArguments& a, const Position& position) {
   if (a.cursor == nullptr) return true;
-  return position.live && in_table(a, position) && row_value(a, position.index, Column::out_noise) != 0.0;
+  if (!position.live || !in_table(a, position)) return false;
+  return a.double_precision ? row_at<double>(a, position.index).out_noise != 0.0
+                            : row_at<float>(a, position.index).out_noise != 0.0f;
 }
 
 }  // namespace fastguide

@@ -1,4 +1,4 @@
-// One element between its storage dtype and float. Host and device, no torch.
+// Converts one element between its storage dtype and float. Host and device, no torch.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,17 @@ namespace fastguide {
 
 enum class Element : int { float32, bfloat16, float16, float64 };
 
-FASTGUIDE_INLINE int element_bytes(Element element) {
-  return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
+FASTGUIDE_INLINE constexpr int element_bytes(Element element) {
+  switch (element) {
+    case Element::float32:
+      return 4;
+    case Element::bfloat16:
+    case Element::float16:
+      return 2;
+    case Element::float64:
+      return 8;
+  }
+  FASTGUIDE_UNREACHABLE();
 }
 
 FASTGUIDE_INLINE uint32_t bits_of(float value) {

@@ -1,6 +1,6 @@
 // How functions in headers are compiled: for the host, and by nvcc for the device as well.
 //
-// Internal linkage throughout: headers are compiled for several instruction sets into one library, and the linker must
+// All have internal linkage: headers are compiled for several instruction sets into one library, and the linker must
 // not share a function between them.
 #pragma once
 
@@ -13,3 +13,6 @@
 #define FASTGUIDE_UNROLL
 #define FASTGUIDE_ROLL
 #endif
+
+// Follows a switch over all values of an enum. Such a switch has no default: a value that it forgets does not compile.
+#define FASTGUIDE_UNREACHABLE() __builtin_unreachable()

@@ -1,11 +1,11 @@
-// Noise from counters: Philox4x32-10, and normal values of it in two streams. Host and device, no torch.
+// Draws noise from counters: Philox4x32-10, and two streams of normal values made of it. Host and device, no torch.
 //
-// The torch stream gives what torch.randn gives on a GPU, whose kernel deals its values out by its own grid. The
-// portable stream is keyed by a sample's seed and counted by step and element, and is the same to the bit everywhere:
+// The torch stream has the values of torch.randn on a GPU, whose kernel distributes them over its own grid. The
+// portable stream is keyed by a sample's seed and counted by step and element. It has the same bits everywhere, because
 // it is made of integer operations and of single float operations that every device rounds alike. Therefore
-//   - no two of them may be contracted into a fused multiply-add: files for the host that include this one and use the
-//     portable stream are compiled with -ffp-contract=off, and on a device the intrinsics forbid it;
-//   - fastguide/noise.py and fastguide/backends/triton_kernel.py hold the same operations in the same order.
+//   - no two of them may be contracted into a fused multiply-add: files for the host that use the portable stream are
+//     compiled with -ffp-contract=off, and on a device the intrinsics forbid it;
+//   - fastguide/step/noise.py and fastguide/step/backends/triton_kernel.py have the same operations in the same order.
 #pragma once
 
 #include <cmath>
@@ -40,7 +40,7 @@ struct Normal2 {
 
 // ---- The torch stream ----
 
-// Which call of Philox, in which thread of torch's kernel, and which of its four values, an element gets:
+// The call of Philox, the thread of torch's kernel, and which of the call's four values an element gets. Source:
 // ATen/native/cuda/DistributionTemplates.h, distribution_elementwise_grid_stride_kernel with unroll 4.
 struct TorchPosition {
   uint64_t call;
@@ -59,7 +59,7 @@ FASTGUIDE_INLINE Philox4 torch_call(uint64_t seed, uint64_t offset, uint64_t cal
   return philox4x32_10({uint32_t(counter), uint32_t(counter >> 32), thread, 0}, seed);
 }
 
-// curand's Box-Muller, sine first, with the device functions that it uses; on the host, to a few units in the last
+// curand's Box-Muller, sine first, with curand's device functions; on the host it agrees to a few units in the last
 // place.
 FASTGUIDE_INLINE Normal2 torch_normal(uint32_t a, uint32_t b) {
   constexpr float scale = 2.3283064e-10f;  // 2^-32
@@ -84,7 +84,7 @@ FASTGUIDE_INLINE float torch_normal(uint64_t seed, uint64_t offset, uint64_t ele
   return position.value % 2 == 0 ? z.first : z.second;
 }
 
-// By how much torch moves the generator's offset for a tensor of this size.
+// The amount by which torch advances the generator's offset for a tensor of this size.
 FASTGUIDE_INLINE uint64_t torch_increment(uint64_t elements, uint32_t threads) {
   return elements == 0 ? 0 : ((elements - 1) / (uint64_t(threads) * 4) + 1) * 4;
 }
@@ -130,7 +130,7 @@ FASTGUIDE_INLINE float portable_minus_two_log(uint32_t a) {
   return add(multiply(exponent, -1.3862944f), log);
 }
 
-// Box & Muller 1958, cosine first. The angle is b / 2^32 of a turn: the nearest quarter is exact in integers.
+// Box & Muller 1958, cosine first. The angle is b / 2^32 of a turn: its nearest quarter is exact, in integers.
 FASTGUIDE_INLINE Normal2 portable_normal(uint32_t a, uint32_t b) {
   const float radius = sqrtf(portable_minus_two_log(a));
   const uint32_t quarter = (b + 0x20000000u) >> 30;                               // modulo a turn
@@ -170,7 +170,7 @@ FASTGUIDE_INLINE float portable_normal_of(uint64_t seed, uint32_t step, uint64_t
   return element % 2 == 0 ? z.first : z.second;
 }
 
-// The element's place in a contiguous sample, from its place in memory; see StepArguments::channels.
+// Converts an element's place in memory to its place in a contiguous sample; see StepArguments::channels.
 FASTGUIDE_INLINE int64_t counted_place(int64_t place, int64_t channels, int64_t elements_per_sample) {
   if (channels == 1) return place;
   const int64_t inner = place / channels;

@@ -6,7 +6,7 @@
 //       + (out_grad + out_var_grad*sigma^2)*s*g + out_noise*sigma*z
 //   sigma = exp((logvar_base + logvar_span*v) / 2) with a learned variance v, else 1
 //   x'  = mask*x' + (1-mask)*(known_sample*k + known_noise*z_k)     where a part k of x_0 is known, noised to x's level
-//   in_scale*x' is the input of the next model call, if it is asked for
+//   in_scale*x' is the input of the next model call
 #pragma once
 
 #include <cmath>
@@ -17,65 +17,70 @@
 
 namespace fastguide {
 
-// A row's coefficients in the order of fastguide.table.ROW_COLUMNS.
-enum Column : int {
-  x0_scale,
-  x0_sample,
-  x0_pred,
-  x0_grad,
-  clip,
-  out_x0,
-  out_sample,
-  out_pred,
-  out_grad,
-  out_var_grad,
-  out_noise,
-  logvar_base,
-  logvar_span,
-  in_scale,
-  in_timestep,
-  known_sample,
-  known_noise,
-  num_columns,
+// X(name) for each coefficient of a row, in the order of fastguide.solvers.table.ROW_COLUMNS: the loader compares them.
+#define FASTGUIDE_ROW(X) \
+  X(x0_scale)            \
+  X(x0_sample)           \
+  X(x0_pred)             \
+  X(x0_grad)             \
+  X(clip)                \
+  X(out_x0)              \
+  X(out_sample)          \
+  X(out_pred)            \
+  X(out_grad)            \
+  X(out_var_grad)        \
+  X(out_noise)           \
+  X(logvar_base)         \
+  X(logvar_span)         \
+  X(in_scale)            \
+  X(in_timestep)         \
+  X(known_sample)        \
+  X(known_noise)
+
+// The coefficients of one step, as they are in memory.
+template <typename T>
+struct Row {
+#define FASTGUIDE_FIELD(name) T name;
+  FASTGUIDE_ROW(FASTGUIDE_FIELD)
+#undef FASTGUIDE_FIELD
 };
 
-// What one sample needs for one step: its row, its weights, and the gradient's scale s folded into the row.
-template <typename T>
-struct Coefficients {
-  T x0_scale, x0_sample, x0_pred, x0_grad, clip;
-  T out_x0, out_sample, out_pred, out_grad, out_var_grad, out_noise;
-  T logvar_base, logvar_span, in_scale, known_sample, known_noise;
-  T weight_sum, weight_1;  // of the first two predictions; more are combined beforehand
-};
+#define FASTGUIDE_COUNT(name) +1
+constexpr int kRowColumns = 0 FASTGUIDE_ROW(FASTGUIDE_COUNT);
+#undef FASTGUIDE_COUNT
+static_assert(sizeof(Row<float>) == kRowColumns * sizeof(float), "a table's rows follow each other without a gap");
+static_assert(sizeof(Row<double>) == kRowColumns * sizeof(double), "a table's rows follow each other without a gap");
 
-// weights: sum of all w_k, w_1, ..., w_{K-1}, gradient scale; K = num_predictions, and one weight for none.
+// The row with the gradient's scale s folded into it.
 template <typename T>
-FASTGUIDE_INLINE Coefficients<T> coefficients(const T* row, const T* weights, int num_predictions) {
-  const T scale = weights[num_predictions > 1 ? num_predictions : 1];
-  Coefficients<T> c;
-  c.x0_scale = row[Column::x0_scale];
-  c.x0_sample = row[Column::x0_sample];
-  c.x0_pred = row[Column::x0_pred];
-  c.x0_grad = row[Column::x0_grad] * scale;
-  c.clip = row[Column::clip];
-  c.out_x0 = row[Column::out_x0];
-  c.out_sample = row[Column::out_sample];
-  c.out_pred = row[Column::out_pred];
-  c.out_grad = row[Column::out_grad] * scale;
-  c.out_var_grad = row[Column::out_var_grad] * scale;
-  c.out_noise = row[Column::out_noise];
-  c.logvar_base = row[Column::logvar_base];
-  c.logvar_span = row[Column::logvar_span];
-  c.in_scale = row[Column::in_scale];
-  c.known_sample = row[Column::known_sample];
-  c.known_noise = row[Column::known_noise];
-  c.weight_sum = weights[0];
-  c.weight_1 = num_predictions > 1 ? weights[1] : T(0);
-  return c;
+FASTGUIDE_INLINE Row<T> with_gradient_scale(const Row<T>& row, T s) {
+  Row<T> scaled = row;
+  scaled.x0_grad *= s;
+  scaled.out_grad *= s;
+  scaled.out_var_grad *= s;
+  return scaled;
 }
 
-// exp in one path without branches, so that a loop over it vectorises; exact to 1 unit in the last place.
-// Cody-Waite reduction and the minimax polynomial of Cephes' expf; overflow and subnormals as in libm.
+// A sample's weights are the sum of all w_k, w_1, ..., w_{K-1}, and the gradient's scale; a step without predictions
+// has one weight, which is not used.
+template <typename T>
+FASTGUIDE_INLINE T gradient_scale(const T* weights, int num_predictions) {
+  return weights[num_predictions > 1 ? num_predictions : 1];
+}
+
+// The weights of at most two predictions; more are combined beforehand.
+template <typename T>
+struct PairWeights {
+  T sum, w1;
+};
+
+template <typename T>
+FASTGUIDE_INLINE PairWeights<T> pair_weights(const T* weights, int num_predictions) {
+  return {weights[0], num_predictions > 1 ? weights[1] : T(0)};
+}
+
+// exp without branches, so that a loop over it vectorises; exact to 1 unit in the last place. Cody-Waite reduction and
+// the minimax polynomial of Cephes' expf; overflow and subnormals as in libm.
 FASTGUIDE_INLINE float exponential(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
@@ -107,8 +112,8 @@ FASTGUIDE_INLINE double exponential(double x) { return ::exp(x); }
 
 // p_0 and p_1 nearly agree, and their difference is exact: it keeps what (1 - s)*p_0 + s*p_1 rounds away.
 template <typename T>
-FASTGUIDE_INLINE T guided_prediction(const Coefficients<T>& c, T p0, T p1) {
-  return c.weight_sum * p0 + c.weight_1 * (p1 - p0);
+FASTGUIDE_INLINE T guided_prediction(const PairWeights<T>& weights, T p0, T p1) {
+  return weights.sum * p0 + weights.w1 * (p1 - p0);
 }
 
 template <typename T>
@@ -116,9 +121,10 @@ struct StepResult {
   T sample, original;
 };
 
-// x sample, m guided prediction, g gradient, v learned variance, z noise; what a flag denies is not used.
+// c has the gradient's scale in it. x is the sample, m the guided prediction, g the gradient, v the learned variance
+// and z the noise; what a flag denies is not used.
 template <typename T, bool has_prediction, bool has_gradient, bool has_variance, bool has_noise>
-FASTGUIDE_INLINE StepResult<T> step_element(const Coefficients<T>& c, T x, T m, T g, T v, T z) {
+FASTGUIDE_INLINE StepResult<T> step_element(const Row<T>& c, T x, T m, T g, T v, T z) {
   T x0 = c.x0_sample * x;
   if constexpr (has_prediction) x0 += c.x0_pred * m;
   if constexpr (has_gradient) x0 += c.x0_grad * g;
@@ -144,9 +150,10 @@ FASTGUIDE_INLINE StepResult<T> step_element(const Coefficients<T>& c, T x, T m, 
   return {next, x0};
 }
 
-// The next sample with its known part: where mask is 0 or 1, of one of them alone, whatever the other is.
+// Puts the known part into the next sample. Where the mask is 0 or 1, only one of the two counts, even if the other is
+// not finite.
 template <typename T>
-FASTGUIDE_INLINE T with_known(const Coefficients<T>& c, T next, T mask, T known, T z) {
+FASTGUIDE_INLINE T with_known(const Row<T>& c, T next, T mask, T known, T z) {
   const T level = c.known_sample * known + c.known_noise * z;
   const T blended = mask * next + (T(1) - mask) * level;
   return mask == T(1) ? next : mask == T(0) ? level : blended;

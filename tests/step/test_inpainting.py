@@ -122,7 +122,7 @@ def test_the_operator_itself_refuses_what_would_be_wrong(generator):
     ones = [torch.ones(2, 8) for _ in range(3)]
     for last, message in (
         ([None, None, ones[0], None, None], "mask: expected mask, known and known_noise together"),
-        ([None, None, x, ones[0], ones[1]], "out: expected memory apart from mask, known and known_noise"),
+        ([None, None, x, ones[0], ones[1]], "out: expected memory apart from mask"),
         ([torch.zeros(2, 4), None, None, None, None], "cursor: expected int64"),
         ([None, torch.zeros(2), None, None, None], "timestep: expected a cursor with it"),
         ([torch.tensor([[11, 12, 0, 0]]), None, None, None, None], "index: expected values from 0 to 9, got 11"),

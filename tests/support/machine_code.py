@@ -23,7 +23,7 @@ def cuobjdump(*arguments: str | Path) -> str:
 
 
 def demangled(names: list[str]) -> list[str]:
-    """Without namespaces; what c++filt does not know stays as it is."""
+    """Demangle names and remove namespaces; c++filt leaves what it cannot demangle."""
     out = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     return [re.sub(r"fastguide::|cuda::|\(anonymous namespace\)::|^void ", "", name) for name in out.splitlines()]
 
@@ -35,7 +35,7 @@ class Usage(NamedTuple):
 
 
 def resource_usage(file: Path) -> list[tuple[str, str, Usage]]:
-    """Of each kernel in each architecture's code: architecture, name, registers and memory of its own."""
+    """List each kernel in each architecture's code: architecture, name, registers and memory of its own."""
     found, architecture, names = [], "", []
     for line in cuobjdump("-res-usage", file).splitlines():
         if match := re.match(r"arch = (\w+)", line):
@@ -48,7 +48,7 @@ def resource_usage(file: Path) -> list[tuple[str, str, Usage]]:
 
 
 def instructions(file: Path, architecture: str | None = None) -> dict[str, Counter[str]]:
-    """How often each kernel has each instruction, with its suffixes and without its operands."""
+    """Count each kernel's instructions, by name with suffixes and without operands."""
     code = cuobjdump(*(("-arch", architecture) if architecture else ()), "-sass", file)
     counts: dict[str, Counter[str]] = {}
     current: Counter[str] = Counter()

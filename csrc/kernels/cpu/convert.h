@@ -1,4 +1,4 @@
-// Runs of elements between storage dtypes and the arithmetic's type, vectorised. Host only, internal linkage.
+// Converts runs of elements between storage dtypes and the type of the arithmetic, vectorised. Host only.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +13,11 @@
 
 namespace fastguide {
 
-// Each pair of arguments is distinct memory or the same; never partly the same.
+// `from` and `to` are the same memory or apart, never partly the same.
 template <typename T>
 FASTGUIDE_INLINE void load_float16(const uint16_t* from, T* to, int64_t count) {
   int64_t i = 0;
-#if defined(__AVX512F__)  // masked with all ones, as g++ 12 warns of the others
+#if defined(__AVX512F__)  // masked with all ones, because g++ 12 warns about the others
   if constexpr (sizeof(T) == sizeof(float)) {
     for (; i + 16 <= count; i += 16) {
       _mm512_storeu_ps(to + i,
@@ -55,7 +55,7 @@ FASTGUIDE_INLINE void store_float16(const T* from, uint16_t* to, int64_t count) 
   for (; i < count; ++i) to[i] = to_float16(float(from[i]));
 }
 
-// The elements as T: in place if that is how they are stored, otherwise converted into scratch.
+// Returns the elements as T: in place if they are stored so, otherwise converted into scratch.
 template <typename T>
 FASTGUIDE_INLINE const T* load(const Input& input, int64_t offset, int64_t count, T* scratch) {
   switch (input.element) {

@@ -7,13 +7,13 @@
 
 namespace fastguide {
 
-// Elements converted at a time: up to eight runs of them, 4 bytes each, fit the first-level cache.
+// Elements converted at a time: eight runs of them, 4 bytes each, fit the first-level cache.
 constexpr int64_t kBlock = 512;
 
 // step_range computes the elements begin <= i < end of all samples, counted one sample after the other.
 using StepRange = void (*)(const StepArguments& arguments, int64_t begin, int64_t end);
 
-// portable_noise writes at most kBlock values: those of a sample's elements from begin on.
+// portable_noise writes `count` values, at most kBlock: those of a sample's elements from `begin` on.
 #define FASTGUIDE_DECLARE(isa)                                                                                     \
   namespace isa {                                                                                                  \
   void step_range(const StepArguments& arguments, int64_t begin, int64_t end);                                     \

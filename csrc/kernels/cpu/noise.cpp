@@ -1,4 +1,4 @@
-// The portable noise stream on the CPU, in runs of neighbouring elements.
+// Draws the portable noise stream on the CPU, in runs of neighbouring elements.
 //
 // Compiled once for each instruction set, like step.cpp, but with -ffp-contract=off: see philox.h.
 #include "kernels/cpu/launch.h"
@@ -8,7 +8,7 @@ namespace fastguide {
 namespace FASTGUIDE_ISA {
 namespace {
 
-constexpr int kCalls = kBlock / 4 + 1;  // a run that begins and ends inside of a call's four values takes one more
+constexpr int kCalls = kBlock / 4 + 1;  // one more for a run that begins and ends within a call's four values
 
 void neighbours(uint64_t seed, uint32_t step, int64_t begin, int64_t count, float* z) {
   const uint64_t first = uint64_t(begin) / 4;

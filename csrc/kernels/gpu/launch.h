@@ -8,10 +8,10 @@
 namespace fastguide {
 namespace cuda {
 
-// Starts a step on a stream (a cudaStream_t) of a device, and does not wait for it; returns an error's text, or null.
+// Launches a step on a stream (a cudaStream_t) of a device, and does not wait for it; returns an error's text, or null.
 const char* launch_step(const StepArguments& arguments, int device, void* stream);
 
-// Whether there is a driver, and it is too old for the CUDA runtime in this library.
+// Whether there is a driver that is too old for the CUDA runtime in this library.
 bool driver_too_old();
 
 // The most predictions that a step takes in tensors of their own.

@@ -1,4 +1,4 @@
-// The CUDA kernels: thread.h's threads in a grid, one kernel for each variant, and their launch. Raw pointers only.
+// The CUDA kernels: a grid of thread.h's threads, one kernel for each variant, and the launch. Raw pointers only.
 #include <cuda_runtime.h>
 
 #include "kernels/gpu/launch.h"
@@ -8,9 +8,9 @@ namespace fastguide {
 namespace cuda {
 namespace {
 
-constexpr int kBlocks = 4;  // on a multiprocessor at least: 128 registers a thread, which all variants do with
+constexpr int kBlocks = 4;  // the least number on a multiprocessor: at most 128 registers a thread
 
-// Seed and offset, where they are on the device.
+// The stream with its seed and offset, which may be on the device.
 __device__ TorchStream read_torch_stream(const StepArguments& a) {
   TorchStream stream = a.torch_stream;
   if (stream.state == nullptr) return stream;
@@ -19,27 +19,32 @@ __device__ TorchStream read_torch_stream(const StepArguments& a) {
   return stream;
 }
 
-// What a step moves on, on the device: the cursors and torch's stream, for the next step. The last block to have read
-// them does; all count when they have read, at their beginning, and the count is on its way while they compute.
+// A step advances the cursor and torch's stream on the device, for the next step.
+//
+// Every block increments `readers` after it has read them. The block that reads last advances them. The atomic is
+// issued first, so that its latency overlaps the computation.
 __device__ int64_t* readers_of(const StepArguments& a) {
   if (a.cursor != nullptr) return a.cursor + kCursorReaders;
   return a.torch_stream.state != nullptr ? a.torch_stream.state + 2 : nullptr;
 }
 
-__device__ unsigned count_reader(const StepArguments& a) {  // the first thread's: how many blocks have read before
+// Returns to the first thread how many blocks have read before this one.
+__device__ unsigned count_reader(const StepArguments& a) {
   int64_t* readers = readers_of(a);
   if (readers == nullptr) return 0;
   __syncthreads();
   if (threadIdx.x != 0) return 0;
-  __threadfence();  // what the block has read comes before its count
+  __threadfence();  // orders the block's reads before its count
   return atomicAdd(reinterpret_cast<unsigned*>(readers), 1u);
 }
 
-__device__ void move_on(const StepArguments& a, const TorchStream& stream, const Position& position, unsigned before) {
+// `before` is what count_reader returned.
+__device__ void advance_if_last(const StepArguments& a, const TorchStream& stream, const Position& position,
+                                unsigned before) {
   int64_t* readers = readers_of(a);
-  if (readers == nullptr || int(threadIdx.x) >= warpSize) return;  // the first warp is left
+  if (readers == nullptr || int(threadIdx.x) >= warpSize) return;  // the first warp goes on
   if (__shfl_sync(0xFFFFFFFFu, before, 0) != gridDim.x - 1) return;
-  __threadfence();  // and all counts before the writing
+  __threadfence();  // orders all counts before the writes
   if (a.cursor != nullptr) advance(a, position, threadIdx.x, warpSize);
   if (threadIdx.x != 0) return;
   if (stream.state != nullptr && draws_from(a, position)) stream.state[1] = int64_t(stream.offset + stream.increment);
@@ -47,84 +52,85 @@ __device__ void move_on(const StepArguments& a, const TorchStream& stream, const
 }
 
 template <typename V>
-__global__ void __launch_bounds__(kThreads, kBlocks) step_kernel(const __grid_constant__ GpuStep s) {
-  const Position position = position_of(s.a, sample_of(s, blockIdx.x));
-  const unsigned before = count_reader(s.a);
-  step_tile<V>(s, position, blockIdx.x, threadIdx.x);
-  move_on(s.a, TorchStream{}, position, before);
+__global__ void __launch_bounds__(kThreads, kBlocks) step_kernel(const __grid_constant__ Launch launch) {
+  const Position position = position_of(launch.a, sample_of(launch, blockIdx.x));
+  const unsigned before = count_reader(launch.a);
+  step_tile<V>(launch, position, blockIdx.x, threadIdx.x);
+  advance_if_last(launch.a, TorchStream{}, position, before);
 }
 
 template <typename V>
-__global__ void __launch_bounds__(kThreads, kBlocks) torch_single_kernel(const __grid_constant__ GpuStep s) {
-  const Position position = position_of(s.a, sample_of(s, blockIdx.x));
-  const TorchStream stream = read_torch_stream(s.a);
-  const unsigned before = count_reader(s.a);
-  torch_single_tile<V>(s, stream, position, blockIdx.x, threadIdx.x);
-  move_on(s.a, stream, position, before);
+__global__ void __launch_bounds__(kThreads, kBlocks) torch_single_kernel(const __grid_constant__ Launch launch) {
+  const Position position = position_of(launch.a, sample_of(launch, blockIdx.x));
+  const TorchStream stream = read_torch_stream(launch.a);
+  const unsigned before = count_reader(launch.a);
+  torch_single_tile<V>(launch, stream, position, blockIdx.x, threadIdx.x);
+  advance_if_last(launch.a, stream, position, before);
 }
 
 template <typename V>
-__global__ void __launch_bounds__(kThreads, kBlocks) torch_vector_kernel(const __grid_constant__ GpuStep s) {
+__global__ void __launch_bounds__(kThreads, kBlocks) torch_vector_kernel(const __grid_constant__ Launch launch) {
   __shared__ float shared[kTorchValues * kVector * kThreads];
-  const Position position = position_of(s.a, 0);
-  const TorchStream stream = read_torch_stream(s.a);
-  const unsigned before = count_reader(s.a);
-  torch_vector_tile<V>(s, stream, position, blockIdx.x, threadIdx.x, shared);
-  move_on(s.a, stream, position, before);
+  const Position position = position_of(launch.a, 0);
+  const TorchStream stream = read_torch_stream(launch.a);
+  const unsigned before = count_reader(launch.a);
+  torch_vector_tile<V>(launch, stream, position, blockIdx.x, threadIdx.x, shared);
+  advance_if_last(launch.a, stream, position, before);
 }
 
-using Kernel = void (*)(GpuStep);
+using Kernel = void (*)(Launch);
 
 template <int predictions, bool extras, Noise noise, bool original>
-Kernel choose_staged(const GpuStep& s) {
+Kernel choose_staged(const Launch& launch) {
   if constexpr (noise == Noise::torch_stream) {
-    if (torch_vectors_fit(s)) {
-      return s.a.staged.data != nullptr
+    if (torch_vectors_fit(launch)) {
+      return launch.a.staged.data != nullptr
                  ? Kernel(torch_vector_kernel<Variant<predictions, extras, noise, original, true>>)
                  : Kernel(torch_vector_kernel<Variant<predictions, extras, noise, original, false>>);
     }
-    // The small tensors of this stream are bound by latency: gradient and variance cost nothing there.
-    return s.a.staged.data != nullptr ? Kernel(torch_single_kernel<Variant<predictions, true, noise, original, true>>)
-                                      : Kernel(torch_single_kernel<Variant<predictions, true, noise, original, false>>);
+    // Steps of such small tensors are bound by latency: kernels without extras would not be faster.
+    return launch.a.staged.data != nullptr
+               ? Kernel(torch_single_kernel<Variant<predictions, true, noise, original, true>>)
+               : Kernel(torch_single_kernel<Variant<predictions, true, noise, original, false>>);
   } else {
-    return s.a.staged.data != nullptr ? Kernel(step_kernel<Variant<predictions, extras, noise, original, true>>)
-                                      : Kernel(step_kernel<Variant<predictions, extras, noise, original, false>>);
+    return launch.a.staged.data != nullptr ? Kernel(step_kernel<Variant<predictions, extras, noise, original, true>>)
+                                           : Kernel(step_kernel<Variant<predictions, extras, noise, original, false>>);
   }
 }
 
 template <int predictions, bool extras, Noise noise>
-Kernel choose_original(const GpuStep& s) {
-  return s.a.original.data != nullptr ? choose_staged<predictions, extras, noise, true>(s)
-                                      : choose_staged<predictions, extras, noise, false>(s);
+Kernel choose_original(const Launch& launch) {
+  return launch.a.original.data != nullptr ? choose_staged<predictions, extras, noise, true>(launch)
+                                           : choose_staged<predictions, extras, noise, false>(launch);
 }
 
 template <int predictions, bool extras>
-Kernel choose_noise(const GpuStep& s) {
-  switch (s.a.noise_kind) {
+Kernel choose_noise(const Launch& launch) {
+  switch (launch.a.noise_kind) {
     case Noise::torch_stream:
-      return choose_original<predictions, extras, Noise::torch_stream>(s);
+      return choose_original<predictions, extras, Noise::torch_stream>(launch);
     case Noise::portable:
-      return choose_original<predictions, extras, Noise::portable>(s);
-    default:
-      return choose_original<predictions, extras, Noise::given>(s);
+      return choose_original<predictions, extras, Noise::portable>(launch);
+    case Noise::none:
+    case Noise::given:
+      return choose_original<predictions, extras, Noise::given>(launch);
   }
+  FASTGUIDE_UNREACHABLE();
 }
 
 template <int predictions>
-Kernel choose_extras(const GpuStep& s) {
-  const StepArguments& a = s.a;
-  const bool extras = a.gradient.data != nullptr || a.variance.data != nullptr || a.mask.data != nullptr;
-  return extras ? choose_noise<predictions, true>(s) : choose_noise<predictions, false>(s);
+Kernel choose_extras(const Launch& launch) {
+  return has_extras(launch.a) ? choose_noise<predictions, true>(launch) : choose_noise<predictions, false>(launch);
 }
 
-Kernel choose_kernel(const GpuStep& s) {
-  switch (s.a.num_predictions) {
+Kernel choose_kernel(const Launch& launch) {
+  switch (launch.a.num_predictions) {
     case 1:
-      return choose_extras<1>(s);
+      return choose_extras<1>(launch);
     case 2:
-      return choose_extras<2>(s);
+      return choose_extras<2>(launch);
     default:
-      return choose_extras<0>(s);
+      return choose_extras<0>(launch);
   }
 }
 
@@ -146,19 +152,19 @@ const char* text_of(cudaError_t error) {
 }  // namespace
 
 const char* launch_step(const StepArguments& arguments, int device, void* stream) {
-  GpuStep s = gpu_step(arguments);
-  // This library has its own copy of the CUDA runtime, which has to be told what torch's knows.
+  Launch launch = make_launch(arguments);
+  // This library has its own copy of the CUDA runtime, which does not know the device that torch has set.
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return text_of(error);
-  void* parameters[] = {&s};
-  if (s.tiles > kMaxTiles) return "more samples than one launch has blocks for";
-  const dim3 blocks(static_cast<unsigned>(s.tiles));
-  const void* kernel = reinterpret_cast<const void*>(choose_kernel(s));
+  void* parameters[] = {&launch};
+  if (launch.tiles > kMaxTiles) return "more samples than one launch has blocks for";
+  const dim3 blocks(static_cast<unsigned>(launch.tiles));
+  const void* kernel = reinterpret_cast<const void*>(choose_kernel(launch));
   return text_of(cudaLaunchKernel(kernel, blocks, dim3(kThreads), parameters, 0, static_cast<cudaStream_t>(stream)));
 }
 
 bool driver_too_old() {
-  int version = 0;  // 1000 times the major version of CUDA that the driver is good for; 0 without one
+  int version = 0;  // 1000 times the major version of CUDA that the driver supports; 0 without a driver
   if (cudaDriverGetVersion(&version) != cudaSuccess || version == 0) return false;
   return version / 1000 < CUDART_VERSION / 1000;
 }

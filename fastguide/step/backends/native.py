@@ -1,40 +1,57 @@
-"""The compiled backend: loads ``_native.so``, the operator for the CPU and for GPUs, or says why it cannot."""
+"""The compiled backend: loads ``_native.so``, the operator for the CPU and for GPUs, or explains why it cannot."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import platform
 import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ...solvers.table import ROW_COLUMNS
 from .registry import Backend
 
 LIBRARY = Path(__file__).parents[2] / "_native.so"
 NOT_BUILT_NOTE = LIBRARY.with_suffix(".txt")
-"""Written by ``setup.py`` instead of the library, with the reason."""
+"""The file that ``setup.py`` writes instead of the library, with the reason."""
 
 CAPABILITIES = ("baseline", "avx2", "avx512")
 CAPABILITY_VARIABLE = "FASTGUIDE_CPU_CAPABILITY"
 
-_EXPORTS = ("fastguide_cpu_capability", "fastguide_cuda_code", "fastguide_driver_too_old")
+_EXPORTS = (
+    "fastguide_row_columns",
+    "fastguide_arguments",
+    "fastguide_cpu_capability",
+    "fastguide_cuda_code",
+    "fastguide_driver_too_old",
+)
+_ARGUMENT_TYPES = {
+    "Tensor": "Tensor",
+    "Optional[Tensor]": "OptionalTensor",
+    "List[Tensor]": "TensorList",
+    "int": "Integer",
+}
+"""The schema's types of the operator's arguments, and what ``csrc/kernels/arguments.h`` calls them."""
 
 _library: ctypes.CDLL | None = None
 
 
 def backend() -> Backend:
-    """The backend as this process has it: loads the library once."""
+    """Load the library and describe the backend; without the library, it serves no device."""
     global _library
     if not LIBRARY.exists() and NOT_BUILT_NOTE.exists():
         return _unavailable(f"not built: {NOT_BUILT_NOTE.read_text().strip()}")
     try:
         _library = _load()
     except OSError as error:
-        there = "there, but cannot be loaded" if LIBRARY.exists() else "not there"
-        reason = f"{there}: {_explained(str(error.__cause__ or error))}"
+        problem = "there, but cannot be loaded" if LIBRARY.exists() else "not there"
+        reason = f"{problem}: {_explain(str(error.__cause__ or error))}"
         warnings.warn(f"fastguide: the native backend is {reason}", stacklevel=2)
         return _unavailable(reason, broken=True)
     _library.fastguide_cuda_code.restype = ctypes.c_char_p
@@ -62,10 +79,10 @@ def backend() -> Backend:
 
 
 def _load() -> ctypes.CDLL:
-    """The library, with its operator entered in torch.
+    """Load the library and register its operator in torch.
 
     Raises:
-        OSError: it is not what it has to be.
+        OSError: it is damaged, another library, or of another version.
     """
     size = LIBRARY.stat().st_size
     with LIBRARY.open("rb") as file:
@@ -81,25 +98,54 @@ def _load() -> ctypes.CDLL:
     missing = [name for name in _EXPORTS if not hasattr(found, name)]
     if missing:
         raise OSError(f"{LIBRARY}: another library, or another version: it has no {missing[0]}")
+    _check_list(found.fastguide_row_columns, ROW_COLUMNS)
+    arguments = torch.ops.fastguide.guided_step.default._schema.arguments
+    _check_list(found.fastguide_arguments, [f"{_ARGUMENT_TYPES[str(a.type)]} {a.name}" for a in arguments])
     torch.ops.load_library(str(LIBRARY))
     return found
 
 
+def _check_list(exported: Any, expected: Sequence[str]) -> None:
+    """Compare a list of this package with that of the library, whose kernels read memory by it.
+
+    Raises:
+        OSError: they differ.
+    """
+    exported.restype = ctypes.c_char_p
+    got = exported().decode().removesuffix(",").split(",")
+    for ours, theirs in itertools.zip_longest(expected, got):
+        if ours != theirs:
+            raise OSError(
+                f"{LIBRARY}: another library, or another version: "
+                f"{exported.__name__}: expected {ours or 'nothing more'}, got {theirs or 'nothing more'}"
+            )
+
+
 def cuda_code() -> str:
-    """What the library's GPU kernels were compiled for, such as ``sm_80 sm_90 PTX 80``; or ``none``, and why."""
+    """Name what the library's GPU kernels were compiled for, such as ``sm_80 PTX 80``; or ``none: `` and the reason."""
     code: bytes = _loaded().fastguide_cuda_code()
     return code.decode()
 
 
 def cpu_capability() -> str:
-    """The instruction set that the CPU kernel uses: ``baseline``, ``avx2`` or ``avx512``."""
+    """Name the instruction set that the CPU kernel uses: ``baseline``, ``avx2`` or ``avx512``."""
     return CAPABILITIES[_loaded().fastguide_cpu_capability(-1)]
 
 
 def set_cpu_capability(capability: str) -> str:
-    """Choose an instruction set, at most what the processor has; returns the one in use. For tests and comparisons.
+    """Choose the CPU kernel's instruction set, for tests and comparisons.
 
     The environment variable ``FASTGUIDE_CPU_CAPABILITY`` does the same at import.
+
+    Args:
+        capability: one of ``CAPABILITIES``.
+
+    Returns:
+        The one in use: at most the best that the processor has.
+
+    Raises:
+        ValueError: ``capability`` is another name.
+        RuntimeError: the native backend is not available.
     """
     if capability not in CAPABILITIES:
         raise ValueError(f"capability: expected one of {CAPABILITIES}, got {capability!r}")
@@ -112,8 +158,8 @@ def _loaded() -> ctypes.CDLL:
     return _library
 
 
-def _explained(error: str) -> str:
-    """What the loader says, after what it means."""
+def _explain(error: str) -> str:
+    """Put what a loader's error means before the error."""
     if "undefined symbol" in error:
         meaning = (
             f"torch {torch.__version__} lacks what it was built for, or this file was altered; "

@@ -1,4 +1,4 @@
-"""The GPU kernel's threads, on the host: each element once, no other memory, and 16 bytes at a time where it can be."""
+"""The GPU kernel's threads on the host: they compute each element once, touch no other memory, and use vectors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; older Pythons
 
 
 def drawn_case(draw: random.Random, noise: str, size: int) -> Case:
-    """Any variant of the kernel, with tensors whose alignments mostly agree: then vectors have heads and tails."""
+    """Draw any variant of the kernel, mostly with alignments that agree: single elements then surround vectors."""
     agree, same_dtype = draw.random() < 0.7, draw.random() < 0.5
     dtype = draw.choice(DTYPES) if same_dtype else None
     stride = draw.choice([size, size + 1, size + 4, (size + 7) // 8 * 8]) if agree else None
@@ -51,7 +51,7 @@ def drawn_case(draw: random.Random, noise: str, size: int) -> Case:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("noise", NOISES)
 def test_every_element_is_computed_once_and_nothing_else_is_touched(noise, size):
-    """In place, an element that is computed twice is wrong; and vectors are used wherever they may be."""
+    """In place, an element that is computed twice is wrong. Vectors are used wherever they may be."""
     draw = random.Random(f"{noise} {size}")
     for number in range(30):
         case = drawn_case(draw, noise, size)
@@ -75,7 +75,7 @@ def test_every_variant(count, extras, noise):
 @pytest.mark.parametrize("odd", [0, 1])
 @pytest.mark.parametrize("dtype", [*DTYPES, None])
 def test_every_alignment(dtype, odd):
-    """Tensors at each place in 16 bytes, whose samples all begin alike or each elsewhere."""
+    """Tensors begin at each place in 16 bytes, and their samples at the same place or at different ones."""
     for offset, noise, copies in itertools.product(range(8), ("given", "portable"), (0, 3)):
         case = Case(3, 45, noise, 2, original=True, copies=copies, offset=offset, stride=56 + odd, dtype=dtype)
         assert case.run() == case.accesses_due(), case
@@ -83,7 +83,7 @@ def test_every_alignment(dtype, odd):
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES[:2], repeat=2)), ids=str)
 def test_every_pair_of_alignments(dtypes):
-    """Of a sample and its prediction: vectors where both may be read, single elements where they are at odds."""
+    """A sample and its prediction are read in vectors if some element of both is at a multiple of 16 bytes."""
     vectors = 0
     for offsets in itertools.product(range(8), repeat=2):
         case = Case(2, 45, "none")
@@ -97,7 +97,7 @@ def test_every_pair_of_alignments(dtypes):
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("size", [1024, 1029])
 def test_an_index_outside_of_the_table_makes_its_sample_nan(noise, size):
-    """And is not followed: where the last of these lead, there is no memory."""
+    """No memory is read at the index: the last of these would lead to addresses that do not exist."""
     for scales in ("one", "both"):
         case = Case(6, size, noise, 2, True, True, False, True, 2, False, scales=scales, indices="per sample")
         case.bad_indices = {1: -1, 2: STEPS, 4: 2**40, 5: -(2**40)}
@@ -105,7 +105,7 @@ def test_an_index_outside_of_the_table_makes_its_sample_nan(noise, size):
 
 
 def test_more_tiles_than_a_launch_has_are_refused():
-    """Of one vector each; those that are not refused are not run either, as no block is asked for."""
+    """Each sample is one vector. Launches that are not refused run no block, because none is chosen."""
     x, inputs = torch.zeros(1, 8), (torch.zeros(1, len(ROW_COLUMNS)), torch.ones(1, 1, 2), 0)
     arguments = device_code.arguments_of(x, None, None, x, [], *inputs)
     launch = device_code.module().launch
@@ -137,7 +137,7 @@ def test_tiles_of_a_launch(size, address, stride, tiles):
 
 
 def test_tiles_of_the_torch_stream():
-    """Single elements 128 a tile; vectors, four values of eight of torch's threads by one thread, in rounds of them."""
+    """A tile has 128 single elements; or 128 threads, each with four values of eight of torch's threads."""
 
     def tiles(size, batch, threads, address=4096):
         found = device_code.module().grid(plain_tensors(size, address, size, batch, threads=threads))
@@ -154,7 +154,7 @@ def test_tiles_of_the_torch_stream():
 
 
 def sparse_memory(elements: int) -> torch.Tensor:
-    """Zeros that take no memory until they are written to."""
+    """Make zeros that take no memory until they are written."""
     try:
         memory = mmap.mmap(-1, 4 * elements, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     except OSError as error:
@@ -165,7 +165,7 @@ def sparse_memory(elements: int) -> torch.Tensor:
 @pytest.mark.parametrize("noise", [None, "given", "seeds", "philox"])
 @pytest.mark.parametrize("odd", [0, 5])
 def test_samples_far_apart(noise, odd):
-    """Sample 2 begins 2^31 elements and 2^33 bytes behind sample 0; so does everything else, at other places."""
+    """In every tensor, sample 2 begins 2^31 elements and 2^33 bytes behind sample 0."""
     stride, size = 2**30 + odd, 1032
     memory = sparse_memory(7 * stride)
 
@@ -201,7 +201,7 @@ def test_samples_far_apart(noise, odd):
 
 @pytest.mark.parametrize("noise", [None, "given", "seeds", "channels"])
 def test_the_end_of_a_sample_beyond_32_bits(noise):
-    """Only the last tiles of it are run; they find their elements, and count them."""
+    """Only its last tiles run: they find their elements, and count them for the noise."""
     size, end = 2**31 + 2**11 + 8, 4096
     sample, prediction = (sparse_memory(size).view(1, -1) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
@@ -229,7 +229,7 @@ def test_the_end_of_a_sample_beyond_32_bits(noise):
 
 
 def portable_values(seed: int, step: int, places: torch.Tensor) -> torch.Tensor:
-    """Of the portable stream, by its specification's parts, for elements that portable_noise would count for hours."""
+    """Compute the portable stream from its parts, for elements that portable_noise would take hours to reach."""
     block = places // 4
     key = torch.full_like(block, seed), torch.zeros_like(block)
     words = _philox((block & 0xFFFFFFFF, block >> 32, torch.full_like(block, step), torch.zeros_like(block)), key)
@@ -247,7 +247,7 @@ def portable_values(seed: int, step: int, places: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_launch_that_fails_says_why(error, message):
-    """1 and 2 are what CUDA answers on an architecture that the library was not compiled for."""
+    """CUDA returns errors 1 and 2 on an architecture that the library was not compiled for."""
     x = torch.zeros(1, 9)
     inputs = [rows(), torch.tensor([[[1.0, 0.0]]]), 1, None, None, None]
     device_code.module().refuse(error)
@@ -260,5 +260,5 @@ def test_a_launch_that_fails_says_why(error, message):
 
 @pytest.mark.parametrize(("driver", "too_old"), [(0, False), (12090, True), (13000, False), (14010, False)])
 def test_a_driver_is_too_old_if_its_cuda_is_of_an_earlier_generation(driver, too_old):
-    """The runtime is of CUDA 13.0 here; newer and older minor versions go together."""
+    """The tests' runtime is CUDA 13.0: a driver of any minor version of 13 serves it."""
     assert device_code.module().driver_too_old(driver) is too_old

@@ -1,4 +1,4 @@
-"""The noise of the GPU's code: torch's CUDA stream against torch's kernel as a loop, and the portable stream."""
+"""The noise of the GPU's code on the host: torch's CUDA stream against torch's kernel in a loop, and the portable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEEDS = [0, 1234, 2**63 + 5, 2**64 - 1]
 
 
 def drawn(sample: torch.Tensor, philox: torch.Tensor | None, threads: int, seeds=None, index=0, order=1, **options):
-    """A step that is nothing but its noise, and how many 16-byte accesses it took."""
+    """Make a step whose output is its noise; return it and the number of 16-byte accesses."""
     out = torch.empty_strided(sample.shape, sample.stride(), dtype=options.get("dtype", sample.dtype)).fill_(torch.nan)
     inputs = [TABLE.device_rows(None, torch.float32), torch.tensor([[[1.0, 0.0]]]), index]
     accesses = device_code.guided_step(
@@ -29,7 +29,7 @@ def drawn(sample: torch.Tensor, philox: torch.Tensor | None, threads: int, seeds
 
 
 def test_philox_gives_its_known_answers():
-    """Random123's kat_vectors."""
+    """The answers are Random123's kat_vectors."""
     pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
     for counter, key, answer in (
         ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
@@ -73,7 +73,7 @@ def test_torch_deals_out_these_integers(size, threads):
     ],
 )
 def test_a_step_draws_what_torch_s_kernel_draws(shape, threads, vectors, offset):
-    """Single elements and vectors, and the same bits from a host's seed and offset and a device's state."""
+    """Single elements and vectors do; seed and offset on the host give the same bits as a state on the device."""
     sample = torch.zeros(shape)
     for seed in SEEDS:
         signed = seed - 2**64 if seed >= 2**63 else seed
@@ -102,7 +102,7 @@ def test_vectors_and_single_elements_are_the_same_bits():
 
 
 def test_noise_is_rounded_as_the_sample_s_dtype():
-    """As torch.randn of that dtype is, whatever the output's; with torch's grid exceeded, and not."""
+    """torch.randn of that dtype is rounded so, whatever the output's dtype, within torch's grid and beyond."""
     for threads in (512, 8192):
         for dtype in (torch.bfloat16, torch.float16):
             wide, _ = drawn(torch.zeros(2, 2000, dtype=dtype), torch.tensor([3, 8]), threads, dtype=torch.float32)
@@ -113,7 +113,7 @@ def test_noise_is_rounded_as_the_sample_s_dtype():
 
 @pytest.mark.parametrize("threads", [256, 4096])
 def test_torch_s_stream_counts_channels_last_as_contiguous(threads):
-    """The values of torch.randn(shape), which is contiguous, whatever the layout of the sample."""
+    """The values are those of torch.randn(shape), which is contiguous, whatever the layout of the sample."""
     sample, philox = torch.zeros(2, 3, 8, 16), torch.tensor([3, 8])
     expected, _ = drawn(sample, philox, threads)
     got, accesses = drawn(sample.contiguous(memory_format=torch.channels_last), philox, threads)
@@ -123,14 +123,14 @@ def test_torch_s_stream_counts_channels_last_as_contiguous(threads):
 
 
 def test_torch_s_first_values():
-    """What torch.manual_seed(0); torch.randn(8, device="cuda") prints."""
+    """The values are what torch.manual_seed(0); torch.randn(8, device="cuda") prints."""
     printed = torch.tensor([-0.9247, -0.4253, -2.6438, 0.1452, -0.1209, -0.5797, -0.6229, -0.3284])
     got, _ = drawn(torch.zeros(1, 8), torch.tensor([0, 0]), 256)
     assert (got - printed).abs().max() < 1e-4
 
 
 def test_the_increment_is_torch_s():
-    """calc_execution_policy: as many calls as the busiest thread makes, times four."""
+    """torch's calc_execution_policy counts the calls of the busiest thread, times four."""
     for threads in (256, 512, 270_336):
         for numel in (1, threads - 1, threads, 4 * threads, 4 * threads + 1, 9 * threads, 2**33 + 1):
             calls = (numel - 1) // (threads * UNROLL) + 1
@@ -153,7 +153,7 @@ def test_a_row_and_weights_of_each_sample_reach_torch_s_vectors():
     sample = torch.ones(batch, size)
     philox = torch.tensor([3, 8])
     arguments = [rows(), torch.arange(2.0 * STEPS * batch).view(STEPS, batch, 2), 0, indices, *[None] * 4]
-    whole, together = torch.empty(batch, size), []
+    whole, one_by_one = torch.empty(batch, size), []
     assert device_code.guided_step(whole, None, None, sample, [sample], *arguments, philox, threads) > 0
     noise = torch.from_numpy(device_code.module().torch_normal(3, 8, np.arange(batch * size, dtype=np.uint64), threads))
     for b in range(batch):
@@ -161,8 +161,8 @@ def test_a_row_and_weights_of_each_sample_reach_torch_s_vectors():
         alone = [rows(), arguments[1][:, b : b + 1].contiguous(), int(indices[b]), None, None, None]
         z = noise.view(batch, 1, size)[b].contiguous()
         device_code.guided_step(out, None, None, sample[:1], [sample[:1]], *alone, z)
-        together.append(out)
-    assert torch.equal(whole, torch.cat(together))
+        one_by_one.append(out)
+    assert torch.equal(whole, torch.cat(one_by_one))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1024), (2, 3, 341), (2, 4, 16, 24)])

@@ -1,4 +1,4 @@
-"""The CUDA kernels' machine code, for every architecture: wide accesses, nothing in local memory, no fast-math."""
+"""The CUDA kernels' machine code has wide accesses, no local memory and no fast-math, for every architecture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def kernels(architecture):
 
 
 def variant(name):
-    """The numbers in thread.h's Variant<predictions, extras, noise, original, staged>."""
+    """Return the numbers in thread.h's Variant<predictions, extras, noise, original, staged>."""
     values = re.search(r"Variant<(\d+), (\w+), \(Noise\)(\d), (\w+), (\w+)>", name).groups()
     return [v == "true" if v in ("true", "false") else int(v) for v in values]
 
@@ -49,7 +49,7 @@ def test_registers_and_local_memory():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vectors_are_read_and_written_16_bytes_at_a_time(architecture):
-    """Twice for each tensor, for float32's eight elements. Of the outputs, the 16-bit dtypes have a store each."""
+    """Eight elements of float32 are two accesses a tensor. For an output, each 16-bit dtype has a store of its own."""
     seen = set()
     for name, counts in kernels(architecture).items():
         kernel = name.partition("<")[0]
@@ -68,7 +68,7 @@ def test_vectors_are_read_and_written_16_bytes_at_a_time(architecture):
 
 
 def test_only_the_torch_stream_uses_approximations():
-    """And there, those that torch's own kernel uses. expf has an ex2.approx inside, and corrects it."""
+    """They are those of torch's own kernel. expf contains an ex2.approx, and corrects its result."""
     for part in cuobjdump("-ptx", native.LIBRARY).split(".entry ")[1:]:
         name = part.partition("(")[0]
         approximations = set(re.findall(r"\b\w+\.approx[.\w]*", part))
@@ -80,7 +80,7 @@ def test_only_the_torch_stream_uses_approximations():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_and_sums_are_not_joined(architecture):
-    """Or an element's bits would depend on where in a vector it lies. Exponentials and noise have fma of their own."""
+    """Otherwise an element's bits would depend on its place in a vector. Exponentials and noise have their own fma."""
     plain = 0
     for name, counts in kernels(architecture).items():
         _, extras, noise, _, _ = variant(name)
@@ -91,7 +91,7 @@ def test_products_and_sums_are_not_joined(architecture):
 
 
 def test_the_portable_stream_is_not_contracted():
-    """Its products and sums are the intrinsics whose rounding no compiler may join: 17 and 15 for two values."""
+    """Its products and sums are intrinsics, which no compiler may contract: 17 and 15 for two values."""
     found = 0
     for part in cuobjdump("-ptx", native.LIBRARY).split(".entry ")[1:]:
         if re.search(r"Variant\w*?NS_5NoiseE3E", part.partition("(")[0]):

@@ -193,9 +193,9 @@ def test_a_library_that_cannot_be_loaded_is_an_error_once_it_is_used(tmp_path, w
     ],
 )
 def test_what_the_loader_says_is_explained(error, meaning):
-    said = native._explained(error)
-    assert meaning in said
-    assert said.endswith(f"({error})")
+    explanation = native._explain(error)
+    assert meaning in explanation
+    assert explanation.endswith(f"({error})")
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])

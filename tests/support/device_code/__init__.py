@@ -1,10 +1,11 @@
-"""The GPU kernels on the host: compiles device_code.cpp once for each version of it, and steps CPU tensors with it."""
+"""Runs the GPU kernels on the host: compiles device_code.cpp once for each version of it, and steps CPU tensors."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
 import shlex
 import shutil
@@ -13,29 +14,35 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
+import fastguide  # noqa: F401  (defines the operator)
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
 NAME = "fastguide_device_code"
-FLAGS = "-std=c++17 -O2 -g0 -ffp-contract=off -fno-strict-aliasing -fPIC -shared -fvisibility=hidden -Wall -Wextra"
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/arguments.h
+FLAGS = (
+    "-std=c++17 -O2 -g0 -ffp-contract=off -fno-strict-aliasing -fPIC -shared -fvisibility=hidden "
+    "-Wall -Wextra -Werror=switch"
+)
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/maths/element.h
+NAMES = [argument.name for argument in torch.ops.fastguide.guided_step.default._schema.arguments]
 
 
 class Float64Error(TypeError):
-    """Of arguments that only a CPU's kernel takes."""
+    """An argument is float64, which only a CPU's kernel takes."""
 
 
 def compiler() -> str | None:
-    """The C++ compiler's command, as setup.py finds it."""
+    """Find the C++ compiler's command, as setup.py does."""
     return os.environ.get("CXX") or next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
 
 
 def why_not() -> str | None:
-    """What is missing here to compile it; None: nothing."""
+    """Name what this machine lacks to compile the code; None: nothing."""
     if sys.platform != "linux":
         return "it is compiled on Linux only"
     if compiler() is None:
@@ -45,7 +52,7 @@ def why_not() -> str | None:
 
 
 def module() -> ModuleType:
-    """The compiled module; an error, compiled for only once, if its sources are wrong."""
+    """Return the compiled module; wrong sources are compiled once, and are an error at every call."""
     found = _module()
     if isinstance(found, str):
         raise RuntimeError(f"the GPU's code does not compile for the host:\n{found}")
@@ -54,7 +61,7 @@ def module() -> ModuleType:
 
 @functools.cache
 def _module() -> ModuleType | str:
-    """From a folder of temporary files that keeps it until its sources, flags or torch change; or what was wrong."""
+    """Load the module from a temporary folder; compile it if sources, flags or torch changed; or return the error."""
     includes = [
         HERE,
         CSRC,
@@ -86,95 +93,79 @@ def _module() -> ModuleType | str:
     return loaded
 
 
-def arguments_of(
-    out: Tensor,
-    original: Tensor | None,
-    staged: Tensor | None,
-    sample: Tensor,
-    predictions: list[Tensor],
-    rows: Tensor,
-    weights: Tensor,
-    index: int,
-    indices: Tensor | None = None,
-    gradient: Tensor | None = None,
-    variance: Tensor | None = None,
-    noise: Tensor | None = None,
-    seeds: Tensor | None = None,
-    philox: Tensor | None = None,
-    philox_threads: int = 0,
-    cursor: Tensor | None = None,
-    timestep: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-    known_noise: Tensor | None = None,
-) -> dict:
-    """The operator's arguments as csrc/binding/operator.cpp makes plain data of them; the tensors have to outlive it.
+def arguments_of(*arguments: object) -> dict:
+    """Make plain data of the operator's arguments, as csrc/binding/operator.cpp does; the tensors have to outlive it.
 
-    ``philox`` is seed and offset, or, with a third value, the state that the kernel moves on.
+    Those left out at the end are None. ``philox`` is seed and offset, or, with a third value, the state that the kernel
+    advances.
     """
-    tensors = [out, original, staged, sample, gradient, variance, noise, rows, weights, *predictions]
-    tensors += [mask, known, known_noise]
-    if any(t is not None and t.dtype not in ELEMENTS for t in tensors) or rows.dtype != torch.float32:
+    assert len(arguments) <= len(NAMES)
+    a = SimpleNamespace(**dict(itertools.zip_longest(NAMES, arguments)))
+    elementwise = {name: getattr(a, name) for name in (*module().inputs, *module().outputs)}
+    tensors = [t for t in (*elementwise.values(), *a.predictions) if t is not None]
+    if any(t.dtype not in ELEMENTS for t in (*tensors, a.rows, a.weights)) or a.rows.dtype != torch.float32:
         raise Float64Error("the GPU kernel takes no float64")
-    batch, inner = out.shape[0], out.stride()[1:]
-    for t in (out, original, staged, sample, gradient, variance, noise, mask, known, known_noise, *predictions):
-        assert t is None or out.numel() == 0 or _same_layout(t, out.shape[1:], inner)
-
-    def plain(t: Tensor) -> tuple[int, int, int]:
-        return t.data_ptr(), t.stride(0), ELEMENTS[t.dtype]
-
-    together = weights.shape[2] - 1
-    if len(predictions) == 1 and together > 1:
-        predictions = list(predictions[0].tensor_split(together))
-    assert weights.shape[2] == max(len(predictions), 1) + 1
-    assert rows.is_contiguous()
-    assert weights.stride(2) == 1
-    arguments = {
-        "predictions": [plain(p) for p in predictions],
+    batch, numel = a.out.shape[0], a.out.numel()
+    for t in tensors:
+        assert numel == 0 or _same_layout(t, a.out.shape[1:], a.out.stride()[1:])
+    stacked = a.weights.shape[2] - 1
+    predictions = list(a.predictions[0].tensor_split(stacked)) if len(a.predictions) == 1 < stacked else a.predictions
+    assert a.weights.shape[2] == max(len(predictions), 1) + 1
+    assert a.rows.is_contiguous()
+    assert a.weights.stride(2) == 1
+    plain = {name: _plain(t) for name, t in elementwise.items() if t is not None}
+    plain |= {
+        "predictions": [_plain(p) for p in predictions],
+        "staged_copies": a.staged.shape[0] // batch if a.staged is not None and batch else 0,
         "batch": batch,
-        "elements_per_sample": out[:1].numel(),
-        "rows": rows.data_ptr(),
-        "steps": rows.shape[0],
-        "weights": weights.data_ptr(),
-        "weights_step_stride": weights.stride(0) if weights.shape[0] > 1 else 0,
-        "weights_batch_stride": weights.stride(1) if weights.shape[1] > 1 else 0,
-        "index": index,
+        "elements_per_sample": a.out[:1].numel(),
+        "rows": a.rows.data_ptr(),
+        "steps": a.rows.shape[0],
+        "weights": a.weights.data_ptr(),
+        "weights_step_stride": a.weights.stride(0) if a.weights.shape[0] > 1 else 0,
+        "weights_batch_stride": a.weights.stride(1) if a.weights.shape[1] > 1 else 0,
+        "index": a.index,
     }
-    named = {"out": out, "original": original, "staged": staged, "sample": sample, "gradient": gradient}
-    named |= {"variance": variance, "noise": noise, "mask": mask, "known": known, "known_noise": known_noise}
-    for name, t in named.items():
-        if t is not None:
-            arguments[name] = plain(t)
-    if cursor is not None:
-        arguments["cursor"] = cursor.data_ptr()
-        arguments["cursor_stride"] = cursor.stride(0) if len(cursor) > 1 else 0
-    if timestep is not None:
-        arguments["timestep"] = timestep.data_ptr()
-        arguments["timestep_element"] = [torch.int64, torch.float32].index(timestep.dtype)
-        arguments["timestep_count"] = timestep.numel()
-    if staged is not None:
-        arguments["staged_copies"] = staged.shape[0] // batch if batch else 0
-    for name, t in (("indices", indices), ("seeds", seeds)):
-        if t is not None:
-            arguments[name] = t.data_ptr()
-            arguments[f"{name}_stride"] = t.stride(0) if t.dim() else 0
-    if philox is not None:
-        arguments["threads"] = philox_threads
-        if len(philox) == 3:
-            arguments["state"] = philox.data_ptr()
+    return plain | _position_of(a) | _noise_of(a)
+
+
+def _plain(t: Tensor) -> tuple[int, int, int]:
+    return t.data_ptr(), t.stride(0), ELEMENTS[t.dtype]
+
+
+def _per_sample(name: str, t: Tensor | None) -> dict:
+    return {} if t is None else {name: t.data_ptr(), f"{name}_stride": t.stride(0) if t.dim() else 0}
+
+
+def _position_of(a: SimpleNamespace) -> dict:
+    plain = _per_sample("indices", a.indices)
+    if a.cursor is not None:
+        plain |= {"cursor": a.cursor.data_ptr(), "cursor_stride": a.cursor.stride(0) if len(a.cursor) > 1 else 0}
+    if a.timestep is not None:
+        element = [torch.int64, torch.float32].index(a.timestep.dtype)
+        plain |= {"timestep": a.timestep.data_ptr(), "timestep_element": element, "timestep_count": a.timestep.numel()}
+    return plain
+
+
+def _noise_of(a: SimpleNamespace) -> dict:
+    plain = _per_sample("seeds", a.seeds)
+    if a.philox is not None:
+        plain["threads"] = a.philox_threads
+        if len(a.philox) == 3:
+            plain["state"] = a.philox.data_ptr()
         else:
-            seed, arguments["offset"] = philox.tolist()
-            arguments["seed"] = seed % 2**64
-    if (seeds is not None or philox is not None) and out.numel() and not out[0].is_contiguous():
-        assert out[0].movedim(0, -1).is_contiguous()
-        arguments["channels"] = out.shape[1]
-    return arguments
+            seed, plain["offset"] = a.philox.tolist()
+            plain["seed"] = seed % 2**64
+    if (a.seeds is not None or a.philox is not None) and a.out.numel() and not a.out[0].is_contiguous():
+        assert a.out[0].movedim(0, -1).is_contiguous()
+        plain["channels"] = a.out.shape[1]
+    return plain
 
 
 def guided_step(*arguments: object, order: int = 1) -> int:
-    """One step on CPU tensors with the operator's arguments; returns how many accesses of 16 bytes it made.
+    """Step CPU tensors with the operator's arguments; return the number of accesses of 16 bytes.
 
-    Blocks and threads run in an order that follows from ``order``.
+    ``order`` is the seed of the order in which blocks and threads run.
     """
     plain = arguments_of(*arguments)
     return module().launch(plain, order, None) if plain["batch"] * plain["elements_per_sample"] else 0

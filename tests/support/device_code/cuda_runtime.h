@@ -1,7 +1,7 @@
-// Stands in for CUDA's header of this name, so that a host compiler takes csrc/kernels/gpu/step.cu as it is.
+// Replaces CUDA's header of this name, so that a host compiler compiles csrc/kernels/gpu/step.cu unchanged.
 //
-// A launch is a loop over blocks and threads (in device_code.cpp). Thread 0 is the last of its block: what it does
-// behind a barrier then comes after what the others do before it, and nothing else in the kernels needs the barrier.
+// A launch is a loop over blocks and threads (in device_code.cpp). Thread 0 runs last in its block: what it does behind
+// a barrier then comes after what the others do before it, and the kernels need the barrier for nothing else.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ struct dim3 {
 };
 
 static dim3 blockIdx, threadIdx, gridDim;
-static constexpr int warpSize = 1;  // what a warp shares out, thread 0 does
+static constexpr int warpSize = 1;  // thread 0 does the work of a warp
 
 static void __syncthreads() {}
 static void __threadfence() {}
@@ -43,7 +43,7 @@ using cudaStream_t = void*;
 static cudaError_t refusal = cudaSuccess;  // of the next launches
 
 #define CUDART_VERSION 13000
-static int driver = 0;  // what the driver is good for
+static int driver = 0;  // the version that the driver supports
 static cudaError_t cudaDriverGetVersion(int* version) {
   *version = driver;
   return refusal;

@@ -1,4 +1,4 @@
-// The GPU kernels on the host, for the tests: csrc/kernels/gpu/step.cu as it is, launched as a loop over blocks and threads.
+// Runs the GPU kernels on the host, for the tests: csrc/kernels/gpu/step.cu itself, in a loop over blocks and threads.
 //
 // Accesses of 16 bytes are counted, and refused where a GPU would fault or where they leave the sample's memory.
 #include <pybind11/numpy.h>
@@ -38,25 +38,25 @@ struct Samples {  // of one tensor, in bytes
   }
 };
 
-static std::vector<Samples> known;
+static std::vector<Samples> allowed;
 static uint64_t accesses = 0;
 
 static void check_access(const void* address) {
   ++accesses;
   const uint64_t place = reinterpret_cast<uint64_t>(address);
   if (place % 16 != 0) throw std::runtime_error("16 bytes at an address that is no multiple of 16");
-  for (const Samples& samples : known) {
+  for (const Samples& samples : allowed) {
     if (samples.hold(place)) return;
   }
   throw std::runtime_error("16 bytes that are not within one sample");
 }
 
 template <typename T>
-static void know(const T& tensor, int64_t samples, int64_t elements) {
+static void allow(const T& tensor, int64_t samples, int64_t elements) {
   if (tensor.data == nullptr) return;
   const uint64_t bytes = element_bytes(tensor.element);
-  known.push_back({reinterpret_cast<uint64_t>(tensor.data), samples > 1 ? tensor.batch_stride * bytes : 0,
-                   uint64_t(samples), elements * bytes});
+  allowed.push_back({reinterpret_cast<uint64_t>(tensor.data), samples > 1 ? tensor.batch_stride * bytes : 0,
+                     uint64_t(samples), elements * bytes});
 }
 
 // ---- Arguments: a dictionary with the names of StepArguments ----
@@ -91,13 +91,9 @@ static Arguments arguments_of(const py::dict& d) {
   Arguments arguments;
   for (const py::handle& value : d["predictions"]) arguments.predictions.push_back(tensor<Input>(value));
   StepArguments& a = arguments.a;
-  a.out = tensor<Output>(d, "out");
-  a.original = tensor<Output>(d, "original");
-  a.staged = tensor<Output>(d, "staged");
+  for_each_input(a, [&](Argument name, Input& input) { input = tensor<Input>(d, name_of(name)); });
+  for_each_output(a, [&](Argument name, Output& output, int) { output = tensor<Output>(d, name_of(name)); });
   a.staged_copies = number<int>(d, "staged_copies", 0);
-  a.sample = tensor<Input>(d, "sample");
-  a.gradient = tensor<Input>(d, "gradient");
-  a.variance = tensor<Input>(d, "variance");
   a.predictions = arguments.predictions.data();
   a.num_predictions = int(arguments.predictions.size());
   a.batch = number<int64_t>(d, "batch", 0);
@@ -115,10 +111,6 @@ static Arguments arguments_of(const py::dict& d) {
   a.timestep = pointer<void>(d, "timestep");
   a.timestep_element = TimestepElement(number<int>(d, "timestep_element", 0));
   a.timestep_count = number<int64_t>(d, "timestep_count", 0);
-  a.noise = tensor<Input>(d, "noise");
-  a.mask = tensor<Input>(d, "mask");
-  a.known = tensor<Input>(d, "known");
-  a.known_noise = tensor<Input>(d, "known_noise");
   a.seeds = pointer<int64_t>(d, "seeds");
   a.seeds_stride = number<int64_t>(d, "seeds_stride", 0);
   a.torch_stream.seed = number<uint64_t>(d, "seed", 0);
@@ -133,16 +125,13 @@ static Arguments arguments_of(const py::dict& d) {
   return arguments;
 }
 
-static void know_all(const Arguments& arguments) {
+static void allow_all(const Arguments& arguments) {
   const StepArguments& a = arguments.a;
-  known.clear();
+  allowed.clear();
   accesses = 0;
-  for (const Output& output : {a.out, a.original}) know(output, a.batch, a.elements_per_sample);
-  know(a.staged, a.batch * a.staged_copies, a.elements_per_sample);
-  for (const Input& input : {a.sample, a.gradient, a.variance, a.noise, a.mask, a.known, a.known_noise}) {
-    know(input, a.batch, a.elements_per_sample);
-  }
-  for (const Input& input : arguments.predictions) know(input, a.batch, a.elements_per_sample);
+  for_each_input(a, a.predictions, [&](Argument, const Input& input) { allow(input, a.batch, a.elements_per_sample); });
+  for_each_output(
+      a, [&](Argument, const Output& output, int copies) { allow(output, a.batch * copies, a.elements_per_sample); });
 }
 
 // ---- The launch ----
@@ -164,8 +153,8 @@ static std::vector<unsigned> count_to(unsigned count) {
 static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 threads, void** parameters, size_t,
                                     cudaStream_t) {
   if (refusal != cudaSuccess) return refusal;
-  const auto run = reinterpret_cast<void (*)(GpuStep)>(const_cast<void*>(kernel));
-  const GpuStep& s = *static_cast<const GpuStep*>(parameters[0]);
+  const auto run = reinterpret_cast<void (*)(Launch)>(const_cast<void*>(kernel));
+  const Launch& launch = *static_cast<const Launch*>(parameters[0]);
   gridDim = blocks;
   const std::vector<unsigned> chosen = wanted_blocks ? *wanted_blocks : count_to(blocks.x);
   for (const unsigned block : shuffled(chosen, chosen.size())) {
@@ -174,16 +163,16 @@ static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 thread
     std::reverse(inner.begin(), inner.end());  // thread 0 is the last
     for (const unsigned thread : shuffled(inner, inner.size() - 1)) {
       threadIdx = dim3(thread);
-      run(s);
+      run(launch);
     }
   }
   return cudaSuccess;
 }
 
-// Runs the step, blocks and threads in an order that follows from a seed; returns the number of 16-byte accesses.
+// Runs the step, with blocks and threads in an order drawn from a seed; returns the number of 16-byte accesses.
 static uint64_t launch(const py::dict& d, uint64_t order_seed, std::optional<std::vector<unsigned>> blocks) {
   const Arguments arguments = arguments_of(d);
-  know_all(arguments);
+  allow_all(arguments);
   order.seed(order_seed);
   wanted_blocks = std::move(blocks);
   const char* error = cuda::launch_step(arguments.a, 0, nullptr);
@@ -191,27 +180,27 @@ static uint64_t launch(const py::dict& d, uint64_t order_seed, std::optional<std
   return accesses;
 }
 
-// How the launch is divided.
+// Returns how the launch is divided.
 static py::dict grid(const py::dict& d) {
   const Arguments arguments = arguments_of(d);
-  const GpuStep s = gpu_step(arguments.a);
+  const Launch launch = make_launch(arguments.a);
   py::dict result;
-  result["tiles"] = s.tiles;
-  result["tiles_per_sample"] = s.tiles_per_sample;
-  result["vector_tiles"] = s.vector_tiles;
-  result["aligned"] = s.aligned;
-  result["torch_vectors"] = arguments.a.noise_kind == Noise::torch_stream && torch_vectors_fit(s);
+  result["tiles"] = launch.tiles;
+  result["tiles_per_sample"] = launch.tiles_per_sample;
+  result["vector_tiles"] = launch.vector_tiles;
+  result["aligned"] = launch.aligned;
+  result["torch_vectors"] = arguments.a.noise_kind == Noise::torch_stream && torch_vectors_fit(launch);
   return result;
 }
 
-// Which floats of the block's shared memory one thread writes: of one prediction, and nothing else.
+// Returns which floats of the block's shared memory one thread writes in a step with one prediction.
 static std::vector<int> shared_of_thread(const py::dict& d, unsigned tile, int thread) {
   const Arguments arguments = arguments_of(d);
-  know_all(arguments);
-  const GpuStep s = gpu_step(arguments.a);
+  allow_all(arguments);
+  const Launch launch = make_launch(arguments.a);
   std::vector<float> shared(kTorchValues * kVector * kThreads, NAN);
-  torch_vector_tile<Variant<1, false, Noise::torch_stream, false, false>>(s, s.a.torch_stream, position_of(s.a, 0),
-                                                                          tile, thread, shared.data());
+  torch_vector_tile<Variant<1, false, Noise::torch_stream, false, false>>(
+      launch, launch.a.torch_stream, position_of(launch.a, 0), tile, thread, shared.data());
   std::vector<int> written;
   for (int i = 0; i < int(shared.size()); ++i) {
     if (shared[i] == shared[i]) written.push_back(i);
@@ -223,7 +212,24 @@ static std::vector<int> shared_of_thread(const py::dict& d, unsigned tile, int t
 
 static uint32_t word_of(const Philox4& r, int i) { return i == 0 ? r.x : i == 1 ? r.y : i == 2 ? r.z : r.w; }
 
+// Names of the tensors that are read, or written, element by element.
+static std::vector<std::string> input_names() {
+  const StepArguments a{};
+  std::vector<std::string> names;
+  for_each_input(a, [&](Argument name, const Input&) { names.push_back(name_of(name)); });
+  return names;
+}
+
+static std::vector<std::string> output_names() {
+  const StepArguments a{};
+  std::vector<std::string> names;
+  for_each_output(a, [&](Argument name, const Output&, int) { names.push_back(name_of(name)); });
+  return names;
+}
+
 PYBIND11_MODULE(fastguide_device_code, m) {
+  m.attr("inputs") = input_names();
+  m.attr("outputs") = output_names();
   m.attr("tile") = kTile;
   m.attr("threads") = kThreads;
   m.attr("max_predictions") = cuda::max_predictions();

@@ -1,4 +1,4 @@
-"""Steps of tensors at chosen places in larger buffers, in whole numbers: exact in every dtype."""
+"""Steps tensors at chosen places in larger buffers. All values are whole numbers: exact in every dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 3
 
 
 def rows() -> Tensor:
-    """Each column another whole number, and different in each row."""
+    """Make rows whose columns are different whole numbers, some of them different in each row."""
     values = torch.zeros(STEPS, len(ROW_COLUMNS))
     for step in range(STEPS):
         columns = {"x0_scale": 1, "x0_sample": 1, "x0_pred": 2, "x0_grad": 1, "clip": 20 + step, "out_x0": 1 + step}
@@ -30,7 +30,7 @@ def rows() -> Tensor:
 
 
 class Placed:
-    """A tensor of shape (batch, size) in a buffer of NaN, so many elements behind a multiple of 16 bytes."""
+    """A tensor of shape (batch, size) in a buffer of NaN, ``offset`` elements behind a multiple of 16 bytes."""
 
     def __init__(self, values: Tensor, dtype: torch.dtype, stride: int, offset: int) -> None:
         batch, size = values.shape
@@ -41,7 +41,7 @@ class Placed:
         self.view.copy_(values)
 
     def nothing_beside_it(self) -> bool:
-        """Whether all of the buffer that is not the tensor is still NaN."""
+        """Check that all of the buffer that is not the tensor is still NaN."""
         rest = self.buffer.clone()
         rest.as_strided(*self.place).fill_(torch.nan)
         return bool(rest.isnan().all())
@@ -49,7 +49,7 @@ class Placed:
 
 @dataclass
 class Case:
-    """What a step has, and how its tensors lie: ``None`` for offset, stride or dtype is another one for each tensor."""
+    """A step's options and its tensors' layouts; ``None`` for offset, stride or dtype draws one for each tensor."""
 
     batch: int
     size: int
@@ -137,7 +137,7 @@ class Case:
         return accesses
 
     def values(self, dtype: torch.dtype, indices: Tensor | None, index: int) -> Tensor | None:
-        """The noise, as values; its own tests say whether torch's are right."""
+        """Return the values of the noise; other tests check that torch's are right."""
         b, n = self.batch, self.size
         if self.noise == "portable":
             return portable_noise(range(7, 7 + b), (b, n), step=index if indices is None else indices)
@@ -148,27 +148,27 @@ class Case:
 
     @property
     def variance_is_unused(self) -> bool:
-        """Without noise and gradient it may be anything."""
+        """Whether the step ignores the variance, which then may be anything."""
         return self.variance and self.noise == "none" and not self.gradient
 
     def accesses_due(self) -> int:
-        """How many accesses of 16 bytes a step should take: found by trying where vectors may begin."""
+        """Count the accesses of 16 bytes that a step should make, by trying where vectors may begin."""
         own = {name: placed.view for name, placed in self.tensors.items()}
         own["out"] = own.get("out", own["sample"])
         if self.variance_is_unused:
             del own["variance"]
         each = sum((2 if t.itemsize == 4 else 1) * t.shape[0] // self.batch for t in own.values())
 
-        def begin_together(sample: int, element: int) -> bool:
+        def all_aligned(sample: int, element: int) -> bool:
             views = [t[s, :1] for t in own.values() for s in range(sample, t.shape[0], self.batch)]
             return all((t.data_ptr() + element * t.element_size()) % 16 == 0 for t in views)
 
         if self.noise == "torch":
             whole = self.size % 8 == 0 and self.batch * self.size > self.threads
-            aligned = all(begin_together(sample, 0) for sample in range(self.batch))
+            aligned = all(all_aligned(sample, 0) for sample in range(self.batch))
             return self.batch * self.size // 8 * each if whole and aligned else 0
         vectors = 0
         for sample in range(self.batch):
-            heads = [h for h in range(0, 8, 4 if self.noise == "portable" else 1) if begin_together(sample, h)]
+            heads = [h for h in range(0, 8, 4 if self.noise == "portable" else 1) if all_aligned(sample, h)]
             vectors += max(self.size - heads[0], 0) // 8 if heads else 0
         return vectors * each

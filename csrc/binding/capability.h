@@ -1,0 +1,66 @@
+// Chooses the CPU kernel's instruction set: the best that the processor has, unless a lower one is asked for.
+#pragma once
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+
+#include "kernels/cpu/launch.h"
+
+namespace fastguide {
+
+enum class Capability : int { baseline, avx2, avx512 };
+
+#if defined(__x86_64__)
+inline bool has_half_conversions() {  // older compilers' __builtin_cpu_supports does not know "f16c"
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
+inline Capability best_capability() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // this runs while the library is being loaded
+  if (!__builtin_cpu_supports("fma") || !has_half_conversions()) return Capability::baseline;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return Capability::avx512;
+  }
+  if (__builtin_cpu_supports("avx2")) return Capability::avx2;
+#endif
+  return Capability::baseline;
+}
+
+inline std::atomic<Capability> selected_capability{best_capability()};
+
+// Selects an instruction set, at most the processor's best; a negative level changes nothing. Returns the one in use.
+inline Capability select_capability(int level) {
+  if (level >= 0) {
+    const int best = static_cast<int>(best_capability());
+    selected_capability.store(static_cast<Capability>(std::min(level, best)), std::memory_order_relaxed);
+  }
+  return selected_capability.load(std::memory_order_relaxed);
+}
+
+inline StepRange selected_step_range() {
+  switch (selected_capability.load(std::memory_order_relaxed)) {
+    case Capability::baseline:
+      return baseline::step_range;
+#if defined(__x86_64__)
+    case Capability::avx2:
+      return avx2::step_range;
+    case Capability::avx512:
+      return avx512::step_range;
+#else
+    case Capability::avx2:
+    case Capability::avx512:  // never the best elsewhere
+      return baseline::step_range;
+#endif
+  }
+  FASTGUIDE_UNREACHABLE();
+}
+
+}  // namespace fastguide

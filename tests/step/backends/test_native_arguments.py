@@ -1,0 +1,134 @@
+"""The compiled operator's arguments: its lists are this package's, and it owns each argument for one call."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+
+from fastguide import ROW_COLUMNS
+from fastguide.step.backends import native
+
+pytestmark = pytest.mark.skipif(
+    not native.LIBRARY.exists(), reason="the native library is not built; fastguide info says why"
+)
+
+ARGUMENTS = [
+    f"{native._ARGUMENT_TYPES[str(a.type)]} {a.name}" for a in torch.ops.fastguide.guided_step.default._schema.arguments
+]
+
+
+def library_with(folder, columns, arguments):
+    """Compile a library that exports all functions, and these two lists."""
+    lists = {"fastguide_row_columns": columns, "fastguide_arguments": arguments}
+    functions = [f"int {name}(void) {{ return 0; }}" for name in native._EXPORTS if name not in lists]
+    for name, values in lists.items():
+        functions.append(f'const char* {name}(void) {{ return "{"".join(f"{value}," for value in values)}"; }}')
+    source, library = folder / "lists.c", folder / "_native.so"
+    source.write_text("\n".join(functions))
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    return library
+
+
+def swapped(values, i, j):
+    values = list(values)
+    values[i], values[j] = values[j], values[i]
+    return values
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+@pytest.mark.parametrize(
+    ("columns", "arguments", "message"),
+    [
+        (swapped(ROW_COLUMNS, 0, 1), ARGUMENTS, "fastguide_row_columns: expected x0_scale, got x0_sample"),
+        (ROW_COLUMNS[:-1], ARGUMENTS, "fastguide_row_columns: expected known_noise, got nothing more"),
+        ([*ROW_COLUMNS, "out_more"], ARGUMENTS, "fastguide_row_columns: expected nothing more, got out_more"),
+        (ROW_COLUMNS, swapped(ARGUMENTS, 9, 10), "expected OptionalTensor gradient, got OptionalTensor variance"),
+        (ROW_COLUMNS, ARGUMENTS[:-1], "expected OptionalTensor known_noise, got nothing more"),
+        (ROW_COLUMNS, [*ARGUMENTS, "OptionalTensor history"], "expected nothing more, got OptionalTensor history"),
+        (ROW_COLUMNS, ["OptionalTensor out", *ARGUMENTS[1:]], "expected Tensor out, got OptionalTensor out"),
+    ],
+)
+def test_a_library_with_other_lists_is_refused(tmp_path, monkeypatch, columns, arguments, message):
+    """Its kernels would read a row's coefficients, or the dispatcher's stack, by another list."""
+    monkeypatch.setattr(native, "LIBRARY", library_with(tmp_path, columns, arguments))
+    with pytest.raises(OSError, match=f"another library, or another version: .*{message}$"):
+        native._load()
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_a_library_with_the_same_lists_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "LIBRARY", library_with(tmp_path, ROW_COLUMNS, ARGUMENTS))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    native._load()
+
+
+def every_argument():
+    """A call that has every argument that a CPU step can have at once, by name."""
+    x = torch.zeros(2, 3, 5)
+    values = {
+        "out": x,
+        "original": torch.empty(2, 3, 5),
+        "staged": torch.empty(4, 3, 5),
+        "sample": x.clone(),
+        "predictions": [torch.zeros(2, 3, 5) for _ in range(3)],
+        "rows": torch.ones(4, len(ROW_COLUMNS)),
+        "weights": torch.ones(1, 1, 4),
+        "index": 1,
+        "indices": torch.tensor([0, 3]),
+        "seeds": torch.tensor([1, 2]),
+        "philox_threads": 0,
+    }
+    values |= {name: torch.zeros(2, 3, 5) for name in ("gradient", "variance", "mask", "known", "known_noise")}
+    return values
+
+
+def call(values):
+    """Call the operator with arguments by name; absent ones are None."""
+    names = [argument.partition(" ")[2] for argument in ARGUMENTS]
+    torch.ops.fastguide.guided_step.default(*(values.get(name) for name in names))
+
+
+def tensors_of(values):
+    flat = [*values.values(), *values["predictions"]]
+    return [value for value in flat if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("wrong", [None, "index"])
+def test_every_argument_is_released_after_the_call(wrong):
+    """After a call that works, and after one that is refused."""
+    values = every_argument()
+    if wrong is not None:
+        values["indices"] = torch.tensor([0, 4])
+        with pytest.raises(RuntimeError, match="index: expected values from 0 to 3, got 4"):
+            call(values)
+    else:
+        call(values)
+    tensors = tensors_of(values)
+    counts = [tensor._use_count() for tensor in tensors]
+    alive = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+    assert counts == [1] * len(tensors)
+    del tensors, values
+    gc.collect()
+    assert not any(storage() for storage in alive)
+
+
+def test_a_loop_of_calls_keeps_no_memory():
+    """The handles of a call's arguments are freed too: a thousand calls' would be half a megabyte."""
+    resource = pytest.importorskip("resource")
+    if sys.platform != "linux":
+        pytest.skip("the unit of ru_maxrss is Linux's")
+    values = every_argument()
+
+    def peak_after(calls):
+        for _ in range(calls):
+            call(values)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = peak_after(2000)
+    assert peak_after(50_000) - before < 1000  # KiB; one lost handle a call would be 1600 at the least

@@ -94,7 +94,10 @@ class Plan(NamedTuple):
         """Return the tensors that the predicted x_0 depends on."""
         inputs = [self.sample]
         inputs += self.predictions if isinstance(self.predictions, list) else (self.predictions,)
-        inputs += [tensor for tensor in (self.gradient, self.row) if isinstance(tensor, Tensor)]
+        if self.gradient is not None:
+            inputs.append(self.gradient)
+        if isinstance(self.row, Tensor):
+            inputs.append(self.row)
         return inputs
 
 

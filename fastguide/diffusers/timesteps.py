@@ -62,13 +62,13 @@ def row_of(scheduler: Any, timestep: int | Tensor, sample: Tensor) -> int | Tens
     """
     if not isinstance(timestep, Tensor):
         return _row_of_number(timestep, sample.device)
-    if timestep.dim() and timestep.numel() == 1:  # for every sample, as diffusers takes it
-        timestep = timestep.reshape(())
     dim = timestep.dim()
+    if dim and timestep.numel() == 1:  # for every sample, as diffusers takes it
+        timestep, dim = timestep.reshape(()), 0
     if timestep.is_floating_point() or dim > 1:
         got = f"{timestep.dtype} of shape {tuple(timestep.shape)}"
         raise TypeError(f"timestep: expected int64 of shape () or (batch,), got {got}")
-    if dim == 1:
+    if dim:
         _check_timesteps(timestep, len(sample), len(scheduler.alphas_cumprod))
     elif not torch.compiler.is_compiling():
         if timestep.device.type == "cpu":

@@ -1,3 +1,3 @@
-"""What pytest shall not import here: Triton's kernel, as Triton is optional."""
+"""Keep pytest from importing the Triton kernel: Triton is optional."""
 
 collect_ignore = ["contenders/plain_triton.py"]

@@ -1,4 +1,4 @@
-"""A few steps of every kind on a GPU, checked against the reference: small enough to run under compute-sanitizer.
+"""Check a few steps of every kind on a GPU against the reference: few enough to run under compute-sanitizer.
 
 python -m benchmarks.gpu_cases native
 """
@@ -6,6 +6,7 @@ python -m benchmarks.gpu_cases native
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
@@ -18,21 +19,21 @@ SHAPES = [
     (2, 3, 17, 19),
     (2, 4, 32, 32),
     (3, 1, 1031),
-    (2, 4, 256, 256),  # these two are beyond one grid of torch's kernel: as vectors, and
-    (3, 5, 191, 193),  # one by one
+    (2, 4, 256, 256),  # larger than one grid of torch's noise kernel, with vectors
+    (3, 5, 191, 193),  # the same, one element at a time
 ]
 
 
 def cases(backend: str, device: str) -> int:
-    """Run them; returns how many."""
+    """Run all cases with a backend; returns their number."""
     guidances = [None, fastguide.ClassifierFree(3.0), fastguide.Composed([2.0, -1.0]) + fastguide.Classifier(None, 1.0)]
     ran = 0
     for table in (fastguide.ddim(SCHEDULE, 10), fastguide.ddpm(SCHEDULE, 10, variance_type="learned_range")):
-        there = table.to(device)
+        table = table.to(device)
         for shape in SHAPES:
             for dtype in (torch.float32, torch.bfloat16):
                 for guidance in guidances:
-                    step(there, shape, dtype, guidance, backend, device)
+                    step(table, shape, dtype, guidance, backend, device)
                     ran += 1
     return ran
 
@@ -45,7 +46,7 @@ def step(
     backend: str,
     device: str,
 ) -> None:
-    """One case with every source of noise, against the reference."""
+    """Run one case with every source of noise, and compare it with the reference."""
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> torch.Tensor:
@@ -54,7 +55,7 @@ def step(
     x, predictions = draw(), [draw() for _ in range(1 if guidance is None else guidance.num_predictions)]
     gradient = draw() if guidance is not None and guidance.form is not None else None
     variance = draw().clamp(-1, 1) if table.learned_variance else None
-    noises: list[dict[str, object]] = [{"noise": draw()}]
+    noises: list[dict[str, Any]] = [{"noise": draw()}]
     noises += [{"seeds": torch.arange(shape[0], device=device)}] if table.adds_noise_anywhere else []
     for noise in noises:
         results = [
@@ -73,9 +74,9 @@ def step(
             )
             for name in (backend, "reference")
         ]
-        for got, expected in zip(*results, strict=True):
+        for result, expected in zip(*results, strict=True):
             tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
     if device == "cuda" and table.adds_noise_anywhere:
         for source in (fastguide.DeviceGenerator(1), torch.Generator("cuda").manual_seed(1)):
             fastguide.guided_step(

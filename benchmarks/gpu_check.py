@@ -1,9 +1,9 @@
-"""Everything that takes a GPU to be proved, in one command of less than eight minutes: build, test, sanitize, measure.
+"""Prove on a GPU what needs one, in one command of less than eight minutes: build, test, measure, sanitize.
 
     python -m benchmarks.gpu_check --output benchmarks/results/gpu.json
 
-The record holds the date, the GPU, driver and versions, which tests ran and failed, what the sanitizers said and every
-time measured, each beside the ceiling and the competitors of the same run.
+The record holds the date, the GPU, driver and versions, the tests that ran and failed, the sanitizers' results, and
+every time, each beside the ceiling and the rivals of the same run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 OURS = ("native", "triton")
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = time.time() + 470
+Record = dict[str, Any]
+
 TARGETS = {"large, no noise": 0.92, "large, noise in the kernel": 0.85, "small, GPU us": 3.0, "small, host us": 20.0}
 
 
-def run(command: list[str], timeout: float) -> dict[str, object]:
-    """A command's exit status, seconds, output and the end of it; a status of None: it was not done in time."""
+def run(command: list[str], timeout: float) -> Record:
+    """Run a command, and return its exit status (None: it ran out of time), seconds and output."""
     begin = time.time()
     timeout = max(min(timeout, DEADLINE - begin), 1.0)
     try:
@@ -45,8 +48,8 @@ def run(command: list[str], timeout: float) -> dict[str, object]:
     return {"command": command[1:], "exit": status, "seconds": round(time.time() - begin, 1), "output": output}
 
 
-def build() -> dict[str, object]:
-    """Into this checkout, for this GPU alone: the other architectures' code is the same source."""
+def build() -> Record:
+    """Build into this checkout for this GPU only: the code for other architectures is the same source."""
     major, minor = torch.cuda.get_device_capability()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}+PTX")
     os.environ["FASTGUIDE_CUDA"] = "1"
@@ -54,10 +57,10 @@ def build() -> dict[str, object]:
     return run(pip, 120)
 
 
-def test() -> dict[str, object]:
-    """The tests marked gpu: the cases of every backend, and what only a GPU can show."""
+def test() -> Record:
+    """Run the tests marked gpu."""
     command = [sys.executable, "-m", "pytest", "tests", "-v", "-m", "gpu", "-rfEs", "--tb=short"]
-    if importlib.util.find_spec("xdist") is not None:  # Triton compiles a kernel for each variant: on several cores
+    if importlib.util.find_spec("xdist") is not None:  # several cores: Triton compiles a kernel for each variant
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     record = run(command, 200)
     output = str(record["output"])
@@ -67,28 +70,28 @@ def test() -> dict[str, object]:
     return record
 
 
-def sanitize() -> dict[str, object]:
-    """compute-sanitizer over a small set of cases, where it is installed and takes the device."""
+def sanitize() -> Record:
+    """Run compute-sanitizer over a few cases, if it is installed and supports the device."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
         return {"not run": "compute-sanitizer is not installed"}
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or memcheck takes a cache's block for a tensor's memory
-    record = {}
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # otherwise memcheck sees blocks of torch's cache, not tensors
+    record: Record = {}
     for backend in OURS:
         cases = [sys.executable, "-m", "benchmarks.gpu_cases", backend]
-        record[backend] = run(cases, 90)  # also compiles what Triton has yet to compile
+        record[backend] = run(cases, 90)  # this also compiles Triton's kernels
         for check in ("memcheck", "racecheck"):
             result = record[f"{backend} {check}"] = run([tool, "--tool", check, "--error-exitcode", "9", *cases], 60)
             if "Device not supported" in str(result["output"]):
                 del record[f"{backend} {check}"]
-                return {**record, "not run": "compute-sanitizer says: Device not supported"}
+                return {**record, "not run": "compute-sanitizer: Device not supported"}
     for result in record.values():
         result["output"] = str(result["output"])[-2000:]
     return record
 
 
-def machine() -> dict[str, object]:
-    """What was measured on."""
+def machine() -> Record:
+    """Return the GPU and the versions."""
     smi = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     found = subprocess.run(smi, capture_output=True, text=True).stdout.strip() if shutil.which(smi[0]) else None
     try:
@@ -110,44 +113,45 @@ def machine() -> dict[str, object]:
     }
 
 
-def measure(write: Callable[[dict[str, object]], None]) -> None:
-    """All timings, printed and written as they come."""
+def measure(write: Callable[[Record], None]) -> None:
+    """Take all times; each is printed and written as soon as it is measured."""
     from .measure.gpu import measure_large, measure_small, measure_torch_generator
 
-    times: dict[str, object] = {}
+    times: Record = {}
     for name, rows in (("small", measure_small()), ("large", measure_large())):
-        found = times[name] = []
+        found: list[Record] = []
+        times[name] = found
         for row in rows:
             print(row, flush=True)
             found.append(row)
             write(times)
-            if time.time() > DEADLINE - 60:  # which the sanitizers get
+            if time.time() > DEADLINE - 60:  # the sanitizers need the rest of the time
                 break
     times["torch_generator_host_microseconds"] = measure_torch_generator()
     write(times)
 
 
-def loops() -> dict[str, object]:
-    """Whole loops beside diffusers', where it is installed."""
+def loops() -> Record:
+    """Time whole loops beside diffusers', if it is installed."""
     if importlib.util.find_spec("diffusers") is None:
         return {"not run": "diffusers is not installed"}
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "loops.json"
-        command = [sys.executable, "-m", "fastguide", "bench", "--device", "cuda", "--only", "loops", "--workload"]
-        record = run([*command, "tiny UNet, 50 steps", "--json", str(place), "--output", folder], 150)
+        numbers = Path(folder) / "loops.json"
+        command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--only", "loops", "--workload"]
+        record = run([*command, "tiny UNet, 50 steps", "--json", str(numbers), "--output", folder], 150)
         record["output"] = str(record["output"])[-3000:]
-        return record | ({"results": json.loads(place.read_text())} if place.exists() else {})
+        return record | ({"results": json.loads(numbers.read_text())} if numbers.exists() else {})
 
 
-def loop_misses(loops: dict[str, object]) -> list[str]:
-    """Where a loop's target is missed, in words."""
+def loop_misses(loops: Record) -> list[str]:
+    """Describe each missed target of a loop."""
     targets = [row for row in loops.get("results", {}).get("rows", []) if row["suite"] == "targets"]
-    meant = [row for row in targets if "loop" in row["target"] and row["status"] != "met"]
-    return [f"{row['target']}: expected {row['expected']}, got {row.get('measured', row['reason'])}" for row in meant]
+    missed = [row for row in targets if "loop" in row["target"] and row["status"] != "met"]
+    return [f"{row['target']}: expected {row['expected']}, got {row.get('measured', row['reason'])}" for row in missed]
 
 
-def misses(times: dict[str, object]) -> list[str]:
-    """Where a step's target is missed, in words."""
+def misses(times: Record) -> list[str]:
+    """Describe each missed target of a step."""
     found = []
     for row in times.get("large", []):
         target = TARGETS["large, no noise" if row["noise"] in ("none", "given") else "large, noise in the kernel"]
@@ -169,7 +173,7 @@ def misses(times: dict[str, object]) -> list[str]:
 
 
 def slower(name: str, microseconds: dict[str, float]) -> list[str]:
-    """Rivals that a backend of ours is slower than, by more than the 2 % that two runs of one kernel differ."""
+    """Describe where a rival is faster than a backend of ours by more than 2 %, which two runs of one kernel differ."""
     return [
         f"{name}: {backend} takes {microseconds[backend]:.2f} us, {rival} {microseconds[rival]:.2f} us"
         for backend in OURS
@@ -178,15 +182,15 @@ def slower(name: str, microseconds: dict[str, float]) -> list[str]:
     ]
 
 
-def failures(record: dict[str, object]) -> list[str]:
-    """What went wrong, in words; what was not run for a stated reason is none."""
+def failures(record: Record) -> list[str]:
+    """Describe everything that went wrong; what was not run for a stated reason did not."""
     found = [f"{name}: not run" for name in ("tests", "times", "loops", "sanitizers") if name not in record]
     for name in ("build", "tests", "loops"):
         if name in record and record[name].get("exit", 0) != 0:
             found.append(f"{name}: exit {record[name]['exit']}")
     for check, result in record.get("sanitizers", {}).items():
         if check != "not run" and result["exit"] is None:
-            found.append(f"{check}: not done in time")
+            found.append(f"{check}: ran out of time")
         elif check != "not run" and result["exit"] != 0:
             found.append(f"{check}: exit {result['exit']}")
     for rows in (record.get("times", {}).get(size, []) for size in ("small", "large")):
@@ -196,17 +200,17 @@ def failures(record: dict[str, object]) -> list[str]:
 
 
 def main() -> int:
-    """Run it all; the exit status says whether anything failed or missed its target."""
+    """Run everything; the exit status is 1 if anything failed or missed its target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the record here, as JSON, after each stage")
-    parser.add_argument("--no-build", action="store_true", help="take the library as it is")
+    parser.add_argument("--output", type=Path, help="write the record to this file, as JSON, after each stage")
+    parser.add_argument("--no-build", action="store_true", help="use the library as it is")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_check: expected a GPU that torch sees, got none", file=sys.stderr)
         return 2
-    record: dict[str, object] = {"machine": machine()}
+    record: Record = {"machine": machine()}
 
-    def write(name: str, result: object) -> None:
+    def write(name: str, result: Any) -> None:
         record[name] = result
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +218,7 @@ def main() -> int:
 
     if not options.no_build:
         write("build", build())
-    from fastguide.step.backends.registry import BACKENDS  # what has just been built
+    from fastguide.step.operator import BACKENDS  # after the build
 
     write("backends missing", {n: BACKENDS[n].status for n in OURS if not BACKENDS[n].serves("cuda")})
     write("tests", test())

@@ -1,4 +1,4 @@
-"""What is timed: guided steps of the shapes, dtypes, guidances and solvers that people run."""
+"""The workloads: guided steps of the shapes, dtypes, guidances and solvers that people run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastguide.guidance import Classifier, ClassifierFree, Composed, Guidance
-from fastguide.schedules.noise_schedule import NoiseSchedule
-from fastguide.solvers import ddim, ddpm
-from fastguide.solvers.table import StepTable
+from fastguide import Classifier, ClassifierFree, Composed, Guidance, NoiseSchedule, StepTable, ddim, ddpm
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 GUIDANCE_SCALE, GRADIENT_SCALE = 7.5, 1.3
@@ -30,12 +27,18 @@ GUIDANCES = ("none", "classifier-free", "composed", "epsilon gradient", "mean gr
 
 
 class NotRunError(Exception):
-    """Why a contender does not serve a workload here."""
+    """A contender cannot run a workload on this machine; the message says why."""
+
+
+def abar_at(steps: int, index: int) -> tuple[float, float]:
+    """Return abar at a step and at the one after it, which is 1 after the last."""
+    visited: list[float] = [*SCHEDULE.alphas_cumprod[SCHEDULE.timesteps(steps)].tolist(), 1.0]
+    return visited[index], visited[index + 1]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One step; ``dtype`` is that of the model's outputs, ``state`` that of the sample."""
+    """One step: ``dtype`` is the dtype of the model's outputs, ``state`` that of the sample."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,7 +49,7 @@ class Workload:
 
     @property
     def title(self) -> str:
-        """For people: name, solver, guidance, shape and dtype."""
+        """Describe the workload: name, solver, guidance, shape and dtype."""
         dtype = str(self.dtype).removeprefix("torch.")
         dtype += "" if self.state == torch.float32 else f", state {str(self.state).removeprefix('torch.')}"
         parts = [self.name, self.solver, self.guidance, str(tuple(self.shape)), dtype]
@@ -54,20 +57,20 @@ class Workload:
 
     @property
     def count(self) -> int:
-        """Number of predictions."""
+        """The number of predictions."""
         if self.solver == "add_noise":
             return 0
         return {"classifier-free": 2, "composed": 4}.get(self.guidance, 1)
 
     @property
     def form(self) -> str | None:
-        """Of a classifier's gradient, if there is one."""
+        """The form of the classifier's gradient: epsilon or mean; ``None`` without one."""
         return self.guidance.partition(" ")[0] if self.guidance.endswith("gradient") else None
 
 
 @dataclass
 class Inputs:
-    """A workload's tensors on a device."""
+    """The tensors of a workload on a device; the same values at each call."""
 
     workload: Workload
     device: torch.device
@@ -89,7 +92,7 @@ class Inputs:
 
     @cached_property
     def table(self) -> StepTable:
-        """The steps; of ``add_noise`` one that is that."""
+        """The step table; for ``add_noise`` a table whose steps do just that."""
         solver = self.workload.solver
         if solver == "ddim":
             table = ddim(SCHEDULE, NUM_STEPS)
@@ -108,7 +111,7 @@ class Inputs:
 
     @cached_property
     def guidance(self) -> Guidance | None:
-        """The weights."""
+        """The guidance; ``None`` if the step has one prediction or none."""
         kind = self.workload.guidance
         if self.workload.solver == "add_noise" or kind == "none":
             return None
@@ -119,19 +122,25 @@ class Inputs:
         return Classifier(None, GRADIENT_SCALE, "mean" if self.workload.form == "mean" else "epsilon")
 
     @property
+    def terms(self) -> dict[str, Tensor]:
+        """The step's tensors beside sample, predictions and noise, by their names in ``plain_torch.Terms``."""
+        found = {"variance": self.variance, f"{self.workload.form}_gradient": self.gradient}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
     def noisy(self) -> bool:
         """Whether the step adds noise."""
         return self.table.adds_noise[STEP]
 
     @property
     def bytes(self) -> int:
-        """Each input read once, the output written once; noise is not counted, as a kernel may draw it in place."""
+        """Bytes to move: each input read once, the output written once, no noise, as a kernel may draw it in place."""
         tensors = [self.sample, self.sample, *self.predictions, self.gradient, self.variance]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def quick() -> list[Workload]:
-    """The ones that tell most, in a minute."""
+    """Return the workloads that tell most; they take a minute."""
     pixels, bf16, fp16 = SHAPES["pixels"], torch.bfloat16, torch.float16
     return [
         Workload("SD 512", SHAPES["SD 512"]),
@@ -150,13 +159,13 @@ def quick() -> list[Workload]:
 
 
 def large() -> list[Workload]:
-    """Of more than 256 MB: what shows a GPU's bandwidth."""
+    """Return workloads of more than 256 MB, which show a GPU's bandwidth."""
     shape, bf16 = (128, *SHAPES["pixels"][1:]), torch.bfloat16
     return [Workload("pixels, batch 128", shape), Workload("pixels, batch 128", shape, dtype=bf16, state=bf16)]
 
 
 def full() -> list[Workload]:
-    """Every shape, solver, guidance and dtype, each varied by itself around the quick ones, and batches of 1 to 64."""
+    """Vary each shape, solver, guidance and dtype by itself around the quick workloads, and the batch from 1 to 64."""
     found = quick() + large()
     for name, shape in SHAPES.items():
         for dtype in (torch.float16, torch.bfloat16):

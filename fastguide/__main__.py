@@ -1,4 +1,4 @@
-"""The command ``fastguide``: ``info`` says what this installation can do, ``demo`` shows it, ``bench`` measures it."""
+"""The command ``fastguide``: ``info`` tells what this installation can do, and ``demo`` shows it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OPTIONAL_PACKAGES = ("diffusers", "scikit-learn", "matplotlib", "tqdm", "safete
 
 
 def info() -> str:
-    """Versions, which backends serve which devices and why others do not, and which optional packages are there."""
+    """Return the versions, the backends with their state on each device, and the optional packages, as text."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     lines = [
         f"fastguide {__version__}, torch {torch.__version__} ({torch.get_num_threads()} threads), "
@@ -48,61 +48,27 @@ def _default(device: str) -> str:
         return f"none: {error}"
 
 
-def _bench(options: argparse.Namespace) -> int:
-    from benchmarks import run
-
-    try:
-        unknown = [suite for suite in options.only if suite not in run.SUITES]
-        if unknown:
-            raise ValueError(f"--only: expected some of {', '.join(run.SUITES)}, got {unknown[0]!r}")
-        return run.main(
-            options.device,
-            full=options.full,
-            suites=options.only,
-            names=options.workload,
-            json=options.json,
-            compare=options.compare,
-            output=options.output,
-        )
-    except (ValueError, OSError) as error:
-        print(f"fastguide: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nfastguide: interrupted", file=sys.stderr)
-        return 130
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with the given arguments (those of the process by default); returns the exit status."""
+    """Run the command with these arguments, by default those of the process, and return the exit status."""
     parser = argparse.ArgumentParser(prog="fastguide", description="Guided diffusion sampling in one fused kernel.")
     parser.add_argument("--version", action="version", version=f"fastguide {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, and which backends there are and why others are not")
-    demo = commands.add_parser("demo", help="train on scikit-learn's digits, sample every class with every guidance")
-    demo.add_argument("--quick", action="store_true", help="smaller models and fewer samples: half a minute")
+    commands.add_parser("info", help="show the versions, the backends and the optional packages")
+    demo = commands.add_parser("demo", help="train on scikit-learn's digits, and sample each class with each guidance")
+    demo.add_argument("--quick", action="store_true", help="train for less time and sample less: half a minute")
     demo.add_argument("--output", type=Path, default=Path("fastguide-demo"), metavar="DIR", help="default: %(default)s")
-    demo.add_argument("--retrain", action="store_true", help="train again, even if trained weights are in the cache")
-    demo.add_argument("--seed", type=int, default=0, help="of the sampling noise (default: %(default)s)")
-    demo.add_argument("--backend", choices=tuple(BACKENDS), help="default: the best for the CPU")
-    bench = commands.add_parser("bench", help="time it beside others on this machine: two minutes, and a report")
-    bench.add_argument("--full", action="store_true", help="every shape, dtype, solver and guidance: eight minutes")
-    bench.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    bench.add_argument("--only", nargs="+", metavar="SUITE", default=[], help="steps, loops, accuracy, growth, methods")
-    bench.add_argument("--workload", nargs="+", metavar="NAME", default=[], help="steps and loops whose names begin so")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    bench.add_argument(
-        "--compare", type=Path, metavar="OLD.json", help="with an earlier run's numbers, by their ratios"
-    )
-    bench.add_argument(
-        "--output", type=Path, default=Path("fastguide-bench"), metavar="DIR", help="default: %(default)s"
-    )
+    demo.add_argument("--retrain", action="store_true", help="train even if trained models are in the cache")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the sampling noise (default: %(default)s)")
+    demo.add_argument("--backend", choices=tuple(BACKENDS), help="default: the fastest on this CPU")
     options = parser.parse_args(arguments)
 
     if options.command == "info":
         print(info())
         return 0
-    if options.command == "bench":
-        return _bench(options)
+    return _demo(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
     try:
         from .demo.run import run
     except ModuleNotFoundError as error:
@@ -127,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             backend=options.backend,
         )
     except KeyboardInterrupt:
-        print("\nfastguide: interrupted; what is finished stays in the cache and the output folder", file=sys.stderr)
+        print(
+            "\nfastguide: interrupted; finished models stay in the cache, finished pictures in --output",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

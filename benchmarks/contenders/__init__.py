@@ -1,1 +1,1 @@
-"""Who is timed: fastguide, the field, and what a careful user writes in plain torch."""
+"""Every contender: fastguide, the field, and what a careful user writes in plain torch."""

@@ -1,4 +1,6 @@
-"""The shortest Triton kernel that moves a guided DDIM step's bytes: what a skilled user would write for one step."""
+"""The shortest Triton kernel that moves the bytes of a guided DDIM step: what a skilled user writes for one step."""
+
+# mypy: ignore-errors  (Triton's language is not Python's)
 
 from __future__ import annotations
 
@@ -18,6 +20,6 @@ def _kernel(out, x, uncond, cond, scale, size, BLOCK: tl.constexpr):
 
 
 def plain_step(out: Tensor, x: Tensor, uncond: Tensor, cond: Tensor, scale: float) -> None:
-    """``out = 0.9 x + 0.1 (uncond + scale (cond - uncond))``."""
+    """Write ``out = 0.9 x + 0.1 (uncond + scale (cond - uncond))``."""
     block = 1024
     _kernel[(triton.cdiv(out.numel(), block),)](out, x, uncond, cond, scale, out.numel(), BLOCK=block, num_warps=4)

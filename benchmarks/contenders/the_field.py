@@ -1,4 +1,4 @@
-"""The field's steps: diffusers' scheduler with its pipelines' guidance, and guided-diffusion's formulas restated."""
+"""The field's own steps: diffusers' guidance and scheduler, and guided-diffusion's formulas, restated here."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..workloads import GRADIENT_SCALE, NUM_STEPS, SCHEDULE, STEP, Inputs, NotRunError
-from .plain_torch import combined
+from .plain_torch import guided
 
 Call = Callable[[], Tensor]
 
 
 def scheduler(solver: str, steps: int, device: torch.device, *, ours: bool = False) -> Any:
-    """diffusers' scheduler of the suite's schedule, or fastguide's in its place."""
+    """Build diffusers' scheduler for the benchmarks' schedule; with ``ours``, fastguide's in its place."""
     try:
         import diffusers as theirs
     except ImportError:
@@ -39,18 +39,18 @@ def scheduler(solver: str, steps: int, device: torch.device, *, ours: bool = Fal
 
 
 def diffusers(i: Inputs) -> Call:
-    """The pipelines' guidance and ``scheduler.step``; a classifier's gradient by hand, as its users add it."""
+    """Guidance as pipelines write it, and ``scheduler.step``; a classifier's gradient is added by hand, as users do."""
     w = i.workload
     theirs = scheduler(w.solver, NUM_STEPS, i.device)
     timestep, generator = theirs.timesteps[STEP], torch.Generator(i.device).manual_seed(0)
     if w.solver == "add_noise":
         return _diffusers_add_noise(theirs, i, timestep, generator)
 
-    # A model returns prediction and variance in one tensor; guidance takes that apart, and the step wants it again
+    # A model returns prediction and variance in one tensor: guidance splits it, and the step takes it whole again
     whole = None if i.variance is None else torch.cat([i.predictions[0], i.variance], 1)
 
     def step() -> Tensor:
-        output = combined(i.predictions)
+        output = guided(i.predictions)
         if w.form == "epsilon":
             output = output - (1 - theirs.alphas_cumprod[timestep]) ** 0.5 * GRADIENT_SCALE * i.gradient
         if i.variance is not None and whole is not None:
@@ -59,7 +59,7 @@ def diffusers(i: Inputs) -> Call:
         if w.form == "mean":
             variance = theirs._get_variance(timestep, predicted_variance=i.variance)
             if i.variance is not None:
-                variance = torch.exp(variance)  # of learned variances it gives the logarithm
+                variance = torch.exp(variance)  # diffusers returns the logarithm of a learned variance
             result = result + variance * GRADIENT_SCALE * i.gradient
         return result
 
@@ -78,11 +78,13 @@ def _diffusers_add_noise(theirs: Any, i: Inputs, timestep: Tensor, generator: to
 
 
 class GuidedDiffusion:
-    """Its ``p_sample``, ``ddim_sample`` and ``q_sample``, without what a step computes there and does not use.
+    """guided-diffusion's ``p_sample``, ``ddim_sample`` and ``q_sample``, less what they compute and do not use.
 
-    Each use of a float64 table on the host uploads it.
+    Its tables are float64 arrays on the host, and each use uploads one, as there.
 
-    ``abar`` are the cumulative products at the steps taken, in the order of sampling.
+    Args:
+        abar: the cumulative products at the visited timesteps, in the order of sampling.
+        device: where the samples are.
     """
 
     def __init__(self, abar: Tensor, device: torch.device) -> None:
@@ -129,7 +131,7 @@ class GuidedDiffusion:
         gradient: Tensor | None = None,
         clip: bool = False,
     ) -> Tensor:
-        """DDPM, with a classifier's gradient in the mean form."""
+        """Compute a DDPM step, with a classifier's gradient in the mean form."""
         if variance is not None:
             fraction = (variance.float() + 1) / 2
             low, high = self._extract("log_variance", t, x), self._extract("log_beta", t, x)
@@ -146,7 +148,7 @@ class GuidedDiffusion:
     def ddim_sample(
         self, x: Tensor, t: Tensor, epsilon: Tensor, noise: Tensor, *, gradient: Tensor | None = None
     ) -> Tensor:
-        """DDIM, with a classifier's gradient in the epsilon form; its noise is drawn, and multiplied by 0."""
+        """Compute a DDIM step, with a classifier's gradient in the epsilon form; the noise is multiplied by 0."""
         x0 = self._original(x, t, epsilon, False)
         if gradient is not None:
             epsilon = (self._extract("sqrt_recip", t, x) * x - x0) / self._extract("sqrt_recipm1", t, x)
@@ -159,21 +161,21 @@ class GuidedDiffusion:
         return mean + self._nonzero(t, x) * sigma * noise
 
     def q_sample(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Forward noising."""
+        """Add noise to an original sample."""
         return self._extract("sqrt_abar", t, x) * x + self._extract("sqrt_one_minus_abar", t, x) * noise
 
 
 def guided_diffusion(i: Inputs) -> Call:
-    """A step of its loops; classifier-free guidance by hand, as its notebooks do."""
+    """One step of guided-diffusion's loops; classifier-free guidance by hand, as its notebooks do."""
     w = i.workload
     if (w.solver == "ddim" and w.form == "mean") or (w.solver != "ddim" and w.form == "epsilon"):
-        raise NotRunError("it adds a gradient to DDPM's mean and to DDIM's epsilon")
+        raise NotRunError("guided-diffusion adds a gradient to DDPM's mean and to DDIM's epsilon only")
     abar = SCHEDULE.alphas_cumprod[SCHEDULE.timesteps(NUM_STEPS)]
     theirs, generator = GuidedDiffusion(abar, i.device), torch.Generator(i.device).manual_seed(0)
     t = torch.full((i.sample.shape[0],), STEP, device=i.device)
 
     def step() -> Tensor:
-        epsilon = combined([prediction.float() for prediction in i.predictions]) if i.predictions else i.sample
+        epsilon = guided([prediction.float() for prediction in i.predictions]) if i.predictions else i.sample
         noise = torch.randn(i.sample.shape, device=i.device, dtype=i.sample.dtype, generator=generator)
         if w.solver == "add_noise":
             return theirs.q_sample(i.sample, t, noise)

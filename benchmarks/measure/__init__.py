@@ -1,1 +1,1 @@
-"""How each thing is measured: steps, loops, accuracy, guidance, and a GPU."""
+"""One file for each suite and one for each tool that it measures with."""

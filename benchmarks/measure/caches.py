@@ -1,4 +1,4 @@
-"""What a step finds on the CPU: its tensors no longer in the caches, and no memory that another contender has freed."""
+"""Evict the CPU's caches before each timed call, and return the memory that other contenders have freed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from pathlib import Path
 
 import torch
 
-_SECOND_LEVEL = 2**21  # bytes for each thread: no processor's second level is larger
-_SMALL = _SECOND_LEVEL // 2  # bytes for each thread of a step that stays within the second level
-_LAST_LEVEL, _LARGEST = 2**25, 2**29  # bytes: where the system does not say, and what is read at most
-_FRESH = 2**25  # bytes of a tensor for which the allocator asks the system, if it has nothing left over
+_SECOND_LEVEL = 2**21  # bytes per thread: no processor has a larger second-level cache
+_SMALL = _SECOND_LEVEL // 2  # bytes per thread of a step that fits in the second-level cache
+_LAST_LEVEL, _LARGEST = 2**25, 2**29  # bytes: the last level where the system does not tell, and the most to read
+_FRESH = 2**25  # bytes of a tensor for which the allocator asks the system, unless it has freed memory
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-def between(step_bytes: int, output_bytes: int) -> Callable[[Callable[[], object]], None]:
-    """What to do with a step that moves so many bytes and may return so many, each time before it is timed.
+def cold_caches(step_bytes: int, output_bytes: int) -> Callable[[Callable[[], object]], None]:
+    """Return what to do before each timed call of a step.
 
-    A model that runs between two steps fills the second level of the caches with what is its own, and so does this;
-    it only reads, as what it wrote would still have to leave the caches while the step is timed. What a larger step
-    finds in the last level would depend on who ran before, and on neighbours: that is filled, too. Where an output is
-    large, the step finds the memory that a call of its own has freed, and nothing that others have.
+    A model that runs between two steps fills the second-level caches with its own data, and so does this. It only
+    reads: data that it wrote would have to leave the caches while the step is timed. For a larger step it fills the
+    last level too, whose contents would otherwise depend on the previous contender and on other processes. If the
+    output is large, freed memory goes back to the system and the step is called once, so that the timed call finds
+    the memory that it freed itself, and none that others freed.
+
+    Args:
+        step_bytes: the bytes that the step moves.
+        output_bytes: the bytes of the tensor that it may return.
+
+    Returns:
+        A function that takes the step.
     """
     threads = torch.get_num_threads()
     whole = step_bytes > _SMALL * threads
@@ -46,7 +54,7 @@ def _buffer(size: int) -> torch.Tensor:
 
 
 def last_level() -> int:
-    """Bytes of the processor's largest cache, where Linux tells."""
+    """Return the bytes of the processor's largest cache if Linux tells, and 32 MB otherwise."""
     found = [_LAST_LEVEL]
     for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = size.read_text().strip()

@@ -1,6 +1,6 @@
-"""Times guided steps on a GPU against ceilings and competitors of the same run: bandwidth, small steps, host time.
+"""Time guided steps on a GPU beside the ceiling and the rivals of the same run: bandwidth, small steps, host time.
 
-GPU times are of CUDA graphs of several steps, between two events: launches cost the host nothing there.
+GPU times are taken between two events around a CUDA graph of several steps, so that they hold no launches.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +16,17 @@ from torch import Tensor
 import fastguide
 from fastguide.step.backends.registry import BACKENDS
 
-from ..contenders import plain_torch as formula
-from ..workloads import GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP
+from ..contenders.plain_torch import coefficients, straight_lines
+from ..workloads import GUIDANCE_SCALE, NUM_STEPS, SCHEDULE, STEP, abar_at
 from .timing import in_a_graph
 
-LARGE = (64, 4, 512, 512)  # 268 MB of float32: beyond any cache, alone
+LARGE = (64, 4, 512, 512)  # 268 MB of float32: one tensor alone is larger than any cache
 SMALL = [(1, 4, 64, 64), (1, 16, 128, 128)]
 NOISES = ("none", "given", "torch", "portable")
 
 
 class GpuStep:
-    """One guided step on the GPU: classifier-free guidance, DDIM without noise, DDPM with."""
+    """A guided step on the GPU with classifier-free guidance: DDIM without noise, DDPM with noise."""
 
     def __init__(self, shape: tuple[int, ...], state: torch.dtype, model: torch.dtype, noise: str) -> None:
         solver = fastguide.ddim if noise == "none" else fastguide.ddpm
@@ -37,21 +38,22 @@ class GpuStep:
         self.index = torch.tensor(STEP, device="cuda")
         self.guidance = fastguide.ClassifierFree(GUIDANCE_SCALE)
         self.given = torch.randn(shape, device="cuda").to(state) if noise == "given" else None
-        self.source = {
+        sources: dict[str, dict[str, Any]] = {
             "none": {},
             "given": {"noise": self.given},
             "torch": {"generator": fastguide.DeviceGenerator(0)},
             "portable": {"seeds": torch.arange(shape[0], device="cuda")},
-        }[noise]
+        }
+        self.source = sources[noise]
 
     @property
     def bytes(self) -> int:
-        """Each input read once, the output written once."""
+        """Bytes to move: each input read once, the output written once."""
         tensors = (self.sample, self.uncond, self.cond, self.out, self.given)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def fastguide(self, backend: str) -> Callable[[], object]:
-        """The step into ``out``, by a backend."""
+        """Return the step into ``out`` with a backend."""
         predictions = [self.uncond, self.cond]
         return lambda: fastguide.guided_step(
             self.table,
@@ -65,23 +67,23 @@ class GpuStep:
         )
 
     def compiled(self) -> Callable[[], object]:
-        """The formula under torch.compile into ``out``; noise, where the step draws it, by torch.randn_like."""
-        torch._dynamo.reset()  # or the formula would reach the limit of recompilations
-        drawn, given, out = self.noise in ("torch", "portable"), self.given, self.out
-        has = {name: float(values[STEP]) for name, values in self.table.coefficients().items()}
-        function, values = formula.step_function(has, 2, in_a_tensor=True, noise=self.noise != "none", out=True)
-        row = torch.tensor(values, device="cuda")
+        """Return the formula under torch.compile into ``out``, with torch.randn_like where the step draws its noise."""
+        torch._dynamo.reset()  # otherwise torch.compile would reach its limit of recompilations
+        draws, given, out = self.noise in ("torch", "portable"), self.given, self.out
+        noisy = self.noise != "none"
+        function = straight_lines("ddpm" if noisy else "ddim", 2, ["noise"] * noisy, out=True)
+        row = torch.tensor(coefficients(*abar_at(NUM_STEPS, STEP)), device="cuda")
 
         @torch.compile(fullgraph=True, dynamic=False)
         def step(row: Tensor, x: Tensor, uncond: Tensor, cond: Tensor) -> None:
-            noise = [torch.randn_like(x) if drawn else given] if self.noise != "none" else []
+            noise = [torch.randn_like(x) if draws else given] if noisy else []
             function(row, x, uncond, cond, *noise, out)
 
         return lambda: step(row, self.sample, self.uncond, self.cond)
 
 
 def plain_triton(s: GpuStep) -> Callable[[], object] | None:
-    """A Triton kernel for the same bytes as a DDIM step, as short as can be; None without Triton."""
+    """Return the shortest Triton kernel that moves the bytes of a DDIM step; None without Triton."""
     if not BACKENDS["triton"].serves("cuda"):
         return None
     from ..contenders.plain_triton import plain_step
@@ -90,13 +92,13 @@ def plain_triton(s: GpuStep) -> Callable[[], object] | None:
 
 
 def gpu_microseconds(call: Callable[[], object], repeats: int) -> float:
-    """GPU time of one call, among ``repeats`` in a captured graph."""
+    """Microseconds of one call among ``repeats`` in a captured graph."""
     return 1e6 * in_a_graph(call, repeats)
 
 
 @torch.no_grad()
 def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
-    """Median time after which the host goes on, with the GPU never behind by much."""
+    """Median microseconds until a call returns, with never more than 20 calls in the GPU's queue."""
     times = []
     for i in range(calls):
         if i % 20 == 0:
@@ -109,31 +111,31 @@ def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
 
 
 def copy_rate() -> float:
-    """GB/s of a device-to-device copy, bytes read and written: the ceiling."""
+    """GB/s, read and written, of a copy from device to device: the ceiling."""
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / gpu_microseconds(lambda: target.copy_(source), 5) / 1e3
 
 
 def backends() -> list[str]:
-    """Those that serve a GPU here with a kernel of their own."""
+    """Return the backends with a kernel of their own that run on this GPU."""
     return [name for name in ("native", "triton") if BACKENDS[name].serves("cuda")]
 
 
 class Times(dict[str, float]):
-    """Microseconds by contender; one that raises is noted in ``errors``, and the others go on."""
+    """Microseconds by contender; the exception of a contender is in ``errors`` instead."""
 
     def __init__(self, calls: dict[str, Callable[[], object]], measure: Callable[[Callable[[], object]], float]):
         self.errors: dict[str, str] = {}
         for name, call in calls.items():
             try:
                 self[name] = measure(call)
-            except Exception as error:  # whatever a compiler or a capture may raise: it is in the record
+            except Exception as error:  # any exception of a compiler or a capture goes into the record
                 self.errors[name] = f"{type(error).__name__}: {str(error)[:500]}"
 
 
 def contenders(s: GpuStep) -> dict[str, Callable[[], object]]:
-    """Ours, torch.compile, and, of a step without noise, plain Triton."""
+    """Return our backends, torch.compile and, for a step without noise, plain Triton."""
     calls = {name: s.fastguide(name) for name in backends()}
     calls["torch.compile"] = s.compiled()
     plain = plain_triton(s) if s.noise == "none" else None
@@ -141,7 +143,7 @@ def contenders(s: GpuStep) -> dict[str, Callable[[], object]]:
 
 
 def measure_large() -> Iterator[dict[str, object]]:
-    """Share of the copy's bandwidth at more than 256 MB of traffic."""
+    """Yield the share of the copy's bandwidth that steps of more than 256 MB reach."""
     for state, model in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2):
         for noise in NOISES:
             ceiling = copy_rate()
@@ -159,7 +161,7 @@ def measure_large() -> Iterator[dict[str, object]]:
 
 
 def measure_small() -> Iterator[dict[str, object]]:
-    """GPU time of a step in a graph, and host time of an eager one."""
+    """Yield the GPU time of a small step in a graph and the host time of an eager one."""
     for shape in SMALL:
         for noise in NOISES:
             s = GpuStep(shape, torch.float32, torch.bfloat16, noise)
@@ -175,7 +177,7 @@ def measure_small() -> Iterator[dict[str, object]]:
 
 
 def measure_torch_generator() -> dict[str, float]:
-    """Host time of a step with a torch.Generator, whose noise the kernel draws."""
+    """Host time of a step whose kernel draws the noise of a torch.Generator."""
     s = GpuStep(SMALL[0], torch.float32, torch.bfloat16, "torch")
     s.source = {"generator": torch.Generator("cuda").manual_seed(0)}
     return {name: host_microseconds(s.fastguide(name)) for name in backends()}

@@ -1,4 +1,4 @@
-"""Classifier guidance beside classifier-free guidance: what each costs as models grow, and what it gives."""
+"""Compare classifier guidance with classifier-free guidance: cost as the models grow, and quality."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastguide.guidance import Classifier, ClassifierFree, Guidance
-from fastguide.sampling.sampler import Sampler
-from fastguide.schedules.noise_schedule import NoiseSchedule
-from fastguide.solvers import ddim
-from fastguide.solvers.table import StepTable
+from fastguide import Classifier, ClassifierFree, Guidance, NoiseSchedule, Sampler, StepTable, ddim
 
 WIDTHS = (32, 64, 128, 256, 512)
 SCALES = (1.0, 2.0, 4.0)
@@ -24,16 +20,16 @@ _IMAGES, _STEPS = 32, 10
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile held at once; on the CPU torch keeps no such count."""
+    """Count the most bytes that new tensors hold at once; torch has no such count for the CPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
-        self._known: set[int] = set()
+        self._counted: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         for tensor in tree_leaves((arguments, keywords)):
-            if isinstance(tensor, Tensor):  # what comes from outside, such as weights, is not made here
+            if isinstance(tensor, Tensor):  # tensors made before, such as parameters, do not count
                 self._count(tensor.untyped_storage(), 0)
         result = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(result):
@@ -44,24 +40,24 @@ class PeakMemory(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
-        if key in self._known:
+        if key in self._counted:
             return
-        self._known.add(key)
+        self._counted.add(key)
         self._now += size
         self.peak = max(self.peak, self._now)
         weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        self._counted.discard(key)
         self._now -= size
 
 
 def costs(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Time of an image's step, and peak memory, of untrained models of growing widths on the demo's images."""
+    """Yield the time per image and step and the peak memory of untrained models of growing width."""
     try:
         from fastguide.demo.models import NULL_CLASS, Denoiser, NoiseAwareClassifier
     except ModuleNotFoundError as error:
-        yield {"suite": "methods", "status": "not run", "reason": f"needs fastguide[demo]: {error}"}
+        yield {"suite": "guidance", "status": "not run", "reason": f"needs fastguide[demo]: {error}"}
         return
     table = ddim(NoiseSchedule.linear(), _STEPS, clip_sample_range=1.0).to(device)
     labels = (torch.arange(_IMAGES) % 10).to(device)
@@ -78,7 +74,7 @@ def costs(device: torch.device) -> Iterator[dict[str, Any]]:
         for method, (guidance, options) in calls.items():
             sampler = Sampler(model, table, guidance)
             yield {
-                "suite": "methods",
+                "suite": "guidance",
                 "what": "cost",
                 "method": method,
                 "width": width,
@@ -110,28 +106,27 @@ def _measured(sampler: Sampler, x_T: Tensor, options: dict[str, Any], device: to
 
 
 def quality(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Agreement and diversity of each method's images, with the demo's small models, trained if they are not yet."""
+    """Yield agreement and diversity of each method's images, with the demo's small models, trained if necessary."""
     try:
-        from fastguide.demo import checkpoints as weights
-        from fastguide.demo import digits
+        from fastguide.demo import checkpoints, digits
         from fastguide.demo.methods import labels_to_sample
         from fastguide.demo.models import NULL_CLASS
     except ModuleNotFoundError as error:
-        yield {"suite": "methods", "status": "not run", "reason": f"needs fastguide[demo]: {error}"}
+        yield {"suite": "guidance", "status": "not run", "reason": f"needs fastguide[demo]: {error}"}
         return
     schedule = NoiseSchedule.linear()
     train, held_out = digits.load()
-    denoiser, classifier = (m.to(device) for m in weights.trained(schedule, train, quick=True, retrain=False))
+    denoiser, classifier = (m.to(device) for m in checkpoints.trained(schedule, train, quick=True, retrain=False))
     judge, labels = digits.Judge(train, held_out), labels_to_sample(20)
     real = digits.coverage(digits.first_of_each_class(train, 20).images, held_out)
     table: StepTable = ddim(schedule, 25, clip_sample_range=1.0, use_clipped_model_output=True).to(device)
     x_T = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
-    there = labels.to(device)
-    null = torch.full_like(there, NULL_CLASS)
+    labels_on_device = labels.to(device)
+    null = torch.full_like(labels_on_device, NULL_CLASS)
     for scale in SCALES:
         methods: tuple[tuple[str, Guidance, dict[str, Any]], ...] = (
-            ("classifier-free", ClassifierFree(scale), {"cond": there, "uncond": null}),
-            ("classifier", Classifier(classifier, scale), {"cond": null, "labels": there}),
+            ("classifier-free", ClassifierFree(scale), {"cond": labels_on_device, "uncond": null}),
+            ("classifier", Classifier(classifier, scale), {"cond": null, "labels": labels_on_device}),
         )
         for method, guidance, options in methods:
             sampler = Sampler(denoiser, table, guidance)
@@ -139,7 +134,7 @@ def quality(device: torch.device) -> Iterator[dict[str, Any]]:
             begin = time.perf_counter()
             sampler(x_T, **options).cpu()
             yield {
-                "suite": "methods",
+                "suite": "guidance",
                 "what": "quality",
                 "method": method,
                 "scale": scale,

@@ -1,4 +1,4 @@
-"""Whole loops beside diffusers': small models, which wait for the host, and a large one, which does not."""
+"""Time whole loops beside diffusers': small models, whose loops wait for the host, and a large one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguide.guidance import ClassifierFree
-from fastguide.sampling.sampler import Sampler
-from fastguide.schedules.noise_schedule import NoiseSchedule
-from fastguide.solvers import ddim, ddpm
+from fastguide import ClassifierFree, NoiseSchedule, Sampler, ddim, ddpm
 
 from ..contenders.registry import is_ours
-from .timing import in_turns, said
+from .timing import describe, in_turns
 
 SCALE = 7.5
-MODELS: dict[str, dict[str, Any]] = {  # a robot's policy; two of many launches a call; one that keeps a device busy
+MODELS: dict[str, dict[str, Any]] = {  # a robot's policy, two with many launches, one that keeps a device busy
     "policy": {"cross_attention_dim": 32},
     "tiny UNet": {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32},
     "small DiT": {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16, "cross_attention_dim": 64},
@@ -31,11 +28,11 @@ LATENTS = {
     "large UNet": (1, 4, 64, 64),
 }
 MODES = {False: "Sampler, eager", "auto": "Sampler, a graph of a step", "loop": "Sampler, one graph"}
-_AGREEMENT = 1e-2  # relative: products in another order, magnified by 50 steps of a random model
+_AGREEMENT = 1e-2  # relative: sums in another order, magnified by 50 steps of a random model
 
 
 class _Output(dict[str, Tensor]):
-    """As diffusers' outputs: ``.sample``."""
+    """An output with ``.sample``, as diffusers' models return it."""
 
     @property
     def sample(self) -> Tensor:
@@ -43,7 +40,7 @@ class _Output(dict[str, Tensor]):
 
 
 class Policy(torch.nn.Module):
-    """Denoises 16 actions of 7 joints; called as diffusers' models are."""
+    """Denoises 16 actions of 7 joints; it is called like diffusers' models."""
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()
@@ -54,7 +51,7 @@ class Policy(torch.nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True
     ) -> _Output | tuple[Tensor]:
-        """``encoder_hidden_states`` are observations, of which the mean is seen."""
+        """Predict the noise; ``encoder_hidden_states`` are observations, which are averaged."""
         time_ = (timestep.expand(len(sample)) / 1000).to(sample.dtype)
         inputs = torch.cat([sample.flatten(1), encoder_hidden_states.mean(1), time_[:, None]], 1)
         output = self.layers(inputs).view_as(sample)
@@ -62,7 +59,7 @@ class Policy(torch.nn.Module):
 
 
 def denoiser(kind: str, device: torch.device) -> torch.nn.Module:
-    """Randomly initialised."""
+    """Build a model with random parameters."""
     import diffusers as installed
 
     diffusers: Any = installed
@@ -89,7 +86,7 @@ def denoiser(kind: str, device: torch.device) -> torch.nn.Module:
 
 
 class Loops:
-    """One model, latents and embeddings, and every way to run the loop over them."""
+    """A model, latents and embeddings, and every way to run the loop with them."""
 
     def __init__(self, kind: str, steps: int, device: torch.device) -> None:
         self.kind, self.steps, self.device = kind, steps, device
@@ -102,13 +99,13 @@ class Loops:
 
     @property
     def _more(self) -> dict[str, Any]:
-        """What a DiT wants to be told besides."""
+        """The arguments that only a DiT takes."""
         if not self.kind.endswith("DiT"):
             return {}
         return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
     def by_hand(self, scheduler: Any, model: Any, fused: bool) -> Tensor:
-        """The loop as pipelines write it."""
+        """Run the loop as pipelines write it."""
         x = self.x_T
         for t in scheduler.timesteps:
             if self.compiled is not None:
@@ -124,7 +121,7 @@ class Loops:
         return x
 
     def contenders(self) -> dict[str, Callable[[], Tensor]]:
-        """By name, diffusers first."""
+        """Return the contenders by name, diffusers first."""
         import diffusers as installed
 
         from fastguide import diffusers as ours
@@ -155,7 +152,7 @@ class Loops:
 
 @torch.no_grad()
 def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """A row for each contender: its time, its speed beside diffusers', and on a GPU the memory that it reserves."""
+    """Yield a row for each contender: its time, its speed over diffusers', on a GPU the memory that it reserves."""
     row = {"suite": "loops", "workload": f"{kind}, {steps} steps"}
     try:
         calls = Loops(kind, steps, device).contenders()
@@ -164,8 +161,8 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
         return
     try:
         reference = calls["diffusers"]()
-    except Exception as error:  # without it nothing is known to be right
-        yield row | {"contender": "diffusers, and all beside it", "status": "not run", "reason": said(error)}
+    except Exception as error:  # there is nothing to check the others against
+        yield row | {"contender": "diffusers, and all beside it", "status": "not run", "reason": describe(error)}
         return
     memory: dict[str, int] = {}
     for name in list(calls):
@@ -177,7 +174,11 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
             difference = float((calls[name]() - reference).norm() / reference.norm())
         except Exception as error:  # such as a model that cannot be compiled
             del calls[name]
-            yield row | {"contender": name, "status": "failed" if is_ours(name) else "not run", "reason": said(error)}
+            yield row | {
+                "contender": name,
+                "status": "failed" if is_ours(name) else "not run",
+                "reason": describe(error),
+            }
             continue
         if not difference < _AGREEMENT:
             del calls[name]
@@ -187,7 +188,7 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
             memory[name] = torch.cuda.max_memory_reserved(device) - before
     times, failures = in_turns(calls, seconds, device, wall=True)
     for name, failure in failures.items():
-        yield row | {"contender": name, "status": "failed" if is_ours(name) else "not run", "reason": said(failure)}
+        yield row | {"contender": name, "status": "failed" if is_ours(name) else "not run", "reason": describe(failure)}
     base = times.get("diffusers")
     for name, found in times.items():
         yield row | {
@@ -201,7 +202,7 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
 
 @torch.no_grad()
 def host_cost(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Host time a step of a model that does nothing: what the loop itself costs, without and with noise."""
+    """Yield the host time per step with a model that does nothing: the cost of the loop itself."""
     x = torch.randn(1, 4, 64, 64, device=device)
     output = torch.randn(2, 4, 64, 64, device=device)
     y, steps = torch.zeros(1, device=device), 200

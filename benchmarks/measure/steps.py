@@ -1,4 +1,4 @@
-"""Guided steps, each contender checked against float64 before it is timed; and what a step costs as things grow."""
+"""Time guided steps, each contender checked against float64 first, and how the time of a step grows."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ from typing import Any
 
 import torch
 
-from fastguide.guidance import ClassifierFree, Composed, Guidance
-from fastguide.sampling.sampler import Sampler
-from fastguide.solvers import ddim
-from fastguide.step.guided_step import guided_step
+from fastguide import ClassifierFree, Composed, Guidance, Sampler, ddim, guided_step
 
-from ..contenders.registry import CEILINGS, CONTENDERS, is_ours, relative_error, tolerance
+from ..contenders.correctness import relative_error, tolerance
+from ..contenders.registry import CEILINGS, CONTENDERS, is_ours
 from ..workloads import SCHEDULE, STEP, Inputs, NotRunError, Workload
-from .caches import between
-from .timing import host_seconds, in_a_graph, in_turns, said
+from .caches import cold_caches
+from .timing import describe, host_seconds, in_a_graph, in_turns
 
 Row = dict[str, Any]
 
 _GRAPHED = ("fastguide out=", "fastguide out=, seeds=", "torch.compile out=", "copy_ of the same bytes")
-_SMALL_BYTES = 2**22  # of a step that is also timed in a graph, as launches are what it takes
+_SMALL_BYTES = 2**22  # a smaller step is also timed in a graph: most of its time are launches
 
 
 def measure(workload: Workload, device: torch.device, seconds: float) -> Iterator[Row]:
-    """A row for each contender: its times, or why there are none. What is wrong is not timed."""
-    torch._dynamo.reset()  # or torch.compile would reach its limit of recompilations
+    """Yield a row for each contender: its times, or why there are none. A wrong result is not timed."""
+    torch._dynamo.reset()  # otherwise torch.compile would reach its limit of recompilations
     inputs = Inputs(workload, device)
     calls, errors = {}, {}
     for name, make in (CONTENDERS | CEILINGS).items():
@@ -41,11 +39,11 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> Iterato
         except NotRunError as reason:
             yield row | {"status": "not run", "reason": str(reason)}
             continue
-        except Exception as error:  # said, and the others are timed; one of ours fails the run
+        except Exception as error:  # reported in its row; the others are still timed
             yield row | failed(name, error)
             continue
         calls[name] = call
-    before = between(inputs.bytes, inputs.sample.nbytes)
+    before = cold_caches(inputs.bytes, inputs.sample.nbytes)
     times, failures = in_turns(calls, seconds, device, before=before)
     for name, failure in failures.items():
         row = {"suite": "steps", "workload": workload.title, "contender": name}
@@ -70,12 +68,12 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> Iterato
 
 
 def failed(contender: str, error: Exception) -> Row:
-    """What raised: a failure of the run if it is ours; of a rival the reason, and that it should have run."""
-    return {"status": "failed" if is_ours(contender) else "not run", "reason": said(error), "raised": True}
+    """The row's part for an exception: failed if the contender is ours; of a rival not run, marked as raised."""
+    return {"status": "failed" if is_ours(contender) else "not run", "reason": describe(error), "raised": True}
 
 
 def _graphed(inputs: Inputs, calls: dict[str, Callable[[], Any]]) -> Iterator[Row]:
-    """The calls again in a CUDA graph; torch's generator is left out, whose noise is no part of the kernel there."""
+    """Time calls again in a CUDA graph, without those whose noise torch's generator makes outside of the kernel."""
     for name, call in calls.items():
         if inputs.noisy and not name.endswith("seeds=") and name != "copy_ of the same bytes":
             continue
@@ -90,7 +88,7 @@ def _graphed(inputs: Inputs, calls: dict[str, Callable[[], Any]]) -> Iterator[Ro
 
 
 def growth(device: torch.device, seconds: float) -> Iterator[Row]:
-    """Time against number of elements, batch, conditions and steps, each with a line through it."""
+    """Yield how time grows with the number of elements, batch, conditions and steps, and the line fitted to it."""
 
     def step(shape: tuple[int, ...], guidance: Guidance) -> Callable[[], object]:
         table = ddim(SCHEDULE, 50).to(device)
@@ -112,14 +110,14 @@ def growth(device: torch.device, seconds: float) -> Iterator[Row]:
         "steps": {n: loop(n) for n in (10, 20, 40, 80, 160)},
     }
     for what, calls in grown.items():
-        before = None if what == "steps" else between(2**26, 2**24)  # the largest of these
+        before = None if what == "steps" else cold_caches(2**26, 2**24)  # bytes of the largest of these steps
         times, failures = in_turns({str(x): call for x, call in calls.items()}, seconds, device, before=before)
         if failures:
             yield {
                 "suite": "growth",
                 "against": what,
                 "status": "failed",
-                "reason": said(next(iter(failures.values()))),
+                "reason": describe(next(iter(failures.values()))),
             }
             continue
         points = [(x, times[str(x)].median) for x in calls]
@@ -138,17 +136,17 @@ def growth(device: torch.device, seconds: float) -> Iterator[Row]:
         }
 
 
-_STRAIGHT = 1.25  # a square bends by 4; what fits a cache, and what no longer does, by a tenth
+_STRAIGHT = 1.25  # quadratic growth bends by 4; leaving a cache bends by a tenth
 
 
 def steeper(points: Sequence[tuple[float, float]]) -> float:
-    """How much steeper the upper half of five points is than the lower: 1 of a line, 4 of a square, doubled each."""
+    """How much steeper the upper half of the points is: 1 for a line, 4 for a square if x doubles each time."""
     (a, low), (b, middle), (c, high) = points[0], points[len(points) // 2], points[-1]
     return (high - middle) / (c - b) / ((middle - low) / (b - a))
 
 
 def line(points: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
-    """Slope and intercept of the least squares, each point weighed by its value, and how much of it they explain."""
+    """Return slope, intercept and R^2 of the least squares; each point is weighted by 1 over its value."""
     pairs = torch.tensor(list(points), dtype=torch.float64)
     x, y = pairs.unbind(1)
     weight = 1 / y

@@ -1,4 +1,4 @@
-"""How calls are timed: in turns, each from the same state of the caches; on a GPU between events."""
+"""Time calls in turns, each from the same state of the caches; on a GPU between events."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 Call = Callable[[], object]
 
 _WARM_UPS, _FEWEST = 3, 9
-_SLOW, _SLOWEST = 0.1, 1.0  # seconds of a call that is not repeated as often
-_HOST_SECONDS = 0.05  # of the calls whose host time is taken at once
-_CYCLES_PER_SECOND = 2e9  # of a GPU, about
+_SLOW, _SLOWEST = 0.1, 1.0  # seconds: a call that takes longer is repeated three times, or twice
+_HOST_SECONDS = 0.05  # that one measurement of the host time takes
+_CYCLES_PER_SECOND = 2e9  # of a GPU, roughly
 _FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
 class Times(NamedTuple):
-    """Seconds of one call: quantiles of all that were timed."""
+    """Seconds of one call: the median and the tenths at both ends."""
 
     median: float
     low: float
@@ -29,7 +29,7 @@ class Times(NamedTuple):
 
     @classmethod
     def of(cls, seconds: list[float]) -> Times:
-        """Of a list: the median, and the tenths at both ends."""
+        """Compute them from the seconds of each call."""
         if len(seconds) < 2:
             return cls(seconds[0], seconds[0], seconds[0], len(seconds))
         tenths = statistics.quantiles(seconds, n=10, method="inclusive")
@@ -37,12 +37,12 @@ class Times(NamedTuple):
 
     @property
     def fields(self) -> dict[str, float]:
-        """As results have them."""
+        """The values under the names that a row of results has."""
         return {"seconds": self.median, "p10": self.low, "p90": self.high, "calls": self.calls}
 
 
 class Timed(NamedTuple):
-    """What was measured, and who raised what meanwhile."""
+    """The times of the calls that ran, and the exceptions of those that raised one, by name."""
 
     times: dict[str, Times]
     failures: dict[str, Exception]
@@ -57,10 +57,16 @@ def in_turns(
     wall: bool = False,
     before: Callable[[Call], None] | None = None,
 ) -> Timed:
-    """Each call again and again, in turns of changing order, for so long altogether; slow ones leave the turns early.
+    """Time each call again and again, in turns of changing order.
 
-    With ``wall`` by the clock, also on a GPU, until the device is done: whole loops, of which the host is a part.
-    ``before`` is given each call ahead of its being timed on the CPU; on a GPU the cache is overwritten.
+    A call that takes more than 0.1 s is timed three times only, and does not use up the time of the others.
+
+    Args:
+        calls: the contenders by name.
+        seconds: how long to go on, all calls together.
+        device: where the calls run.
+        wall: also time a GPU's calls by the clock, until the device has finished: for whole loops, host included.
+        before: called with each call before it is timed on the CPU. (On a GPU its cache is overwritten instead.)
     """
     failures: dict[str, Exception] = {}
     events = device.type == "cuda" and not wall
@@ -71,7 +77,7 @@ def in_turns(
     def attempt(name: str, what: Callable[[], None]) -> None:
         try:
             what()
-        except Exception as error:  # whatever a contender may raise: it is reported, and the others go on
+        except Exception as error:  # any exception of a contender is reported, and the others go on
             failures[name] = error
 
     def warm_up(name: str) -> None:
@@ -94,17 +100,17 @@ def in_turns(
         turn = [n for n in turn if len(times[n]) < fewest[n] or (not late and fewest[n] == _FEWEST)]
         if not turn:
             break
-        shuffled.shuffle(turn)  # or each would always find what the same one before it leaves in the cache
+        shuffled.shuffle(turn)  # so that no call always follows the same one
         for name in turn:
             begin = time.perf_counter()
             attempt(name, lambda name=name: measure(name))  # type: ignore[misc]
-            if fewest[name] != _FEWEST:  # a slow one takes nothing of the others' time
+            if fewest[name] != _FEWEST:  # a slow call does not use up the time of the others
                 end += time.perf_counter() - begin
     return Timed({name: Times.of(found) for name, found in times.items() if name not in failures}, failures)
 
 
 def _fewest(call: Call, device: torch.device) -> int:
-    """Warm a call up, and say how often it is timed at least."""
+    """Warm a call up, and return how often to time it at least."""
     call()
     last = _by_the_clock(call, device)
     if last > _SLOW:
@@ -115,7 +121,7 @@ def _fewest(call: Call, device: torch.device) -> int:
 
 
 def _by_the_clock(call: Call, device: torch.device) -> float:
-    """Until the device is done."""
+    """Seconds until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -126,10 +132,10 @@ def _by_the_clock(call: Call, device: torch.device) -> float:
 
 
 def _on_gpu(call: Call, host: float) -> float:
-    """Between events, of a device whose cache has been overwritten.
+    """Seconds between two events, after the device's cache has been overwritten.
 
-    The device is kept busy until the host has launched everything, as it is by a model; who waits for the device in
-    between, as some contenders do, cannot be covered so, and shows it.
+    The device is kept busy until the host has launched everything, as a model keeps it busy. This cannot hide the host
+    time of a contender that waits for the device in between: its time includes it.
     """
     occupy(host)
     begin = Stamp()
@@ -138,13 +144,13 @@ def _on_gpu(call: Call, host: float) -> float:
 
 
 def occupy(host: float) -> None:
-    """Overwrite the GPU's cache, and keep it busy for longer than the host takes for a call."""
+    """Overwrite the GPU's cache, and keep the GPU busy for longer than the ``host`` seconds of a call."""
     torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
     torch.cuda._sleep(int(_CYCLES_PER_SECOND * 1.5 * host))
 
 
 class Stamp:
-    """A moment of the current GPU's stream; the difference of two is in seconds, and waits for the later one."""
+    """A moment in the current GPU's stream. The difference of two is in seconds, and waits for the later one."""
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
@@ -157,7 +163,7 @@ class Stamp:
 
 @torch.no_grad()
 def in_a_graph(call: Call, repeats: int, replays: int = 11) -> float:
-    """GPU time of one call among ``repeats`` in a captured graph, where launches cost the host nothing; the median."""
+    """Median GPU seconds of one call among ``repeats`` in a captured graph, which the host launches once."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
@@ -180,7 +186,7 @@ def in_a_graph(call: Call, repeats: int, replays: int = 11) -> float:
 
 @torch.no_grad()
 def host_seconds(call: Call, device: torch.device) -> float:
-    """Of one call, until it returns; on a GPU of a few calls at a time, so that no queue is full."""
+    """Median seconds until one call returns; on a GPU of a few calls at a time, so that the queue is never full."""
     calls = max(1, min(20, int(_HOST_SECONDS / max(_by_the_clock(call, device), 1e-9))))
     found = []
     for _ in range(9):
@@ -193,6 +199,6 @@ def host_seconds(call: Call, device: torch.device) -> float:
     return statistics.median(found)
 
 
-def said(error: Exception) -> str:
-    """An error in a line."""
+def describe(error: Exception) -> str:
+    """Return an error as one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"

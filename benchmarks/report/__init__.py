@@ -1,1 +1,1 @@
-"""What a run leaves behind: numbers, targets, plots and pages."""
+"""Turn the measured rows into files: numbers, targets, plots and pages."""

@@ -1,11 +1,11 @@
-"""The report: tables in the terminal, as Markdown, and with the plots in one HTML page."""
+"""Write the report: tables for the terminal and as Markdown, and one HTML page that also holds the plots."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,17 @@ Row = dict[str, Any]
 
 _RED, _GREEN, _PLAIN = "\033[31m", "\033[32m", "\033[0m"
 _BAD = ("missed", "wrong", "worse", "failed", "disturbed", "interrupted", "unsure")
+_UNSTEADY = 2.0  # slowest over fastest tenth, from which on a median says little
+
+_STYLE = (
+    "body{font:14px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}"
+    "td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}.bad{color:#b00020;font-weight:bold}"
+    "img{max-width:100%;display:block;margin:1em 0}"
+)
 
 
 class Table(NamedTuple):
-    """Lines with their status, and what is said below them."""
+    """A title, a head, lines with their status, and the notes below them."""
 
     title: str
     head: list[str]
@@ -26,107 +33,26 @@ class Table(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def terminal(rows: Sequence[Row], colour: bool) -> str:
-    """All that was measured, and at its end what was promised; a miss is red, and is never left out."""
-    lines: list[str] = []
-    for title, head, body, notes in tables(rows):
-        widths = [max(len(line[c]) for line in [head, *(b for _, b in body)]) for c in range(len(head))]
-        lines += ["", title, ("  " + "  ".join(map(str.ljust, head, widths))).rstrip()]
-        for status, cells in body:
-            text = ("  " + "  ".join(map(str.ljust, cells, widths))).rstrip()
-            if colour and status in _BAD:
-                text = f"{_RED}{text}{_PLAIN}"
-            elif colour and status == "met":
-                text = f"{_GREEN}{text}{_PLAIN}"
-            lines.append(text)
-        lines += [f"  {note}" for note in notes]
-    return "\n".join(lines)
-
-
-_UNSTEADY = 2.0  # the slowest tenth over the fastest, from which on a median says little
-
-
-def tables(rows: Sequence[Row]) -> Iterable[Table]:
-    """Each a title, a head, and lines with their status."""
+def tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """Yield a table for each workload and each suite that has rows; the targets come last."""
     for suite in ("steps", "loops"):
         for workload in dict.fromkeys(row["workload"] for row in rows if row["suite"] == suite):
             yield _times(workload, [r for r in rows if r["suite"] == suite and r["workload"] == workload])
-    found = [r for r in rows if r["suite"] == "accuracy"]
-    if found:
-        body = [(r["status"], [r["solver"], r["dtype"], r["contender"], *_error(r)]) for r in found]
-        head = ["solver", "model's dtype", "", "relative error", "a step, its noise at hand"]
-        yield Table("50 guided steps against float64", head, body)
-    found = [r for r in rows if r["suite"] == "growth"]
-    if found:
-        head = ["time against", "each", "fixed", "R^2", "upper half steeper", ""]
-        yield Table("Cost by growth", head, [(r["status"], [r["against"], *_growth(r)]) for r in found])
-    found = [r for r in rows if r["suite"] == "methods" and r.get("what") == "cost"]
-    if found:
-        body = [
-            (
-                r["status"],
-                [r["method"], str(r["parameters"]), _time(r["seconds_per_image_step"]),
-                 f"{r['peak_bytes_per_image'] / 1024:.0f} KiB"],
-            )
-            for r in found
-        ]  # fmt: skip
-        head = ["guidance", "model's parameters", "an image's step", "peak memory an image"]
-        yield Table("Both guidance methods, as the models grow", head, body)
-    found = [r for r in rows if r["suite"] == "methods" and r.get("what") == "quality"]
-    if found:
-        body = [
-            (
-                r["status"],
-                [r["method"], f"{r['scale']:g}", f"{r['agreement']:.1%}", f"{r['diversity']:.2f}",
-                 _time(r["seconds_per_image"])],
-            )
-            for r in found
-        ]  # fmt: skip
-        head = ["guidance", "scale", "agreement", "diversity", "an image"]
-        yield Table("Both guidance methods, on digits", head, body)
-    found = [r for r in rows if r["suite"] == "methods" and r["status"] != "ok"]
-    if found:
-        reasons = dict.fromkeys((r["status"], r["reason"]) for r in found)
-        yield Table("Both guidance methods", ["", ""], [(status, [status, reason]) for status, reason in reasons])
-    found = [r for r in rows if r["suite"] == "the suite"]
-    if found:
-        body = [(r["status"], [r["workload"], r["status"], r["reason"]]) for r in found]
-        yield Table("What to know of this run", ["", "", ""], body)
-    found = [r for r in rows if r["suite"] == "compared"]
-    if found:
-        body = [
-            (
-                r["status"],
-                [
-                    r["workload"],
-                    r["contender"],
-                    *(f"{r[k]:.3g}" if k in r else "" for k in ("then", "now")),
-                    r.get("reason", r["status"]),
-                ],
-            )
-            for r in found
-        ]
-        title = "Time, or error, over the baseline's of the same run, then and now"
-        yield Table(title, ["", "", "then", "now", ""], body)
-    found = [r for r in rows if r["suite"] == "targets"]
-    if found:
-        body = [
-            (r["status"], [r["target"], r["expected"], f"{r['measured']:.3g}" if "measured" in r else "", r["status"],
-                           "; ".join(r[key] for key in ("slowest", "reason") if key in r)])
-            for r in found
-        ]  # fmt: skip
-        yield Table("Targets", ["", "expected", "measured", "", ""], body)
-
-
-def _growth(r: Row) -> list[str]:
-    if r["status"] != "ok":
-        return [r["status"], r["reason"], "", "", ""]
-    line = [f"{1e6 * r['seconds_each']:.4g} us", f"{1e6 * r['seconds_fixed']:.3g} us", f"{r['r_squared']:.4f}"]
-    return [*line, f"{r['bend']:.2f} x", "linear" if r["linear"] else "not linear"]
+    for suite, table in (
+        ("accuracy", _accuracy),
+        ("growth", _growth),
+        ("guidance", _guidance),
+        ("the suite", _notes),
+        ("compared", _compared),
+        ("targets", _targets),
+    ):
+        found = [row for row in rows if row["suite"] == suite]
+        if found:
+            yield from table(found)
 
 
 def _times(workload: str, rows: Sequence[Row]) -> Table:
-    """A line for each that was measured or should have been, without the columns that nothing is in."""
+    """List the contenders by their time, without the columns that are empty."""
     base = next((r["seconds"] for r in rows if r["contender"] == "diffusers" and r["status"] == "ok"), None)
     head = ["", "median", "faster than diffusers", "bandwidth", "tenths", ""]
     body: list[tuple[str, list[str]]] = []
@@ -154,12 +80,108 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def _error(row: Row) -> list[str]:
-    return [f"{row['error']:.2e}", _time(row["seconds"])] if row["status"] == "ok" else [row["reason"], ""]
+def _accuracy(rows: Sequence[Row]) -> Iterator[Table]:
+    head = ["solver", "model's dtype", "", "relative error", "one step, noise given"]
+    body = []
+    for r in rows:
+        result = [f"{r['error']:.2e}", _time(r["seconds"])] if r["status"] == "ok" else [r["reason"], ""]
+        body.append((r["status"], [r["solver"], r["dtype"], r["contender"], *result]))
+    yield Table("50 guided steps against float64", head, body)
+
+
+def _growth(rows: Sequence[Row]) -> Iterator[Table]:
+    head = ["time against", "each", "fixed", "R^2", "upper half steeper", ""]
+    body = []
+    for r in rows:
+        if r["status"] == "ok":
+            line = [f"{1e6 * r['seconds_each']:.4g} us", f"{1e6 * r['seconds_fixed']:.3g} us", f"{r['r_squared']:.4f}"]
+            line += [f"{r['bend']:.2f} x", "linear" if r["linear"] else "not linear"]
+        else:
+            line = [r["status"], r["reason"], "", "", ""]
+        body.append((r["status"], [r["against"], *line]))
+    yield Table("Cost by growth", head, body)
+
+
+def _guidance(rows: Sequence[Row]) -> Iterator[Table]:
+    costs = [
+        (
+            r["status"],
+            [
+                r["method"],
+                str(r["parameters"]),
+                _time(r["seconds_per_image_step"]),
+                f"{r['peak_bytes_per_image'] / 1024:.0f} KiB",
+            ],
+        )
+        for r in rows
+        if r.get("what") == "cost"
+    ]
+    if costs:
+        head = ["guidance", "model's parameters", "one step per image", "peak memory per image"]
+        yield Table("Both kinds of guidance, as the models grow", head, costs)
+    quality = [
+        (
+            r["status"],
+            [
+                r["method"],
+                f"{r['scale']:g}",
+                f"{r['agreement']:.1%}",
+                f"{r['diversity']:.2f}",
+                _time(r["seconds_per_image"]),
+            ],
+        )
+        for r in rows
+        if r.get("what") == "quality"
+    ]
+    if quality:
+        head = ["guidance", "scale", "agreement", "diversity", "time per image"]
+        yield Table("Both kinds of guidance, on digits", head, quality)
+    reasons = dict.fromkeys((r["status"], r["reason"]) for r in rows if r["status"] != "ok")
+    if reasons:
+        yield Table("Both kinds of guidance", ["", ""], [(status, [status, reason]) for status, reason in reasons])
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[Table]:
+    body = [(r["status"], [r["workload"], r["status"], r["reason"]]) for r in rows]
+    yield Table("Notes on this run", ["", "", ""], body)
+
+
+def _compared(rows: Sequence[Row]) -> Iterator[Table]:
+    body = []
+    for r in rows:
+        ratios = [f"{r[which]:.3g}" if which in r else "" for which in ("then", "now")]
+        body.append((r["status"], [r["workload"], r["contender"], *ratios, r.get("reason", r["status"])]))
+    yield Table("Time, or error, over that of the baseline in the same run", ["", "", "then", "now", ""], body)
+
+
+def _targets(rows: Sequence[Row]) -> Iterator[Table]:
+    body = []
+    for r in rows:
+        measured = f"{r['measured']:.3g}" if "measured" in r else ""
+        remark = "; ".join(r[key] for key in ("slowest", "reason") if key in r)
+        body.append((r["status"], [r["target"], r["expected"], measured, r["status"], remark]))
+    yield Table("Targets", ["", "expected", "measured", "", ""], body)
+
+
+def terminal(rows: Sequence[Row], colour: bool) -> str:
+    """Return all tables as text, the targets at the end; what is wrong, missed or worse is red."""
+    lines: list[str] = []
+    for title, head, body, notes in tables(rows):
+        widths = [max(len(line[c]) for line in [head, *(b for _, b in body)]) for c in range(len(head))]
+        lines += ["", title, ("  " + "  ".join(map(str.ljust, head, widths))).rstrip()]
+        for status, cells in body:
+            text = ("  " + "  ".join(map(str.ljust, cells, widths))).rstrip()
+            if colour and status in _BAD:
+                text = f"{_RED}{text}{_PLAIN}"
+            elif colour and status == "met":
+                text = f"{_GREEN}{text}{_PLAIN}"
+            lines.append(text)
+        lines += [f"  {note}" for note in notes]
+    return "\n".join(lines)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The tables as a text for a README or an issue; what missed is bold."""
+    """Return all tables as Markdown; what is wrong, missed or worse is bold."""
     parts = []
     for title, head, body, notes in tables(rows):
         lines = [f"{title}:", ""] + ([f"| {' | '.join(head)} |", "|---" * len(head) + "|"] if body else [])
@@ -172,7 +194,10 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> list[Path]:
-    """The page, its plots and the tables as Markdown; without matplotlib, the page says that there are no plots."""
+    """Write ``index.html``, its plots, and ``tables.md``; returns the page and the plots.
+
+    Without matplotlib, the page says that it has no plots.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tables.md").write_text(markdown(results["rows"]))
     written, images = [], []
@@ -188,28 +213,24 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
         path.write_bytes(data.getvalue())
         written.append(path)
         images.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">')
-    parts: list[str] = []
-    for title, head, body, notes in tables(results["rows"]):
-        heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        lines = [
-            f"<tr class={'bad' if status in _BAD else 'ok'}>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-            + "</tr>"
-            for status, cells in body
-        ]
-        part = f"<h2>{html.escape(title)}</h2><table><tr>{heads}</tr>{''.join(lines)}</table>"
-        part += "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-        parts.insert(0, part) if title == "Targets" else parts.append(part)
+    parts = [_html(table) for table in tables(results["rows"]) if table.title != "Targets"]
+    first = [_html(table) for table in tables(results["rows"]) if table.title == "Targets"]
     machine = "".join(f"<li>{html.escape(f'{k}: {v}')}</li>" for k, v in results["machine"].items())
-    style = (
-        "body{font:14px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}"
-        "td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}.bad{color:#b00020;font-weight:bold}"
-        "img{max-width:100%;display:block;margin:1em 0}"
-    )
     page = folder / "index.html"
     page.write_text(
-        f"<!doctype html><meta charset=utf-8><title>fastguide bench</title><style>{style}</style>"
-        f"<h1>fastguide bench</h1><ul>{machine}</ul>{missing}{parts[0] if parts else ''}"
-        f"{''.join(images)}{''.join(parts[1:])}\n"
+        f"<!doctype html><meta charset=utf-8><title>fastguide's benchmarks</title><style>{_STYLE}</style>"
+        f"<h1>fastguide's benchmarks</h1><ul>{machine}</ul>{missing}{''.join([*first, *images, *parts])}\n"
     )
     return [page, *written]
+
+
+def _html(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
+    lines = [
+        f"<tr class={'bad' if status in _BAD else 'ok'}>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for status, cells in table.body
+    ]
+    part = f"<h2>{html.escape(table.title)}</h2><table><tr>{head}</tr>{''.join(lines)}</table>"
+    return part + "".join(f"<p>{html.escape(note)}</p>" for note in table.notes)

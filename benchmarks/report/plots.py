@@ -1,4 +1,4 @@
-"""The report's plots, each if what it shows was measured."""
+"""Draw the report's plots; a plot whose rows were not measured is left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def plots(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
-    """Speed-up by workload, roofline, error against speed, loops by steps, cost by growth, both methods: with names.
+    """Yield each plot with its name: speed-up, roofline, error against speed, loops, growth, guidance.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -24,7 +24,7 @@ def plots(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     errors = [r for r in measured if r["suite"] == "accuracy" and r["solver"] == "ddim"]
     loops = [r for r in measured if r["suite"] == "loops" and " steps" in r["workload"]]
     growth = [r for r in measured if r["suite"] == "growth"]
-    methods = [r for r in measured if r["suite"] == "methods"]
+    guidance = [r for r in measured if r["suite"] == "guidance"]
     if steps:
         yield "speed-up", _speed_up(steps)
         yield "roofline", _roofline(steps)
@@ -34,8 +34,8 @@ def plots(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
         yield "loops", _loops(loops)
     if growth:
         yield "growth", _growth(growth)
-    if methods:
-        yield "methods", _methods(methods)
+    if guidance:
+        yield "guidance", _guidance(guidance)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -45,10 +45,10 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _speed_up(rows: Sequence[Row]) -> Figure:
-    by: dict[str, dict[str, float]] = {}
+    by_workload: dict[str, dict[str, float]] = {}
     for r in rows:
-        by.setdefault(r["workload"], {})[r["contender"]] = r["seconds"]
-    figure = _figure(9, 0.9 + 0.55 * len(by))
+        by_workload.setdefault(r["workload"], {})[r["contender"]] = r["seconds"]
+    figure = _figure(9, 0.9 + 0.55 * len(by_workload))
     axes = figure.subplots()
     rivals: dict[str, tuple[str, ...]] = {name: (name,) for name in ("diffusers", "guided-diffusion", "torch eager")}
     rivals["torch.compile, its fastest mode"] = COMPILED
@@ -56,18 +56,18 @@ def _speed_up(rows: Sequence[Row]) -> Figure:
     for n, (label, names) in enumerate(rivals.items()):
         ours = "fastguide out=" if names[0].endswith("out=") else "fastguide"
         places, values = [], []
-        for w, seconds in enumerate(by.values()):
-            there = [seconds[name] for name in names if name in seconds]
-            if there and ours in seconds:
+        for w, seconds in enumerate(by_workload.values()):
+            measured = [seconds[name] for name in names if name in seconds]
+            if measured and ours in seconds:
                 places.append(w + 0.17 * (n - 2))
-                values.append(min(there) / seconds[ours])
+                values.append(min(measured) / seconds[ours])
         axes.barh(places, [value - 1 for value in values], left=1, height=0.15, label=label)
-    for w, seconds in enumerate(by.values()):
+    for w, seconds in enumerate(by_workload.values()):
         if not {"fastguide", "fastguide out="} <= seconds.keys():
             axes.annotate("fastguide was not timed", (1, w), color="red", fontsize=7, va="center")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(by)), list(by), fontsize=7)
-    axes.set_ylim(len(by) - 0.5, -0.5)
+    axes.set_yticks(range(len(by_workload)), list(by_workload), fontsize=7)
+    axes.set_ylim(len(by_workload) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.set_xlabel("times slower than fastguide")
     figure.legend(loc="outside upper right", ncols=2, fontsize=7)
@@ -104,32 +104,32 @@ def _error_against_speed(rows: Sequence[Row]) -> Figure:
     figure = _figure(7, 4.5)
     axes = figure.subplots()
     for contender in dict.fromkeys(r["contender"] for r in rows):
-        of = [r for r in rows if r["contender"] == contender]
-        points = [(1e6 * r["seconds"], r["error"]) for r in of]
+        own = [r for r in rows if r["contender"] == contender]
+        points = [(1e6 * r["seconds"], r["error"]) for r in own]
         axes.scatter(*zip(*points, strict=True), label=contender)
-        for r, point in zip(of, points, strict=True):
+        for r, point in zip(own, points, strict=True):
             axes.annotate(r["dtype"], point, fontsize=7, xytext=(4, 3), textcoords="offset points")
     axes.set_yscale("log")
     axes.set_xlim(0, 1.2 * max(1e6 * r["seconds"] for r in rows))
-    axes.set_xlabel("us of a DDIM step (1, 4, 64, 64)")
+    axes.set_xlabel("time of a DDIM step of (1, 4, 64, 64), us")
     axes.set_ylabel("relative error of 50 DDIM steps")
     axes.legend(fontsize=7)
     return figure
 
 
 def _loops(rows: Sequence[Row]) -> Figure:
-    by: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    by_model: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for r in rows:
         kind, _, steps = r["workload"].rpartition(", ")
-        by.setdefault(kind, {}).setdefault(r["contender"], []).append((int(steps.split()[0]), 1e3 * r["seconds"]))
-    figure = _figure(4 * len(by), 4)
-    for place, (kind, contenders) in enumerate(by.items()):
-        axes = figure.add_subplot(1, len(by), place + 1)
+        by_model.setdefault(kind, {}).setdefault(r["contender"], []).append((int(steps.split()[0]), 1e3 * r["seconds"]))
+    figure = _figure(4 * len(by_model), 4)
+    for place, (kind, contenders) in enumerate(by_model.items()):
+        axes = figure.add_subplot(1, len(by_model), place + 1)
         for contender, points in contenders.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=contender)
         axes.set_title(kind, fontsize=9)
         axes.set_xlabel("steps")
-        axes.set_ylabel("ms of a loop")
+        axes.set_ylabel("time of a loop, ms")
         axes.set_ylim(0, 1.1 * max(y for points in contenders.values() for _, y in points))
         axes.set_xlim(left=0)
     figure.axes[0].legend(fontsize=7)
@@ -146,33 +146,33 @@ def _growth(rows: Sequence[Row]) -> Figure:
         axes.plot(ends, [1e6 * (r["seconds_fixed"] + r["seconds_each"] * end) for end in ends], "-", label="line")
         axes.set_title(f"R^2 = {r['r_squared']:.4f}", fontsize=9)
         axes.set_xlabel(r["against"])
-        axes.set_ylabel("us")
+        axes.set_ylabel("time, us")
         axes.set_ylim(0, 1.1e6 * max(seconds))
     figure.axes[0].legend(fontsize=7)
     return figure
 
 
-def _methods(rows: Sequence[Row]) -> Figure:
+def _guidance(rows: Sequence[Row]) -> Figure:
     costs, quality = ([r for r in rows if r["what"] == what] for what in ("cost", "quality"))
     figure = _figure(12, 3.6)
     panels = (
-        (costs, "parameters", "seconds_per_image_step", 1e6, "us of an image's step"),
-        (costs, "parameters", "peak_bytes_per_image", 1 / 1024, "peak KiB an image"),
+        (costs, "parameters", "seconds_per_image_step", 1e6, "one step per image, us"),
+        (costs, "parameters", "peak_bytes_per_image", 1 / 1024, "peak memory per image, KiB"),
         (quality, "diversity", "agreement", 1.0, "agreement"),
     )
-    for place, (of, across, up, factor, label) in enumerate(panels):
+    for place, (shown, across, up, factor, label) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
-        for method in dict.fromkeys(r["method"] for r in of):
-            points = [(r[across], factor * r[up]) for r in of if r["method"] == method]
+        for method in dict.fromkeys(r["method"] for r in shown):
+            points = [(r[across], factor * r[up]) for r in shown if r["method"] == method]
             axes.plot(*zip(*points, strict=True), marker="o", label=method)
-        if of is quality:
+        if shown is quality:
             axes.margins(x=0.15)
-            for r in of:
+            for r in shown:
                 point = (r[across], r[up])
                 axes.annotate(f"scale {r['scale']:g}", point, fontsize=7, xytext=(4, 3), textcoords="offset points")
         else:
             axes.set_xscale("log")
-            axes.set_ylim(0, 1.1 * factor * max((r[up] for r in of), default=1.0))
+            axes.set_ylim(0, 1.1 * factor * max((r[up] for r in shown), default=1.0))
         axes.set_xlabel(f"model's {across}" if across == "parameters" else across)
         axes.set_ylabel(label)
         axes.legend(fontsize=7)

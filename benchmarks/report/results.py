@@ -1,117 +1,38 @@
-"""Results as a file, and two of them compared by the ratios within each run."""
+"""Save a run's rows, compare two runs by the ratios within each, and mark what a busy machine may have caused."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import shutil
-import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastguide import __version__
-from fastguide.step.backends.registry import BACKENDS, default_backend
-
 from ..contenders.registry import is_ours
+from .machine import machine
 
-FORMAT = 3  # a step finds its caches overwritten
-_BASELINES = ("diffusers", "torch eager")
+Row = dict[str, Any]
+
+FORMAT = 3  # since steps are timed from cold caches
 COMPARED = ("steps", "loops", "accuracy")
-_IDLE = 0.15  # the share of the processors that a waiting system may use
-_STEADY = 2.5  # the slowest tenth of copy_ over its fastest: up to 2.4 was seen where nobody else ran
-_SAME, _WAITING = 1.3, 1e7  # one copy_ over another of as many bytes, if they are so many that it waits for the memory
-_WORSE = 1.25  # a ratio that grew by more is called a regression: shared machines are noisy
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on."""
-    found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device.type,
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "huge pages": huge_pages(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fastguide": __version__,
-        "backend": f"{default_backend(device)}: {BACKENDS[default_backend(device)].status}",
-    }
-    if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "driver": driver(), "cuda": torch.version.cuda}
-    for package in ("diffusers", "triton", "matplotlib", "scikit-learn"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def huge_pages() -> str:
-    """What the system says of transparent huge pages, on which the time of large new tensors depends."""
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    found = setting.read_text().partition("[")[2].partition("]")[0] if setting.exists() else "unknown"
-    return f"{found}; torch asks for them itself" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else found
-
-
-def busy(seconds: float = 0.5) -> float | None:
-    """The share of this process's processors that others use meanwhile; None where the system does not say."""
-    before = _ticks()
-    time.sleep(seconds)
-    after = _ticks()
-    if before is None or after is None or after[0] == before[0]:
-        return None
-    return 1 - (after[1] - before[1]) / (after[0] - before[0])
-
-
-def _ticks() -> tuple[int, int] | None:
-    """Of this process's processors since the start: all, and idle ones."""
-    stat = Path("/proc/stat")
-    if not stat.exists() or not hasattr(os, "sched_getaffinity"):
-        return None
-    ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    lines = [line.split() for line in stat.read_text().splitlines()]
-    found = [[int(value) for value in line[1:9]] for line in lines if line[0] in ours]  # the rest is in these
-    return sum(map(sum, found)), sum(line[3] + line[4] for line in found)
-
-
-def driver() -> str:
-    """The GPU driver's version, where nvidia-smi tells."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return "nvidia-smi is not there"
-    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True)
-    return found.stdout.strip().partition("\n")[0] or f"nvidia-smi: {found.stderr.strip()}"
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for text in cpuinfo.read_text().splitlines():
-            if text.startswith("model name"):
-                return text.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+_BASELINES = ("diffusers", "torch eager")
+_IDLE = 0.15  # the share of the processors that other processes use on an idle system
+_STEADY = 2.5  # slowest over fastest tenth of copy_: up to 2.4 was seen on an idle machine
+_SAME, _LARGE = 1.3, 1e7  # ratio of two copies of as many bytes, if these are so many that they wait for the memory
+_WORSE = 1.25  # a ratio that grows by more is a regression: shared machines are noisy
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Write them as JSON."""
+    """Write the results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite({"format": FORMAT, **results}), indent=1, allow_nan=False)
     path.write_text(text + "\n")
 
 
 def _finite(value: Any) -> Any:
-    """With None for what JSON has no number for."""
+    """Replace what JSON has no number for by None."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -123,17 +44,17 @@ def load(path: Path) -> dict[str, Any]:
     """Read what ``save`` wrote.
 
     Raises:
-        ValueError: it is no such file, or one of another version of the format.
+        ValueError: the file cannot be read, is no result, or has another version of the format.
     """
     try:
         found: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"--compare: {path}: expected a result of fastguide bench, got {error}") from None
+        raise ValueError(f"--compare: {path}: expected a result of python -m benchmarks, got {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT or "rows" not in found:
         got = found.get("format") if isinstance(found, dict) else type(found).__name__
-        advice = "run it again with this version"
         raise ValueError(
-            f"--compare: {path}: expected a result of fastguide bench of format {FORMAT}, got format {got}; {advice}"
+            f"--compare: {path}: expected a result of python -m benchmarks of format {FORMAT}, got format {got}; "
+            "run the benchmarks again with this version"
         )
     rows = found["rows"]
     if not isinstance(rows, list) or not all(
@@ -143,8 +64,25 @@ def load(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def compared(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each of fastguide's rows of the earlier run: its time or error over the same baseline's, then and now.
+def check_comparable(before: dict[str, Any], path: Path, device: torch.device, suites: Sequence[str]) -> list[str]:
+    """Refuse a run of another kind of device or of other suites; returns a sentence for each other difference."""
+    if not any(row["suite"] in COMPARED and row["suite"] in suites for row in before["rows"]):
+        raise ValueError(
+            f"--compare: expected some of {', '.join(COMPARED)} in this run and in {path}, got {', '.join(suites)}"
+        )
+    was = before.get("machine", {}).get("device")
+    if was != device.type:
+        raise ValueError(f"--compare: expected a run on {device.type}, as this one, got {path} of {was}")
+    now = machine(device)
+    return [
+        f"{what} was {before['machine'].get(what)!r}, and is {now[what]!r}: ratios may differ for that reason"
+        for what in ("processor", "gpu", "threads", "torch", "diffusers")
+        if before["machine"].get(what) != now.get(what)
+    ]
+
+
+def compared(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:
+    """Compare each of fastguide's times and errors, over the baseline of its own run, with the earlier run's.
 
     A row that was measured then and is wrong or failed now is worse; one that was not asked for now is left out.
     """
@@ -171,15 +109,28 @@ def compared(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -
     return found
 
 
-def workload_of(row: dict[str, Any]) -> str:
-    """What two runs have in common."""
+def workload_of(row: Row) -> str:
+    """Return the name under which two runs have the same measurement."""
     if row["suite"] == "accuracy":
         return f"error of 50 {row['solver']} steps, {row['dtype']}"
     return str(row.get("workload"))
 
 
-def disturbed(rows: Sequence[dict[str, Any]], busy_before: float | None) -> list[dict[str, Any]]:
-    """Rows that say so, if others were at work before, or the same copy took now this long, now that."""
+def _values(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+    return {
+        (workload_of(row), row["contender"]): row["error" if row["suite"] == "accuracy" else "seconds"]
+        for row in rows
+        if row["status"] == "ok" and row["suite"] in COMPARED
+    }
+
+
+def disturbed(rows: Sequence[Row], busy_before: float | None) -> list[Row]:
+    """Return a row for each sign that others used the machine: before the run, within a copy, or between two copies.
+
+    Args:
+        rows: those of the run.
+        busy_before: the share of the processors that others used before the run; ``None``: not known.
+    """
     found = []
 
     def add(workload: str, reason: str, busy: bool) -> None:
@@ -193,21 +144,23 @@ def disturbed(rows: Sequence[dict[str, Any]], busy_before: float | None) -> list
         if row["p90"] > _STEADY * row["p10"]:
             low, high = (1e6 * row[which] for which in ("p10", "p90"))
             add(row["workload"], f"copy_ took {low:.0f} to {high:.0f} us: the machine was busy, measure again", True)
-    for size in dict.fromkeys(row["bytes"] for row in copies if row["bytes"] > _WAITING):
-        alike = sorted((row for row in copies if row["bytes"] == size), key=lambda row: float(row["seconds"]))
-        low, high = (1e6 * row["seconds"] for row in (alike[0], alike[-1]))
+    for size in dict.fromkeys(row["bytes"] for row in copies if row["bytes"] > _LARGE):
+        same_size = sorted((row for row in copies if row["bytes"] == size), key=lambda row: float(row["seconds"]))
+        low, high = (1e6 * row["seconds"] for row in (same_size[0], same_size[-1]))
         if high > _SAME * low:
-            here, elsewhere = f"copy_ took {high:.0f} us here", f"of as many bytes elsewhere {low:.0f}"
-            reason = f"{here}, {elsewhere}: compare within a table alone"
-            add(alike[-1]["workload"], reason, False)
+            reason = (
+                f"copy_ took {high:.0f} us, and {low:.0f} us for as many bytes in another workload: "
+                "compare times within one table only"
+            )
+            add(same_size[-1]["workload"], reason, False)
     return found
 
 
-def doubted(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Targets and comparisons as they are, or, where the machine was busy now or then, without what that may have done.
+def doubted(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:
+    """Call unsure what a busy machine, now or in the earlier run, may have caused.
 
-    What was met is not claimed then, and nothing is called better or worse by its time; what was missed stays missed,
-    and what is wrong or failed stays worse.
+    No target is then met, and no time better or worse. A missed target stays missed, and what is wrong or failed stays
+    worse.
     """
     now, then = (any(row.get("busy") for row in run) for run in (rows, before))
     found = []
@@ -218,28 +171,3 @@ def doubted(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) ->
             row = row | {"status": "unsure", "reason": "the machine was busy"}
         found.append(row)
     return found
-
-
-def check_comparable(before: dict[str, Any], path: Path, device: torch.device, suites: Sequence[str]) -> list[str]:
-    """Refuse a run of another kind of device or of other suites; returns, in words, what else was not as it is now."""
-    if not any(row["suite"] in COMPARED and row["suite"] in suites for row in before["rows"]):
-        raise ValueError(
-            f"--compare: expected some of {', '.join(COMPARED)} in this run and in {path}, got {', '.join(suites)}"
-        )
-    was = before.get("machine", {}).get("device")
-    if was != device.type:
-        raise ValueError(f"--compare: expected a run on {device.type}, as this one, got {path} of {was}")
-    now = machine(device)
-    return [
-        f"{what} was {before['machine'].get(what)!r}, and is {now[what]!r}: ratios may differ by that"
-        for what in ("processor", "gpu", "threads", "torch", "diffusers")
-        if before["machine"].get(what) != now.get(what)
-    ]
-
-
-def _values(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    return {
-        (workload_of(row), row["contender"]): row["error" if row["suite"] == "accuracy" else "seconds"]
-        for row in rows
-        if row["status"] == "ok" and row["suite"] in COMPARED
-    }

@@ -1,4 +1,4 @@
-"""Training of the demo's models, and their cache: safetensors in the user's cache folder."""
+"""Train the demo's two models once, and cache them as safetensors in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import trange
 
-from ..schedules.noise_schedule import NoiseSchedule
+from ..schedules import NoiseSchedule
 from ..training import classifier_loss, denoising_loss, drop_condition
 from .digits import Digits
 from .models import NULL_CLASS, Denoiser, NoiseAwareClassifier
 
 _BATCH = 128
 _P_UNCOND = 0.15
-_LAYOUT = 1  # raise when models or training change, so that old weights are not taken for new ones
+_VERSION = 1  # raise it when models or training change: older checkpoints are then not loaded
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/fastguide``, usually ``~/.cache/fastguide``."""
+    """Return ``$XDG_CACHE_HOME/fastguide``, usually ``~/.cache/fastguide``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastguide"
 
 
 def trained(
     schedule: NoiseSchedule, train: Digits, *, quick: bool, retrain: bool
 ) -> tuple[Denoiser, NoiseAwareClassifier]:
-    """Both models, from the cache if they were trained before."""
+    """Return both models, trained now or loaded from the cache; with ``retrain``, trained in any case."""
     steps = (1500, 300) if quick else (8000, 1500)
 
     def denoiser_loss(model: Denoiser, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -58,10 +58,10 @@ def _trained(
     name: str,
     retrain: bool,
 ) -> _Model:
-    with torch.random.fork_rng():  # the caller's random state is left alone
+    with torch.random.fork_rng():  # does not change the caller's random state
         torch.manual_seed(0)
         model = build()
-    path = cache_folder() / f"digits-{name}-{steps}-v{_LAYOUT}.safetensors"
+    path = cache_folder() / f"digits-{name}-{steps}-v{_VERSION}.safetensors"
     if path.exists() and not retrain:
         try:
             model.load_state_dict(load_file(path))
@@ -73,7 +73,7 @@ def _trained(
     try:
         save(model.state_dict(), path)
     except OSError as error:
-        print(f"{name}: not kept, as {path} cannot be written ({error})")
+        print(f"{name}: not cached: {path} cannot be written ({error})")
     return model
 
 
@@ -102,7 +102,7 @@ def _train(
 
 
 def save(state: dict[str, Tensor], path: Path) -> None:
-    """Write beside the file, then rename: whoever is interrupted leaves the old file or none, never half of one."""
+    """Save a state by writing a second file and renaming it: an interruption never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -1,10 +1,9 @@
-"""The demo's measurements of the step itself: its error against the textbook's formula, its time against diffusers'."""
+"""Measure the step itself: the error of a loop against float64, and the time of a step beside diffusers'."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..guidance import ClassifierFree
-from ..schedules.noise_schedule import NoiseSchedule
+from ..schedules import NoiseSchedule
 from ..solvers import ddim, ddpm
-from ..step.guided_step import guided_step
+from ..step.operator import guided_step
 from .models import Denoiser
 
 _SCALE = 4.0
@@ -24,40 +23,39 @@ _STEPS = 50
 
 
 def accuracy(schedule: NoiseSchedule, denoiser: Denoiser, labels: Tensor, null: Tensor, seed: int) -> dict[str, float]:
-    """Relative error of a whole DDIM loop with classifier-free guidance, against the textbook in float64.
+    """Return the relative errors of a DDIM loop with classifier-free guidance, against the loop in float64.
 
-    The truth is the loop written out, everything in float64, the model too. Then the model runs in float32, or its
-    output is rounded to bfloat16 as a large model's is; fastguide keeps its state in float32, and diffusers, if it is
-    installed, in the dtype of the model's output.
+    The truth is the reference backend with model and sample in float64; the package's tests compare that backend with
+    the papers' formulas. Then the model's output is in float32, or rounded to bfloat16 as a large model's is.
+    fastguide's sample is in float32; diffusers', if it is installed, in the dtype of the model's output.
+
+    Args:
+        schedule: the noise schedule of the model.
+        denoiser: the model.
+        labels: what to sample, shape (n,).
+        null: the label of no condition, shape (n,).
+        seed: of the starting noise.
     """
     x_T = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-    table = ddim(schedule, _STEPS)
+    table, guidance = ddim(schedule, _STEPS), ClassifierFree(_SCALE)
     exact = copy.deepcopy(denoiser).double()
 
     def predict(x: Tensor, t: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        model = exact if dtype == torch.float64 else denoiser
+        model, x = (exact, x) if dtype == torch.float64 else (denoiser, x.float())
         timestep = torch.full((2 * len(labels),), t)
-        x = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
         uncond, cond = model(torch.cat([x, x]), timestep, torch.cat([null, labels])).to(dtype).chunk(2)
         return uncond, cond
 
-    def textbook(x: Tensor, t: int, t_prev: int | None, uncond: Tensor, cond: Tensor) -> Tensor:
-        a = schedule.alphas_cumprod[t].item()
-        a_prev = 1.0 if t_prev is None else schedule.alphas_cumprod[t_prev].item()
-        epsilon = uncond + _SCALE * (cond - uncond)
-        x0 = (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
-        return math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * epsilon
-
-    timesteps = table.timesteps.tolist()
+    timesteps = table.host_timesteps
     with torch.no_grad():
         truth = x_T.double()
-        for t, t_prev in zip(timesteps, [*timesteps[1:], None], strict=True):
-            truth = textbook(truth, t, t_prev, *predict(truth, t, torch.float64))
+        for i, t in enumerate(timesteps):
+            truth = guided_step(table, i, truth, predict(truth, t, torch.float64), guidance, backend="reference")
         errors = {}
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
             x = x_T
             for i, t in enumerate(timesteps):
-                x = guided_step(table, i, x, predict(x, t, dtype), ClassifierFree(_SCALE))
+                x = guided_step(table, i, x, predict(x, t, dtype), guidance)
             errors[f"fastguide, {name} model output"] = _relative_error(x, truth)
             if _has_diffusers():
                 theirs, x = _diffusers_scheduler("DDIMScheduler", schedule, _STEPS), x_T.to(dtype)
@@ -69,7 +67,7 @@ def accuracy(schedule: NoiseSchedule, denoiser: Denoiser, labels: Tensor, null: 
 
 
 def speed(schedule: NoiseSchedule) -> dict[str, dict[str, float]]:
-    """Microseconds of a guided step, fastguide's and diffusers' with its guidance, measured in turns."""
+    """Return the microseconds of a guided step of fastguide and of diffusers with its guidance, timed in turns."""
     return {
         f"{solver} {shape}": _medians(_step_calls(schedule, solver, shape))
         for solver in ("ddim", "ddpm")
@@ -78,7 +76,7 @@ def speed(schedule: NoiseSchedule) -> dict[str, dict[str, float]]:
 
 
 def _step_calls(schedule: NoiseSchedule, solver: str, shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
-    """One guided step of each library, on the same inputs; noise, where the solver adds it, from the same stream."""
+    """Return a guided step of each library, on the same inputs and with the same generator."""
     generator = torch.Generator().manual_seed(0)
     x, uncond, cond = torch.randn(3, *shape, generator=generator)
     table = ddim(schedule, _STEPS) if solver == "ddim" else ddpm(schedule, _STEPS)

@@ -1,4 +1,4 @@
-"""The data: scikit-learn's 1,797 handwritten digits of 8 by 8 pixels, and a judge that knows clean digits."""
+"""The data: scikit-learn's 1,797 handwritten digits of 8 by 8 pixels, and a classifier that judges samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Digits(NamedTuple):
 
 
 def load() -> tuple[Digits, Digits]:
-    """The digits for training, and those held out; the split is always the same."""
+    """Return the digits for training and those held out; the split is always the same."""
     data = load_digits()
     images = torch.from_numpy(data.images).float().unsqueeze(1) / 8.0 - 1.0
     labels = torch.from_numpy(data.target).long()
@@ -34,22 +34,22 @@ def load() -> tuple[Digits, Digits]:
 
 
 class Judge:
-    """A support vector machine trained on clean digits: independent of every model that takes part in sampling."""
+    """A support vector machine trained on clean digits; no model that takes part in sampling uses it."""
 
     def __init__(self, train: Digits, held_out: Digits) -> None:
         self._machine = SVC(gamma=0.02, C=10.0).fit(_flat(train.images), train.labels.numpy())
         self.accuracy = self.agreement(held_out.images, held_out.labels)
 
     def agreement(self, images: Tensor, labels: Tensor) -> float:
-        """Share of the images that the judge gives the label they were asked for."""
+        """Return the share of the images that the judge gives the label that was asked for."""
         return float((self._machine.predict(_flat(images)) == labels.numpy()).mean())
 
 
 def coverage(images: Tensor, real: Digits) -> float:
-    """How much of the variety of real digits the images reach (Naeem et al. 2020, eq. 10).
+    """Return the coverage of real digits by the images, 0 to 1 (Naeem et al. 2020, eq. 10).
 
-    The share of real digits with an image nearer than their fifth nearest real neighbour. A distance between the
-    images themselves would take noise and high contrast for variety.
+    It is the share of real digits to which some image is nearer than their fifth nearest real neighbour. A distance
+    between the images themselves would count noise and high contrast as variety.
     """
     flat = real.images.flatten(1)
     radius = torch.cdist(flat, flat).kthvalue(_NEIGHBOURS + 1, dim=1).values
@@ -58,13 +58,13 @@ def coverage(images: Tensor, real: Digits) -> float:
 
 
 def first_of_each_class(digits: Digits, count: int) -> Digits:
-    """At most ``count`` digits of each class."""
+    """Return at most ``count`` digits of each class, in the order of the classes."""
     places = torch.cat([(digits.labels == label).nonzero()[:count, 0] for label in range(NUM_CLASSES)])
     return Digits(digits.images[places], digits.labels[places])
 
 
 def nearest_classes(train: Digits) -> Tensor:
-    """For each class the one whose mean image is nearest: what its negative condition leads away from."""
+    """Return for each class the class with the nearest mean image, shape (10,): its negative condition."""
     means = torch.stack([train.images[train.labels == c].mean(0).flatten() for c in range(NUM_CLASSES)])
     distances = torch.cdist(means, means) + torch.eye(NUM_CLASSES) * 1e9
     return distances.argmin(1)

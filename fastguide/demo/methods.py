@@ -1,4 +1,4 @@
-"""The ways of guidance that the demo compares, and sampling every class with each."""
+"""List the kinds of guidance that the demo compares, and sample every class with each."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..guidance import Classifier, ClassifierFree, Guidance
 from ..sampling.sampler import Sampler
-from ..schedules.noise_schedule import NoiseSchedule
-from ..solvers import ddim, ddpm
-from ..solvers.table import StepTable
+from ..schedules import NoiseSchedule
+from ..solvers import StepTable, ddim, ddpm
 from .digits import NUM_CLASSES, SHAPE
 from .models import NULL_CLASS, Denoiser, NoiseAwareClassifier
 
@@ -24,7 +23,7 @@ NEGATIVE_SCALE = 4.0
 
 @dataclass(frozen=True)
 class Method:
-    """One way to guide, under one solver."""
+    """A kind of guidance with a scale, used with a solver; ``scale`` is None without guidance."""
 
     family: Family
     scale: float | None
@@ -32,13 +31,13 @@ class Method:
 
     @property
     def name(self) -> str:
-        """For file names and tables."""
+        """The name in tables and file names."""
         scale = "" if self.scale is None else f", scale {self.scale:g}"
         return f"{self.solver}, {self.family}{scale}"
 
 
 def all_methods() -> list[Method]:
-    """Every method of the demo; the mean form needs a step with variance, which DDIM's is not."""
+    """Return every method of the demo. The mean form needs steps with variance, so it is not used with DDIM."""
     methods = []
     for solver in ("ddpm", "ddim"):
         methods.append(Method("none", None, solver))
@@ -51,10 +50,10 @@ def all_methods() -> list[Method]:
 
 
 def step_tables(schedule: NoiseSchedule, *, quick: bool) -> dict[str, StepTable]:
-    """The two solvers; x_0 is clipped to the range of the images.
+    """Return the tables of both solvers by name; both clip x_0 to the range of the images.
 
-    In DDIM the clip needs ``use_clipped_model_output``: strong guidance leaves the range at once, and a direction
-    that does not agree with the clipped x_0 ends in noise.
+    DDIM recomputes epsilon from the clipped x_0 (``use_clipped_model_output``): strong guidance leaves the range at
+    once, and an epsilon that does not agree with the clipped x_0 ends in noise.
     """
     return {
         "ddpm": ddpm(schedule, 100 if quick else 250, clip_sample_range=1.0),
@@ -63,7 +62,7 @@ def step_tables(schedule: NoiseSchedule, *, quick: bool) -> dict[str, StepTable]
 
 
 def labels_to_sample(per_class: int) -> Tensor:
-    """0, 0, ..., 9, 9: int64 of shape (10 * per_class,)."""
+    """Return the labels 0, 0, ..., 9, 9, int64 of shape (10 * per_class,)."""
     return torch.arange(NUM_CLASSES).repeat_interleave(per_class)
 
 
@@ -77,7 +76,7 @@ def sample(
     seed: int,
     backend: str | None,
 ) -> Tensor:
-    """Images of the labels, shape (n, 1, 8, 8); every method starts from the same noise."""
+    """Sample images of the labels, shape (n, 1, 8, 8); every method starts from the same noise."""
     generator = torch.Generator().manual_seed(seed)
     x_T = torch.randn(len(labels), *SHAPE, generator=generator)
     null = torch.full_like(labels, NULL_CLASS)

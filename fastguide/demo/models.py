@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from .digits import NUM_CLASSES, SHAPE
 
 NULL_CLASS = NUM_CLASSES
-"""The label that stands for no condition."""
+"""The label that means no condition."""
 
 _PIXELS = math.prod(SHAPE)
 
 
 class _TimeEmbedding(nn.Module):
-    """Sines and cosines of the timestep (Vaswani et al. 2017), and a layer."""
+    """Embeds a timestep by sines and cosines (Vaswani et al. 2017) and two layers."""
 
     frequencies: Tensor
 
@@ -32,7 +32,7 @@ class _TimeEmbedding(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual layer that is scaled and shifted by an embedding."""
+    """A residual layer whose input an embedding scales and shifts."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,23 +63,23 @@ class _Network(nn.Module):
 
 
 class Denoiser(_Network):
-    """Predicts epsilon from x_t of shape (batch, 1, 8, 8), timesteps and labels; ``NULL_CLASS`` is no condition."""
+    """Predicts epsilon from x_t of shape (batch, 1, 8, 8), timesteps and labels; ``NULL_CLASS`` means no condition."""
 
     def __init__(self, width: int = 128, depth: int = 3) -> None:
         super().__init__(width, depth, _PIXELS)
         self.label = nn.Embedding(NUM_CLASSES + 1, width)
 
     def forward(self, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        """The noise in x, of x's shape."""
+        """Predict the noise in x, of the shape of x."""
         return self.outputs(x, self.time(timestep) + self.label(labels)).view_as(x)
 
 
 class NoiseAwareClassifier(_Network):
-    """Logits of the ten classes for x_t of shape (batch, 1, 8, 8) at any timestep."""
+    """Classifies x_t of shape (batch, 1, 8, 8) at any timestep."""
 
     def __init__(self, width: int = 128, depth: int = 2) -> None:
         super().__init__(width, depth, NUM_CLASSES)
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """Logits, shape (batch, 10)."""
+        """Return the logits of the ten classes, shape (batch, 10)."""
         return self.outputs(x, self.time(timestep))

@@ -1,4 +1,4 @@
-"""What the demo leaves behind: a grid of images per method, a picture of all, the trade-off plot, a table, a JSON."""
+"""Write the demo's results: a grid of images for each method, an overview, the trade-off plot, tables, a JSON file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only; no screen is needed
+matplotlib.use("Agg")  # writes files; needs no screen
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,7 +24,7 @@ _OVERVIEW_SCALES = (1.0, 2.0, 4.0, 8.0)
 
 
 def mosaic(images: Tensor, columns: int) -> np.ndarray:
-    """Images of shape (n, 1, 8, 8) in rows of ``columns``, enlarged, with a line between."""
+    """Arrange images of shape (n, 1, 8, 8) in rows of ``columns``, enlarged, with a line between them."""
     pixels = ((images.clamp(-1, 1) + 1) / 2).squeeze(1).numpy()
     tiles = [np.pad(np.kron(p, np.ones((_ENLARGED, _ENLARGED))), 2, constant_values=0.35) for p in pixels]
     rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
@@ -33,7 +33,7 @@ def mosaic(images: Tensor, columns: int) -> np.ndarray:
 
 
 def save_grid(method: Method, images: Tensor, per_class: int, folder: Path) -> Path:
-    """One PNG: a row for each class."""
+    """Write the images of a method as a PNG with a row for each class."""
     columns = min(per_class, 12)
     shown = images.view(NUM_CLASSES, per_class, *images.shape[1:])[:, :columns].flatten(0, 1)
     figure, axes = plt.subplots(figsize=(0.42 * columns + 0.6, 4.6), layout="constrained")
@@ -48,7 +48,7 @@ def save_grid(method: Method, images: Tensor, per_class: int, folder: Path) -> P
 
 
 def save_overview(samples: Mapping[Method, Tensor], per_class: int, folder: Path) -> Path:
-    """One PNG: a panel for each solver; a row for each guidance and scale, a column for each class."""
+    """Write a PNG with a panel for each solver, a row for each guidance and scale, and a column for each class."""
     shown = [m for m in samples if m.scale in (None, *_OVERVIEW_SCALES)]
     guidances = list(dict.fromkeys((m.family, m.scale) for m in shown))
     solvers = list(dict.fromkeys(m.solver for m in shown))
@@ -59,7 +59,7 @@ def save_overview(samples: Mapping[Method, Tensor], per_class: int, folder: Path
         for family, scale in guidances:
             images = samples.get(Method(family, scale, solver))
             rows.append(
-                np.ones((tile, tile * NUM_CLASSES))  # this guidance has no use under this solver
+                np.ones((tile, tile * NUM_CLASSES))  # this guidance is not used with this solver
                 if images is None
                 else mosaic(images[::per_class], NUM_CLASSES)
             )
@@ -83,7 +83,7 @@ def save_overview(samples: Mapping[Method, Tensor], per_class: int, folder: Path
 
 
 def save_trade_off(rows: Iterable[Mapping[str, Any]], real: Mapping[str, float], folder: Path) -> Path:
-    """One PNG: agreement against diversity, a line over the scale for each family and solver."""
+    """Write a PNG of agreement against diversity, with a line over the scales for each kind of guidance and solver."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     families: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -109,7 +109,7 @@ def save_trade_off(rows: Iterable[Mapping[str, Any]], real: Mapping[str, float],
 
 
 def quality_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The methods, one a line."""
+    """Return a table with a line for each method."""
     lines = [f"{'solver':<7} {'guidance':<26} {'scale':>5} {'agreement':>10} {'diversity':>10} {'seconds':>8}"]
     for row in rows:
         scale = "-" if row["scale"] is None else f"{row['scale']:g}"
@@ -121,8 +121,8 @@ def quality_table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def step_table_text(errors: Mapping[str, float], speeds: Mapping[str, Mapping[str, float]]) -> str:
-    """Error and time of the step itself."""
-    lines = ["error of a 50-step guided DDIM loop against the textbook in float64 (relative):"]
+    """Return the error and the time of the step itself, as text."""
+    lines = ["relative error of a guided DDIM loop of 50 steps, against float64:"]
     lines += [f"  {name:<34} {error:.1e}" for name, error in errors.items()]
     lines += ["", "time of one guided step on the CPU (microseconds, median):"]
     for name, times in speeds.items():
@@ -135,7 +135,7 @@ def step_table_text(errors: Mapping[str, float], speeds: Mapping[str, Mapping[st
 
 
 def save_json(results: Mapping[str, Any], folder: Path) -> Path:
-    """Everything that was printed, for machines."""
+    """Write the results as JSON, and return the path."""
     path = folder / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
     return path

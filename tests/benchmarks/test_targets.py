@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.report import pages as report
-from benchmarks.report import targets
+from benchmarks.report import pages, targets
 from tests.support.bench_rows import ok, rows_of_a_run
 
 
@@ -16,10 +15,10 @@ def test_targets_are_met_missed_or_said_to_be_missing():
     assert [row["status"] for row in worse] == [*["missed"] * 5, "not run", "met", "met"]
     assert all(row["status"] == "not run" and row["reason"] for row in targets.judged([], "cpu"))
     assert len(targets.judged([], "cuda")) == len(judged) + 4
-    text = report.terminal([*rows_of_a_run(2.0), *worse], colour=False)
+    text = pages.terminal([*rows_of_a_run(2.0), *worse], colour=False)
     assert text.count("missed") == 5
     reasons = {row["target"].partition(":")[0]: row["reason"] for row in worse if row["status"] == "missed"}
-    assert reasons["a small step"].startswith("what is left are checks")
+    assert reasons["a small step"].startswith("the rest is checks")
     assert reasons["a large step into out=, over copy_ of the same bytes"] == "unexplained"
     far = [row for row in targets.judged(rows_of_a_run(9.0), "cpu") if row["status"] == "missed"]
     assert {row["reason"] for row in far if "scheduler" not in row["target"]} == {"unexplained"}
@@ -54,11 +53,14 @@ def test_a_row_that_is_missing_hides_no_miss():
     (step,) = [r for r in targets.judged(faster, "cpu") if r["target"].startswith("a step into out=")]
     assert (step["status"], step["measured"]) == ("missed", pytest.approx(2.0))
     assert (step["slowest"], step["reason"]) == (targets._SMALL, "unexplained")
-    assert f"{targets._SMALL}; unexplained" in report.terminal([step], colour=False)
+    assert f"{targets._SMALL}; unexplained" in pages.terminal([step], colour=False)
 
 
 def test_only_what_waits_for_the_memory_is_excused_by_it():
-    for size, reason in ((8, "unexplained"), (2e8, "it waits for the memory, where two runs differ by some percent")):
+    for size, reason in (
+        (8, "unexplained"),
+        (2e8, "the step waits for the memory, where two runs differ by some percent"),
+    ):
         rows = [ok("w", c, s) | {"bytes": size} for c, s in (("fastguide", 1.05), ("torch.compile", 1.0))]
         (new,) = [r for r in targets.judged(rows, "cpu") if r["target"].startswith("a step into a new")]
         assert (new["status"], new["slowest"], new["reason"]) == ("missed", "w", reason)

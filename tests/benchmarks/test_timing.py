@@ -231,7 +231,7 @@ def test_caches_and_freed_memory_before_a_step(monkeypatch, step, output, filled
     monkeypatch.setattr(caches, "last_level", lambda: 2**25)
     monkeypatch.setattr(caches, "_buffer", lambda size: log.append(size) or buffer)
     monkeypatch.setattr(caches, "_malloc_trim", lambda keep: log.append(f"keep {keep}"))
-    caches.between(step, output)(lambda: log.append("the call"))
+    caches.cold_caches(step, output)(lambda: log.append("the call"))
     assert log == [filled, *["keep 0", "the call"] * trimmed]
     assert buffer == 1  # what is written would have to leave the caches while the step is timed
 
@@ -241,7 +241,7 @@ def test_freed_memory_is_given_back():
     status = Path("/proc/self/statm")
     if caches._malloc_trim is None or not status.exists():
         pytest.skip("this system has no malloc_trim")
-    before = caches.between(2**20, 2**25)
+    before = caches.cold_caches(2**20, 2**25)
     before(lambda: None)
     tensors = [torch.ones(2**16) for _ in range(256)]  # 64 MB in pieces that the allocator does not map one by one
     last = torch.ones(2**14)

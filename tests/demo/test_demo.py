@@ -14,8 +14,7 @@ for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
 from safetensors.torch import load_file  # noqa: E402
 
 from fastguide import __main__ as cli  # noqa: E402
-from fastguide.demo import checkpoints as weights  # noqa: E402
-from fastguide.demo import digits, methods  # noqa: E402
+from fastguide.demo import checkpoints, digits, methods  # noqa: E402
 from fastguide.demo import run as demo_run  # noqa: E402
 
 
@@ -52,33 +51,33 @@ def test_quick_demo_from_training_to_files(tmp_path, cache, capsys):
     assert not list(cache.glob("*.partial"))
     train, _ = digits.load()
     schedule = demo_run.NoiseSchedule.linear()
-    weights.trained(schedule, train, quick=True, retrain=False)
+    checkpoints.trained(schedule, train, quick=True, retrain=False)
     assert capsys.readouterr().out.count("loaded from") == 2
 
 
 def test_an_interrupted_save_leaves_the_old_file(cache, monkeypatch):
     path = cache / "model.safetensors"
-    weights.save({"w": torch.ones(3)}, path)
+    checkpoints.save({"w": torch.ones(3)}, path)
 
     def interrupted(state, target):
         target.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights, "save_file", interrupted)
+    monkeypatch.setattr(checkpoints, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        weights.save({"w": torch.zeros(3)}, path)
+        checkpoints.save({"w": torch.zeros(3)}, path)
     assert load_file(path)["w"].tolist() == [1, 1, 1]
     assert [p.name for p in cache.iterdir()] == ["model.safetensors"]
 
 
 def test_a_cache_file_that_cannot_be_read_is_trained_again(cache, monkeypatch, capsys):
     train, _ = digits.load()
-    monkeypatch.setattr(weights, "_train", lambda model, *rest: model.eval())
+    monkeypatch.setattr(checkpoints, "_train", lambda model, *rest: model.eval())
     schedule = demo_run.NoiseSchedule.linear()
-    weights.trained(schedule, train, quick=True, retrain=False)
+    checkpoints.trained(schedule, train, quick=True, retrain=False)
     broken = next(cache.glob("digits-denoiser*"))
     broken.write_bytes(b"nonsense")
-    weights.trained(schedule, train, quick=True, retrain=False)
+    checkpoints.trained(schedule, train, quick=True, retrain=False)
     assert "cannot be used" in capsys.readouterr().out
     load_file(broken)
 
@@ -87,7 +86,7 @@ def test_interrupting_the_demo_ends_it_with_130(tmp_path, cache, monkeypatch, ca
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_run.weights, "trained", interrupted)
+    monkeypatch.setattr(demo_run.checkpoints, "trained", interrupted)
     assert cli.main(["demo", "--quick", "--output", str(tmp_path / "out")]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -30,6 +30,11 @@ def original_and_epsilon(prediction_type: str, x: Tensor, m: Tensor, a: float) -
     return original_and_epsilon("epsilon", x, -math.sqrt(1 - a) * m, a)
 
 
+def noised(x0: Tensor, z: Tensor, a: float) -> Tensor:
+    """Ho et al. 2020, eq. 4."""
+    return math.sqrt(a) * x0 + math.sqrt(1 - a) * z
+
+
 def clipped(x0: Tensor, clip: float | None) -> Tensor:
     return x0 if clip is None else x0.clamp(-clip, clip)
 

@@ -1,4 +1,4 @@
-"""The suites in the order of a run: measure each, then judge all rows and compare them with an earlier run's."""
+"""Measure each suite in the order of a run, then judge all rows and compare them with an earlier run's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a contender's step is from the papers' formulas in float64, and how far it may be."""
+"""Compare a contender's step with the papers' formulas in float64, and say how far it may be off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guided step in plain torch without synchronisation, as a careful user writes it: what torch.compile fuses.
+"""Write the guided step in plain torch, as a careful user does, without synchronisation: what torch.compile fuses.
 
 A solver is a readable function. What is timed is its straight lines, which ``straight_lines`` records: at each call,
 torch.compile checks whatever a function looks up, and a solver as it is written here would be 3 to 9 % slower at
@@ -66,7 +66,7 @@ class Terms(NamedTuple):
 
 
 def guided(predictions: Sequence[Tensor], scales: Sequence[float] = COMPOSED_SCALES) -> Tensor:
-    """m = p_0 + sum_k s_k (p_k - p_0); with one condition Ho and Salimans 2022, eq. 6."""
+    """Return m = p_0 + sum_k s_k (p_k - p_0) (Ho and Salimans 2022, eq. 6; Liu et al. 2022, eq. 11)."""
     m = predictions[0]
     for scale, prediction in zip(scales, predictions[1:], strict=False):
         m = m + scale * (prediction - predictions[0])
@@ -81,13 +81,13 @@ def _epsilon_and_x0(c: Coefficients, t: Terms) -> tuple[Tensor, Tensor]:
 
 
 def ddim(c: Coefficients, t: Terms) -> Tensor:
-    """Song et al. 2021, eq. 12 with sigma = 0."""
+    """Compute a DDIM step (Song et al. 2021, eq. 12 with sigma = 0)."""
     epsilon, x0 = _epsilon_and_x0(c, t)
     return c.sqrt_a_prev * x0 + c.sqrt_one_minus_a_prev * epsilon
 
 
 def ddpm(c: Coefficients, t: Terms, *, clip: bool = False) -> Tensor:
-    """Ho et al. 2020, eq. 7, with the learned variance of Nichol and Dhariwal 2021."""
+    """Compute a DDPM step (Ho et al. 2020, eq. 7), with the learned variance of Nichol and Dhariwal 2021 if given."""
     _, x0 = _epsilon_and_x0(c, t)
     mean = c.mean_x0 * (x0.clamp(-1, 1) if clip else x0) + c.mean_x * t.sample
     logvar = None if t.variance is None else c.logvar_base + c.logvar_span * t.variance
@@ -102,12 +102,12 @@ def ddpm(c: Coefficients, t: Terms, *, clip: bool = False) -> Tensor:
 
 
 def ddpm_clipped(c: Coefficients, t: Terms) -> Tensor:
-    """``ddpm`` with x_0 clipped to [-1, 1]."""
+    """Compute a DDPM step with x_0 clipped to [-1, 1]."""
     return ddpm(c, t, clip=True)
 
 
 def add_noise(c: Coefficients, t: Terms) -> Tensor:
-    """Ho et al. 2020, eq. 4."""
+    """Noise an original sample (Ho et al. 2020, eq. 4)."""
     assert t.noise is not None
     return c.sqrt_a * t.sample + c.sqrt_one_minus_a * t.noise
 

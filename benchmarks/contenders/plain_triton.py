@@ -1,6 +1,7 @@
 """The shortest Triton kernel that moves the bytes of a guided DDIM step: what a skilled user writes for one step."""
 
-# mypy: ignore-errors  (Triton's language is not Python's)
+# mypy knows nothing of Triton's language:
+# mypy: ignore-errors
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from .the_field import Call, diffusers, guided_diffusion, scheduler
 
 
 def fastguide(i: Inputs, backend: str | None = None, *, out: bool = False, seeds: bool = False) -> Call:
-    """The fused step: with ``out`` into the caller's output, with ``seeds`` with the portable stream's noise."""
+    """Return the fused step: with ``out`` into the caller's output, with ``seeds`` with the portable stream's noise."""
     output = torch.empty_like(i.sample) if out else None
     source: dict[str, Any] = {}
     if i.noisy:
@@ -33,7 +33,7 @@ def sample_seeds(i: Inputs) -> Tensor:
 
 
 def drop_in(i: Inputs) -> Call:
-    """fastguide's scheduler in the place of diffusers'; it is given the doubled output as a model returns it."""
+    """Return the step of fastguide's scheduler in diffusers' place; it takes the doubled output as models return it."""
     if i.workload.guidance != "classifier-free" or i.variance is not None or i.workload.solver == "add_noise":
         raise NotRunError("this scheduler is timed with classifier-free guidance and a fixed variance only")
     ours = scheduler(i.workload.solver, NUM_STEPS, i.device, ours=True)
@@ -50,7 +50,7 @@ def drop_in(i: Inputs) -> Call:
 
 
 def torch_eager(i: Inputs, compiled: str | None = None, *, out: bool = False) -> Call:
-    """The formula in plain torch: the terms that the step has and no others, without synchronisation.
+    """Return the formula in plain torch: the terms that the step has and no others, without synchronisation.
 
     Eager torch is given the coefficients as numbers; torch.compile (in the mode ``compiled``) as a tensor, as numbers
     would compile each step anew. With ``out``, output and noise have the same memory in each call.
@@ -81,21 +81,21 @@ def torch_eager(i: Inputs, compiled: str | None = None, *, out: bool = False) ->
 
 
 def _on_a_gpu(i: Inputs, mode: str, *, out: bool = False) -> Call:
-    """torch.compile in a mode that differs from the default mode on a GPU only."""
+    """Return torch.compile in a mode that differs from the default mode on a GPU only."""
     if i.device.type != "cuda":
         raise NotRunError("this mode of torch.compile uses CUDA graphs")
     return torch_eager(i, mode, out=out)
 
 
 def copy(i: Inputs) -> Call:
-    """``copy_`` of the same number of bytes, half of them read and half written: the limit."""
+    """Return ``copy_`` of the same number of bytes, half of them read and half written: the limit."""
     source = torch.ones(max(i.bytes // 2, 1), dtype=torch.uint8, device=i.device)
     target = torch.ones_like(source)
     return lambda: target.copy_(source)
 
 
 def noise_alone(i: Inputs) -> Call:
-    """torch's own noise into existing memory: the limit of everyone who uses its stream."""
+    """Return torch's own noise into existing memory: the limit of everyone who uses its stream."""
     if not i.noisy:
         raise NotRunError("the step adds no noise")
     buffer, generator = torch.empty_like(i.sample), torch.Generator(i.device).manual_seed(0)
@@ -124,5 +124,5 @@ COMPILED = ("torch.compile", "torch.compile max-autotune", "torch.compile reduce
 
 
 def is_ours(name: str) -> bool:
-    """Whether a contender is fastguide or uses it: its failure is then a failure of the run."""
+    """Return whether a contender is fastguide or uses it: its failure is then a failure of the run."""
     return name.startswith("Sampler") or "fastguide" in name

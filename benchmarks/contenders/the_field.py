@@ -39,7 +39,7 @@ def scheduler(solver: str, steps: int, device: torch.device, *, ours: bool = Fal
 
 
 def diffusers(i: Inputs) -> Call:
-    """Guidance as pipelines write it, and ``scheduler.step``; a classifier's gradient is added by hand, as users do."""
+    """Return guidance as pipelines write it and ``scheduler.step``; a gradient is added by hand, as users do."""
     w = i.workload
     theirs = scheduler(w.solver, NUM_STEPS, i.device)
     timestep, generator = theirs.timesteps[STEP], torch.Generator(i.device).manual_seed(0)
@@ -166,7 +166,7 @@ class GuidedDiffusion:
 
 
 def guided_diffusion(i: Inputs) -> Call:
-    """One step of guided-diffusion's loops; classifier-free guidance by hand, as its notebooks do."""
+    """Return a step of guided-diffusion's loops; classifier-free guidance by hand, as its notebooks do."""
     w = i.workload
     if (w.solver == "ddim" and w.form == "mean") or (w.solver != "ddim" and w.form == "epsilon"):
         raise NotRunError("guided-diffusion adds a gradient to DDPM's mean and to DDIM's epsilon only")

@@ -1,1 +1,1 @@
-"""One file for each suite and one for each tool that it measures with."""
+"""Measure: a file for each suite, and the tools that they share."""

@@ -91,7 +91,7 @@ def _noise(step: int, device: torch.device) -> Tensor:
 
 
 def _textbook(solver: str) -> Step:
-    """The truth: the papers' formulas."""
+    """Return the truth: the papers' formulas."""
 
     def step(index: int, x: Tensor, uncond: Tensor, cond: Tensor, noise: Tensor) -> Tensor:
         a, a_prev = abar_at(STEPS, index)
@@ -104,7 +104,7 @@ def _textbook(solver: str) -> Step:
 
 
 def _fastguide(solver: str, device: torch.device) -> Step:
-    """fastguide: the sample in float32, the model's outputs as they come."""
+    """Return fastguide's step: the sample in float32, the model's outputs in their dtype."""
     table = (ddim if solver == "ddim" else ddpm)(SCHEDULE, STEPS).to(device)
     guidance = ClassifierFree(GUIDANCE_SCALE)
     if solver == "ddim":
@@ -113,7 +113,7 @@ def _fastguide(solver: str, device: torch.device) -> Step:
 
 
 def _torch(solver: str, device: torch.device) -> Step:
-    """Plain torch: the sample and all arithmetic in float32."""
+    """Return the step in plain torch: the sample and all arithmetic in float32."""
     noisy = [solver == "ddpm" and index < STEPS - 1 for index in range(STEPS)]
     rows = [coefficients(*abar_at(STEPS, index)) for index in range(STEPS)]
     steps = [straight_lines(solver, 2, ["noise"] * n, numbers=row) for n, row in zip(noisy, rows, strict=True)]
@@ -125,7 +125,7 @@ def _torch(solver: str, device: torch.device) -> Step:
 
 
 def _diffusers(solver: str, device: torch.device) -> Step:
-    """diffusers, as a pipeline in the model's dtype; given noise replaces its own, in the dtype that it draws."""
+    """Return diffusers' step, as in a pipeline; the given noise replaces its own, in the dtype that it draws."""
     theirs = scheduler(solver, STEPS, device)
     module: Any = importlib.import_module("diffusers.schedulers.scheduling_ddpm")
     randn_tensor = module.randn_tensor
@@ -151,7 +151,7 @@ def _diffusers(solver: str, device: torch.device) -> Step:
 
 
 def _guided_diffusion(solver: str, device: torch.device) -> Step:
-    """guided-diffusion: the sample in float32 in every dtype of the model."""
+    """Return guided-diffusion's step: the sample is in float32 for every dtype of the model."""
     theirs = GuidedDiffusion(SCHEDULE.alphas_cumprod[SCHEDULE.timesteps(STEPS)], device)
     sample = theirs.ddim_sample if solver == "ddim" else theirs.p_sample
 

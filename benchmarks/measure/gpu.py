@@ -92,13 +92,13 @@ def plain_triton(s: GpuStep) -> Callable[[], object] | None:
 
 
 def gpu_microseconds(call: Callable[[], object], repeats: int) -> float:
-    """Microseconds of one call among ``repeats`` in a captured graph."""
+    """Return the microseconds of one call among ``repeats`` in a captured graph."""
     return 1e6 * in_a_graph(call, repeats)
 
 
 @torch.no_grad()
 def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
-    """Median microseconds until a call returns, with never more than 20 calls in the GPU's queue."""
+    """Return the median microseconds until a call returns, with never more than 20 calls in the GPU's queue."""
     times = []
     for i in range(calls):
         if i % 20 == 0:
@@ -111,7 +111,7 @@ def host_microseconds(call: Callable[[], object], calls: int = 300) -> float:
 
 
 def copy_rate() -> float:
-    """GB/s, read and written, of a copy from device to device: the ceiling."""
+    """Return the GB/s, read and written, of a copy from device to device: the ceiling."""
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / gpu_microseconds(lambda: target.copy_(source), 5) / 1e3
@@ -177,7 +177,7 @@ def measure_small() -> Iterator[dict[str, object]]:
 
 
 def measure_torch_generator() -> dict[str, float]:
-    """Host time of a step whose kernel draws the noise of a torch.Generator."""
+    """Return the host time of a step whose kernel draws the noise of a torch.Generator."""
     s = GpuStep(SMALL[0], torch.float32, torch.bfloat16, "torch")
     s.source = {"generator": torch.Generator("cuda").manual_seed(0)}
     return {name: host_microseconds(s.fastguide(name)) for name in backends()}

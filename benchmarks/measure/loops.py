@@ -40,7 +40,7 @@ class _Output(dict[str, Tensor]):
 
 
 class Policy(torch.nn.Module):
-    """Denoises 16 actions of 7 joints; it is called like diffusers' models."""
+    """Denoise 16 actions of 7 joints; it is called like diffusers' models."""
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()

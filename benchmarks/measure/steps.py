@@ -68,7 +68,7 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> Iterato
 
 
 def failed(contender: str, error: Exception) -> Row:
-    """The row's part for an exception: failed if the contender is ours; of a rival not run, marked as raised."""
+    """Return a row's part for an exception: failed if the contender is ours, not run and raised if a rival."""
     return {"status": "failed" if is_ours(contender) else "not run", "reason": describe(error), "raised": True}
 
 
@@ -140,7 +140,7 @@ _STRAIGHT = 1.25  # quadratic growth bends by 4; leaving a cache bends by a tent
 
 
 def steeper(points: Sequence[tuple[float, float]]) -> float:
-    """How much steeper the upper half of the points is: 1 for a line, 4 for a square if x doubles each time."""
+    """Return how much steeper the upper half of the points is: 1 for a line, 4 for a square if x doubles each time."""
     (a, low), (b, middle), (c, high) = points[0], points[len(points) // 2], points[-1]
     return (high - middle) / (c - b) / ((middle - low) / (b - a))
 

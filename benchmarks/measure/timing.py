@@ -121,7 +121,7 @@ def _fewest(call: Call, device: torch.device) -> int:
 
 
 def _by_the_clock(call: Call, device: torch.device) -> float:
-    """Seconds until the device has finished."""
+    """Return the seconds until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -132,7 +132,7 @@ def _by_the_clock(call: Call, device: torch.device) -> float:
 
 
 def _on_gpu(call: Call, host: float) -> float:
-    """Seconds between two events, after the device's cache has been overwritten.
+    """Return the seconds between two events, after the device's cache has been overwritten.
 
     The device is kept busy until the host has launched everything, as a model keeps it busy. This cannot hide the host
     time of a contender that waits for the device in between: its time includes it.
@@ -163,7 +163,7 @@ class Stamp:
 
 @torch.no_grad()
 def in_a_graph(call: Call, repeats: int, replays: int = 11) -> float:
-    """Median GPU seconds of one call among ``repeats`` in a captured graph, which the host launches once."""
+    """Return the median GPU seconds of a call among ``repeats`` in a captured graph, which is launched as a whole."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
@@ -186,7 +186,7 @@ def in_a_graph(call: Call, repeats: int, replays: int = 11) -> float:
 
 @torch.no_grad()
 def host_seconds(call: Call, device: torch.device) -> float:
-    """Median seconds until one call returns; on a GPU of a few calls at a time, so that the queue is never full."""
+    """Return the median seconds until a call returns; on a GPU of few calls at a time, so that no queue is full."""
     calls = max(1, min(20, int(_HOST_SECONDS / max(_by_the_clock(call, device), 1e-9))))
     found = []
     for _ in range(9):

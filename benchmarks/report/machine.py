@@ -1,4 +1,4 @@
-"""Describe the machine that a run was measured on, and how busy other processes kept it."""
+"""Describe the machine that a run was measured on, and how busy other processes were."""
 
 from __future__ import annotations
 

@@ -76,12 +76,12 @@ class Run:
 
 
 def large_step_over_copy(run: Run) -> Measured:
-    """Time of the large step into an output over ``copy_``'s."""
+    """Return the time of the large step into an output over ``copy_``'s."""
     return Measured(run.value(_LARGE, "fastguide out=") / run.value(_LARGE, "copy_ of the same bytes"))
 
 
 def slowest_over_compile(run: Run, out: str) -> Measured:
-    """Largest time over that of torch.compile's fastest mode, of all workloads of the run: none may be missing."""
+    """Return the largest time over torch.compile's fastest, of all workloads of the run: none may be missing."""
     workloads = dict.fromkeys(row["workload"] for row in run.rows if row["suite"] == "steps")
     if not workloads:
         raise _MissingError("a workload with torch.compile")
@@ -98,18 +98,18 @@ def slowest_over_compile(run: Run, out: str) -> Measured:
 
 
 def small_step_over_compile(run: Run) -> Measured:
-    """How many times faster than torch.compile's fastest mode the small step is."""
+    """Return how many times faster than torch.compile's fastest mode the small step is."""
     return Measured(run.fastest_compiled(_SMALL) / run.value(_SMALL, "fastguide"))
 
 
 def small_noisy_step(run: Run) -> Measured:
-    """Microseconds of a small DDPM step through the scheduler, less those of torch's noise."""
+    """Return the microseconds of a small DDPM step through the scheduler, less those of torch's noise."""
     seconds = run.value(_SMALL_NOISY, "fastguide's scheduler") - run.value(_SMALL_NOISY, "torch's noise alone")
     return Measured(1e6 * seconds)
 
 
 def accuracy(run: Run) -> Measured:
-    """diffusers' error over ours after 50 DDIM steps of a bfloat16 model."""
+    """Return diffusers' error over ours after 50 DDIM steps of a bfloat16 model."""
     errors = {
         row["contender"]: row["error"]
         for row in run.rows
@@ -123,12 +123,12 @@ def accuracy(run: Run) -> Measured:
 
 
 def host_time(run: Run) -> Measured:
-    """Microseconds of the host per step of the loop itself."""
+    """Return the microseconds of the host per step of the loop itself."""
     return Measured(1e6 * run.value("an idle model, DDIM", "Sampler, host time a step"))
 
 
 def smallest_share_of_copy(run: Run) -> Measured:
-    """Smallest bandwidth over ``copy_``'s, of all steps without noise that move 256 MB or more."""
+    """Return the smallest bandwidth over ``copy_``'s, of all steps without noise that move 256 MB or more."""
     # The workloads of all contenders' rows: a kernel of ours that failed has no bytes
     large = {r["workload"]: r for r in run.rows if r["suite"] == "steps" and r.get("bytes", 0) >= _BANDWIDTH_BYTES}
     shares = [run.value(w, "fastguide out=", "share_of_copy") for w, row in large.items() if not row["adds_noise"]]
@@ -138,12 +138,12 @@ def smallest_share_of_copy(run: Run) -> Measured:
 
 
 def small_step_in_a_graph(run: Run) -> Measured:
-    """Microseconds of the small step in a CUDA graph."""
+    """Return the microseconds of the small step in a CUDA graph."""
     return Measured(1e6 * run.value(_SMALL, "fastguide out=, in a graph"))
 
 
 def unet_loop(run: Run, rival: str) -> Measured:
-    """How many times faster than a rival the loop over a tiny UNet is."""
+    """Return how many times faster than a rival the loop over a tiny UNet is."""
     return run.times_faster("tiny UNet, 50 steps", "Sampler, a graph of a step", rival)
 
 
@@ -158,11 +158,11 @@ class Target(NamedTuple):
     known_to: float = 0.0  # the cause is known for values on the better side of this only
 
     def met(self, value: float) -> bool:
-        """Whether a value keeps the promise."""
+        """Return whether a value keeps the promise."""
         return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0.0)
 
     def explained(self, value: float) -> bool:
-        """Whether the cause of a miss by this much is known."""
+        """Return whether the cause of a miss by this much is known."""
         return value < self.known_to if self.at_most is not None else value > self.known_to
 
     @property

@@ -46,7 +46,7 @@ def accuracy(schedule: NoiseSchedule, denoiser: Denoiser, labels: Tensor, null: 
         uncond, cond = model(torch.cat([x, x]), timestep, torch.cat([null, labels])).to(dtype).chunk(2)
         return uncond, cond
 
-    timesteps = table.host_timesteps
+    timesteps = table.timesteps.tolist()
     with torch.no_grad():
         truth = x_T.double()
         for i, t in enumerate(timesteps):
@@ -97,7 +97,7 @@ def _step_calls(schedule: NoiseSchedule, solver: str, shape: tuple[int, ...]) ->
 
 
 def _medians(calls: dict[str, Callable[[], object]], rounds: int = 300) -> dict[str, float]:
-    """Median time of each call in microseconds; in turns, so that all see the same machine."""
+    """Return the median microseconds of each call, timed in turns so that all see the same machine."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 20):
         for name, call in calls.items():

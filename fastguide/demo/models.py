@@ -16,7 +16,7 @@ _PIXELS = math.prod(SHAPE)
 
 
 class _TimeEmbedding(nn.Module):
-    """Embeds a timestep by sines and cosines (Vaswani et al. 2017) and two layers."""
+    """Embed a timestep by sines and cosines (Vaswani et al. 2017) and two layers."""
 
     frequencies: Tensor
 
@@ -63,7 +63,7 @@ class _Network(nn.Module):
 
 
 class Denoiser(_Network):
-    """Predicts epsilon from x_t of shape (batch, 1, 8, 8), timesteps and labels; ``NULL_CLASS`` means no condition."""
+    """Predict epsilon from x_t of shape (batch, 1, 8, 8), timesteps and labels; ``NULL_CLASS`` means no condition."""
 
     def __init__(self, width: int = 128, depth: int = 3) -> None:
         super().__init__(width, depth, _PIXELS)
@@ -75,7 +75,7 @@ class Denoiser(_Network):
 
 
 class NoiseAwareClassifier(_Network):
-    """Classifies x_t of shape (batch, 1, 8, 8) at any timestep."""
+    """Classify x_t of shape (batch, 1, 8, 8) at any timestep."""
 
     def __init__(self, width: int = 128, depth: int = 2) -> None:
         super().__init__(width, depth, NUM_CLASSES)

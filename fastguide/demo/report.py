@@ -126,7 +126,7 @@ def step_table_text(errors: Mapping[str, float], speeds: Mapping[str, Mapping[st
     lines += [f"  {name:<34} {error:.1e}" for name, error in errors.items()]
     lines += ["", "time of one guided step on the CPU (microseconds, median):"]
     for name, times in speeds.items():
-        text = "  ".join(f"{who} {t:8.1f}" for who, t in times.items())
+        text = "  ".join(f"{library} {t:8.1f}" for library, t in times.items())
         ratio = f"  {times['diffusers'] / times['fastguide']:6.1f}x" if "diffusers" in times else ""
         lines.append(f"  {name:<24} {text}{ratio}")
     if not any("diffusers" in times for times in speeds.values()):

@@ -1,4 +1,4 @@
-"""The command ``python -m benchmarks``: a whole run, its exit status, and the options that it refuses."""
+"""Test the command ``python -m benchmarks``: a whole run, its exit status, and the options that it refuses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = Workload("tiny", (2, 3, 8, 8))
 
 @pytest.fixture
 def idle(monkeypatch):
-    """A run that finds the machine idle, whatever else uses it."""
+    """Let a run find the machine idle, whatever else uses it."""
     monkeypatch.setattr(machine, "busy", lambda: 0.0)
     monkeypatch.setattr(results, "_STEADY", 1e9)
 
@@ -45,7 +45,7 @@ def test_the_command(idle, tmp_path, monkeypatch, capsys):
 
 
 def test_what_fails_is_not_hidden(idle, monkeypatch, tmp_path, capsys):
-    """Neither by its row, nor by a target, nor by the exit status."""
+    """Its row, a target and the exit status show it."""
     monkeypatch.setattr(workloads, "quick", lambda: [SMALL])
     monkeypatch.setattr(targets, "_SMALL", SMALL.title)
     monkeypatch.chdir(tmp_path)
@@ -117,6 +117,6 @@ def test_what_the_command_refuses(arguments, message, capsys):
 
 def test_a_gpu_that_is_not_there(capsys):
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("this machine has a GPU")
     assert command.main(["--device", "cuda"]) == 2
     assert "--device: expected one that torch sees, got 'cuda'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The report: a page with everything, results compared by their ratios, and what a busy machine makes unsure."""
+"""Test the report: a page with everything, results compared by their ratios, and what a busy machine makes unsure."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_what_was_not_run_is_one_line_for_each_reason():
 
 
 def test_two_runs_are_compared_by_ratios_within_each():
-    """A machine of half the speed is no regression; a contender that lost ground is."""
+    """A machine of half the speed is no regression; a contender whose ratio grew is one."""
     slow = [row | {"seconds": 2 * row["seconds"]} if "seconds" in row else row for row in rows_of_a_run()]
     alike = results.compared(slow, rows_of_a_run())
     assert {row["status"] for row in alike} == {"alike"}
@@ -102,18 +102,18 @@ def test_what_is_broken_is_worse_and_what_was_not_asked_for_is_left_out():
     without = [row for row in before if row.get("contender") != "diffusers"]
     assert {row["status"] for row in results.compared(without, before)} == {"not compared"}
     assert results.compared([], before) == []
-    here, path = machine.machine(CPU), Path("a.json")
+    now, path = machine.machine(CPU), Path("a.json")
 
     def check(machine, device="cpu", suites=("steps",)):
         return results.check_comparable({"machine": machine, "rows": before}, path, torch.device(device), suites)
 
-    assert check(here) == []
-    (difference,) = check(here | {"processor": "abacus"})
+    assert check(now) == []
+    (difference,) = check(now | {"processor": "abacus"})
     assert difference.startswith("processor was 'abacus', and is ")
     with pytest.raises(ValueError, match=r"--compare: expected a run on cuda, as this one, got a\.json of cpu"):
-        check(here, "cuda")
+        check(now, "cuda")
     with pytest.raises(ValueError, match=r"expected some of steps, loops, accuracy in this run .* got growth"):
-        check(here, suites=["growth"])
+        check(now, suites=["growth"])
 
 
 def test_a_disturbed_run_says_so():
@@ -132,7 +132,7 @@ def test_a_disturbed_run_says_so():
 
 
 def test_a_busy_machine_meets_no_target_and_changes_no_ratio():
-    """But what was missed, and what is wrong, stays so."""
+    """What was missed stays missed, and what is wrong stays worse."""
     (busy,) = results.disturbed([], 0.6)
     target = {"suite": "targets", "target": "t", "expected": ">= 1", "measured": 2.0}
     compared = {"suite": "compared", "workload": "w", "contender": "fastguide"}
@@ -151,7 +151,7 @@ def test_a_busy_machine_meets_no_target_and_changes_no_ratio():
     assert "unsure" in pages.terminal(now, colour=False)
 
 
-def test_neighbours_that_are_always_there_are_said(monkeypatch):
+def test_other_processes_that_are_always_busy_are_reported(monkeypatch):
     ticks = iter([(1000, 600), (1100, 640), (7, 7), (7, 7), None, None])
     monkeypatch.setattr(machine, "_ticks", lambda: next(ticks))
     assert [machine.busy(0.0) for _ in range(3)] == [pytest.approx(0.6), None, None]
@@ -161,7 +161,7 @@ def test_neighbours_that_are_always_there_are_said(monkeypatch):
 
 
 def test_the_share_of_others_is_what_the_system_counts():
-    """An own loop in the place of a neighbour."""
+    """A thread of this test takes the part of another process."""
     if machine._ticks() is None:
         pytest.skip("this system has no /proc/stat")
     stop = threading.Event()
@@ -170,11 +170,11 @@ def test_the_share_of_others_is_what_the_system_counts():
         while not stop.is_set():
             hashlib.sha256(bytes(2**20))
 
-    neighbour = threading.Thread(target=work)
-    neighbour.start()
+    busy_thread = threading.Thread(target=work)
+    busy_thread.start()
     try:
         share = machine.busy(0.5)
     finally:
         stop.set()
-        neighbour.join()
+        busy_thread.join()
     assert share > 0.5 / os.cpu_count()

@@ -1,4 +1,4 @@
-"""The benchmark suite: what is wrong is not timed, a miss is not hidden, and results are compared by their ratios."""
+"""Test the suites: a contender that is wrong is not timed, and one that raises costs only its own row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EVERY = [
 
 @pytest.mark.parametrize("workload", EVERY, ids=lambda w: w.title)
 def test_every_contender_computes_the_same(workload):
-    """Or says why it does not serve a workload."""
+    """A contender that does not have a workload says why."""
     pytest.importorskip("diffusers")
     inputs = Inputs(workload, CPU)
     served = []
@@ -41,8 +41,8 @@ def test_every_contender_computes_the_same(workload):
         assert error < correctness.tolerance(inputs, name), name
         served.append(name)
     assert {"fastguide", "fastguide out=", "torch eager", "diffusers"} <= set(served)
-    by_gradient_elsewhere = (workload.solver == "ddim", workload.form) in ((True, "mean"), (False, "epsilon"))
-    assert ("guided-diffusion" in served) is not by_gradient_elsewhere
+    other_gradient = (workload.solver == "ddim", workload.form) in ((True, "mean"), (False, "epsilon"))
+    assert ("guided-diffusion" in served) is not other_gradient
     assert inputs.sample.dtype == workload.state
     count = workload.count + (workload.form is not None) + workload.solver.endswith("learned")
     assert inputs.bytes == 2 * inputs.sample.nbytes + count * inputs.sample.numel() * workload.dtype.itemsize
@@ -67,8 +67,8 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     assert pages._RED in pages.terminal(list(rows.values()), colour=True)
 
 
-def test_what_raises_late_costs_its_own_row_alone(monkeypatch):
-    """After the check and the warm-ups: in its first timed call, or its second if it is slow."""
+def test_a_contender_that_raises_late_costs_its_own_row_only(monkeypatch):
+    """It raises after the check and the warm-ups: in its first timed call, or in its second if it is slow."""
     calls = []
 
     def fails_later(inputs):
@@ -134,13 +134,13 @@ def test_accuracy_knows_what_is_nearer():
 
 def test_accuracy_leaves_diffusers_noise_as_it_was():
     scheduling = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
-    drawn, x = scheduling.randn_tensor, torch.randn(accuracy.SHAPE)
+    randn_tensor, x = scheduling.randn_tensor, torch.randn(accuracy.SHAPE)
     step = accuracy._diffusers("ddpm", CPU)
     given = step(3, x, x, x, torch.ones_like(x)) - step(3, x, x, x, torch.zeros_like(x))
     assert given.std() < 1e-5 < given.mean()
     with pytest.raises(RuntimeError):
         step(3, x, x[..., :3], x[..., :3], x)
-    assert scheduling.randn_tensor is drawn
+    assert scheduling.randn_tensor is randn_tensor
 
 
 @pytest.mark.parametrize("kind", ["policy", "small DiT"])
@@ -152,7 +152,7 @@ def test_loops_agree_with_diffusers_before_they_are_timed(kind):
 
 
 def test_without_what_is_optional_the_rest_runs(monkeypatch, tmp_path):
-    """No diffusers, no matplotlib: rows say so, and the page too."""
+    """Without diffusers and matplotlib, the rows and the page say so."""
     import builtins
 
     real = builtins.__import__

@@ -1,4 +1,4 @@
-"""What the benchmarks say of the project's targets: no row that is missing, wrong or slow hides a miss."""
+"""Test the targets: no row that is missing, wrong or slow hides a miss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.report import pages, targets
 from tests.support.bench_rows import ok, rows_of_a_run
 
 
-def test_targets_are_met_missed_or_said_to_be_missing():
+def test_targets_are_met_missed_or_not_run():
     judged = targets.judged(rows_of_a_run(), "cpu")
     assert [row["status"] for row in judged] == ["met", "met", "met", "met", "missed", "not run", "met", "met"]
     worse = targets.judged(rows_of_a_run(2.0), "cpu")
@@ -28,7 +28,7 @@ LARGE_COMPILED = (targets._LARGE, "torch.compile")
 
 
 def test_a_row_that_is_missing_hides_no_miss():
-    """Of what is compared on every workload, and with the fastest that torch.compile has."""
+    """A missing row of any workload, or of any mode of torch.compile, cannot turn a miss into a success."""
     (new,) = [r for r in targets.judged(rows_of_a_run(1.1), "cpu") if r["target"].startswith("a step into a new")]
     assert new["status"] == "missed"
     for status, expected in (("not run", "not run"), ("wrong", "missed")):
@@ -67,7 +67,7 @@ def test_only_what_waits_for_the_memory_is_excused_by_it():
 
 
 def test_a_rival_that_fails_makes_no_target_easier():
-    """But a mode that this device does not have is none."""
+    """A mode that this device does not have is not needed."""
     broken = ok(targets._SMALL, "torch.compile max-autotune", 1.0) | {"status": "not run", "reason": "why"}
     for row, expected in (
         (broken, "met"),

@@ -1,4 +1,4 @@
-"""How the benchmarks time: with a clock and a GPU made up here, of which everything is known."""
+"""Test how the benchmarks time, with a simulated clock and a simulated GPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 class Clock:
-    """Goes on by what calls are said to take."""
+    """A clock that only calls move, by the seconds that they are given."""
 
     def __init__(self, monkeypatch):
         self.now, self.log = 0.0, []
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     def call(self, name, *seconds):
-        """Takes the given times, one after the other, and then the last one each time."""
+        """Return a call that takes each of the given times once, and then always the last."""
         left = list(seconds)
 
         def called():
@@ -84,7 +84,7 @@ def test_quantiles():
 
 
 class Gpu:
-    """Does what it was given in order, later than the host; events are marks in its time."""
+    """A GPU that runs its work in order and later than the host; an event stores its time."""
 
     def __init__(self, monkeypatch, clock):
         self.clock, self.done_at, self.log, self.captured = clock, 0.0, [], None
@@ -157,7 +157,7 @@ def gpu(monkeypatch, clock):
 
 
 def test_a_gpu_is_timed_between_events_while_the_host_runs_ahead(gpu):
-    """A launch of 50 us does not show in a kernel of 3 us, as the device is busy meanwhile."""
+    """A launch of 50 us does not show in a kernel of 3 us, as the device is busy before it."""
     found = timing.in_turns({"step": gpu.call("step", 50e-6, 3e-6)}, 1e-3, GPU)
     assert found.times["step"].median == pytest.approx(3e-6)
     assert gpu.log[-4:] == ["sleep", "event", "step", "event"]
@@ -173,7 +173,7 @@ def test_who_waits_for_the_device_shows_it(gpu, clock):
 
 
 def test_whole_loops_are_timed_with_their_host(gpu):
-    """Who only launches hides nothing by running ahead: 50 launches of 400 us, 100 us each on the device."""
+    """50 launches of 400 us of the host and 100 us of the device take the host's time."""
 
     def loop():
         for _ in range(50):
@@ -194,7 +194,7 @@ def test_a_graph_has_no_launches(gpu):
 
 
 def test_what_comes_before_a_call_is_not_timed(clock):
-    """And not before the warm-ups, nor on a GPU, whose cache is overwritten in another way."""
+    """It is not called before the warm-ups either."""
     calls = {"a": clock.call("a", 0.0625), "b": clock.call("b", 0.03125)}
     prepare = clock.call("prepare", 1.0)
     asked = []
@@ -237,7 +237,7 @@ def test_caches_and_freed_memory_before_a_step(monkeypatch, step, output, filled
 
 
 def test_freed_memory_is_given_back():
-    """Resident memory falls by what was freed, if glibc's allocator had kept it."""
+    """Resident memory falls by what was freed, even if glibc's allocator holds it back."""
     status = Path("/proc/self/statm")
     if caches._malloc_trim is None or not status.exists():
         pytest.skip("this system has no malloc_trim")
@@ -245,10 +245,10 @@ def test_freed_memory_is_given_back():
     before(lambda: None)
     tensors = [torch.ones(2**16) for _ in range(256)]  # 64 MB in pieces that the allocator does not map one by one
     last = torch.ones(2**14)
-    there = int(status.read_text().split()[1])
+    resident = int(status.read_text().split()[1])
     del tensors
     before(lambda: None)
-    assert int(status.read_text().split()[1]) * 4096 < there * 4096 - 2**25
+    assert int(status.read_text().split()[1]) * 4096 < resident * 4096 - 2**25
     assert last.sum() == 2**14
 
 

@@ -1,4 +1,4 @@
-"""The command and the demo: a whole quick run on the real digits, its files, and an interruption."""
+"""Test the command and the demo: a whole quick run on the real digits, its files, and an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows as a run of the benchmarks has them, made up."""
+"""Make up rows as a run of the benchmarks has them."""
 
 from __future__ import annotations
 

@@ -58,22 +58,15 @@ def step(
     noises: list[dict[str, Any]] = [{"noise": draw()}]
     noises += [{"seeds": torch.arange(shape[0], device=device)}] if table.adds_noise_anywhere else []
     for noise in noises:
-        results = [
-            fastguide.guided_step(
-                table,
-                3,
-                x,
-                predictions,
-                guidance,
-                gradient=gradient,
-                variance=variance,
-                return_original=True,
-                staged=torch.empty(2 * shape[0], *shape[1:], device=device, dtype=dtype),
-                backend=name,
-                **noise,
+        results = []
+        for name in (backend, "reference"):
+            original = torch.empty_like(x)
+            staged = torch.empty(2 * shape[0], *shape[1:], device=device, dtype=dtype)
+            outputs: dict[str, Any] = {"original": original, "staged": staged, "backend": name}
+            result = fastguide.guided_step(
+                table, 3, x, predictions, guidance, gradient=gradient, variance=variance, **outputs, **noise
             )
-            for name in (backend, "reference")
-        ]
+            results.append((result, original, staged))
         for result, expected in zip(*results, strict=True):
             tolerance = 1e-4 if dtype == torch.float32 else 3e-2
             torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)

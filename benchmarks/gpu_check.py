@@ -218,7 +218,7 @@ def main() -> int:
 
     if not options.no_build:
         write("build", build())
-    from fastguide.step.operator import BACKENDS  # after the build
+    from fastguide.step.backends.registry import BACKENDS  # after the build
 
     write("backends missing", {n: BACKENDS[n].status for n in OURS if not BACKENDS[n].serves("cuda")})
     write("tests", test())

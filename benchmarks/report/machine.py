@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastguide import __version__
-from fastguide.step.operator import BACKENDS, default_backend
+from fastguide.step.backends.registry import BACKENDS, default_backend
 
 
 def machine(device: torch.device) -> dict[str, Any]:

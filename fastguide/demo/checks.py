@@ -15,7 +15,7 @@ from torch import Tensor
 from ..guidance import ClassifierFree
 from ..schedules import NoiseSchedule
 from ..solvers import ddim, ddpm
-from ..step.operator import guided_step
+from ..step.guided_step import guided_step
 from .models import Denoiser
 
 _SCALE = 4.0

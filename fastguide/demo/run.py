@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .._version import __version__
 from ..schedules import NoiseSchedule
-from ..step.operator import BACKENDS, default_backend
+from ..step.backends.registry import BACKENDS, default_backend
 from . import checkpoints, checks, digits, report
 from .methods import Method, all_methods, labels_to_sample, sample, step_tables
 from .models import NULL_CLASS

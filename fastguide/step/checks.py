@@ -407,9 +407,12 @@ def check_memory(arguments: StepArguments) -> None:
 
 
 def _check_output(name: str, output: Tensor, inputs: list[tuple[str, Tensor]]) -> None:
-    _check_apart(name, output, [(other, tensor) for other, tensor in inputs if other in NAMES.values()])  # read last
     for other, tensor in inputs:
-        if overlaps(output, tensor) and not element_for_element(output, tensor):
+        if not overlaps(output, tensor):
+            continue
+        if other in NAMES.values():  # these are read last
+            raise ValueError(f"{name}: expected memory apart from {other}, got an overlap")
+        if not element_for_element(output, tensor):
             raise ValueError(
                 f"{name}: expected memory apart from {other}, or the same element for element; got a part of it"
             )

@@ -108,7 +108,7 @@ def guided_step(
     )
     increment = 0
     if generator is not None:
-        arguments, increment = draw(arguments, generator, chosen.torch_stream)
+        arguments, increment = draw(arguments, generator, chosen.torch_stream, out_is_new=out is None)
     if torch.compiler.is_compiling():
         chosen.step(*arguments)
         return arguments.out

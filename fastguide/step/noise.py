@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .memory import counted_layout, empty_like, overlaps
-from .operator import StepArguments
+from .operator import StepArguments, inputs
 
 STARTING_NOISE = -1
 """The step number under which ``portable_noise`` draws x_T: no step of a table has it."""
@@ -265,9 +265,15 @@ def draw_noise(generator: torch.Generator, sample: Tensor, into: Tensor | None) 
 
 
 def draw(
-    arguments: StepArguments, generator: torch.Generator | DeviceGenerator, torch_stream: bool
+    arguments: StepArguments, generator: torch.Generator | DeviceGenerator, torch_stream: bool, out_is_new: bool
 ) -> tuple[StepArguments, int]:
-    """Give a step its noise: drawn here by torch, or by the kernel if ``torch_stream`` says that it can.
+    """Give a step its noise: drawn here by torch, or by the kernel.
+
+    Args:
+        arguments: of the step, without noise.
+        generator: what draws.
+        torch_stream: whether the backend's kernel can draw what torch would.
+        out_is_new: whether ``out`` is the step's own, so that noise can be drawn into it.
 
     Returns:
         The arguments with ``noise`` or ``philox``; and how far to move the generator's offset after the step.
@@ -281,5 +287,5 @@ def draw(
         philox = torch.tensor((signed_word(generator.initial_seed()), generator.get_offset()), device="cpu")
         return arguments._replace(philox=philox, philox_threads=grid.threads), grid.increment
     out = arguments.out
-    out_is_free = out is not sample and not any(overlaps(out, tensor) for _, tensor in arguments.named_inputs())
-    return arguments._replace(noise=draw_noise(generator, sample, out if out_is_free else None)), 0
+    free = out_is_new or not any(overlaps(out, tensor) for tensor in inputs(arguments))
+    return arguments._replace(noise=draw_noise(generator, sample, out if free else None)), 0

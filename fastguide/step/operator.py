@@ -69,11 +69,18 @@ NAMES = {"mask": "inpainting.mask", "known": "inpainting.original", "known_noise
 """What the fields are called by the callers of ``guided_step``, where that differs."""
 
 _ELEMENTWISE_PLACES = tuple(StepArguments._fields.index(name) for name in ELEMENTWISE)
+_INPUT_PLACES = tuple(StepArguments._fields.index(name) for name in INPUTS)
 
 
 def elementwise(arguments: StepArguments) -> list[Tensor]:
     """Return the tensors of ``ELEMENTWISE`` that are there."""
     return [tensor for place in _ELEMENTWISE_PLACES if (tensor := arguments[place]) is not None]  # type: ignore[misc]
+
+
+def inputs(arguments: StepArguments) -> list[Tensor]:
+    """Return the tensors that are read element by element, predictions included."""
+    tensors = [tensor for place in _INPUT_PLACES if (tensor := arguments[place]) is not None]
+    return [*tensors, *arguments.predictions]  # type: ignore[list-item]
 
 
 def _schema() -> str:

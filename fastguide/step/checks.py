@@ -65,33 +65,13 @@ def validate(
     state, timestep = (None, None) if cursor is None else (cursor.state, cursor.timestep)
     mask, known, known_noise = _NOT_INPAINTING if inpainting is None else inpainting
     arguments = StepArguments(
-        empty_like(sample) if out is None else out,
-        original,
-        staged,
-        sample,
-        inputs,
-        table.device_rows(guidance.form, dtype),
-        guidance.weights_for(inputs, sample.device, dtype),
-        row or 0,
-        indices,
-        gradient,
-        variance,
-        noise,
-        seeds,
-        None,  # philox
-        0,
-        state,
-        timestep,
-        mask,
-        known,
-        known_noise,
-    )
+        empty_like(sample) if out is None else out, original, staged, sample, inputs,
+        table.device_rows(guidance.form, dtype), guidance.weights_for(inputs, sample.device, dtype), row or 0, indices,
+        gradient, variance, noise, seeds, None, 0, state, timestep, mask, known, known_noise,
+    )  # fmt: skip
     _check_layouts(arguments, stacked, out)
     if generator is not None:
-        if torch.compiler.is_compiling():
-            raise ValueError("generator: torch.compile takes none; expected noise= or seeds=")
-        if isinstance(generator, DeviceGenerator):
-            check_device_generator(backend.name, backend.torch_stream, sample, cursor)
+        _check_that_it_can_draw(generator, backend, sample, cursor)
     if (staged is not None or generator is not None or not backend.checks_overlap) and not (
         (out is None and original is None and staged is None) or torch.compiler.is_compiling()
     ):
@@ -263,6 +243,13 @@ def _check_generator(generator: Generator, sample: Tensor) -> None:
     drawn_and_copied = isinstance(generator, torch.Generator) and device.type == "cpu" and expected.type == "cuda"
     if not (device == expected or current or drawn_and_copied):
         raise ValueError(f"generator: expected one of {expected}, the sample's device, got one of {device}")
+
+
+def _check_that_it_can_draw(generator: Generator, backend: Backend, sample: Tensor, cursor: Cursor | None) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError("generator: torch.compile takes none; expected noise= or seeds=")
+    if isinstance(generator, DeviceGenerator):
+        check_device_generator(backend.name, backend.torch_stream, sample, cursor)
 
 
 def _check_seeds(seeds: Tensor, sample: Tensor) -> None:

@@ -63,10 +63,7 @@ def guided_step(*arguments: object) -> None:
     if noise is not None:
         result = result + deviation * noise.to(dtype)
     if a.mask is not None and a.known is not None and a.known_noise is not None:
-        level = row["known_sample"] * a.known.to(dtype) + row["known_noise"] * a.known_noise.to(dtype)
-        painted = a.mask.to(dtype)
-        blended = painted * result + (1 - painted) * level
-        result = torch.where(painted == 1, result, torch.where(painted == 0, level, blended))
+        result = _inpainted(row, result, a.mask.to(dtype), a.known.to(dtype), a.known_noise.to(dtype))
 
     finished = None if a.cursor is None else ~_per_sample(live, sample)
     if a.staged is not None:
@@ -80,6 +77,13 @@ def guided_step(*arguments: object) -> None:
 
 
 library.impl("guided_step", guided_step, "CompositeExplicitAutograd")
+
+
+def _inpainted(row: dict[str, Tensor], result: Tensor, painted: Tensor, known: Tensor, noise: Tensor) -> Tensor:
+    """Put the known image, noised to the level of the next sample, where the mask is 0."""
+    level = row["known_sample"] * known + row["known_noise"] * noise
+    blended = painted * result + (1 - painted) * level
+    return torch.where(painted == 1, result, torch.where(painted == 0, level, blended))
 
 
 def _position(a: StepArguments) -> tuple[Tensor, Tensor, Tensor]:

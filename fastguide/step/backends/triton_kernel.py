@@ -180,6 +180,14 @@ def _store(pointers, values, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _inpainted(row, result, painted, known, noise, PTX: tl.constexpr):
+    """Put the known image, noised to the level of the next sample, where the mask is 0."""
+    level = _add(tl.load(row + KNOWN_SAMPLE) * known, tl.load(row + KNOWN_NOISE) * noise, PTX)
+    blended = _add(painted * result, (1.0 - painted) * level, PTX)
+    return tl.where(painted == 1.0, result, tl.where(painted == 0.0, level, blended))
+
+
+@triton.jit
 def _step_tile(
     tensors, strides, place, weights_step_stride, weights_batch_stride, copies, batch, z,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
@@ -243,9 +251,7 @@ def _step_tile(
         k = _load(_place(known, known_stride, sample, first, BLOCK), inside, EVEN)
         zk = _load(_place(known_noise, known_noise_stride, sample, first, BLOCK), inside, EVEN)
         painted = _load(_place(mask, mask_stride, sample, first, BLOCK), inside, EVEN)
-        level = _add(tl.load(r + KNOWN_SAMPLE) * k, tl.load(r + KNOWN_NOISE) * zk, PTX)
-        blended = _add(painted * result, (1.0 - painted) * level, PTX)
-        result = tl.where(painted == 1.0, result, tl.where(painted == 0.0, level, blended))
+        result = _inpainted(r, result, painted, k, zk, PTX)
     result = tl.where(in_table, result, float("nan"))
     _store(_place(out, out_stride, sample, first, BLOCK), result, inside, EVEN)
     if original is not None:
@@ -299,6 +305,25 @@ def _advance(cursor, cursor_stride, timestep, timestep_count, rows, steps, batch
         tl.store(cursor + sample * CURSOR_STRIDE, index + 1, mask=live)
 
 
+@triton.jit
+def _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws):
+    """Advance the cursor and torch's stream, in the program that has read them last."""
+    _, _, _, _, _, rows, _, _, _, _, _, _, state, cursor, timestep, _, _, _ = tensors
+    # Every program counts itself after it has read the cursor and the stream; the one that reads last advances them.
+    if cursor is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(cursor + CURSOR_READERS, 1) == tl.num_programs(0) - 1:
+            _advance(cursor, cursor_stride, timestep, timestep_count, rows, steps, batch, 128)
+            if state is not None and draws:
+                tl.store(state + 1, tl.load(state + 1) + increment)
+            tl.store(cursor + CURSOR_READERS, 0)
+    elif state is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(state + 2, 1) == tl.num_programs(0) - 1:
+            tl.store(state + 1, tl.load(state + 1) + increment)
+            tl.store(state + 2, 0)
+
+
 # Others than these decide how wide the accesses are; a kernel of their own for 1 or for multiples of 16 gains nothing.
 _NOT_SPECIALIZED = ["weights_step_stride", "weights_batch_stride", "indices_stride", "seeds_stride", "index", "steps"]
 _NOT_SPECIALIZED += ["copies", "batch", "channels", "seed_low", "seed_high", "offset_low", "offset_high", "increment"]
@@ -323,7 +348,7 @@ def step_kernel(
     apart, whose values come of the same calls. size and threads are then multiples of BLOCK.
     PTX: for NVIDIA.
     """
-    _, _, _, x, _, rows, _, indices, _, _, _, seeds, state, cursor, timestep, _, _, _ = tensors
+    _, _, _, x, _, rows, _, indices, _, _, _, seeds, state, cursor, _, _, _, _ = tensors
     draws = True  # from torch's stream; a finished loop and a step without noise draw nothing
     if NOISE == TORCH_STREAM:
         if cursor is not None:
@@ -379,16 +404,4 @@ def step_kernel(
                 weights_step_stride, weights_batch_stride, copies, batch, z, NOISE, K, EVEN, PTX, BLOCK,
             )  # fmt: skip
 
-    # Every program counts itself after it has read the cursor and the stream; the one that reads last advances them.
-    if cursor is not None:
-        tl.debug_barrier()
-        if tl.atomic_add(cursor + CURSOR_READERS, 1) == tl.num_programs(0) - 1:
-            _advance(cursor, cursor_stride, timestep, timestep_count, rows, steps, batch, 128)
-            if state is not None and draws:
-                tl.store(state + 1, tl.load(state + 1) + increment)
-            tl.store(cursor + CURSOR_READERS, 0)
-    elif state is not None:
-        tl.debug_barrier()
-        if tl.atomic_add(state + 2, 1) == tl.num_programs(0) - 1:
-            tl.store(state + 1, tl.load(state + 1) + increment)
-            tl.store(state + 2, 0)
+    _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws)

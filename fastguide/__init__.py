@@ -4,7 +4,7 @@ from . import _require_torch as _require_torch  # isort: skip
 from ._version import __version__ as __version__
 from .guidance import Classifier, ClassifierFree, Composed, Guidance
 from .sampling.sampler import Sampler
-from .sampling.trajectory import Sampled
+from .sampling.trajectory import Trajectory
 from .schedules import NoiseSchedule
 from .solvers import ROW_COLUMNS, StepTable, ddim, ddpm
 from .step.cursor import Cursor
@@ -32,9 +32,9 @@ __all__ = [
     "Guidance",
     "Inpainting",
     "NoiseSchedule",
-    "Sampled",
     "Sampler",
     "StepTable",
+    "Trajectory",
     "add_noise",
     "classifier_loss",
     "convert_prediction",

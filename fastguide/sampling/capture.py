@@ -1,31 +1,50 @@
-"""CUDA graphs: a function's launches, captured once and replayed."""
+"""Run steps eagerly, as replays of one step that was captured as a CUDA graph, or as one graph of all steps."""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+
+from .state import SamplerState
+
+Mode: TypeAlias = Literal["auto", "loop", "try", False]
+"""``cuda_graph`` of ``Sampler``."""
+MODES = get_args(Mode)
 
 WARM_UPS = 2
 """Runs before a capture: libraries make their plans and kernels are compiled at the first, autograd's at the second."""
 
 
 _capturing = threading.RLock()  # a process captures one graph at a time
-_failed: list[torch.cuda.CUDAGraph] = []  # the allocator goes on pointing to them
+_failed: list[torch.cuda.CUDAGraph] = []  # keep failed graphs alive: the allocator still refers to them
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether there are graphs on a device."""
+    """Tell whether a device has graphs."""
     return device.type == "cuda"
 
 
-class Graph:
-    """What a function launched, to be launched again without it: on the same memory, in the same order.
+def check_mode(mode: Mode, device: torch.device) -> None:
+    """Refuse what only a device with graphs can do."""
+    if mode not in MODES:
+        raise ValueError(f"cuda_graph: expected 'auto', 'loop', 'try' or False, got {mode!r}")
+    if mode == "loop" and not can_capture(device):
+        raise ValueError(f"cuda_graph: expected 'auto' or False for an x_T on {device}, which has no graphs")
 
-    The function runs a few times before it is captured; what it writes meanwhile, its caller writes anew.
+
+# ---- Graphs ----
+
+
+class Graph:
+    """Capture what a function launches, and launch it again without the function: the same memory, the same order.
+
+    The function runs a few times before it is captured; the caller restores what it writes meanwhile.
     """
 
     def __init__(self, function: Callable[[], None], pool: Pool) -> None:
@@ -42,7 +61,7 @@ class Graph:
                 for _ in range(WARM_UPS):
                     function()
                 try:
-                    # Other threads go on with what they do; only this one is captured.
+                    # Other threads may use the GPU meanwhile; only this one is captured.
                     with torch.cuda.graph(
                         self._graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"
                     ):
@@ -57,12 +76,12 @@ class Graph:
             torch.cuda.current_stream().wait_stream(side)
 
     def replay(self) -> None:
-        """Launch all of it, on the current stream."""
+        """Launch all that was captured, on the current stream."""
         self._graph.replay()
 
 
 class Pool:
-    """The memory of graphs that never run at once, and where their last work ends."""
+    """The memory that graphs share which never run at once, and an event at the end of their last work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -71,54 +90,61 @@ class Pool:
 
     @property
     def handle(self) -> Any:
-        """For captures: what one graph needs while it runs, the next one takes again."""
+        """The memory pool to capture with: what one graph needs while it runs, the next one reuses."""
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
 
     def wait(self) -> None:
-        """On the current stream, for work that was left on another."""
+        """Let the current stream wait for the last work, which may be on another stream."""
         if self._done is not None:
             self._done.wait(torch.cuda.current_stream(self.device))
 
-    def leave(self) -> None:
-        """Note where the current stream's work ends."""
+    def mark_end(self) -> None:
+        """Mark the end of the current stream's work."""
         if self.device.type == "cuda":
             self._done = torch.cuda.Event() if self._done is None else self._done
             self._done.record(torch.cuda.current_stream(self.device))
 
-    def finish(self) -> None:
-        """Wait for the last work: its buffers are to be given back, on whatever stream they are taken next."""
+    def synchronize(self) -> None:
+        """Let the host wait for the last work, before its buffers are freed and reused on any stream."""
         if self._done is not None:
             self._done.synchronize()
 
 
 class Graphs:
-    """The graphs on one set of buffers.
+    """The graphs on one state's buffers."""
 
-    ``most``: how many are kept, the least recently used dropped; ``only_one``: that of the first run is the only one.
-    """
+    def __init__(self, pool: Pool, limit: int, only_one: bool = False) -> None:
+        """Start without graphs.
 
-    def __init__(self, pool: Pool, most: int, only_one: bool = False) -> None:
+        Args:
+            pool: their memory.
+            limit: how many are cached; the least recently used is dropped.
+            only_one: whether a second one is refused.
+        """
         self._pool = pool
-        self._most, self._only_one = most, only_one
+        self._limit, self._only_one = limit, only_one
         self._graphs: dict[Hashable, Graph] = {}
         self.failed = False
 
-    def get(self, key: Hashable, function: Callable[[], None], write: Callable[[], None]) -> Graph:
-        """A function's graph, captured at the first time; ``write`` fills the buffers for that, and again after it."""
+    def get(self, key: Hashable, function: Callable[[], None], load: Callable[[], None]) -> Graph:
+        """Return a function's graph, captured now if it is not cached.
+
+        ``load`` fills the buffers for the capture, which leaves them spoiled: the caller loads them again.
+        """
         graph = self._graphs.pop(key, None)
         if graph is None:
             if self._only_one and self._graphs:
                 raise ValueError("recapture: expected the steps of the first call, which are captured as one graph")
-            write()
+            load()
             try:
                 graph = Graph(function, self._pool)
             except RuntimeError:
                 self.failed = True
                 raise
-            while len(self._graphs) >= self._most:
-                self._pool.finish()
+            while len(self._graphs) >= self._limit:
+                self._pool.synchronize()
                 self._graphs.pop(next(iter(self._graphs)))
         self._graphs[key] = graph
         return graph
@@ -126,7 +152,7 @@ class Graphs:
 
 @contextmanager
 def _without_cached_casts() -> Iterator[None]:
-    """autocast keeps weights that it has cast until its block ends; a graph would read them for ever."""
+    """Turn off autocast's cache of cast weights: its block frees it, while a graph would still read it."""
     before = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
@@ -134,3 +160,60 @@ def _without_cached_casts() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+# ---- Steps ----
+
+
+def step_function(
+    mode: Mode,
+    state: SamplerState,
+    graphs: Graphs,
+    load: Callable[[], None],
+    skips_uncond: tuple[bool, ...],
+    calls: range,
+    between_steps: bool,
+) -> Callable[[int], None]:
+    """Return the function that makes the step of a model call; what it replays is captured now, if it is not cached.
+
+    Args:
+        mode: ``cuda_graph`` of ``Sampler``.
+        state, graphs: the buffers, and the graphs on them.
+        load: fills the buffers for the run; to be called again after this, as a capture spoils them.
+        skips_uncond: for each call of the table, whether the unconditional prediction is left out.
+        calls: the calls of this run.
+        between_steps: whether the host acts between the steps.
+    """
+    if mode == "loop" and calls:
+        if between_steps:
+            raise ValueError(
+                "cuda_graph: 'loop' replays all steps at once; expected 'auto' with a callback, progress, a check, "
+                "the results of every step or a generator that the kernel does not draw from"
+            )
+        pattern = tuple(skips_uncond[call] for call in calls)
+
+        def all_steps() -> None:
+            for skip in pattern:
+                state.step(skip)
+
+        whole = graphs.get(pattern, all_steps, load)
+        return lambda call: whole.replay() if call == calls.start else None
+    steps = single_steps(mode, state, graphs, load)
+    return lambda call: steps[skips_uncond[call]]()
+
+
+def single_steps(
+    mode: Mode, state: SamplerState, graphs: Graphs, load: Callable[[], None]
+) -> dict[bool, Callable[[], None]]:
+    """Return a step, by whether it leaves the unconditional prediction out; the arguments are ``step_function``'s."""
+    flags = (False, True) if state.key.skips_uncond else (False,)
+    eager = {skip: partial(state.step, skip) for skip in flags}
+    if mode is False or not can_capture(state.key.device) or (mode == "try" and graphs.failed):
+        return dict(eager)
+    try:
+        return {skip: graphs.get(skip, step, load).replay for skip, step in eager.items()}
+    except RuntimeError as error:
+        if mode != "try":
+            raise
+        warnings.warn(f"fastguide: running without a graph: {error}", RuntimeWarning, stacklevel=6)
+        return dict(eager)

@@ -1,26 +1,38 @@
-"""What a model is conditioned on: checked, and kept in buffers that hold the conditions of all predictions."""
+"""What a model is conditioned on: checked, and copied to buffers that hold the conditions of all predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_
 
 from ..guidance import Guidance
 
 Condition: TypeAlias = "Tensor | Mapping[str, Condition]"
 """A tensor with the batch in front, or several by the name of the model's argument, of which each may be a mapping."""
 
-Signature: TypeAlias = "tuple[tuple[str, Signature], ...] | tuple[tuple[int, ...], torch.dtype] | None"
-"""Of a condition: names, and each tensor's shape without the batch and its dtype."""
+NamedConditions: TypeAlias = "list[tuple[str, Condition]]"
+"""The condition of each prediction, in the order of the weights, with the argument that it came in for messages."""
 
 
-def listed(
-    cond: Condition | Sequence[Condition] | None, uncond: Condition | None, count: int
-) -> list[tuple[str, Condition]]:
-    """The condition of each of ``count`` predictions, with its argument's name, in the order of the weights."""
+class TensorSignature(NamedTuple):
+    """A condition's tensor without its values and its batch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Signature: TypeAlias = "tuple[tuple[str, Signature], ...] | TensorSignature | None"
+"""A condition without its values and its batch; a mapping is its items, sorted by name."""
+
+
+def as_list(
+    cond: Condition | Sequence[Condition] | None, uncond: Condition | None, num_predictions: int
+) -> NamedConditions:
+    """Return the condition of each prediction; refuse another number of them."""
     several: list[tuple[str, Condition]]
     if isinstance(cond, (Tensor, Mapping)):
         several = [("cond", cond)]
@@ -28,7 +40,7 @@ def listed(
         several = [(f"cond[{i}]", c) for i, c in enumerate(cond or [])]
     else:
         raise TypeError(f"cond: expected a tensor or a mapping of tensors, got {type(cond).__name__}")
-    if count == 1:
+    if num_predictions == 1:
         if uncond is not None:
             raise ValueError("uncond: expected None, as the guidance weighs no unconditional prediction")
         if len(several) > 1:
@@ -36,13 +48,13 @@ def listed(
         return several
     if uncond is None:
         raise ValueError("uncond: expected the null (or a negative) condition, as the guidance weighs it, got None")
-    if len(several) != count - 1:
-        raise ValueError(f"cond: expected {count - 1} condition(s) for this guidance, got {len(several)}")
+    if len(several) != num_predictions - 1:
+        raise ValueError(f"cond: expected {num_predictions - 1} condition(s) for this guidance, got {len(several)}")
     return [("uncond", uncond), *several]
 
 
-def signature(conditions: Sequence[tuple[str, Condition]], batch: int) -> Signature:
-    """The one signature that all conditions have; refused if they differ, or have another batch in front."""
+def signature(conditions: NamedConditions, batch: int) -> Signature:
+    """Return the one signature that all conditions have; refuse them if they differ, or have another batch in front."""
     if not conditions:
         return None
     first = conditions[-1][1]
@@ -67,38 +79,38 @@ def signature(conditions: Sequence[tuple[str, Condition]], batch: int) -> Signat
                 f"{condition.dtype} of {tuple(condition.shape)}"
             )
     assert isinstance(first, Tensor)
-    return tuple(first.shape[1:]), first.dtype
+    return TensorSignature(tuple(first.shape[1:]), first.dtype)
 
 
 def buffers(of: Signature, samples: int, device: torch.device) -> Condition | None:
-    """Room for the conditions of so many samples."""
+    """Return zeros for the conditions of so many samples."""
+    if isinstance(of, TensorSignature):
+        return torch.zeros(samples, *of.shape, dtype=of.dtype, device=device)
     if of is None:
         return None
-    if len(of) == 2 and isinstance(of[1], torch.dtype):
-        shape, dtype = of
-        return torch.zeros(samples, *shape, dtype=dtype, device=device)
     return {name: part for name, inner in of if (part := buffers(inner, samples, device)) is not None}
 
 
-def each(function: Callable[..., None], *conditions: Condition) -> None:
-    """Call a function with the tensors of conditions that are alike."""
-    first = conditions[0]
-    if isinstance(first, Mapping):
-        for key in first:
-            each(function, *(c[key] for c in conditions if isinstance(c, Mapping)))
-    else:
-        function(*conditions)
+def at(condition: Condition, samples: slice) -> Condition:
+    """Return the condition of some samples, in the same memory."""
+    part: Condition = tree_map(lambda tensor: tensor[samples], condition)
+    return part
 
 
-def rows_of(condition: Condition, rows: slice) -> Condition:
-    """Some samples' condition, in the same memory."""
+def write(buffer: Condition, samples: slice, condition: Condition) -> None:
+    """Copy a condition to the buffer's samples; the host does not wait."""
+    tree_map_(lambda to, values: to.copy_(values, non_blocking=True), at(buffer, samples), _as_dicts(condition))
+
+
+def _as_dicts(condition: Condition) -> Condition:
+    """Return mappings of any class as dictionaries, in the order of ``buffers``."""
     if isinstance(condition, Mapping):
-        return {key: rows_of(value, rows) for key, value in condition.items()}
-    return condition[rows]
+        return {name: _as_dicts(condition[name]) for name in sorted(condition)}
+    return condition
 
 
 def check_labels(labels: Tensor | None, guidance: Guidance, batch: int) -> None:
-    """Labels are there exactly where a classifier takes them."""
+    """Refuse labels that no classifier takes, and miss those that one does."""
     takes = guidance.classifier is not None and guidance.classifier.takes_labels
     if labels is not None and not takes:
         raise ValueError("labels: expected None, as the guidance has no classifier to give them to, got some")

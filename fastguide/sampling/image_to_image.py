@@ -1,7 +1,8 @@
-"""Where a loop begins: at noise, at a noised image (image-to-image), or beside a known part of one (inpainting)."""
+"""Choose where sampling begins: at noise, at a noised image (image-to-image), or beside a known one (inpainting)."""
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -10,56 +11,72 @@ from torch import Tensor
 from ..solvers.table import StepTable
 
 
-def start(
+def first_sample(
     table: StepTable, x_T: Tensor, image: Tensor | None, mask: Tensor | None, strength: float | None
 ) -> tuple[Tensor, int, Tensor | None]:
-    """The first sample, the step that it is for, and the mask in the sample's shape."""
+    """Return the first sample, the model call that it is for, and the mask in the sample's shape."""
     if image is None:
         for name, value in (("mask", mask), ("strength", strength)):
             if value is not None:
                 raise ValueError(f"{name}: expected image= with it, got None")
-        check_rows(table, 0)
+        check_defined(table, 0)
         return x_T, 0, None
-    if not isinstance(image, Tensor) or not image.is_floating_point():
-        got = str(image.dtype) if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(f"image: expected a tensor of floating-point numbers, got {got}")
-    if image.shape != x_T.shape or image.device != x_T.device:
-        ours, theirs = (f"shape {tuple(t.shape)} on {t.device}" for t in (x_T, image))
-        raise ValueError(f"image: expected {ours}, as x_T, got {theirs}")
+    _check_image(image, x_T)
     if strength is None and mask is None:
         raise ValueError("strength: expected a number from 0 to 1 with image=, or mask=, got None")
     number = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
     if strength is not None and (not number or not 0 <= strength <= 1):
         raise ValueError(f"strength: expected a number from 0 to 1, got {strength!r}")
-    if mask is not None:
-        if not isinstance(mask, Tensor) or not (mask.is_floating_point() or mask.dtype == torch.bool):
-            got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask: expected a tensor of bool or floating-point numbers, got {got}")
-        try:
-            mask = mask.expand(x_T.shape)
-        except RuntimeError:
-            expected = tuple(x_T.shape)
-            raise ValueError(f"mask: expected a shape that broadcasts to {expected}, got {tuple(mask.shape)}") from None
-        if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
-            raise ValueError(f"mask: expected values from 0 to 1, got {mask.min().item():g} to {mask.max().item():g}")
+    mask = None if mask is None else _checked_mask(mask, x_T)
     if table.levels is None:
-        raise ValueError(f"table: expected one of ddpm or ddim with image=, got {table!r}, which knows no levels")
-    steps = len(table)
-    begin = steps - min(int(steps * (1.0 if strength is None else strength)), steps)
-    if begin == steps:
+        raise ValueError(f"table: expected one whose levels are known, such as ddim's, with image=, got {table!r}")
+    begin = _first_call(table, 1.0 if strength is None else strength)
+    if begin == len(table):
         return image, begin, mask
-    check_rows(table, begin)
-    if begin == 0 and mask is not None:
-        return x_T, 0, mask
+    check_defined(table, begin)
     alpha, sigma = (float(values[begin]) for values in table.levels)
     wide = torch.promote_types(x_T.dtype, torch.float32)
+    if begin == 0 and mask is not None:  # from noise alone, as large as the samples of that level
+        radius = math.hypot(alpha, sigma)
+        return x_T if math.isclose(radius, 1.0) else radius * x_T.to(wide), 0, mask
     return alpha * image.to(wide) + sigma * x_T.to(wide), begin, mask
 
 
-def check_rows(table: StepTable, begin: int) -> None:
-    """Refuse a run over steps at which the solver is not defined."""
-    if table.scales_inputs:
-        raise ValueError(f"table: expected in_scale of 1, as nothing says the first input's scale, got {table!r}")
+def _first_call(table: StepTable, strength: float) -> int:
+    """Return the model call at which the last ``strength`` of the solver's steps begin."""
+    skipped = table.steps - min(int(table.steps * strength), table.steps)
+    if skipped == table.steps:
+        return len(table)
+    ends = [call + 1 for call, completes in enumerate(table.completes_step) if completes]
+    return ends[skipped - 1] if skipped else 0
+
+
+def _check_image(image: Tensor, x_T: Tensor) -> None:
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        got = str(image.dtype) if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image: expected a tensor of floating-point numbers, got {got}")
+    if image.shape != x_T.shape or image.device != x_T.device:
+        expected, got = (f"shape {tuple(tensor.shape)} on {tensor.device}" for tensor in (x_T, image))
+        raise ValueError(f"image: expected {expected}, as x_T, got {got}")
+
+
+def _checked_mask(mask: Tensor, x_T: Tensor) -> Tensor:
+    """Return the mask in the sample's shape."""
+    if not isinstance(mask, Tensor) or not (mask.is_floating_point() or mask.dtype == torch.bool):
+        got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a tensor of bool or floating-point numbers, got {got}")
+    try:
+        mask = mask.expand(x_T.shape)
+    except RuntimeError:
+        expected = tuple(x_T.shape)
+        raise ValueError(f"mask: expected a shape that broadcasts to {expected}, got {tuple(mask.shape)}") from None
+    if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError(f"mask: expected values from 0 to 1, got {mask.min().item():g} to {mask.max().item():g}")
+    return mask
+
+
+def check_defined(table: StepTable, begin: int) -> None:
+    """Refuse to run over calls at which the solver is not defined."""
     bad = [row for row in sorted(table.undefined_rows) if row >= begin]
     if bad:
         raise ValueError(

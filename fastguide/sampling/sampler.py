@@ -5,41 +5,40 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..guidance import Guidance
-from ..guidance.weights import UNGUIDED
 from ..solvers.table import StepTable
 from ..step.backends.registry import BACKENDS
 from ..step.cursor import TIMESTEP_DTYPES
-from ..step.guided_step import check_run
-from . import conditioning as conditioning
-from . import stepping
+from . import capture
 from .capture import Graphs, Pool
 from .conditioning import Condition
 from .continuous_batching import Slots
-from .image_to_image import start as started
-from .noise import Generators, noise_source
-from .state import Loop, LoopKind, LoopOptions
-from .trajectory import Record, Sampled
+from .model_call import ModelOptions
+from .noise import Generators
+from .request import checked_guidance, checked_table, make_request
+from .state import SamplerState, StateKey
+from .trajectory import Recorder, Trajectory
 
 Callback: TypeAlias = Callable[[int, float, Tensor], object]
 
 
 class Sampler:
-    """Runs a step table over a model.
+    """Samples with a model: runs a step table over it, from x_T to x_0.
 
     Args:
         model: ``model(x, t)``, or ``model(x, t, condition)``; a condition that is a mapping is passed as keyword
             arguments. Returns a tensor of x's shape, or, with a learned variance, of twice its channels: prediction,
-            then variance. It must not write to x, t and the condition, nor keep them: the next step overwrites them.
-        table: from ``ddpm`` or ``ddim``; ``table[k:]`` starts at step k. It may be replaced between calls.
-        guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None``. It may be replaced
-            between calls.
-        dtype: what x is cast to for the model, such as ``torch.bfloat16``; ``None``: the state's own. The state keeps
+            then variance. It must neither write to x, t and the condition nor store them: the next step overwrites
+            them.
+        table: from ``ddpm`` or ``ddim``; ``table[k:]`` starts at model call k. It may be replaced between calls.
+        guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, ``Guidance.from_predictions``, or
+            ``None``. It may be replaced between calls.
+        dtype: what x is cast to for the model, such as ``torch.bfloat16``; ``None``: the sample's own. The sample has
             the dtype of ``x_T``, best float32, and conditions are given to the model as they come.
         backend: as in ``guided_step``.
         cuda_graph: on a GPU, ``"auto"`` captures one step, model and all, at its first call, and replays it as often
@@ -49,18 +48,18 @@ class Sampler:
         batched: whether all predictions are one call of the model, on a batch that holds the sample several times,
             unconditional first; ``False``: one call for each, with less memory.
         skip_unconditional: leave the unconditional prediction out at steps that give it no weight, as outside of a
-            guidance interval: ``ClassifierFree.per_step([1, 1, 7.5, 7.5, 1, 1])``.
-        timestep_dtype: of the model's t: int64, or float32.
-        scalar_timestep: t is of shape (), instead of one for each row of x.
-        max_loops: how many kinds of loop are kept, of different shapes, dtypes or inputs, each with its buffers and
-            graphs; the least recently used is dropped.
-        recapture: ``False``: the first call decides on the kind, and another is refused.
+            guidance interval: ``ClassifierFree.per_step([1, 1, 7.5, 7.5, 1, 1])``. Needs constant weights.
+        timestep_dtype: of the model's t: int64, or float32, which tables of real timesteps need.
+        scalar_timestep: whether t is of shape (), instead of one for each row of x.
+        max_loops: number of kinds of calls, of different shapes, dtypes or inputs, whose buffers and graphs are
+            cached; the least recently used are dropped.
+        recapture: ``False``: only calls of the first call's kind are allowed.
 
     Number of steps, schedule, scale, seeds and conditions are in small buffers: changing them captures nothing anew
     (but scales for each sample instead of one for all, and, with ``"loop"``, another number of steps). A graph reads
     the model's parameters where they were: after any but changes in place, such as ``load_state_dict``'s, call
     ``clear()``. A model that draws from the generator of the steps' noise draws the same values as its step.
-    With a learned variance, the last (conditional) prediction's is used. Of one thread at a time.
+    With a learned variance, the last (conditional) prediction's is used. Not thread-safe: use one sampler per thread.
 
     >>> from fastguide import ClassifierFree, NoiseSchedule, ddim
     >>> sampler = Sampler(lambda x, t, y: 0.1 * x * y[:, None], ddim(NoiseSchedule.linear(), 5), ClassifierFree(3.0))
@@ -76,7 +75,7 @@ class Sampler:
         *,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
-        cuda_graph: stepping.Mode = "auto",
+        cuda_graph: capture.Mode = "auto",
         batched: bool = True,
         skip_unconditional: bool = False,
         timestep_dtype: torch.dtype = torch.int64,
@@ -90,7 +89,7 @@ class Sampler:
             raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
         if timestep_dtype not in TIMESTEP_DTYPES:
             raise TypeError(f"timestep_dtype: expected one of {TIMESTEP_DTYPES}, got {timestep_dtype!r}")
-        if cuda_graph not in stepping.MODES:
+        if cuda_graph not in capture.MODES:
             raise ValueError(f"cuda_graph: expected 'auto', 'loop', 'try' or False, got {cuda_graph!r}")
         for name, flag in (
             ("batched", batched),
@@ -107,7 +106,7 @@ class Sampler:
         self.model = model
         self.dtype = dtype
         self.backend = backend
-        self.cuda_graph: stepping.Mode = cuda_graph
+        self.cuda_graph: capture.Mode = cuda_graph
         self.batched = batched
         self.skip_unconditional = skip_unconditional
         self.timestep_dtype = timestep_dtype
@@ -116,20 +115,16 @@ class Sampler:
         self.recapture = recapture
         self.table = table
         self.guidance = guidance
-        self._loops: dict[LoopKind, _Kept] = {}
-        self._pools: dict[torch.device, Pool] = {}
-        self._in_use = threading.Lock()
+        self._forget()
 
     @property
     def table(self) -> StepTable:
-        """The steps."""
+        """The model calls and their rows."""
         return self._table
 
     @table.setter
     def table(self, table: StepTable) -> None:
-        if not isinstance(table, StepTable):
-            raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
-        self._table = table
+        self._table = checked_table(table)
 
     @property
     def guidance(self) -> Guidance | None:
@@ -138,11 +133,8 @@ class Sampler:
 
     @guidance.setter
     def guidance(self, guidance: Guidance | None) -> None:
-        if guidance is not None and not isinstance(guidance, Guidance):
-            raise TypeError(f"guidance: expected a Guidance or None, got {type(guidance).__name__}")
-        self._guidance = guidance
+        self._guidance = checked_guidance(guidance)
 
-    @overload
     def __call__(
         self,
         x_T: Tensor,
@@ -158,98 +150,38 @@ class Sampler:
         callback: Callback | None = None,
         progress: bool = False,
         check_finite: bool = False,
-        return_trajectory: Literal[False] = False,
-        return_originals: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self,
-        x_T: Tensor,
-        *,
-        cond: Condition | Sequence[Condition] | None = None,
-        uncond: Condition | None = None,
-        labels: Tensor | None = None,
-        image: Tensor | None = None,
-        mask: Tensor | None = None,
-        strength: float | None = None,
-        generator: Generators | None = None,
-        seeds: Sequence[int] | Tensor | None = None,
-        callback: Callback | None = None,
-        progress: bool = False,
-        check_finite: bool = False,
-        return_trajectory: bool = False,
-        return_originals: Literal[True],
-    ) -> Sampled: ...
-
-    @overload
-    def __call__(
-        self,
-        x_T: Tensor,
-        *,
-        cond: Condition | Sequence[Condition] | None = None,
-        uncond: Condition | None = None,
-        labels: Tensor | None = None,
-        image: Tensor | None = None,
-        mask: Tensor | None = None,
-        strength: float | None = None,
-        generator: Generators | None = None,
-        seeds: Sequence[int] | Tensor | None = None,
-        callback: Callback | None = None,
-        progress: bool = False,
-        check_finite: bool = False,
-        return_trajectory: Literal[True],
-        return_originals: bool = False,
-    ) -> Sampled: ...
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        x_T: Tensor,
-        *,
-        cond: Condition | Sequence[Condition] | None = None,
-        uncond: Condition | None = None,
-        labels: Tensor | None = None,
-        image: Tensor | None = None,
-        mask: Tensor | None = None,
-        strength: float | None = None,
-        generator: Generators | None = None,
-        seeds: Sequence[int] | Tensor | None = None,
-        callback: Callback | None = None,
-        progress: bool = False,
-        check_finite: bool = False,
-        return_trajectory: bool = False,
-        return_originals: bool = False,
-    ) -> Tensor | Sampled:
+    ) -> Tensor:
         """Sample from ``x_T``, which is left as it is, to x_0.
 
         Args:
-            x_T: the starting noise, shape (batch, ...), of the dtype the state is to be kept in (float32).
+            x_T: the starting noise, shape (batch, ...), of the dtype that the sample shall have (float32). The model's
+                first input is ``table.first_in_scale * x_T``. With ``image``, standard normal values.
             cond: the condition, with the batch in front; with ``Composed``, a sequence of them, one for each scale.
             uncond: the null condition, or a negative one. Required where the guidance weighs an unconditional
                 prediction.
             labels: int64 of shape (batch,), for the classifier of ``Classifier``.
-            image: an x_0 of x_T's shape, to begin from or to keep a part of.
-            mask: 1 where the model paints, 0 where ``image`` is kept (inpainting, outpainting): any shape that
+            image: an x_0 of x_T's shape, to begin from, or of which a part is known.
+            mask: 1 where the model paints, 0 where ``image`` is known (inpainting, outpainting): any shape that
                 broadcasts to x_T's, bool or floating-point; between 0 and 1 it blends, beyond it is refused (on a GPU
-                not looked at). At every step the kept part is
-                ``image`` with x_T for its noise, at the step's level; in the end it is ``image``.
-            strength: 0 to 1, with ``image``: how much of the table is run, from ``image`` noised by x_T to that level
-                (image-to-image); 0 returns ``image``. With a mask, ``None`` or 1 starts from x_T itself.
+                not looked at). At every step the known part is ``image`` with x_T for its noise, at the step's level;
+                in the end it is ``image``.
+            strength: 0 to 1, with ``image``: how much of the table's steps is run, from ``image`` noised by x_T to
+                that level, ``alpha * image + sigma * x_T`` (image-to-image); 0 returns ``image``. With a mask, ``None``
+                or 1 starts from noise alone.
             generator: draws the steps' noise; ``None``: torch's global generator. A sequence gives each sample its own.
             seeds: one for each sample, instead of a generator: the steps' noise is of the portable stream, so that a
                 sample depends on its seed and not on the batch it is in. ``portable_noise(seeds, shape)`` is an
                 ``x_T`` of the same kind.
-            callback: ``callback(step, timestep, sample)`` after each step, counted as the table does. The sample is
-                the loop's own: clone what is to be kept; what is written to it, by operations of torch, the loop goes
-                on with. An exception ends the loop, which can be called again.
-            progress: show a progress bar (needs tqdm). It counts steps that are launched: nothing waits for the device.
+            callback: ``callback(call, timestep, sample)`` after the step of each model call, counted as the table does:
+                a table of two calls a step has more calls than steps. The sample is the sampler's own buffer: clone
+                what you store; what you write to it, by operations of torch, is what the next step continues with. An
+                exception ends the call, and the sampler can be called again.
+            progress: show a progress bar (needs tqdm). It counts launched model calls: nothing waits for the device.
             check_finite: refuse a result that is not finite, naming the step after which that began; waits for the
                 device once, at the end.
-            return_trajectory, return_originals: return a ``Sampled`` with every step's sample or predicted x_0.
 
         Returns:
-            x_0 as a new tensor, or a ``Sampled``.
+            x_0 as a new tensor.
 
         Raises:
             TypeError, ValueError: an argument is not as described, or the model or classifier returns something else
@@ -257,86 +189,88 @@ class Sampler:
             RuntimeError: the model cannot be captured; the sampler is in use.
             FloatingPointError: with ``check_finite``.
         """
-        self._check_call(x_T, callback)
-        table, guidance = self._table, UNGUIDED if self._guidance is None else self._guidance
-        start, begin, kept_mask = started(table, x_T, image, mask, strength)
-        conditions = conditioning.listed(cond, uncond, guidance.num_predictions)
-        conditioning.check_labels(labels, guidance, x_T.shape[0])
-        noise = noise_source(table, x_T, generator, seeds, self.backend)
-        options = self._options()
-        kind = options.kind(
-            x_T,
-            conditioning.signature(conditions, x_T.shape[0]),
-            table,
-            guidance,
-            capacity=len(table),
-            labels=labels is not None,
-            noise=noise.kind,
-            known=kept_mask is not None,
-            originals=return_originals,
-        )
-        conditional = options.skipped(guidance, len(table))
-        with self._using(kind, guidance) as kept:
-            loop = kept.loop
+        return self._sample(
+            x_T, cond=cond, uncond=uncond, labels=labels, image=image, mask=mask, strength=strength,
+            generator=generator, seeds=seeds, callback=callback, progress=progress, check_finite=check_finite,
+        ).sample  # fmt: skip
 
-            def write() -> None:
-                loop.write_table(table, guidance)
-                loop.sample.copy_(start)
-                loop.write_conditions(conditions)
-                for buffer, values in ((loop.labels, labels), (loop.seeds, noise.seeds)):
-                    if buffer is not None and values is not None:
-                        buffer.copy_(values)
-                for buffer, values in zip(loop.known, (kept_mask, image, x_T), strict=True):
-                    if buffer is not None and values is not None:
-                        buffer.copy_(values)
-                if loop.generator is not None:
-                    noise.begin(loop.generator)
-                loop.cursor.start(table, begin)
-                loop.stage()
+    def trajectory(self, x_T: Tensor, *, samples: bool = True, originals: bool = True, **arguments: Any) -> Trajectory:
+        """Sample as ``__call__`` does, and return what was on the way as well.
 
-            steps = range(begin, len(table))
-            between = callback is not None or progress or check_finite or return_trajectory or return_originals
-            between = between or noise.kind == "given"
-            make_step = stepping.step_function(self.cuda_graph, loop, kept.graphs, write, conditional, steps, between)
-            write()
-            record = Record(loop, len(steps), return_trajectory, return_originals, check_finite)
-            stood = noise.stands() if loop.generator is not None else None
-            try:
-                for number, step in enumerate(_progress_bar(steps) if progress else steps):
-                    if noise.kind == "given" and table.adds_noise[step]:
-                        loop.draw(noise.generators)
-                    if loop.generator is not None and noise.stands() != stood:
-                        noise.begin(loop.generator)
-                    make_step(step)
-                    if loop.generator is not None:
-                        noise.advance(loop.increment * table.adds_noise[step])
-                        stood = noise.stands()
-                    if callback is not None:
-                        version = loop.sample._version
-                        callback(step, table.host_timesteps[step], loop.sample)
-                        if loop.sample._version != version:
-                            loop.stage()
-                    record.after(number)
-            finally:
-                if loop.generator is not None:
-                    noise.end(loop.generator)
-            return record.result(table, begin)
+        Args:
+            x_T: as in ``__call__``.
+            samples: whether to return the sample after each model call.
+            originals: whether to return the x_0 that each model call predicts.
+            arguments: all others of ``__call__``, by name.
 
-    # ---- What a call needs ----
+        >>> from fastguide import NoiseSchedule, ddim
+        >>> sampler = Sampler(lambda x, t: 0.1 * x, ddim(NoiseSchedule.linear(), 5))
+        >>> x_0, samples, originals = sampler.trajectory(torch.randn(2, 4))
+        >>> samples.shape, originals.shape
+        (torch.Size([6, 2, 4]), torch.Size([5, 2, 4]))
+        """
+        for name, flag in (("samples", samples), ("originals", originals)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected True or False, got {flag!r}")
+        return self._sample(x_T, samples, originals, **arguments)
 
-    def _check_call(self, x_T: Tensor, callback: Callback | None) -> None:
-        if not isinstance(x_T, Tensor) or x_T.dim() == 0:
-            got = "one without dimensions" if isinstance(x_T, Tensor) else type(x_T).__name__
-            raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {got}")
+    @torch.no_grad()
+    def _sample(
+        self,
+        x_T: Tensor,
+        samples: bool = False,
+        originals: bool = False,
+        *,
+        callback: Callback | None = None,
+        progress: bool = False,
+        check_finite: bool = False,
+        **arguments: Any,
+    ) -> Trajectory:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
-        check_run(self._table, "x_T", x_T, self._guidance or UNGUIDED, self.backend)
-        if self._table.learned_variance and x_T.dim() < 2:
-            raise ValueError("x_T: expected shape (batch, channels, ...) for a table of learned variance")
-        stepping.check_mode(self.cuda_graph, x_T.device)
+        options = self._options()
+        request = make_request(options, self._table, self._guidance, x_T, **arguments)
+        capture.check_mode(self.cuda_graph, x_T.device)
+        table, noise, calls = request.table, request.noise, range(request.begin, len(request.table))
+        between_steps = callback is not None or progress or check_finite or samples or originals or noise.between_steps
+        with self._borrow(StateKey.of(options, request, originals=originals), request.guidance) as (state, graphs):
 
-    def _options(self) -> LoopOptions:
-        return LoopOptions(
+            def load() -> None:
+                state.load(request)
+
+            step = capture.step_function(
+                self.cuda_graph, state, graphs, load, request.skips_uncond, calls, between_steps
+            )
+            load()
+            recorder = Recorder(state.sample, state.original, len(calls), samples=samples, finite=check_finite)
+            try:
+                for number, call in enumerate(_progress_bar(calls) if progress else calls):
+                    noise.before_step(state.noise, table.adds_noise[call])
+                    step(call)
+                    noise.after_step(state.noise, table.adds_noise[call])
+                    if callback is not None:
+                        version = state.sample._version
+                        callback(call, table.host_timesteps[call], state.sample)
+                        if state.sample._version != version:  # the step has staged the model's input already
+                            state.stage(table.in_scale(call + 1))
+                    recorder.after_step(number)
+            finally:
+                noise.end(state.noise)
+            return recorder.result(table, request.begin)
+
+    def slots(self, batch: int, *, capacity: int = 1024) -> Slots:
+        """Return places for requests that come and go, for continuous batching.
+
+        Args:
+            batch: number of requests that can be active at once.
+            capacity: number of rows that all different tables of active requests have.
+
+        The model, dtypes, graphs and default table and guidance are the sampler's.
+        """
+        return Slots(self._options(), self._table, self._guidance, self.cuda_graph, batch, capacity)
+
+    def _options(self) -> ModelOptions:
+        return ModelOptions(
             self.model,
             self.dtype,
             self.backend,
@@ -346,76 +280,77 @@ class Sampler:
             self.scalar_timestep,
         )
 
-    def slots(self, batch: int, *, capacity: int = 1024) -> Slots:
-        """A batch of places for requests that come and go, for continuous batching.
-
-        Args:
-            batch: number of requests that can be under way at once.
-            capacity: number of rows of all different tables under way.
-
-        The model, dtypes, graphs and default table and guidance are the sampler's.
-        """
-        return Slots(self._options(), self._table, self._guidance, self.cuda_graph, batch, capacity)
+    # ---- Cached states ----
 
     @contextmanager
-    def _using(self, kind: LoopKind, guidance: Guidance) -> Iterator[_Kept]:
-        """The loop of a kind, made if there is none yet and kept if it serves, for one caller at a time."""
-        if self._in_use.locked():
-            raise RuntimeError("sampler: is running already, in another thread or a callback; expected one of its own")
-        with self._in_use:
-            pool = self._pools.setdefault(kind.device, Pool(kind.device))
+    def _borrow(self, key: StateKey, guidance: Guidance) -> Iterator[_Cached]:
+        """Lend the state of a key to one caller at a time; a new one is cached when its first use has succeeded."""
+        with self._exclusive("is running already, in another thread or a callback; expected one of its own"):
+            pool = self._pools.setdefault(key.device, Pool(key.device))
             pool.wait()
-            kept = self._loops.get(kind)
-            if kept is None:
-                if not self.recapture and self._loops:
-                    known = next(iter(self._loops))
-                    raise ValueError(f"recapture: expected a call like the first, of {known.difference(kind)}")
+            cached = self._cache.get(key)
+            if cached is None:
+                if not self.recapture and self._cache:
+                    first = next(iter(self._cache))
+                    raise ValueError(f"recapture: expected a call like the first, of {first.difference(key)}")
                 only_one = not self.recapture and self.cuda_graph == "loop"
-                kept = _Kept(Loop(kind, guidance), Graphs(pool, max(self.max_loops, 2), only_one))
+                cached = _Cached(SamplerState(key, guidance), Graphs(pool, max(self.max_loops, 2), only_one))
             try:
-                yield kept
+                yield cached
             except BaseException:
-                pool.leave()
-                if kind not in self._loops:  # it is given up, and its memory
-                    pool.finish()
+                pool.mark_end()
+                if key not in self._cache:  # its memory is freed now
+                    pool.synchronize()
                 raise
-            pool.leave()
-            self._loops.pop(kind, None)
-            while len(self._loops) >= max(self.max_loops, 1):
-                self._drop(next(iter(self._loops)))
-            self._loops[kind] = kept
+            pool.mark_end()
+            self._cache.pop(key, None)
+            while len(self._cache) >= max(self.max_loops, 1):
+                self._drop(next(iter(self._cache)))
+            self._cache[key] = cached
 
     def clear(self) -> None:
-        """Forget all loops, with their buffers and graphs; waits for the device."""
-        if self._in_use.locked():
-            raise RuntimeError("sampler: is running, in another thread or a callback; expected it idle")
-        with self._in_use:
-            for kind in list(self._loops):
-                self._drop(kind)
+        """Drop all cached buffers and graphs; waits for the device."""
+        with self._exclusive("is running, in another thread or a callback; expected it idle"):
+            for key in list(self._cache):
+                self._drop(key)
             self._pools.clear()
 
-    def _drop(self, kind: LoopKind) -> None:
-        self._pools[kind.device].finish()
-        del self._loops[kind]
+    @contextmanager
+    def _exclusive(self, refusal: str) -> Iterator[None]:
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(f"sampler: {refusal}")
+        try:
+            yield
+        finally:
+            self._in_use.release()
+
+    def _drop(self, key: StateKey) -> None:
+        self._pools[key.device].synchronize()
+        del self._cache[key]
+
+    def _forget(self) -> None:
+        self._cache: dict[StateKey, _Cached] = {}
+        self._pools: dict[torch.device, Pool] = {}
+        self._in_use = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without loops, which are made anew."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_loops", "_pools", "_in_use")}
+        """Return all but the cache, which a copy fills anew."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_pools", "_in_use")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._loops, self._pools, self._in_use = {}, {}, threading.Lock()
+        self._forget()
 
 
-class _Kept(NamedTuple):
-    loop: Loop
+class _Cached(NamedTuple):
+    state: SamplerState
     graphs: Graphs
 
 
-def _progress_bar(steps: range) -> Sequence[int]:
+def _progress_bar(calls: range) -> Sequence[int]:
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError('progress: expected tqdm to be installed: pip install "fastguide[demo]"') from error
-    bar: Sequence[int] = tqdm(steps, desc="sampling", unit="step")
+    bar: Sequence[int] = tqdm(calls, desc="sampling", unit="call")
     return bar

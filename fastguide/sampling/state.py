@@ -1,10 +1,8 @@
-"""One loop's buffers on its device, and the step between them: model, guidance, solver, and nothing else to launch."""
+"""The device buffers of one kind of run, and its step: model, guidance, solver, and nothing else to launch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,18 +10,25 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..solvers.table import ROW_COLUMNS, StepTable
-from ..step.backends.registry import StepFunction, backend_for
-from ..step.cursor import Cursor
-from ..step.memory import DTYPES, empty_like, empty_strided
-from ..step.noise import NO_GRID, DeviceGenerator, draw_noise, torch_grid
+from ..step.backends.registry import StepFunction
+from ..step.cursor import CURSOR_COLUMNS, Cursor
+from ..step.memory import empty_like, empty_strided, in_layout_of
+from ..step.operator import StepArguments
 from . import conditioning as conditioning
-from .conditioning import Condition, Signature
+from .conditioning import NamedConditions, Signature
+from .model_call import ModelCall, ModelOptions
+from .noise import NoiseBuffers
+from .request import SampleRequest
 
-_SMALLEST_CAPACITY = 1024  # rows: 70 kB, so that another number of steps is no other loop
+_SMALLEST_CAPACITY = 1024  # rows: 70 kB, so that tables of other lengths share a state
+_INDEX = CURSOR_COLUMNS.index("index")
+_PREDICTIONS, _WEIGHTS, _GRADIENT, _VARIANCE = (
+    StepArguments._fields.index(name) for name in ("predictions", "weights", "gradient", "variance")
+)
 
 
-class Same:
-    """A function to compare: equal to itself, and to what equals it; those that have no hash are told by identity."""
+class ByIdentity:
+    """A function as a key: functions are compared with ``==``, or by identity if they have no hash."""
 
     def __init__(self, function: object) -> None:
         self.function: Any = function
@@ -35,7 +40,7 @@ class Same:
             self._key = function
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self._key == other._key
+        return isinstance(other, ByIdentity) and self._key == other._key
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -44,10 +49,10 @@ class Same:
         return repr(self.function)
 
 
-class LoopKind(NamedTuple):
-    """All that a step's launches depend on, and that is not in a buffer: another kind is another loop."""
+class StateKey(NamedTuple):
+    """All that a step's launches depend on and that is not in a buffer: runs of one key share a state."""
 
-    model: Same
+    model: ByIdentity
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
@@ -55,302 +60,256 @@ class LoopKind(NamedTuple):
     model_dtype: torch.dtype
     conditions: Signature
     predictions: int
+    weights_from: ByIdentity | None
     classifier: tuple[object, ...] | None
     labels: bool
     scales_per_sample: bool
-    skips: bool  # whether steps may leave the unconditional prediction out
+    skips_uncond: bool  # whether a step may leave the unconditional prediction out
     batched: bool
     learned_variance: bool
-    noise: str  # one of SOURCES
-    known: bool
+    staged: bool  # whether the model's input is another tensor than the sample
+    noise: str  # one of fastguide.step.noise.SOURCES
+    inpainting: bool
     originals: bool
     capacity: int  # rows
-    positions: str  # "one" for all samples, or "each" its own
+    calls_per_sample: bool  # whether each sample is at a model call of its own
     timestep_dtype: torch.dtype
     scalar_timestep: bool
     step: StepFunction
     autocast: torch.dtype | None
     training: bool | None  # of a model that is a module
 
-    def difference(self, other: LoopKind) -> str:
-        """Where two kinds differ first, for a message."""
+    @classmethod
+    def of(
+        cls,
+        options: ModelOptions,
+        request: SampleRequest,
+        *,
+        originals: bool = False,
+        slots: tuple[int, int] | None = None,
+    ) -> StateKey:
+        """Return the key of a request.
+
+        Args:
+            options: the model, and how it is called.
+            request: what is sampled.
+            originals: whether the steps write their predicted x_0.
+            slots: the batch and the capacity of ``Slots``, of which the request is one sample.
+        """
+        x, table, guidance = request.x_T, request.table, request.guidance
+        shape, capacity = (tuple(x.shape), len(table)) if slots is None else ((slots[0], *x.shape[1:]), slots[1])
+        model_dtype = x.dtype if options.dtype is None else options.dtype
+        copies = guidance.num_predictions if options.batched else 1
+        classifier, model, device = guidance.classifier, options.model, x.device.type
+        return cls(
+            model=ByIdentity(model),
+            shape=shape,
+            strides=(math.prod(shape[1:]), *x.stride()[1:]),  # samples one after the other
+            dtype=x.dtype,
+            device=x.device,
+            model_dtype=model_dtype,
+            conditions=request.conditions_signature,
+            predictions=guidance.num_predictions,
+            weights_from=None if guidance.weights_from is None else ByIdentity(guidance.weights_from),
+            classifier=None if classifier is None else (guidance.form, *map(ByIdentity, classifier.functions)),
+            labels=request.labels is not None,
+            scales_per_sample=guidance.batch > 1 or slots is not None,
+            skips_uncond=options.skip_unconditional and guidance.num_predictions > 1,
+            batched=options.batched,
+            learned_variance=table.learned_variance,
+            staged=copies > 1 or model_dtype != x.dtype or table.scales_inputs,
+            noise=request.noise.source if slots is None else "portable",
+            inpainting=request.inpainting is not None,
+            originals=originals,
+            capacity=max(_SMALLEST_CAPACITY, 2 ** (capacity - 1).bit_length()),
+            calls_per_sample=slots is not None,
+            timestep_dtype=options.timestep_dtype,
+            scalar_timestep=options.scalar_timestep,
+            step=request.backend.step,
+            autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            training=model.training if isinstance(model, torch.nn.Module) else None,
+        )
+
+    def difference(self, other: StateKey) -> str:
+        """Return the first difference of two keys, for a message."""
         for name, ours, theirs in zip(self._fields, self, other, strict=True):
             if ours != theirs:
                 return f"{name} {ours}, got {theirs}"
         return "the same"
 
 
-@dataclass(frozen=True)
-class LoopOptions:
-    """What a sampler's loops have in common; as ``Sampler`` describes them."""
+class SamplerState:
+    """The buffers of one key. ``step`` is what a graph captures: all that changes from run to run is in the buffers."""
 
-    model: Callable[..., Tensor]
-    dtype: torch.dtype | None
-    backend: str | None
-    batched: bool
-    skip_unconditional: bool
-    timestep_dtype: torch.dtype
-    scalar_timestep: bool
-
-    def kind(
-        self,
-        x: Tensor,
-        conditions: Signature,
-        table: StepTable,
-        guidance: Guidance,
-        *,
-        capacity: int,
-        labels: bool,
-        noise: str,
-        known: bool = False,
-        originals: bool = False,
-        per_sample: bool = False,
-        batch: int | None = None,
-    ) -> LoopKind:
-        """The loop for such inputs; ``batch``: for so many samples, if not for x's."""
-        shape = (x.shape[0] if batch is None else batch, *x.shape[1:])
-        rounded = _SMALLEST_CAPACITY
-        while rounded < capacity:
-            rounded *= 2
-        classifier = guidance.classifier
-        return LoopKind(
-            model=Same(self.model),
-            shape=shape,
-            strides=(math.prod(shape[1:]), *x.stride()[1:]),  # samples one after the other
-            dtype=x.dtype,
-            device=x.device,
-            model_dtype=x.dtype if self.dtype is None else self.dtype,
-            conditions=conditions,
-            predictions=guidance.num_predictions,
-            classifier=None if classifier is None else (guidance.form, *map(Same, classifier.functions)),
-            labels=labels,
-            scales_per_sample=guidance.batch > 1 or per_sample,
-            skips=self.skip_unconditional and guidance.num_predictions > 1,
-            batched=self.batched,
-            learned_variance=table.learned_variance,
-            noise=noise,
-            known=known,
-            originals=originals,
-            capacity=rounded,
-            positions="each" if per_sample else "one",
-            timestep_dtype=self.timestep_dtype,
-            scalar_timestep=self.scalar_timestep,
-            step=backend_for(self.backend, x.device.type).step,
-            autocast=torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None,
-            training=self.model.training if isinstance(self.model, torch.nn.Module) else None,
-        )
-
-    def skipped(self, guidance: Guidance, steps: int) -> tuple[bool, ...]:
-        """At which steps the unconditional prediction is left out."""
-        if not self.skip_unconditional or guidance.num_predictions < 2:
-            return (False,) * steps
-        flags = guidance.steps_without_unconditional()
-        if flags is None:
-            raise ValueError("skip_unconditional: expected scales that the host knows, got a tensor on a device")
-        return flags * steps if len(flags) == 1 else flags
-
-
-class Loop:
-    """Buffers of one kind. ``step`` is what a graph captures: all that changes from run to run is in the buffers."""
-
-    def __init__(self, kind: LoopKind, classifier: Guidance | None) -> None:
-        """``classifier``: a guidance whose classifier is used, if there is one."""
-        self.kind = kind
-        self._model = kind.model.function
-        self._classifier = None if classifier is None else classifier.classifier
-        batch, device, count = kind.shape[0], kind.device, kind.predictions
-        self.batch = batch
-        copies = count if kind.batched else 1
-        arithmetic = torch.float64 if kind.dtype == torch.float64 else torch.float32
+    def __init__(self, key: StateKey, guidance: Guidance) -> None:
+        """``guidance``: one of this key, for its functions; its scales come with a request."""
+        self.key = key
+        self.batch = key.shape[0]
+        self._guidance = guidance
         with torch.inference_mode(False):  # or the buffers could be written in inference mode only
-            like = torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=device)
-            self.sample = empty_like(like).zero_()
-            self.staged: Tensor | None = None
-            if copies > 1 or kind.model_dtype != kind.dtype:
-                strides = (self.sample.numel() // max(batch, 1), *self.sample.stride()[1:])
-                whole = (copies * batch, *kind.shape[1:])
-                self.staged = empty_strided(whole, strides, kind.model_dtype, device).zero_()
-            self.input = self.sample if self.staged is None else self.staged
-            self.original = empty_like(self.sample).zero_() if kind.originals else None
-            self.noise = empty_like(self.sample).zero_() if kind.noise == "given" else None
-            self.seeds = torch.zeros(batch, dtype=torch.int64, device=device) if kind.noise == "portable" else None
-            self.labels = torch.zeros(batch, dtype=torch.int64, device=device) if kind.labels else None
-            self.known = [empty_like(self.sample).zero_() for _ in range(3)] if kind.known else [None] * 3
-            columns = max(count, 1) + 1
-            scales = batch if kind.scales_per_sample else 1
-            self.rows = torch.zeros(kind.capacity, len(ROW_COLUMNS), dtype=arithmetic, device=device)
-            self.weights = torch.zeros(kind.capacity, scales, columns, dtype=arithmetic, device=device)
-            self.conditional_weights = self.weights[..., 1:].clone() if kind.skips else None
-            self.condition = conditioning.buffers(kind.conditions, count * batch, device)
-        self.cursor = Cursor(
-            batch if kind.positions == "each" else None,
-            timesteps=None if kind.scalar_timestep else copies * batch,
-            timestep_dtype=kind.timestep_dtype,
-            device=device,
+            self._make_sample_buffers()
+            self._make_table_buffers()
+            self.condition = conditioning.buffers(key.conditions, key.predictions * self.batch, key.device)
+            self.labels = torch.zeros(self.batch, dtype=torch.int64, device=key.device) if key.labels else None
+            self.noise = NoiseBuffers(key.noise, self.sample)
+            copies = key.predictions if key.batched else 1
+            self.cursor = Cursor(
+                self.batch if key.calls_per_sample else None,
+                timesteps=None if key.scalar_timestep else copies * self.batch,
+                timestep_dtype=key.timestep_dtype,
+                device=key.device,
+            )
+            self.model_call = ModelCall(
+                key.model.function,
+                self.sample,
+                self.sample if self.staged is None else self.staged,
+                self.cursor.timestep,
+                self.condition,
+                num_predictions=key.predictions,
+                batched=key.batched,
+                learned_variance=key.learned_variance,
+            )
+        self._arguments = self._step_arguments()
+        self._loaded: tuple[StepTable, Guidance] | None = None
+
+    def _make_sample_buffers(self) -> None:
+        key = self.key
+        like = torch.empty_strided(key.shape, key.strides, dtype=key.dtype, device=key.device)
+        self.sample = empty_like(like).zero_()
+        self.original = empty_like(like).zero_() if key.originals else None
+        self.inpainting = [empty_like(like).zero_() for _ in range(3)] if key.inpainting else None
+        self.staged: Tensor | None = None
+        if key.staged:
+            copies = key.predictions if key.batched else 1
+            strides = (self.sample.numel() // max(self.batch, 1), *self.sample.stride()[1:])
+            shape = (copies * self.batch, *key.shape[1:])
+            self.staged = empty_strided(shape, strides, key.model_dtype, key.device).zero_()
+
+    def _make_table_buffers(self) -> None:
+        key = self.key
+        arithmetic = torch.float64 if key.dtype == torch.float64 else torch.float32
+        scales = self.batch if key.scales_per_sample else 1
+        shape = (key.capacity, scales, key.predictions + 1)
+        self.rows = torch.zeros(key.capacity, len(ROW_COLUMNS), dtype=arithmetic, device=key.device)
+        self.weights = torch.zeros(shape, dtype=arithmetic, device=key.device)
+        self.weights_without_uncond = self.weights[..., 1:].clone() if key.skips_uncond else None
+        self._no_gradient_scale = torch.zeros(1, 1, 1, dtype=arithmetic, device=key.device)
+        self._samples = torch.arange(scales, device=key.device)
+
+    def _step_arguments(self) -> list[Any]:
+        """Return the operator's arguments, in its order, with what is the same at every step."""
+        generator, inpainting = self.noise.generator, self.inpainting or (None, None, None)
+        return list(
+            StepArguments(
+                out=self.sample,
+                original=self.original,
+                staged=self.staged,
+                sample=self.sample,
+                predictions=[],
+                rows=self.rows,
+                weights=self.weights,
+                index=0,
+                indices=None,
+                gradient=None,
+                variance=None,
+                noise=self.noise.values,
+                seeds=self.noise.seeds,
+                philox=None if generator is None else generator.state,
+                philox_threads=self.noise.grid.threads,
+                cursor=self.cursor.state,
+                timestep=self.cursor.timestep,
+                mask=inpainting[0],
+                known=inpainting[1],
+                known_noise=inpainting[2],
+            )
         )
-        self.generator = DeviceGenerator(0, device=device) if kind.noise == "torch_stream" else None
-        self._grid = torch_grid(device, self.sample.numel()) if self.generator is not None else NO_GRID
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in (self.sample, self.input) if tensor.numel()}
-        self._written: tuple[StepTable, Guidance] | None = None
-        self._checked: set[tuple[object, ...]] = set()
 
-    # ---- Between runs ----
+    # ---- Between steps ----
 
-    def write_table(self, table: StepTable, guidance: Guidance) -> None:
-        """The rows and weights of a run; what is there already stays."""
-        if self._written is None or self._written[0] is not table or self._written[1] is not guidance:
-            self._written = None
+    def load(self, request: SampleRequest) -> None:
+        """Fill the buffers for a run; rows and weights that are in them already are not written again."""
+        table, guidance = request.table, request.guidance
+        if self._loaded is None or self._loaded[0] is not table or self._loaded[1] is not guidance:
+            self._loaded = None
             self.write_rows(0, table, guidance)
-            self.write_weights(0, slice(None), table, guidance)
-            self._written = (table, guidance)
+            self._write_weights(0, slice(None), table, guidance)
+            self._loaded = (table, guidance)
+        self._load_samples(request, slice(0, self.batch))
+        self.cursor.start(table, request.begin)
+
+    def load_slot(self, request: SampleRequest, slot: int, row: int) -> None:
+        """Fill one sample's buffers for a run over rows that ``write_rows`` has written from ``row`` on."""
+        table, samples = request.table, slice(slot, slot + 1)
+        self._write_weights(row, samples, table, request.guidance)
+        self._load_samples(request, samples)
+        self.cursor.place(slot, row, row + len(table), table.host_timesteps[0])
 
     def write_rows(self, begin: int, table: StepTable, guidance: Guidance) -> None:
-        """A table's rows, from row ``begin`` on."""
+        """Write a table's rows, from row ``begin`` on."""
         self.rows[begin : begin + len(table)].copy_(table.device_rows(guidance.form, self.rows.dtype))
 
-    def write_weights(self, begin: int, samples: slice, table: StepTable, guidance: Guidance) -> None:
-        """A guidance's weights for those rows, of some samples."""
-        weights = guidance.weights(self.kind.device, self.weights.dtype)
-        rows = slice(begin, begin + len(table))
-        self.weights[rows, samples].copy_(weights.expand(len(table), -1, -1))
-        if self.conditional_weights is not None:  # m without p_0, whose weight is zero: anchored at p_1
-            self.conditional_weights[rows, samples, :1].copy_(weights[..., :1].expand(len(table), -1, -1))
-            self.conditional_weights[rows, samples, 1:].copy_(weights[..., 2:].expand(len(table), -1, -1))
-
-    def write_conditions(self, conditions: list[tuple[str, Condition]], samples: slice | None = None) -> None:
-        """The conditions of all samples, or of some, one for each prediction."""
-        if self.condition is None:
+    def stage(self, in_scale: float, samples: slice | None = None) -> None:
+        """Write the model's input of the sample as it is; after a step, the step has done it."""
+        if self.staged is None or not self.batch:
             return
         samples = slice(0, self.batch) if samples is None else samples
+        sample = self.sample[samples]
+        if in_scale != 1:
+            sample = sample.to(self.rows.dtype) * in_scale
+        self.staged.unflatten(0, (-1, self.batch))[:, samples].copy_(sample)
+
+    def _load_samples(self, request: SampleRequest, samples: slice) -> None:
+        self.sample[samples].copy_(request.first)
+        self._write_conditions(request.conditions, samples)
+        if self.labels is not None and request.labels is not None:
+            self.labels[samples].copy_(request.labels)
+        if self.inpainting is not None and request.inpainting is not None:
+            for buffer, values in zip(self.inpainting, request.inpainting, strict=True):
+                buffer[samples].copy_(values)
+        request.noise.load(self.noise, samples)
+        self.stage(request.table.in_scale(request.begin), samples)
+
+    def _write_weights(self, begin: int, samples: slice, table: StepTable, guidance: Guidance) -> None:
+        """Write a guidance's weights for the table's rows, of some samples."""
+        weights = guidance.weights(self.key.device, self.weights.dtype).expand(len(table), -1, -1)
+        rows = slice(begin, begin + len(table))
+        self.weights[rows, samples].copy_(weights)
+        if self.weights_without_uncond is not None:  # m without p_0, whose weight is zero: anchored at p_1
+            self.weights_without_uncond[rows, samples, :1].copy_(weights[..., :1])
+            self.weights_without_uncond[rows, samples, 1:].copy_(weights[..., 2:])
+
+    def _write_conditions(self, conditions: NamedConditions, samples: slice) -> None:
+        if self.condition is None:
+            return
         for k, (_, condition) in enumerate(conditions):
-            rows = slice(k * self.batch + samples.start, k * self.batch + samples.stop)
-            conditioning.each(_copy, conditioning.rows_of(self.condition, rows), condition)
-
-    def stage(self) -> None:
-        """The model's input, of the sample as it is; after that, the step does it."""
-        if self.staged is not None and self.batch:
-            self.staged.unflatten(0, (-1, self.batch)).copy_(self.sample)
-
-    def draw(self, generators: Sequence[torch.Generator | DeviceGenerator]) -> None:
-        """torch's own noise for the next step, where the kernel draws none; of each sample's generator, or of one."""
-        assert self.noise is not None
-        parts = [slice(None)] if len(generators) == 1 else [slice(b, b + 1) for b in range(self.batch)]
-        for part, generator in zip(parts, generators, strict=True):
-            assert isinstance(generator, torch.Generator)
-            place = self.noise[part]
-            drawn = draw_noise(generator, self.sample[part], place)
-            if drawn is not place:
-                place.copy_(drawn)
-
-    @property
-    def increment(self) -> int:
-        """By how much a step with noise moves torch's stream on."""
-        return self._grid.increment
+            first = k * self.batch
+            conditioning.write(self.condition, slice(first + samples.start, first + samples.stop), condition)
 
     # ---- The step ----
 
-    def step(self, conditional: bool = False) -> None:
-        """Model, guidance and solver, from where the cursor stands; ``conditional``: without the first prediction."""
-        gradient = None
-        if self._classifier is not None:
-            timestep = self.cursor.timestep[: self.batch] if self.cursor.timestep.dim() else self.cursor.timestep
-            timestep = timestep.to(torch.int64).expand(self.batch)
-            gradient = self._classifier.gradient(self.sample, timestep, self.labels)
-            gradient = _in_layout_of(self.sample, gradient)
-        predictions, variance = self._predictions(conditional)
-        self.kind.step(
-            self.sample,
-            self.original,
-            self.staged,
-            self.sample,
-            predictions,
-            self.rows,
-            self.conditional_weights if conditional else self.weights,
-            0,
-            None,
-            gradient,
-            variance,
-            self.noise,
-            self.seeds,
-            None if self.generator is None else self.generator.state,
-            self._grid.threads,
-            self.cursor.state,
-            self.cursor.timestep,
-            *self.known,
-        )
+    def step(self, skip_uncond: bool = False) -> None:
+        """Call the model, combine its predictions, and make each sample's step, at the row that the cursor says."""
+        gradient = None if self._guidance.classifier is None else self._gradient()
+        predictions, variance = self.model_call(skip_uncond)
+        arguments = self._arguments.copy()
+        arguments[_PREDICTIONS] = predictions
+        arguments[_GRADIENT] = gradient
+        arguments[_VARIANCE] = variance
+        if self._guidance.weights_from is not None:
+            arguments[_WEIGHTS] = self._guidance.anchored_weights(predictions, self._gradient_scale())
+        elif skip_uncond:
+            arguments[_WEIGHTS] = self.weights_without_uncond
+        self.key.step(*arguments)
 
-    def _predictions(self, conditional: bool) -> tuple[list[Tensor], Tensor | None]:
-        count, batch = self.kind.predictions, self.batch
-        first = 1 if conditional else 0
-        if self.kind.batched:
-            return self._split(self._call(slice(first * batch, count * batch)), count - first)
-        parts = [self._split(self._call(slice(k * batch, (k + 1) * batch)), 1) for k in range(first, count)]
-        places = [p.data_ptr() for predictions, _ in parts for p in predictions if p.numel()]
-        if len(set(places)) < len(places):
-            raise ValueError("model: expected new memory at each call with batched=False, got the same twice")
-        return [prediction for predictions, _ in parts for prediction in predictions], parts[-1][1]
+    def _gradient(self) -> Tensor:
+        assert self._guidance.classifier is not None
+        timestep = self.cursor.timestep[: self.batch] if self.cursor.timestep.dim() else self.cursor.timestep
+        timestep = timestep.to(torch.int64).expand(self.batch)
+        return in_layout_of(self.sample, self._guidance.classifier.gradient(self.sample, timestep, self.labels))
 
-    def _call(self, rows: slice) -> Tensor:
-        """The model, on some of all predictions' samples."""
-        whole = rows.stop - rows.start == self.kind.predictions * self.batch
-        x, timestep = self.input, self.cursor.timestep
-        if not whole:
-            place = rows if self.kind.batched else slice(0, self.batch)  # all predictions have one input
-            x = x[place]
-            timestep = timestep[place] if timestep.dim() else timestep
-        output: Tensor
-        if self.condition is None:
-            output = self._model(x, timestep)
-            return output
-        condition = self.condition if whole else conditioning.rows_of(self.condition, rows)
-        if isinstance(condition, Mapping):
-            output = self._model(x, timestep, **condition)
-        else:
-            output = self._model(x, timestep, condition)
-        return output
-
-    def _split(self, output: Tensor, count: int) -> tuple[list[Tensor], Tensor | None]:
-        """The predictions in the sample's layout, and the learned variance: that of the last, conditional one."""
-        sample, batch = self.sample, self.batch
-        if not isinstance(output, Tensor):
-            hint = (
-                "; its .sample is one, and fastguide.diffusers.as_model takes it" if hasattr(output, "sample") else ""
-            )
-            raise TypeError(f"model: expected it to return a tensor, got {type(output).__name__}{hint}")
-        kind = (count, output.shape, output.dtype, output.device)
-        if kind not in self._checked:
-            self._check(output, count)
-            self._checked.add(kind)
-        if output.untyped_storage().data_ptr() in self._own:  # a view of its input, which the step writes
-            output = output.clone()
-        if not self.kind.learned_variance:
-            if output.stride()[1:] == sample.stride()[1:]:
-                return [output], None  # all predictions in one tensor, as they came
-            return [_in_layout_of(sample, output[k * batch : (k + 1) * batch]) for k in range(count)], None
-        parts = [output[k * batch : (k + 1) * batch] for k in range(count)]
-        channels = sample.shape[1]
-        predictions = [_in_layout_of(sample, part[:, :channels]) for part in parts]
-        return predictions, _in_layout_of(sample, parts[-1][:, channels:])
-
-    def _check(self, output: Tensor, count: int) -> None:
-        rest = self.sample.shape[1:]
-        if self.kind.learned_variance:
-            rest = torch.Size((2 * rest[0], *rest[1:]))
-        expected = (count * self.batch, *rest)
-        if output.shape != expected:
-            raise ValueError(f"model: expected it to return shape {expected}, got {tuple(output.shape)}")
-        if output.dtype not in DTYPES:
-            raise TypeError(f"model: expected it to return floating-point numbers, got {output.dtype}")
-        if output.device != self.kind.device:
-            raise ValueError(f"model: expected it to return a tensor on {self.kind.device}, got {output.device}")
-
-
-def _copy(to: Tensor, values: Tensor) -> None:
-    to.copy_(values, non_blocking=True)
-
-
-def _in_layout_of(sample: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor in the sample's layout; copied only where a model or classifier returns another."""
-    if tensor.stride()[1:] == sample.stride()[1:]:
-        return tensor
-    return torch.empty_like(sample, dtype=tensor.dtype).copy_(tensor)
+    def _gradient_scale(self) -> Tensor:
+        """Return the present row's scale of the gradient, shape (1, batch or 1, 1), without reading it on the host."""
+        if self._guidance.classifier is None:
+            return self._no_gradient_scale
+        row = self.cursor.state[:, _INDEX].clamp(max=self.key.capacity - 1)  # finished samples are one row further
+        return self.weights[row, self._samples, -1].reshape(1, -1, 1)

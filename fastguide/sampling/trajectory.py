@@ -1,4 +1,4 @@
-"""What is kept of each step of a loop, as it is asked for."""
+"""Record what the caller asks for of each step: its sample, its predicted x_0, whether all of it is finite."""
 
 from __future__ import annotations
 
@@ -8,53 +8,56 @@ import torch
 from torch import Tensor
 
 from ..solvers.table import StepTable
-from .state import Loop
 
 
-class Sampled(NamedTuple):
-    """What a loop returns if more than its last sample is asked for.
+class Trajectory(NamedTuple):
+    """The samples on the way from x_T to x_0, as ``Sampler.trajectory`` returns them.
 
-    ``sample``: x_0, shape (batch, ...). ``trajectory``: x_T and the sample after each step, shape (steps + 1, batch,
-    ...), or ``None``. ``originals``: each step's predicted original sample, shape (steps, batch, ...), or ``None``.
+    A table makes one step a model call; where its solver calls the model twice a step, both calls are counted.
     """
 
     sample: Tensor
     """x_0, shape (batch, ...)."""
-    trajectory: Tensor | None
-    """x_T and the sample after each step, shape (steps + 1, batch, ...)."""
+    samples: Tensor | None
+    """The first sample and the one after each model call, shape (calls + 1, batch, ...); ``None``: not asked for."""
     originals: Tensor | None
-    """The predicted original sample of each step, shape (steps, batch, ...)."""
+    """The x_0 that each model call predicts, shape (calls, batch, ...); ``None``: not asked for."""
 
 
-class Record:
-    """What is kept of each step, as it was asked for."""
+class Recorder:
+    """Copies of a run's samples and predicted x_0, and whether they are finite."""
 
-    def __init__(self, loop: Loop, steps: int, trajectory: bool, originals: bool, finite: bool) -> None:
-        self._loop = loop
-        sample = loop.sample
-        self._trajectory = sample.new_empty(steps + 1, *sample.shape) if trajectory else None
-        self._originals = sample.new_empty(steps, *sample.shape) if originals else None
-        self._finite = torch.ones(steps, dtype=torch.bool, device=sample.device) if finite else None
-        if self._trajectory is not None:
-            self._trajectory[0] = sample
+    def __init__(self, sample: Tensor, original: Tensor | None, calls: int, *, samples: bool, finite: bool) -> None:
+        """Record the first sample.
 
-    def after(self, number: int) -> None:
-        """The step of this number, from 0 on, has been launched."""
-        if self._trajectory is not None:
-            self._trajectory[number + 1] = self._loop.sample
-        if self._originals is not None and self._loop.original is not None:
-            self._originals[number] = self._loop.original
+        Args:
+            sample: the state's buffer.
+            original: the state's buffer of the predicted x_0, to be recorded; ``None``: it is not.
+            calls: number of model calls to come.
+            samples: whether to record the samples.
+            finite: whether to record if they are finite.
+        """
+        self._sample, self._original = sample, original
+        self._samples = sample.new_empty(calls + 1, *sample.shape) if samples else None
+        self._originals = None if original is None else sample.new_empty(calls, *sample.shape)
+        self._finite = torch.ones(calls, dtype=torch.bool, device=sample.device) if finite else None
+        if self._samples is not None:
+            self._samples[0] = sample
+
+    def after_step(self, number: int) -> None:
+        """Record the step of this number, counted from 0; nothing waits for the device."""
+        if self._samples is not None:
+            self._samples[number + 1] = self._sample
+        if self._originals is not None and self._original is not None:
+            self._originals[number] = self._original
         if self._finite is not None:
-            self._finite[number] = self._loop.sample.isfinite().all()
+            self._finite[number] = self._sample.isfinite().all()
 
-    def result(self, table: StepTable, begin: int) -> Tensor | Sampled:
-        """What the loop returns; the table and the step at which it began are for messages."""
+    def result(self, table: StepTable, begin: int) -> Trajectory:
+        """Return copies of all; the table and the first call are for the message about what is not finite."""
         if self._finite is not None and not bool(self._finite.all()):
             step = begin + self._finite.tolist().index(False)
             raise FloatingPointError(
                 f"sample: expected finite values, got others after step {step}, timestep {table.host_timesteps[step]}"
             )
-        sample = self._loop.sample.clone()
-        if self._trajectory is None and self._originals is None:
-            return sample
-        return Sampled(sample, self._trajectory, self._originals)
+        return Trajectory(self._sample.clone(), self._samples, self._originals)

@@ -23,6 +23,7 @@ from tests.support.loop_cases import (
     Model,
     call,
     classifier,
+    samples,
     x_T,
 )
 from tests.support.recorded_graph import recorded  # noqa: F401
@@ -35,11 +36,11 @@ def test_captured_and_eager_give_the_same_bits(case, layout, recorded):  # noqa:
     x = x_T().to(torch.float64 if case == "double precision" else torch.float32, memory_format=layout)
     sampler, eager = make(), make()
     eager.cuda_graph = False
-    expected = call(eager, options, x, return_trajectory=True)
+    expected = samples(eager, options, x)
     for _ in range(2):
-        got = call(sampler, options, x, return_trajectory=True)
+        got = samples(sampler, options, x)
         assert torch.equal(got.sample, expected.sample)
-        assert torch.equal(got.trajectory, expected.trajectory)
+        assert torch.equal(got.samples, expected.samples)
     called = sampler.model.called
     assert torch.equal(call(sampler, options, x), expected.sample)
     assert sampler.model.called == called, "Python ran at a replay"
@@ -97,7 +98,7 @@ def test_other_shapes_and_kinds_are_captured_anew_and_kept(recorded):  # noqa: F
         ({"x_T": x_T(2, 4, 6, 5), "cond": COND[:2], "uncond": UNCOND[:2]}, r"shape \(3, 4, 6, 5\), got \(2, 4, 6, 5\)"),
         ({"seeds": [1, 2, 3]}, "noise given, got portable"),
         ({"cond": COND.double(), "uncond": UNCOND.double()}, "conditions .*float32.*, got .*float64"),
-        ({"image": IMAGE, "mask": MASK}, "known False, got True"),
+        ({"image": IMAGE, "mask": MASK}, "inpainting False, got True"),
     ],
 )
 def test_another_kind_is_refused_where_nothing_may_be_captured_again(other, message, recorded):  # noqa: F811
@@ -151,14 +152,15 @@ def test_a_whole_loop_leaves_nothing_between_the_steps(recorded):  # noqa: F811
     sampler = Sampler(Model(), DDPM, cuda_graph="loop")
     for options in (
         {"callback": lambda *a: None, "seeds": [1, 2, 3]},
-        {"return_trajectory": True, "seeds": [1, 2, 3]},
-        {"return_originals": True, "seeds": [1, 2, 3]},
         {"check_finite": True, "seeds": [1, 2, 3]},
         {"progress": True, "seeds": [1, 2, 3]},
         {"generator": torch.Generator()},
     ):
         with pytest.raises(ValueError, match="cuda_graph: 'loop' replays all steps at once; expected 'auto' with"):
             sampler(x_T(), **options)
+    for results in ({"originals": False}, {"samples": False}):
+        with pytest.raises(ValueError, match="cuda_graph: 'loop' replays all steps at once; expected 'auto' with"):
+            sampler.trajectory(x_T(), **results, seeds=[1, 2, 3])
     assert sampler(x_T(), seeds=[1, 2, 3]).isfinite().all()
 
 

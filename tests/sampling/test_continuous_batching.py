@@ -259,4 +259,4 @@ def test_a_cancelled_request_s_place_is_left_as_it_is():
     slots.step()
     there = slots.cancel(0)
     slots.step()
-    assert torch.equal(slots._loop.sample[:1], there)
+    assert torch.equal(slots._state.sample[:1], there)

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 import fastguide
 from fastguide import ClassifierFree, Sampler
 from fastguide.step.backends.registry import BACKENDS
-from tests.support.loop_cases import CASES, COND, DDPM, FREE, SCHEDULE, SHAPE, UNCOND, Model, call, x_T
+from tests.support.loop_cases import CASES, COND, DDPM, FREE, SCHEDULE, SHAPE, UNCOND, Model, call, samples, x_T
 from tests.support.on_gpu import NO_GPU
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
@@ -41,11 +41,11 @@ def test_captured_and_eager_give_the_same_bits(gpu_backend, case, layout):
     make, options = CASES[case]
     options, x = cuda(options), x_T().cuda().to(memory_format=layout)
     torch.backends.cudnn.deterministic = True
-    expected = call(moved(make(), cuda_graph=False, backend=gpu_backend), options, x, return_trajectory=True)
+    expected = samples(moved(make(), cuda_graph=False, backend=gpu_backend), options, x)
     sampler = moved(make(), backend=gpu_backend)
     for _ in range(3):
-        got = call(sampler, options, x, return_trajectory=True)
-        assert torch.equal(got.trajectory, expected.trajectory)
+        got = samples(sampler, options, x)
+        assert torch.equal(got.samples, expected.samples)
     called = sampler.model.called
     assert torch.equal(call(sampler, options, x), expected.sample)
     assert sampler.model.called == called

@@ -68,7 +68,7 @@ def test_image_to_image_runs_the_end_of_the_table(strength):
 def test_inpainting_keeps_the_image_at_every_level(mask_shape, strength):
     image, noise = randn(seed=1), randn(seed=2)
     mask = (randn(*mask_shape, seed=3) > 0).float()
-    got = Sampler(model, TABLE)(noise, image=image, mask=mask, strength=strength, return_trajectory=True)
+    got = Sampler(model, TABLE).trajectory(noise, image=image, mask=mask, strength=strength, originals=False)
 
     def kept(x, a):
         return mask * x + (1 - mask) * (a**0.5 * image.double() + (1 - a) ** 0.5 * noise)
@@ -80,7 +80,7 @@ def test_inpainting_keeps_the_image_at_every_level(mask_shape, strength):
     close(got.sample, ddim_by_hand(x, timesteps, model, kept))
     where = (mask == 0).expand(SHAPE)
     assert torch.equal(got.sample[where], image[where])
-    for x, t in zip(got.trajectory[1:-1], timesteps[1:], strict=True):
+    for x, t in zip(got.samples[1:-1], timesteps[1:], strict=True):
         close(x[where], (level(t) ** 0.5 * image.double() + (1 - level(t)) ** 0.5 * noise)[where])
 
 
@@ -95,16 +95,16 @@ def test_masks_of_bool_and_between():
 
 
 def test_every_step_s_results():
-    got = Sampler(model, TABLE)(randn(), return_trajectory=True, return_originals=True)
-    assert got.trajectory.shape == (11, *SHAPE)
+    got = Sampler(model, TABLE).trajectory(randn())
+    assert got.samples.shape == (11, *SHAPE)
     assert got.originals.shape == (10, *SHAPE)
-    assert torch.equal(got.trajectory[0], randn())
-    assert torch.equal(got.trajectory[-1], got.sample)
+    assert torch.equal(got.samples[0], randn())
+    assert torch.equal(got.samples[-1], got.sample)
     for step, t in enumerate(TABLE.host_timesteps):
-        x, a = got.trajectory[step].double(), level(t)
+        x, a = got.samples[step].double(), level(t)
         close(got.originals[step], (x - (1 - a) ** 0.5 * model(x, torch.full((3,), t))) / a**0.5)
-    alone = Sampler(model, TABLE)(randn(), return_originals=True)
-    assert alone.trajectory is None
+    alone = Sampler(model, TABLE).trajectory(randn(), samples=False)
+    assert alone.samples is None
     assert torch.equal(alone.originals, got.originals)
     assert torch.equal(Sampler(model, TABLE)(randn()), got.sample)
 
@@ -351,9 +351,9 @@ def test_records_and_checks_see_what_a_callback_wrote():
     def write(step, timestep, sample):
         sample.fill_(float(step) if step != 4 else torch.nan)
 
-    got = Sampler(model, TABLE)(randn(), callback=write, return_trajectory=True)
-    assert torch.equal(got.trajectory[-1], got.sample)
-    assert (got.trajectory[4] == 3.0).all()
+    got = Sampler(model, TABLE).trajectory(randn(), callback=write, originals=False)
+    assert torch.equal(got.samples[-1], got.sample)
+    assert (got.samples[4] == 3.0).all()
     with pytest.raises(FloatingPointError, match="after step 4"):
         Sampler(model, TABLE)(randn(), callback=write, check_finite=True)
 
@@ -399,9 +399,9 @@ def test_what_a_kept_region_s_prediction_is_does_not_matter():
 
 def test_half_precision_images_are_noised_in_single():
     image = randn(seed=1).half()
-    got = Sampler(lambda x, t: 0 * x, TABLE)(randn(seed=2), image=image, strength=0.5, return_trajectory=True)
+    got = Sampler(lambda x, t: 0 * x, TABLE).trajectory(randn(seed=2), image=image, strength=0.5, originals=False)
     a = level(TABLE.host_timesteps[5])
-    close(got.trajectory[0], a**0.5 * image.double() + (1 - a) ** 0.5 * randn(seed=2).double())
+    close(got.samples[0], a**0.5 * image.double() + (1 - a) ** 0.5 * randn(seed=2).double())
 
 
 def test_samplers_are_copied_without_their_loops():
@@ -419,16 +419,12 @@ def test_a_classifier_has_whole_timesteps():
     assert got.isfinite().all()
 
 
-def test_undefined_rows_and_scaled_inputs_are_refused():
+def test_undefined_rows_are_refused():
     undefined = fastguide.StepTable.from_columns(
         torch.tensor([9, 0]), {"x0_pred": torch.tensor([torch.inf, 1.0])}, undefined="it has no signal"
     )
     with pytest.raises(ValueError, match=r"table: expected steps at which .* is defined, got step 0: it has no signal"):
         Sampler(model, undefined)(randn())
-    columns = {"in_scale": torch.tensor([0.5]), "out_pred": torch.ones(1)}
-    scaled = fastguide.StepTable.from_columns(torch.tensor([9]), columns)
-    with pytest.raises(ValueError, match="table: expected in_scale of 1"):
-        Sampler(model, scaled)(randn())
 
 
 def test_a_gradient_by_a_variance_that_overflowed(backend, generator):

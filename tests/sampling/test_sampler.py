@@ -131,12 +131,12 @@ def test_learned_variance_is_the_second_half_of_the_conditional_output(x_T):
 def test_callback_sees_every_step_in_the_loop_s_own_sample(x_T):
     table = fastguide.ddim(SCHEDULE, 4)
     seen = []
-    got = Sampler(model, table)(
-        x_T, cond=COND, callback=lambda step, t, x: seen.append((step, t, x, x.clone())), return_trajectory=True
+    got = Sampler(model, table).trajectory(
+        x_T, cond=COND, callback=lambda step, t, x: seen.append((step, t, x, x.clone())), originals=False
     )
     assert [(step, t) for step, t, *_ in seen] == list(enumerate(table.host_timesteps))
     assert len({x.data_ptr() for *_, x, _ in seen}) == 1  # the loop's own, which costs nothing
-    assert torch.equal(torch.stack([x_T, *(x for *_, x in seen)]), got.trajectory)
+    assert torch.equal(torch.stack([x_T, *(x for *_, x in seen)]), got.samples)
     assert torch.equal(got.sample, seen[-1][3])
     assert got.sample.data_ptr() != seen[-1][2].data_ptr()
 

@@ -96,7 +96,16 @@ CASES = {  # sampler, call
 
 
 def call(sampler, options, x, **more):
+    return sampler(x, **with_generator(options), **more)
+
+
+def samples(sampler, options, x):
+    """The trajectory without the predicted x_0, which would be another state."""
+    return sampler.trajectory(x, originals=False, **with_generator(options))
+
+
+def with_generator(options):
     options = dict(options)
     if "generator" in options:
         options["generator"] = torch.Generator().manual_seed(options["generator"])
-    return sampler(x, **options, **more)
+    return options

@@ -49,7 +49,7 @@ class RecordedGraph:
 @pytest.fixture
 def recorded(monkeypatch):
     """Sampler takes the CPU for a device with graphs; returns the class that counts its captures."""
-    monkeypatch.setattr("fastguide.sampling.stepping.can_capture", lambda device: True)
+    monkeypatch.setattr("fastguide.sampling.capture.can_capture", lambda device: True)
     monkeypatch.setattr(graphs, "Graph", RecordedGraph)
     RecordedGraph.captured = 0
     return RecordedGraph

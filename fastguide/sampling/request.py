@@ -1,0 +1,130 @@
+"""What a call asks for, resolved and checked in one place, for ``Sampler`` and ``Slots`` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..guidance import Guidance
+from ..guidance.weights import UNGUIDED
+from ..solvers.table import StepTable
+from ..step.backends.registry import Backend, backend_for
+from ..step.checks import check_guidance, check_sample
+from ..step.inpainting import Inpainting
+from . import conditioning as conditioning
+from .conditioning import Condition, NamedConditions
+from .image_to_image import first_sample
+from .model_call import ModelOptions
+from .noise import Generators, NoNoise, noise_source
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A run over a table that nothing refuses any more: ``SamplerState.load`` takes it."""
+
+    table: StepTable
+    guidance: Guidance
+    begin: int
+    """The first model call; ``len(table)``: there is none."""
+    x_T: Tensor
+    first: Tensor
+    """The sample that the run begins with, of x_T's shape."""
+    inpainting: Inpainting | None
+    conditions: NamedConditions
+    conditions_signature: conditioning.Signature
+    labels: Tensor | None
+    noise: NoNoise
+    backend: Backend
+    skips_uncond: tuple[bool, ...]
+    """For each model call, whether the unconditional prediction is left out."""
+
+
+def make_request(
+    options: ModelOptions,
+    table: StepTable,
+    guidance: Guidance | None,
+    x_T: Tensor,
+    *,
+    cond: Condition | Sequence[Condition] | None = None,
+    uncond: Condition | None = None,
+    labels: Tensor | None = None,
+    image: Tensor | None = None,
+    mask: Tensor | None = None,
+    strength: float | None = None,
+    generator: Generators | None = None,
+    seeds: Sequence[int] | Tensor | None = None,
+) -> SampleRequest:
+    """Return the request of a call, its arguments as ``Sampler.__call__`` describes them; nothing is drawn or copied.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    table = checked_table(table)
+    guidance = checked_guidance(guidance) or UNGUIDED
+    if not isinstance(x_T, Tensor) or x_T.dim() == 0:
+        got = "one without dimensions" if isinstance(x_T, Tensor) else type(x_T).__name__
+        raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {got}")
+    batch = x_T.shape[0]
+    backend = backend_for(options.backend, x_T.device.type)
+    _check_run(table, guidance, x_T, options)
+    first, begin, mask = first_sample(table, x_T, image, mask, strength)
+    conditions = conditioning.as_list(cond, uncond, guidance.num_predictions)
+    conditioning.check_labels(labels, guidance, batch)
+    return SampleRequest(
+        table=table,
+        guidance=guidance,
+        begin=begin,
+        x_T=x_T,
+        first=first,
+        inpainting=None if mask is None or image is None else Inpainting(mask, image, x_T),
+        conditions=conditions,
+        conditions_signature=conditioning.signature(conditions, batch),
+        labels=labels,
+        noise=noise_source(table, x_T, generator, seeds, backend),
+        backend=backend,
+        skips_uncond=_skips_uncond(options, guidance, len(table)),
+    )
+
+
+def checked_table(table: StepTable) -> StepTable:
+    """Return a table; refuse what is none."""
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
+    return table
+
+
+def checked_guidance(guidance: Guidance | None) -> Guidance | None:
+    """Return guidance or None; refuse what is neither."""
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise TypeError(f"guidance: expected a Guidance or None, got {type(guidance).__name__}")
+    return guidance
+
+
+def _check_run(table: StepTable, guidance: Guidance, x_T: Tensor, options: ModelOptions) -> None:
+    """Refuse, before the model is called, what a step would refuse after it."""
+    if x_T.device != table.device:
+        raise ValueError(f"table: expected it on {x_T.device}, the device of x_T, got {table.device}; use .to()")
+    check_guidance(table, guidance, x_T.shape[0])
+    check_sample("x_T", x_T, torch.is_grad_enabled())
+    table.device_rows(guidance.form, torch.float32)
+    if table.learned_variance and x_T.dim() < 2:
+        raise ValueError("x_T: expected shape (batch, channels, ...) for a table of learned variance")
+    if table.timesteps.is_floating_point() and not options.timestep_dtype.is_floating_point:
+        raise ValueError("timestep_dtype: expected torch.float32 for a table of real timesteps, got torch.int64")
+
+
+def _skips_uncond(options: ModelOptions, guidance: Guidance, calls: int) -> tuple[bool, ...]:
+    if not options.skip_unconditional or guidance.num_predictions < 2:
+        return (False,) * calls
+    if guidance.weights_from is not None:
+        raise ValueError(
+            "skip_unconditional: expected constant weights, got some that are made from the predictions, among them "
+            "the unconditional one"
+        )
+    flags = guidance.steps_without_unconditional()
+    if flags is None:
+        raise ValueError("skip_unconditional: expected scales that the host knows, got a tensor on a device")
+    return flags * calls if len(flags) == 1 else flags

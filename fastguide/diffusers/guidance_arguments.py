@@ -1,4 +1,4 @@
-"""Make weights of the arguments of ``step`` that say its guidance, and refuse those that do not fit."""
+"""Make weights of the arguments of ``step`` that set its guidance, and refuse those that do not fit."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _flattened(guidance_scale: Tensor, sample: Tensor) -> Tensor:
 
 
 def _check_doubled(output: Output, sample: Tensor, guided: bool) -> None:
-    """Refuse an output that is not of twice the sample's batch exactly where it is guided."""
+    """Refuse an output whose batch is not doubled though it is guided, or doubled though it is not."""
     batch = sample.shape[0] if sample.dim() else 0
     if isinstance(output, tuple) or batch == 0:  # twice nothing is nothing
         return

@@ -30,11 +30,11 @@ class Pair:
     whole: Tensor | None = None
 
     def versions(self) -> tuple[int, int]:
-        """Return how often each was written to."""
+        """Return both tensors' version counters."""
         return self.uncond._version, self.cond._version
 
     def output(self) -> Output:
-        """Return what a step takes."""
+        """Return the model output as a scheduler's ``step`` takes it."""
         return (self.uncond, self.cond) if self.whole is None else self.whole
 
 
@@ -75,7 +75,7 @@ class Deferred(Tensor):
 
     @classmethod
     def of(cls, like: Tensor, function: Callable[[], Tensor]) -> Any:
-        """Return what a function will: a tensor of the shape, dtype and device of another."""
+        """Return a placeholder for a function's result, with the shape, dtype and device of another tensor."""
         deferred: Any = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         deferred._function, deferred._value = function, None
         return deferred
@@ -145,7 +145,7 @@ class Guided(Deferred):
 
 
 def resolved(output: Tensor, sample: Tensor, guidance_scale: Any) -> tuple[Output, Any]:
-    """Return a step's model output and guidance scale, of deferred guidance the predictions and their scale.
+    """Return a step's model output and guidance scale; deferred guidance is taken apart into both.
 
     Raises:
         TypeError: the output or the sample is no tensor.

@@ -33,7 +33,7 @@ class Acceleration:
 
 @dataclass
 class _Changes:
-    """What ``restore`` undoes; an attribute of the pipeline."""
+    """What ``restore`` undoes; it is kept as an attribute of the pipeline."""
 
     schedulers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """fastguide's scheduler at each place, and the one before it."""
@@ -123,7 +123,7 @@ def _exchange_schedulers(pipe: Any, changes: _Changes) -> tuple[dict[str, str], 
 
 
 def restore(pipe: Any) -> None:
-    """Undo ``accelerate``: put the schedulers from before back, and stop tracing the models' outputs.
+    """Undo ``accelerate``: put the original schedulers back, and stop tracing the models' outputs.
 
     A scheduler or model that you have put in its place since stays.
 

@@ -122,7 +122,7 @@ def plan(
             ``DDIMScheduler.step`` takes them.
 
     Raises:
-        TypeError, ValueError, IndexError: an argument that diffusers has no words for is not as described.
+        TypeError, ValueError, IndexError: an argument that diffusers does not know is not as described.
     """
     output, guidance_scale = resolved(model_output, sample, guidance_scale)
     guidance = guidance_of(output, sample, guidance_scale, gradient, gradient_scale, gradient_form)

@@ -1,4 +1,4 @@
-"""These are diffusers' DDPM and DDIM schedulers with the fused step: with the same configurations, results and noise.
+"""Diffusers' DDPM and DDIM schedulers with the fused step: the same configurations, results and noise.
 
 What the kernel does not serve is left to diffusers' own ``step``, which these classes inherit: dynamic thresholding,
 tensors that require grad, shapes that broadcast, and whatever it refuses.

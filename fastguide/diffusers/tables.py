@@ -76,7 +76,7 @@ def prepare_tables(scheduler: Any, arguments: tuple[Any, ...]) -> None:
 
 
 def _is_served(scheduler: Any) -> bool:
-    """Tell whether rows can express the configuration; diffusers has the words for what is wrong with another.
+    """Tell whether rows can express the configuration; diffusers reports what is wrong with any other.
 
     Dynamic thresholding is no row.
     """

@@ -1,4 +1,4 @@
-"""Guidance: each is a class that returns the weights of the predictions."""
+"""Guidance: each class sets the weights of the model's predictions, and subclasses ``Guidance`` of weights.py."""
 
 from .classifier import Classifier
 from .classifier_free import ClassifierFree

@@ -162,7 +162,7 @@ class Guidance:
         return tuple((first == 0).all(1).tolist())
 
     def __add__(self, other: Guidance) -> Guidance:
-        """Return guidance with the prediction weights of the one and the classifier's gradient of the other."""
+        """Return guidance with the prediction weights of one operand and the classifier's gradient of the other."""
         if not isinstance(other, Guidance):
             return NotImplemented
         if self.classifier is not None and other.classifier is not None:

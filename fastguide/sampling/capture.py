@@ -81,7 +81,7 @@ class Graph:
 
 
 class Pool:
-    """The memory that graphs share which never run at once, and an event at the end of their last work."""
+    """The memory shared by graphs that never run at the same time, and an event at the end of their last work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

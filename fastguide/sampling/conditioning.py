@@ -32,7 +32,7 @@ Signature: TypeAlias = "tuple[tuple[str, Signature], ...] | TensorSignature | No
 def as_list(
     cond: Condition | Sequence[Condition] | None, uncond: Condition | None, num_predictions: int
 ) -> NamedConditions:
-    """Return the condition of each prediction; refuse another number of them."""
+    """Return the condition of each prediction; refuse conditions if there are more or fewer."""
     several: list[tuple[str, Condition]]
     if isinstance(cond, (Tensor, Mapping)):
         several = [("cond", cond)]
@@ -83,7 +83,7 @@ def signature(conditions: NamedConditions, batch: int) -> Signature:
 
 
 def buffers(of: Signature, samples: int, device: torch.device) -> Condition | None:
-    """Return zeros for the conditions of so many samples."""
+    """Return zeros for the conditions of that number of samples."""
     if isinstance(of, TensorSignature):
         return torch.zeros(samples, *of.shape, dtype=of.dtype, device=device)
     if of is None:
@@ -110,7 +110,7 @@ def _as_dicts(condition: Condition) -> Condition:
 
 
 def check_labels(labels: Tensor | None, guidance: Guidance, batch: int) -> None:
-    """Refuse labels that no classifier takes, and miss those that one does."""
+    """Refuse labels that no classifier takes, or the lack of labels that one needs."""
     takes = guidance.classifier is not None and guidance.classifier.takes_labels
     if labels is not None and not takes:
         raise ValueError("labels: expected None, as the guidance has no classifier to give them to, got some")

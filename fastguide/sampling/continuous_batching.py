@@ -236,7 +236,7 @@ class Slots:
         return self._regions[table, form]
 
     def _room(self, rows: int) -> int | None:
-        """Return the first gap of so many rows; None if there is none."""
+        """Return the start of the first gap of at least that number of rows; None if there is no such gap."""
         begin = 0
         for (table, _), first in sorted(self._regions.items(), key=lambda region: region[1]):
             if first - begin >= rows:

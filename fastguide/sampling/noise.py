@@ -21,7 +21,7 @@ class NoiseBuffers:
     """Hold what a step reads its noise from: values, seeds, or the state of torch's stream; at most one of them."""
 
     def __init__(self, source: str, sample: Tensor) -> None:
-        """``source``: one of ``fastguide.step.noise.SOURCES``."""
+        """Make the buffers for a source, one of ``fastguide.step.noise.SOURCES``."""
         device, batch = sample.device, sample.shape[0]
         self.values = empty_like(sample).zero_() if source == "given" else None
         self.seeds = torch.zeros(batch, dtype=torch.int64, device=device) if source == "portable" else None
@@ -39,7 +39,7 @@ class NoiseBuffers:
 
 
 class NoNoise:
-    """Serve a table that adds no noise; the other sources override what they need."""
+    """The noise source of a table that adds no noise, and the base of the others."""
 
     source = "none"
     """One of ``fastguide.step.noise.SOURCES``."""
@@ -164,7 +164,7 @@ def noise_source(
 
 
 def _as_list(generator: Generators | None, batch: int) -> list[torch.Generator]:
-    """Return torch's generators; refuse what is none, and another number of them."""
+    """Return torch's generators, one for all samples or one for each; refuse anything else."""
     if generator is None or isinstance(generator, DeviceGenerator):
         return []
     if not isinstance(generator, (list, tuple)):

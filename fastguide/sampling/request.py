@@ -23,7 +23,7 @@ from .noise import Generators, NoNoise, noise_source
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A run over a table that nothing refuses any more: ``SamplerState.load`` takes it."""
+    """A fully checked run over a table: ``SamplerState.load`` takes it."""
 
     table: StepTable
     guidance: Guidance
@@ -90,7 +90,7 @@ def make_request(
 
 
 def checked_table(table: StepTable) -> StepTable:
-    """Return a table; refuse what is none."""
+    """Return the table; refuse anything that is not a StepTable."""
     if not isinstance(table, StepTable):
         raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
     return table

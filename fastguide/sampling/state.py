@@ -139,10 +139,10 @@ class StateKey(NamedTuple):
 
 
 class SamplerState:
-    """The buffers of one key. ``step`` is what a graph captures: all that changes from run to run is in the buffers."""
+    """The buffers that runs with one ``StateKey`` share. A graph captures ``step``; what changes is in the buffers."""
 
     def __init__(self, key: StateKey, guidance: Guidance) -> None:
-        """``guidance``: one of this key, for its functions; its scales come with a request."""
+        """Make the buffers. ``guidance``: one of this key, for its functions; its scales come with a request."""
         self.key = key
         self.batch = key.shape[0]
         self._guidance = guidance
@@ -249,7 +249,7 @@ class SamplerState:
         self.rows[begin : begin + len(table)].copy_(table.device_rows(guidance.form, self.rows.dtype))
 
     def stage(self, in_scale: float, samples: slice | None = None) -> None:
-        """Write the model's input of the sample as it is; after a step, the step has done it."""
+        """Write the model's first input, made of the sample; each step writes the next one."""
         if self.staged is None or not self.batch:
             return
         samples = slice(0, self.batch) if samples is None else samples

@@ -57,7 +57,7 @@ def finite_or_reason(
 
 
 def check_schedule(schedule: NoiseSchedule) -> None:
-    """Refuse what is no noise schedule."""
+    """Refuse anything that is not a NoiseSchedule."""
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule: expected a NoiseSchedule, got {type(schedule).__name__}")
 

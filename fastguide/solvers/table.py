@@ -158,7 +158,7 @@ class StepTable:
 
     @property
     def scales_inputs(self) -> bool:
-        """Whether the model's input is anywhere another tensor than the sample."""
+        """Whether any call's model input is the sample times a factor other than 1."""
         return self.first_in_scale != 1 or bool((self.rows[:, _IN_SCALE] != 1).any())
 
     def in_scale(self, call: int) -> float:

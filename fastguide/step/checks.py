@@ -53,7 +53,8 @@ def validate(
     row, indices, cursor = _check_position(table, index, sample, out)
     adds_noise = _adds_noise(table, row, noise)
     _check_roles(table, guidance, gradient, variance)
-    _check_noise(sample, noise, generator, seeds, adds_noise)
+    if adds_noise or noise is not None or generator is not None or seeds is not None:
+        _check_noise(sample, noise, generator, seeds, adds_noise)
     if inpainting is not None and not isinstance(inpainting, Inpainting):
         raise TypeError(f"inpainting: expected an Inpainting, got {type(inpainting).__name__}")
     if not adds_noise:
@@ -80,7 +81,7 @@ def validate(
 
 
 def device_of(name: str, tensor: Tensor) -> torch.device:
-    """Return the tensor's device; refuse what is no tensor."""
+    """Return the tensor's device; refuse anything that is not a tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     return tensor.device
@@ -140,7 +141,7 @@ def check_guidance(table: StepTable, guidance: Guidance, batch: int) -> None:
 
 
 def _check_roles(table: StepTable, guidance: Guidance, gradient: Tensor | None, variance: Tensor | None) -> None:
-    """Refuse a gradient or variance that has no use, and miss one that has."""
+    """Refuse a gradient or variance that is not used, or the lack of one that is needed."""
     if gradient is None and guidance.form is not None:
         raise ValueError("gradient: expected a tensor, as the guidance has a Classifier, got None")
     if gradient is not None and guidance.form is None:
@@ -210,7 +211,7 @@ def check_row(table: StepTable, index: int) -> None:
 
 
 def _adds_noise(table: StepTable, row: int | None, noise: Tensor | None) -> bool:
-    """Tell whether the row adds noise, as far as the host knows; where it does not know, the row multiplies by zero."""
+    """Tell whether the row adds noise; True where the host does not know, and the row's factor may be 0."""
     if not table.adds_noise_anywhere:
         return False
     if row is None or (noise is not None and torch.compiler.is_compiling()):  # looking it up would compile each step
@@ -281,7 +282,7 @@ def check_device_generator(backend: str, torch_stream: bool, sample: Tensor, cur
 
 
 def _check_layouts(arguments: StepArguments, stacked: bool, out: Tensor | None) -> None:
-    """Refuse tensors that have not an element for each of the sample's, in its order; ``out``: None if it is new."""
+    """Refuse tensors without one element for each of the sample's, in its order; ``out``: None if it is new."""
     sample, grad_enabled = arguments.sample, torch.is_grad_enabled()
     check_sample("sample", sample, grad_enabled)
     shape, strides, device = sample.shape, sample.stride(), sample.device

@@ -20,7 +20,7 @@ class Cursor:
     serves one stream of work at a time.
 
     Args:
-        batch: one position for each of so many samples; ``None``: one for all.
+        batch: the number of samples that each have a position; ``None``: one position for all.
         timesteps: how many timesteps to keep: as many as the model takes, a multiple of the batch; ``None``: one, 0-d.
         timestep_dtype: int64, or float32 for models and tables of real timesteps.
         device: that of the table and the samples.

@@ -112,9 +112,8 @@ def guided_step(
     if torch.compiler.is_compiling():
         chosen.step(*arguments)
         return arguments.out
-    for tensor in (out, original, staged):
-        if tensor is not None and not tensor.is_inference():  # so that autograd notices the write, if it has saved it
-            torch.autograd.graph.increment_version(tensor)
+    if out is not None or original is not None or staged is not None:
+        _note_the_write(out, original, staged)
     try:
         chosen.step(*arguments)
     except RuntimeError:
@@ -123,6 +122,13 @@ def guided_step(
     if increment and isinstance(generator, torch.Generator):
         generator.set_offset(generator.get_offset() + increment)
     return arguments.out
+
+
+def _note_the_write(*tensors: Tensor | None) -> None:
+    """Count a write to each tensor, so that autograd notices it if it has saved one of them."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def check_run(table: StepTable, name: str, sample: Tensor, guidance: Guidance, backend: str | None) -> None:

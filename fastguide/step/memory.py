@@ -1,4 +1,4 @@
-"""How tensors lie in memory: layouts within a sample, overlaps, and new tensors, large ones on the CPU in huge pages.
+"""How tensors lie in memory: layouts within a sample, overlaps, and allocation (large CPU tensors in huge pages).
 
 Linux lends huge pages on request. torch asks for them, for all of its tensors, in processes with
 THP_MEM_ALLOC_ENABLE=1 alone.

@@ -156,7 +156,7 @@ class TorchGrid(NamedTuple):
 
     @classmethod
     def of(cls, elements: int, multiprocessors: int, threads_per_multiprocessor: int) -> TorchGrid:
-        """Return the grid for a tensor of so many elements on a device of that size."""
+        """Return the grid for a tensor of that number of elements on a device with these properties."""
         blocks = min(multiprocessors * (threads_per_multiprocessor // 256), (elements + 255) // 256)
         threads = 256 * max(blocks, 1)
         return cls(threads, torch_increment(elements, threads))
@@ -231,7 +231,7 @@ def _device_size(device: torch.device) -> tuple[int, int]:
 
 
 def torch_grid(device: torch.device, elements: int) -> TorchGrid:
-    """Return the grid that torch would launch on a device for a tensor of so many elements."""
+    """Return the grid that torch would launch on a device for a tensor of that number of elements."""
     return TorchGrid.of(elements, *_device_size(device))
 
 

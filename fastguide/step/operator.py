@@ -52,7 +52,7 @@ class StepArguments(NamedTuple):
     known_noise: Tensor | None = None
 
     def named_inputs(self) -> list[tuple[str, Tensor]]:
-        """The tensors that are read element by element, by the names that messages give them."""
+        """Return the tensors that are read element by element, each with its name in messages."""
         stacked = [(f"predictions[{k}]", prediction) for k, prediction in enumerate(self.predictions)]
         return [
             *((NAMES.get(name, name), tensor) for name in INPUTS if (tensor := getattr(self, name)) is not None),
@@ -84,7 +84,7 @@ def inputs(arguments: StepArguments) -> list[Tensor]:
 
 
 def _schema() -> str:
-    """The fields as an operator's schema, each written tensor with an alias of its own."""
+    """Return the fields as an operator's schema, in which each written tensor has an alias of its own."""
     types = {Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", int: "SymInt"}
     defaults, parts = StepArguments._field_defaults, []
     for name, hint in get_type_hints(StepArguments).items():

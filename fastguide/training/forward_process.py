@@ -114,7 +114,7 @@ _MOST_TABLES = 64
 
 
 def _cached(make: Callable[..., StepTable], *arguments: object, device: torch.device) -> StepTable:
-    """Return the table of ``make(*arguments)`` on a device, made at the first time."""
+    """Return the table of ``make(*arguments)`` on a device, made on first use."""
     key = (make, *arguments, device)
     table = _tables.get(key)
     if table is None:
@@ -130,7 +130,7 @@ def _cached(make: Callable[..., StepTable], *arguments: object, device: torch.de
 
 
 def _checked(timestep: int | Tensor, table: StepTable) -> int | Tensor:
-    """Return the timestep, which is the row; what the host sees of it is checked here, as the caller knows no index."""
+    """Return the timestep, which is the row; check it as far as the host can, as callers know no index."""
     values: list[int] = []
     if isinstance(timestep, int) and not isinstance(timestep, bool):
         values = [timestep]

@@ -5,7 +5,8 @@
 //
 // Within a sample, a thread computes a vector: kVector neighbouring elements, read and written 16 bytes at a time. The
 // first vector starts where every tensor is at a multiple of 16 bytes; if there is no such element, all are computed
-// one by one. So are the elements before the first vector and those behind the last.
+// one by one. So are the elements before the first vector and those behind the last. With torch's noise for a tensor
+// larger than torch's own grid, a thread computes the four vectors whose noise comes of the same Philox calls.
 #pragma once
 
 #include <cmath>

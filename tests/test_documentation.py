@@ -52,7 +52,7 @@ def test_readme_examples_run():
     x, uncond, cond = torch.randn(3, 4, 4, 8, 8)
     prompts, negative = torch.ones(4, 1, 1, 1), torch.zeros(4, 1, 1, 1)
     names = {"pipe": diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()), "a": a, "a_prev": a_prev, "x": x}
-    names |= {"uncond": uncond, "cond": cond, "prompts": prompts, "negative": negative}
+    names |= {"uncond": uncond, "cond": cond, "prompt_embeds": prompts, "negative_embeds": negative}
     names["model"] = lambda x, t, condition: (0.1 * x * condition).to(x.dtype)
     result = run_examples(README, names)
 

@@ -33,8 +33,7 @@ def validate(
     sample: Tensor,
     predictions: Tensor | Sequence[Tensor],
     guidance: Guidance,
-    gradient: Tensor | None,
-    variance: Tensor | None,
+    optional_inputs: tuple[Tensor | None, ...],
     noise: Tensor | None,
     generator: Generator | None,
     seeds: Tensor | None,
@@ -45,6 +44,8 @@ def validate(
 ) -> tuple[StepArguments, Generator | None]:
     """Refuse what is not as ``guided_step`` describes it; return the operator's arguments.
 
+    ``optional_inputs``: the fields of ``StepArguments`` from ``gradient`` up to ``noise``.
+
     Returns:
         The arguments, without noise that is still to be drawn; and the generator to draw it from, if there is one.
     """
@@ -52,6 +53,7 @@ def validate(
     stacked = _check_predictions(table, sample, inputs, guidance)
     row, indices, cursor = _check_position(table, index, sample, out)
     adds_noise = _adds_noise(table, row, noise)
+    gradient, variance, *_ = optional_inputs
     _check_roles(table, guidance, gradient, variance)
     if adds_noise or noise is not None or generator is not None or seeds is not None:
         _check_noise(sample, noise, generator, seeds, adds_noise)
@@ -68,7 +70,7 @@ def validate(
     arguments = StepArguments(
         empty_like(sample) if out is None else out, original, staged, sample, inputs,
         table.device_rows(guidance.form, dtype), guidance.weights_for(inputs, sample.device, dtype), row or 0, indices,
-        gradient, variance, noise, seeds, None, 0, state, timestep, mask, known, known_noise,
+        *optional_inputs, noise, seeds, None, 0, state, timestep, mask, known, known_noise,  # type: ignore[arg-type]
     )  # fmt: skip
     _check_layouts(arguments, stacked, out)
     if generator is not None:

@@ -63,7 +63,7 @@ const Tensor* present(Integer) { return nullptr; }
 const Tensor* tensor_of(const Operands& operands, Argument argument) {
   switch (argument) {
 #define FASTGUIDE_CASE(type, name) \
-  case Argument::name:             \
+  case Argument::name: \
     return present(operands.name);
     FASTGUIDE_ARGUMENTS(FASTGUIDE_CASE)
 #undef FASTGUIDE_CASE

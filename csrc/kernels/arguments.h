@@ -13,25 +13,25 @@ namespace fastguide {
 
 // X(type, name) in the order of fastguide.step.operator.StepArguments: the loader compares them.
 #define FASTGUIDE_ARGUMENTS(X) \
-  X(Tensor, out)               \
-  X(OptionalTensor, original)  \
-  X(OptionalTensor, staged)    \
-  X(Tensor, sample)            \
-  X(TensorList, predictions)   \
-  X(Tensor, rows)              \
-  X(Tensor, weights)           \
-  X(Integer, index)            \
-  X(OptionalTensor, indices)   \
-  X(OptionalTensor, gradient)  \
-  X(OptionalTensor, variance)  \
-  X(OptionalTensor, noise)     \
-  X(OptionalTensor, seeds)     \
-  X(OptionalTensor, philox)    \
-  X(Integer, philox_threads)   \
-  X(OptionalTensor, cursor)    \
-  X(OptionalTensor, timestep)  \
-  X(OptionalTensor, mask)      \
-  X(OptionalTensor, known)     \
+  X(Tensor, out) \
+  X(OptionalTensor, original) \
+  X(OptionalTensor, staged) \
+  X(Tensor, sample) \
+  X(TensorList, predictions) \
+  X(Tensor, rows) \
+  X(Tensor, weights) \
+  X(Integer, index) \
+  X(OptionalTensor, indices) \
+  X(OptionalTensor, gradient) \
+  X(OptionalTensor, variance) \
+  X(OptionalTensor, noise) \
+  X(OptionalTensor, seeds) \
+  X(OptionalTensor, philox) \
+  X(Integer, philox_threads) \
+  X(OptionalTensor, cursor) \
+  X(OptionalTensor, timestep) \
+  X(OptionalTensor, mask) \
+  X(OptionalTensor, known) \
   X(OptionalTensor, known_noise)
 
 enum class Argument : int {
@@ -43,7 +43,7 @@ enum class Argument : int {
 static inline const char* name_of(Argument argument) {
   switch (argument) {
 #define FASTGUIDE_CASE(type, name) \
-  case Argument::name:             \
+  case Argument::name: \
     return #name;
     FASTGUIDE_ARGUMENTS(FASTGUIDE_CASE)
 #undef FASTGUIDE_CASE
@@ -138,7 +138,8 @@ FASTGUIDE_INLINE void for_each_input(const StepArguments& a, const Input* predic
   for (int k = 0; k < a.num_predictions; ++k) f(Argument::predictions, predictions[k]);
 }
 
-// Calls f(argument, output, copies) for each tensor that is written element by element, and holds the batch so often.
+// Calls f(argument, output, copies) for each tensor that is written element by element. copies: how many times it holds
+// the batch.
 template <typename Arguments, typename F>
 FASTGUIDE_INLINE void for_each_output(Arguments& a, const F& f) {
   f(Argument::out, a.out, 1);

@@ -19,22 +19,22 @@ namespace fastguide {
 
 // X(name) for each coefficient of a row, in the order of fastguide.solvers.table.ROW_COLUMNS: the loader compares them.
 #define FASTGUIDE_ROW(X) \
-  X(x0_scale)            \
-  X(x0_sample)           \
-  X(x0_pred)             \
-  X(x0_grad)             \
-  X(clip)                \
-  X(out_x0)              \
-  X(out_sample)          \
-  X(out_pred)            \
-  X(out_grad)            \
-  X(out_var_grad)        \
-  X(out_noise)           \
-  X(logvar_base)         \
-  X(logvar_span)         \
-  X(in_scale)            \
-  X(in_timestep)         \
-  X(known_sample)        \
+  X(x0_scale) \
+  X(x0_sample) \
+  X(x0_pred) \
+  X(x0_grad) \
+  X(clip) \
+  X(out_x0) \
+  X(out_sample) \
+  X(out_pred) \
+  X(out_grad) \
+  X(out_var_grad) \
+  X(out_noise) \
+  X(logvar_base) \
+  X(logvar_span) \
+  X(in_scale) \
+  X(in_timestep) \
+  X(known_sample) \
   X(known_noise)
 
 // The coefficients of one step, as they are in memory.

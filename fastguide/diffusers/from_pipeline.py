@@ -11,6 +11,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from .._counts import is_integer
 from ..guidance import Guidance
 from ..sampling.sampler import Sampler
 from ..solvers import StepTable
@@ -80,7 +81,7 @@ def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) ->
     if own.config.get("thresholding"):
         raise ValueError("scheduler: expected one without dynamic thresholding, which is no row of a table")
     most = own.config.num_train_timesteps
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+    if not is_integer(num_inference_steps):
         raise TypeError(f"num_inference_steps: expected an integer, got {num_inference_steps!r}")
     if not 1 <= num_inference_steps <= most:
         raise ValueError(f"num_inference_steps: expected 1 to {most}, got {num_inference_steps}")

@@ -8,6 +8,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from .._counts import check_count
 from ..schedules.predictions import GradientForm
 
 Scale: TypeAlias = "float | Sequence[float] | Tensor"
@@ -86,8 +87,7 @@ class Guidance:
         """
         if not callable(weights_from):
             raise TypeError(f"weights_from: expected a callable, got {type(weights_from).__name__}")
-        if not isinstance(num_predictions, int) or isinstance(num_predictions, bool) or num_predictions < 2:
-            raise ValueError(f"num_predictions: expected an integer from 2 on, got {num_predictions!r}")
+        check_count("num_predictions", num_predictions, 2)
         return Guidance(scale_columns(*[1.0] * num_predictions, 0.0), None, weights_from)
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -107,11 +107,11 @@ class Guidance:
         return self.anchored_weights(predictions, constants[..., -1:])
 
     def anchored_weights(self, predictions: Sequence[Tensor], gradient_scale: Tensor) -> Tensor:
-        """Return what ``weights_from`` makes of the predictions, as a kernel reads it: shape (1, batch, columns).
+        """Return what ``weights_from`` makes of the predictions, as kernels read it: (steps or 1, batch, columns).
 
         Args:
             predictions: one tensor for each weight, or one that holds them all along the batch.
-            gradient_scale: the scale s, which broadcasts to (1, batch, 1).
+            gradient_scale: the scale s, of shape (steps or 1, batch or 1, 1).
         """
         assert self.weights_from is not None
         count = self.num_predictions
@@ -122,9 +122,9 @@ class Guidance:
         if not isinstance(weights, Tensor) or weights.shape != (batch, count):
             got = f"shape {_shape(weights)}" if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"weights_from: expected it to return shape ({batch}, {count}), got {got}")
-        weights = weights.to(gradient_scale.dtype)[None]
+        weights = weights.to(gradient_scale.dtype).expand(gradient_scale.shape[0], -1, -1)
         total = weights.sum(-1, keepdim=True)
-        return torch.cat([total, weights[..., 1:], gradient_scale.expand(1, batch, 1)], -1)
+        return torch.cat([total, weights[..., 1:], gradient_scale.expand(-1, batch, -1)], -1)
 
     def _copied(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         source = self._weights[self._source.device, dtype]
@@ -169,7 +169,8 @@ class Guidance:
             raise ValueError("guidance: expected at most one Classifier, got two; add their gradients in one grad_fn")
         if self.num_predictions > 1 and other.num_predictions > 1:
             raise ValueError("guidance: expected one set of prediction weights, got two; use Composed for several")
-        first, second = (self, other) if self.num_predictions > 1 or other.classifier is not None else (other, self)
+        mine = self.num_predictions > 1 or (other.num_predictions == 1 and other.classifier is not None)
+        first, second = (self, other) if mine else (other, self)
         shape = [_common("step", first.steps, second.steps), _common("sample", first.batch, second.batch)]
         device = first._source.device if first._source.device != _HOST else second._source.device
         left, right = (g._source.to(device).expand(*shape, -1) for g in (first, second))

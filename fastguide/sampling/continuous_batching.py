@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._counts import check_count
 from ..guidance import Guidance
 from ..solvers.table import StepTable
 from ..step.memory import counted_layout
@@ -62,8 +63,7 @@ class Slots:
         capacity: int,
     ) -> None:
         for name, number in (("batch", batch), ("capacity", capacity)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {number!r}")
+            check_count(name, number)
         if options.scalar_timestep:
             raise ValueError("scalar_timestep: expected False, as requests stand at different timesteps, got True")
         if cuda_graph == "loop":

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .._counts import check_count
 from ..guidance import Guidance
 from ..solvers.table import StepTable
 from ..step.backends.registry import BACKENDS
@@ -101,8 +102,7 @@ class Sampler:
                 raise TypeError(f"{name}: expected True or False, got {flag!r}")
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {tuple(BACKENDS)}, got {backend!r}")
-        if not isinstance(max_loops, int) or isinstance(max_loops, bool) or max_loops < 1:
-            raise ValueError(f"max_loops: expected a positive integer, got {max_loops!r}")
+        check_count("max_loops", max_loops)
         self.model = model
         self.dtype = dtype
         self.backend = backend

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from .._counts import check_count, is_integer
 from .levels import Levels
 
 TimestepSpacing: TypeAlias = Literal["leading", "trailing", "linspace"]
@@ -69,7 +70,7 @@ class NoiseSchedule:
         cls, num_train_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
         """Return a schedule whose betas rise linearly (Ho et al. 2020, section 4)."""
-        _check_count("num_train_timesteps", num_train_timesteps)
+        check_count("num_train_timesteps", num_train_timesteps)
         return cls.from_betas(
             torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64, device="cpu")
         )
@@ -79,7 +80,7 @@ class NoiseSchedule:
         cls, num_train_timesteps: int = 1000, *, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> NoiseSchedule:
         """Return latent diffusion's schedule, whose betas' roots rise linearly (Rombach et al. 2022)."""
-        _check_count("num_train_timesteps", num_train_timesteps)
+        check_count("num_train_timesteps", num_train_timesteps)
         roots = torch.linspace(
             math.sqrt(beta_start), math.sqrt(beta_end), num_train_timesteps, dtype=torch.float64, device="cpu"
         )
@@ -88,7 +89,7 @@ class NoiseSchedule:
     @classmethod
     def cosine(cls, num_train_timesteps: int = 1000, *, max_beta: float = 0.999) -> NoiseSchedule:
         """Return the squared-cosine schedule, ``squaredcos_cap_v2`` (Nichol & Dhariwal 2021, eq. 17)."""
-        _check_count("num_train_timesteps", num_train_timesteps)
+        check_count("num_train_timesteps", num_train_timesteps)
         time = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu") / num_train_timesteps
         alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
         return cls.from_betas((1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
@@ -98,7 +99,7 @@ class NoiseSchedule:
         cls, num_train_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
         """Return a schedule whose betas follow a sigmoid from -6 to 6 (GeoDiff, Xu et al. 2022)."""
-        _check_count("num_train_timesteps", num_train_timesteps)
+        check_count("num_train_timesteps", num_train_timesteps)
         steps = _linspace(-6.0, 6.0, num_train_timesteps)
         return cls.from_betas(torch.sigmoid(steps) * (beta_end - beta_start) + beta_start)
 
@@ -142,8 +143,8 @@ class NoiseSchedule:
         >>> NoiseSchedule.linear().timesteps(5, "trailing").tolist()
         [999, 799, 599, 399, 199]
         """
-        _check_count("num_inference_steps", num_inference_steps)
-        if not isinstance(steps_offset, int) or isinstance(steps_offset, bool):
+        check_count("num_inference_steps", num_inference_steps)
+        if not is_integer(steps_offset):
             raise TypeError(f"steps_offset: expected an integer, got {steps_offset!r}")
         total = self.num_train_timesteps
         if num_inference_steps > total:
@@ -192,8 +193,3 @@ def _as_tensor(name: str, values: object) -> Tensor:
         return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a tensor or a sequence of numbers, got {values!r}") from error
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")

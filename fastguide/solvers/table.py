@@ -63,7 +63,7 @@ class StepTable:
     first_in_scale: float = 1.0
     """What the first sample is multiplied by to be the model's input; a row's ``in_scale`` is for the call after it."""
     completes_step: tuple[bool, ...] = ()
-    """For each model call, whether it completes a step of the solver."""
+    """For each model call, whether it completes a step of the solver; by default, each does."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     # What the host knows of the rows, so that no step has to ask the device.
@@ -77,6 +77,7 @@ class StepTable:
         on_host = self.timesteps.to("cpu")
         self.host_timesteps = tuple(on_host.tolist())
         self.timesteps = on_host.to(self.device)
+        self.completes_step = self.completes_step or (True,) * len(self.host_timesteps)
         self.adds_noise = tuple((self.rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
         self.adds_noise_anywhere = any(self.adds_noise)
         self.undefined_rows = frozenset((~_finite_rows(self.rows)).nonzero().flatten().tolist())
@@ -119,7 +120,7 @@ class StepTable:
             name: for messages.
 
         Raises:
-            ValueError: a name, shape or dtype is another, a clip is not positive, or a row is not finite.
+            ValueError: a name or the timesteps are not as described, a clip is not positive, or a row is not finite.
 
         >>> double = torch.full((3,), 2.0, dtype=torch.float64)
         >>> StepTable.from_columns(torch.tensor([2, 1, 0]), {"out_sample": double}, name="doubling")
@@ -131,6 +132,8 @@ class StepTable:
                 "timesteps: expected int64 or floating-point of shape (calls,), got "
                 f"{timesteps.dtype} of {tuple(timesteps.shape)}"
             )
+        if real and not bool(timesteps.isfinite().all()):
+            raise ValueError(f"timesteps: expected finite values, got {timesteps.tolist()}")
         completes_step = (True,) * len(timesteps) if completes_step is None else tuple(completes_step)
         if len(completes_step) != len(timesteps):
             raise ValueError(f"completes_step: expected {len(timesteps)}, one a call, got {len(completes_step)}")

@@ -18,7 +18,7 @@ from .cursor import CURSOR_COLUMNS, Cursor
 from .inpainting import Inpainting
 from .memory import DTYPES, counted_layout, dense_within_sample, element_for_element, empty_like, overlaps, same_layout
 from .noise import DeviceGenerator
-from .operator import ELEMENTWISE, NAMES, StepArguments, elementwise
+from .operator import ELEMENTWISE, MAY_BE_OUTPUT, NAMES, StepArguments, elementwise
 
 Generator: TypeAlias = "torch.Generator | DeviceGenerator"
 
@@ -57,8 +57,8 @@ def validate(
     _check_roles(table, guidance, gradient, variance)
     if adds_noise or noise is not None or generator is not None or seeds is not None:
         _check_noise(sample, noise, generator, seeds, adds_noise)
-    if inpainting is not None and not isinstance(inpainting, Inpainting):
-        raise TypeError(f"inpainting: expected an Inpainting, got {type(inpainting).__name__}")
+    if inpainting is not None:
+        _check_inpainting(inpainting)
     if not adds_noise:
         if noise is not None:
             _check_operand("noise", noise, sample, torch.is_grad_enabled())
@@ -67,12 +67,14 @@ def validate(
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
     state, timestep = (None, None) if cursor is None else (cursor.state, cursor.timestep)
     mask, known, known_noise = _NOT_INPAINTING if inpainting is None else inpainting
-    arguments = StepArguments(
+    arguments = StepArguments(  # type: ignore[call-arg]
         empty_like(sample) if out is None else out, original, staged, sample, inputs,
-        table.device_rows(guidance.form, dtype), guidance.weights_for(inputs, sample.device, dtype), row or 0, indices,
+        table.device_rows(guidance.form, dtype), guidance.weights(sample.device, dtype), row or 0, indices,
         *optional_inputs, noise, seeds, None, 0, state, timestep, mask, known, known_noise,  # type: ignore[arg-type]
     )  # fmt: skip
     _check_layouts(arguments, stacked, out)
+    if guidance.weights_from is not None:
+        arguments = arguments._replace(weights=guidance.weights_for(inputs, sample.device, dtype))
     if generator is not None:
         _check_that_it_can_draw(generator, backend, sample, cursor)
     if (staged is not None or generator is not None or not backend.checks_overlap) and not (
@@ -115,6 +117,8 @@ def _check_predictions(table: StepTable, sample: Tensor, predictions: list[Tenso
     batch, count = sample.shape[0], guidance.num_predictions
     check_guidance(table, guidance, batch)
     if not table.takes_predictions:
+        if guidance.weights_from is not None:
+            raise ValueError(f"guidance: {table.name} takes no predictions to make weights from")
         if predictions:
             raise ValueError(f"predictions: {table.name} takes none, got {len(predictions)}")
         return False
@@ -156,6 +160,13 @@ def _check_roles(table: StepTable, guidance: Guidance, gradient: Tensor | None, 
         raise ValueError(f"variance: expected None, as this {table.name} has a fixed variance, got a tensor")
 
 
+def _check_inpainting(inpainting: Inpainting) -> None:
+    if not isinstance(inpainting, Inpainting):
+        raise TypeError(f"inpainting: expected an Inpainting, got {type(inpainting).__name__}")
+    for name, tensor in inpainting._asdict().items():
+        device_of(f"inpainting.{name}", tensor)
+
+
 # ---- Where in the table ----
 
 
@@ -193,6 +204,8 @@ def _check_cursor(table: StepTable, cursor: Cursor, sample: Tensor, out: Tensor 
         raise ValueError(f"out: expected the sample itself with a Cursor, which leaves finished samples, got {got}")
     if cursor.batch not in (None, sample.shape[0]):
         raise ValueError(f"index: expected a Cursor for {sample.shape[0]} samples or one for all, got {cursor.batch}")
+    if table.timesteps.is_floating_point() and not cursor.timestep.is_floating_point():
+        raise ValueError("index: expected a Cursor with timestep_dtype=torch.float32 for a table of real timesteps")
     if cursor.device != sample.device:
         raise ValueError(f"index: expected a Cursor on {sample.device}, the sample's device, got {cursor.device}")
     if cursor.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -289,22 +302,33 @@ def _check_layouts(arguments: StepArguments, stacked: bool, out: Tensor | None) 
     check_sample("sample", sample, grad_enabled)
     shape, strides, device = sample.shape, sample.stride(), sample.device
     new = arguments.out if out is None else None
-    whole = arguments.predictions[0] if stacked else None
-    for tensor in (*elementwise(arguments), *arguments.predictions):
+    for tensor in elementwise(arguments) if stacked else (*elementwise(arguments), *arguments.predictions):
         if tensor is sample or tensor is new:
             continue
-        if not (  # nearly always; what follows finds the words for the rest
+        if not (  # nearly always true; the slower check words what is wrong
             isinstance(tensor, Tensor)
+            and tensor.shape == shape
             and tensor.stride() == strides
             and tensor.dtype in DTYPES
             and tensor.device == device
             and not (grad_enabled and tensor.requires_grad)
-            and (tensor.shape == shape or (tensor is whole and [*tensor.shape][1:] == [*shape][1:]))
         ):
             _check_operands(arguments, stacked)
             break
-    if out is not None and shape[0] > 1:
-        _check_separate_samples("out", out)
+    if stacked:
+        whole = arguments.predictions[0]
+        if not (
+            [*whole.shape][1:] == [*shape][1:]
+            and whole.stride() == strides
+            and whole.dtype in DTYPES
+            and whole.device == device
+            and not (grad_enabled and whole.requires_grad)
+        ):
+            _check_operands(arguments, stacked)
+    if shape[0] > 1 and (out is not None or arguments.original is not None):
+        _check_separate_samples("out", arguments.out)
+        if arguments.original is not None:
+            _check_separate_samples("original", arguments.original)
     if arguments.staged is not None:
         _check_staged(arguments.staged, sample, grad_enabled)
 
@@ -390,7 +414,10 @@ def check_memory(arguments: StepArguments) -> None:
     others = [("out", arguments.out), *inputs, ("index", arguments.indices), ("seeds", arguments.seeds)]
     if arguments.original is not None:
         _check_output("original", arguments.original, inputs)
-        _check_apart("original", arguments.original, others[:1])
+        if arguments.original.data_ptr() == arguments.out.data_ptr() != 0 or not _apart_or_interleaved(
+            arguments.original, arguments.out
+        ):
+            raise ValueError("original: expected memory apart from out, got an overlap")
         others.append(("original", arguments.original))
     if arguments.staged is not None:  # its samples are written while others' inputs are still to be read
         _check_apart("staged", arguments.staged, others)
@@ -400,12 +427,16 @@ def _check_output(name: str, output: Tensor, inputs: list[tuple[str, Tensor]]) -
     for other, tensor in inputs:
         if not overlaps(output, tensor):
             continue
-        if other in NAMES.values():  # these are read last
+        if other.partition("[")[0] not in MAY_BE_OUTPUT:
             raise ValueError(f"{name}: expected memory apart from {other}, got an overlap")
         if not element_for_element(output, tensor):
             raise ValueError(
                 f"{name}: expected memory apart from {other}, or the same element for element; got a part of it"
             )
+
+
+def _apart_or_interleaved(first: Tensor, second: Tensor) -> bool:
+    return not overlaps(first, second) or element_for_element(first, second)
 
 
 def _check_apart(name: str, output: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:

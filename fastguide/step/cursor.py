@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .._counts import is_integer
 from ..solvers.table import StepTable
 
 CURSOR_COLUMNS = ("index", "end", "first", "readers")
@@ -43,7 +44,7 @@ class Cursor:
         device: torch.device | str = "cpu",
     ) -> None:
         for name, number, least in (("batch", batch, 1), ("timesteps", timesteps, 0)):
-            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
+            if number is not None and (not is_integer(number) or number < least):
                 raise ValueError(f"{name}: expected an integer from {least} on or None, got {number!r}")
         if batch is not None and (timesteps or batch) % batch:
             raise ValueError(f"timesteps: expected a multiple of the batch of {batch}, got {timesteps}")
@@ -85,6 +86,8 @@ class Cursor:
         _check_integers(begin=begin, end=end)
         if not 0 <= begin <= end:
             raise ValueError(f"begin, end: expected 0 <= begin <= end, got {begin} and {end}")
+        if not self.timestep.is_floating_point() and timestep != int(timestep):
+            raise ValueError(f"timestep: expected a whole number for a Cursor of int64 timesteps, got {timestep}")
         for column, value in enumerate((begin, end, begin)):
             self.state[sample, column] = value
         self.timestep[sample :: self.batch] = timestep
@@ -96,5 +99,5 @@ class Cursor:
 
 def _check_integers(**numbers: int) -> None:
     for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool):
+        if not is_integer(number):
             raise TypeError(f"{name}: expected an integer, got {number!r}")

@@ -43,7 +43,7 @@ def guided_step(
         table: from a solver such as ``ddim``, on the sample's device.
         index: the step, 0 to ``len(table) - 1``: an int, or an int64 tensor on the sample's device, of shape () or,
             one per sample, (batch,). The host never waits for a device to read it; on the CPU it is checked. Or a
-            ``Cursor``, which the step moves on; ``out`` then has to be the sample itself.
+            ``Cursor``, which the step advances; ``out`` then has to be the sample itself.
         sample: x_t, shape (batch, ...), dense within a sample (contiguous, channels_last, ...), any batch stride.
         predictions: what the model returned (without autograd, as under ``torch.no_grad()``: the step is not
             differentiable), one tensor of the sample's shape for each weight of the guidance, laid
@@ -56,7 +56,7 @@ def guided_step(
         noise: standard normal values. Where the row adds noise, one of ``noise``, ``generator`` and ``seeds`` is
             required; where it adds none, nothing is read or drawn (with a tensor index, drawn for every step).
         generator: draws the noise: the values of ``torch.randn(sample.shape, dtype=sample.dtype,
-            generator=generator)``, and the generator is left as that leaves it. On a GPU they are made inside of the
+            generator=generator)``, and the generator is left as that leaves it. On a GPU they are made inside the
             kernel (but by ``torch.randn`` for tensors beyond 2 GiB, and within captures); a CPU generator draws on the
             CPU, and the noise is copied. ``torch.default_generator`` is torch's global one. Not under torch.compile,
             which takes no generators. A ``DeviceGenerator`` keeps its state on the GPU, for captured graphs.
@@ -116,7 +116,7 @@ def guided_step(
     try:
         chosen.step(*arguments)
     except RuntimeError:
-        checks.check_memory(arguments)  # the kernel refuses overlaps before it writes; here are the words for it
+        checks.check_memory(arguments)  # the kernel has refused an overlap, before it wrote: this says which
         raise
     if increment and isinstance(generator, torch.Generator):
         generator.set_offset(generator.get_offset() + increment)

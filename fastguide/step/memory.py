@@ -1,7 +1,7 @@
 """How tensors lie in memory: layouts within a sample, overlaps, and allocation (large CPU tensors in huge pages).
 
-Linux lends huge pages on request. torch asks for them, for all of its tensors, in processes with
-THP_MEM_ALLOC_ENABLE=1 alone.
+Linux lends huge pages on request. torch asks for them, for all of its tensors, only in processes with
+THP_MEM_ALLOC_ENABLE=1.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def draws_in_kernel(generator: torch.Generator, sample: Tensor) -> bool:
     """Tell whether the kernel knows what torch.randn would draw, and may advance the generator."""
     return (
         generator.device.type == "cuda"
-        and sample.dtype != torch.float64  # torch deals those out in another way
+        and sample.dtype != torch.float64  # torch assigns those to threads in another way
         and sample.nbytes < 2**31  # and larger tensors in parts
         and counted_layout(sample)
         and not torch.cuda.is_current_stream_capturing()  # a captured torch.randn draws anew at each replay

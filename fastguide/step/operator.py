@@ -65,6 +65,8 @@ WRITTEN = ("out", "original", "staged", "philox", "cursor", "timestep")
 ELEMENTWISE = ("out", "original", "sample", "gradient", "variance", "noise", "mask", "known", "known_noise")
 """Fields that have an element for each of the sample's."""
 INPUTS = tuple(name for name in ELEMENTWISE if name not in WRITTEN)
+MAY_BE_OUTPUT = ("sample", "predictions", "gradient", "variance", "noise")
+"""Inputs that ``out`` and ``original`` may be, element for element: ``may_be_output`` in csrc/kernels/arguments.h."""
 NAMES = {"mask": "inpainting.mask", "known": "inpainting.original", "known_noise": "inpainting.noise"}
 """What the fields are called by the callers of ``guided_step``, where that differs."""
 
@@ -97,7 +99,7 @@ def _schema() -> str:
 
 
 SCHEMA = _schema()
-"""Of the operator, and of a backend's that has one of its own."""
+"""The schema of the operator, and of a backend's own operator."""
 
 
 def guided_step_fake(*_arguments: object) -> None:

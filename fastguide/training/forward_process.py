@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._counts import is_integer
 from ..schedules.noise_schedule import NoiseSchedule
 from ..schedules.predictions import PredictionType, check_prediction_type
 from ..solvers.noising import conversion_table, noising_table, target_table
@@ -132,7 +133,7 @@ def _cached(make: Callable[..., StepTable], *arguments: object, device: torch.de
 def _checked(timestep: int | Tensor, table: StepTable) -> int | Tensor:
     """Return the timestep, which is the row; check it as far as the host can, as callers know no index."""
     values: list[int] = []
-    if isinstance(timestep, int) and not isinstance(timestep, bool):
+    if isinstance(timestep, int) and is_integer(timestep):
         values = [timestep]
     elif not isinstance(timestep, Tensor):
         raise TypeError(f"timestep: expected an int or an int64 tensor, got {type(timestep).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastguide import Classifier, Guidance, ddim, guided_step
+from fastguide import Classifier, Guidance, StepTable, ddim, guided_step
 from tests.support.cases import SCHEDULE, TABLES
 from tests.support.textbook import ddim_step
 
@@ -56,6 +56,31 @@ def test_a_classifier_can_be_added(generator):
     m = weights[:, 0] * uncond + weights[:, 1] * cond
     expected = ddim_step(x, m, *alphas(4), form="epsilon", sg=2.0 * gradient)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("index", [4, torch.tensor(4), torch.tensor([4, 4, 4])], ids=["int", "tensor", "per sample"])
+def test_a_classifier_s_scale_may_differ_by_step(index, generator):
+    x, uncond, cond, gradient = draw(generator)
+    scales = torch.arange(10.0) / 2
+    both = Guidance.from_predictions(rescaled, 2) + Classifier.per_step(None, scales)
+    got = guided_step(TABLES["ddim"], index, x, [uncond, cond], both, gradient=gradient)
+    weights = rescaled([uncond, cond])[..., None, None, None]
+    m = weights[:, 0] * uncond + weights[:, 1] * cond
+    expected = ddim_step(x, m, *alphas(4), form="epsilon", sg=2.0 * gradient)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_asked_of_it_before_the_predictions_are_checked(generator):
+    x, uncond, cond, _ = draw(generator)
+    asked = []
+    guidance = Guidance.from_predictions(lambda predictions: asked.append(predictions), 2)
+    for predictions in ([1, 2], [uncond.int(), cond.int()], [uncond[:, :1], cond[:, :1]]):
+        with pytest.raises((TypeError, ValueError), match=r"predictions\[0\]: expected"):
+            guided_step(TABLES["ddim"], 4, x, predictions, guidance)
+    noising = StepTable.from_columns(torch.zeros(1, dtype=torch.int64), {})
+    with pytest.raises(ValueError, match="guidance: step table takes no predictions to make weights from"):
+        guided_step(noising, 0, x, [], guidance)
+    assert asked == []
 
 
 def test_a_compiled_step_is_one_graph(generator):

@@ -60,3 +60,10 @@ def test_real_timesteps_reach_the_model(timesteps, backend):
 def test_whole_timesteps_are_refused_for_a_table_of_real_ones():
     with pytest.raises(ValueError, match=r"timestep_dtype: expected torch\.float32 for a table of real timesteps"):
         Cursor().start(flow_table())
+    with pytest.raises(
+        ValueError, match=r"timestep: expected a whole number for a Cursor of int64 timesteps, got 0\.5"
+    ):
+        Cursor(2).place(0, 0, 3, 0.5)
+    x, whole = torch.ones(2, 3), Cursor(2).start(ddim(SCHEDULE, 3))
+    with pytest.raises(ValueError, match=r"index: expected a Cursor with timestep_dtype=torch\.float32"):
+        guided_step(flow_table(), whole, x, x.clone(), out=x)

@@ -98,6 +98,7 @@ def test_a_loop_without_mask_needs_no_known_columns():
 
 BAD = {
     "class": (lambda x, k: {"inpainting": tuple(k)}, TypeError, "inpainting: expected an Inpainting, got tuple"),
+    "None": (lambda x, k: {"inpainting": k._replace(noise=None)}, TypeError, "inpainting.noise: expected a tensor"),
     "shape": (lambda x, k: {"inpainting": k._replace(mask=x[:, :1])}, ValueError, "inpainting.mask: expected shape"),
     "layout": (lambda x, k: {"inpainting": k._replace(noise=x.mT.contiguous().mT)}, ValueError, "inpainting.noise: "),
     "dtype": (lambda x, k: {"inpainting": k._replace(mask=x > 0)}, TypeError, "inpainting.mask: expected float32"),

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+import fastguide
+from fastguide.step.backends.registry import BACKENDS
 from tests.support.cases import DTYPES, TABLES
 from tests.support.step_inputs import guided_step, make_guidance, make_inputs
 
@@ -262,3 +264,40 @@ def test_any_split_of_a_batch_gives_the_same_bits(shape, count, name, gradient, 
         assert torch.equal(whole, torch.cat([step(part, table, "native", form) for part in parts]))
     finally:
         native.set_cpu_capability(before)
+
+
+@pytest.mark.parametrize("name", ["gradient", "noise", "out", "original"])
+@pytest.mark.parametrize("checked", ["native", "reference", "triton"])
+def test_stacked_predictions_are_no_other_tensor_of_the_step(name, checked, generator):
+    """Their batch is longer than the sample's, whatever else they are given for."""
+    if not BACKENDS[checked].serves("cpu"):
+        pytest.skip(BACKENDS[checked].status)
+    x, both = torch.randn(2, 3, 5, generator=generator), torch.randn(4, 3, 5, generator=generator)
+    guidance, more = fastguide.ClassifierFree(2.0), {name: both}
+    if name == "gradient":
+        guidance = guidance + fastguide.Classifier(None, 1.0)
+    table = TABLES["ddpm" if name == "noise" else "ddim"]
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \(2, 3, 5\), got \(4, 3, 5\)"):
+        fastguide.guided_step(table, 3, x, both, guidance, backend=checked, **more)
+
+
+@pytest.mark.parametrize("checked", ["native", "reference"])
+def test_an_original_of_samples_that_overlap_is_refused(checked):
+    x, one = torch.ones(2, 5), torch.empty(1, 5)
+    with pytest.raises(ValueError, match="original: expected samples that do not overlap"):
+        fastguide.guided_step(TABLES["ddim"], 0, x, x, original=one.expand(2, 5), backend=checked)
+
+
+@pytest.mark.parametrize("checked", ["native", "reference"])
+def test_original_is_apart_from_out_or_interleaved_with_it(checked, generator):
+    x, whole = torch.randn(2, 3, 5, generator=generator), torch.empty(2, 6, 5)
+    out, original = whole[:, :3], whole[:, 3:]
+    fastguide.guided_step(TABLES["ddim"], 3, x, x, out=out, original=original, backend=checked)
+    expected = torch.empty_like(x)
+    torch.testing.assert_close(
+        out, fastguide.guided_step(TABLES["ddim"], 3, x, x, original=expected, backend=checked), rtol=0, atol=0
+    )
+    assert torch.equal(original, expected)
+    for place in (out, whole[:, 1:4]):
+        with pytest.raises(ValueError, match="original: expected memory apart from out, got an overlap"):
+            fastguide.guided_step(TABLES["ddim"], 3, x, x, out=out, original=place, backend=checked)

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernel ahead of time into a folder, for tests/test_triton_code.py, which interprets itself.
+"""Compiles the Triton kernel ahead of time for tests/step/backends/test_triton_code.py, which interprets itself.
 
 python tests/support/compile_triton.py FOLDER
 """

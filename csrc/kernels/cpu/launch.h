@@ -14,11 +14,11 @@ constexpr int64_t kBlock = 512;
 using StepRange = void (*)(const StepArguments& arguments, int64_t begin, int64_t end);
 
 // portable_noise writes `count` values, at most kBlock: those of a sample's elements from `begin` on.
-#define FASTGUIDE_DECLARE(isa)                                                                                     \
-  namespace isa {                                                                                                  \
-  void step_range(const StepArguments& arguments, int64_t begin, int64_t end);                                     \
+#define FASTGUIDE_DECLARE(isa) \
+  namespace isa { \
+  void step_range(const StepArguments& arguments, int64_t begin, int64_t end); \
   void portable_noise(const StepArguments& arguments, int64_t sample, uint32_t step, int64_t begin, int64_t count, \
-                      float* z);                                                                                   \
+                      float* z); \
   }
 
 FASTGUIDE_DECLARE(baseline)

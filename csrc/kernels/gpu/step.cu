@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/gpu/launch.h"
+#include "kernels/gpu/parameters.h"
 #include "kernels/gpu/thread.h"
 
 namespace fastguide {

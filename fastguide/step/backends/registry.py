@@ -68,9 +68,13 @@ def backend_for(name: str | None, device: str) -> Backend:
 def _last_resort(device: str) -> Backend:
     if device == "cuda":  # the reference would be a hundred times slower than what was asked for
         reasons = "; ".join(f"{b.name}: {b.status}" for b in BACKENDS.values() if b.devices is not None)
-        raise ValueError(f"backend: none for a sample on a GPU is there ({reasons}); 'reference' is, if named")
+        raise ValueError(
+            f"backend: no backend can run on a GPU here ({reasons}); pass backend='reference' for plain torch"
+        )
     for backend in BACKENDS.values():
         if backend.broken:
             reason = f"{backend.name}: {backend.status}"
-            raise ValueError(f"backend: none for a sample on {device!r} ({reason}); 'reference' is, if named")
+            raise ValueError(
+                f"backend: no backend for a sample on {device!r} ({reason}); pass backend='reference' for plain torch"
+            )
     return BACKENDS["reference"]

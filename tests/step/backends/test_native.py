@@ -173,10 +173,12 @@ def test_a_library_that_cannot_be_loaded_is_an_error_once_it_is_used(tmp_path, w
     lines = result.stdout.splitlines()
     (shown,) = [line for line in lines if line.startswith("  native ")]
     assert re.search(f"serves nothing here: {there}: {meaning}", shown), shown
-    assert any(line.startswith("  cpu        none: backend: none for a sample on 'cpu'") for line in lines)
+    assert any(line.startswith("  cpu        none: backend: no backend for a sample on 'cpu'") for line in lines)
     (first, second, named, reference) = lines[-4:]
     assert first == second
-    assert re.search(rf"none for a sample on 'cpu' \(native: {there}: {meaning}.*; 'reference' is, if named", first)
+    assert re.search(
+        rf"no backend for a sample on 'cpu' \(native: {there}: {meaning}.*; pass backend='reference'", first
+    )
     assert f"'native' does not serve a sample on 'cpu' here: {there}" in named
     assert reference == "a step: torch.Size([1, 2])"
 
@@ -422,7 +424,7 @@ def test_without_cuda_code_a_gpu_s_sample_is_refused_with_the_reasons(tmp_path):
     result = run_python(code, PYTHONPATH=str(tmp_path / "copy"))
     assert result.stdout.endswith("none: FASTGUIDE_CUDA was 0\n")
     assert "ValueError: backend: none for a sample on a GPU is there (native: C++" in result.stderr
-    assert "triton: not installed: pip install triton); 'reference' is, if named" in result.stderr
+    assert "triton: not installed: pip install triton); pass backend='reference'" in result.stderr
 
 
 def test_info_names_versions_backends_and_packages():

@@ -21,7 +21,7 @@ op = torch.ops.fastguide.guided_step_triton.default
 WEIGHTS = torch.tensor([[[1.0, 0.0]]])
 
 interpreted = pytest.mark.skipif(
-    not triton_interpreter.INTERPRETED, reason="Triton is not installed, or a GPU is there: then tests/test_gpu.py"
+    not triton_interpreter.INTERPRETED, reason="Triton is not installed, or a GPU is there: then tests/step/test_gpu.py"
 )
 
 

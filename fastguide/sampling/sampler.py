@@ -252,7 +252,7 @@ class Sampler:
                         version = state.sample._version
                         callback(call, table.host_timesteps[call], state.sample)
                         if state.sample._version != version:  # the step has staged the model's input already
-                            state.stage(table.in_scale(call + 1))
+                            state.stage(table.in_scales[call + 1])
                     recorder.after_step(number)
             finally:
                 noise.end(state.noise)

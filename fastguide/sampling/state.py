@@ -267,7 +267,7 @@ class SamplerState:
             for buffer, values in zip(self.inpainting, request.inpainting, strict=True):
                 buffer[samples].copy_(values)
         request.noise.load(self.noise, samples)
-        self.stage(request.table.in_scale(request.begin), samples)
+        self.stage(request.table.in_scales[request.begin], samples)
 
     def _write_weights(self, begin: int, samples: slice, table: StepTable, guidance: Guidance) -> None:
         """Write a guidance's weights for the table's rows, of some samples."""

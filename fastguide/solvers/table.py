@@ -72,6 +72,10 @@ class StepTable:
     adds_noise_anywhere: bool = field(init=False)
     undefined_rows: frozenset[int] = field(init=False)
     takes_predictions: bool = field(init=False)
+    in_scales: tuple[float, ...] = field(init=False)
+    """What the sample is multiplied by to be the input of each model call, and of one more after the last."""
+    scales_inputs: bool = field(init=False)
+    """Whether any call's model input is the sample times a factor other than 1."""
 
     def __post_init__(self) -> None:
         on_host = self.timesteps.to("cpu")
@@ -81,6 +85,8 @@ class StepTable:
         self.adds_noise = tuple((self.rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
         self.adds_noise_anywhere = any(self.adds_noise)
         self.undefined_rows = frozenset((~_finite_rows(self.rows)).nonzero().flatten().tolist())
+        self.in_scales = (self.first_in_scale, *self.rows[:, _IN_SCALE].tolist())
+        self.scales_inputs = any(scale != 1 for scale in self.in_scales)
         of_prediction = [ROW_COLUMNS.index(name) for name in ("x0_pred", "out_pred")]
         self.takes_predictions = bool((self.rows[:, of_prediction] != 0).any())
         dtypes = (torch.float32, torch.float64) if self.device.type == "cpu" else (torch.float32,)
@@ -159,15 +165,6 @@ class StepTable:
         """The solver's number of steps."""
         return sum(self.completes_step)
 
-    @property
-    def scales_inputs(self) -> bool:
-        """Whether any call's model input is the sample times a factor other than 1."""
-        return self.first_in_scale != 1 or bool((self.rows[:, _IN_SCALE] != 1).any())
-
-    def in_scale(self, call: int) -> float:
-        """Return what the sample is multiplied by to be the input of a model call."""
-        return self.first_in_scale if call == 0 else float(self.rows[call - 1, _IN_SCALE])
-
     def __len__(self) -> int:
         return len(self.host_timesteps)
 
@@ -191,7 +188,7 @@ class StepTable:
             rows=self.rows[part],
             forms={form: values if isinstance(values, str) else values[part] for form, values in self.forms.items()},
             levels=None if self.levels is None else self.levels.at(part),
-            first_in_scale=self.in_scale(start),
+            first_in_scale=self.in_scales[start],
             completes_step=self.completes_step[part],
         )
 

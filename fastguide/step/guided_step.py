@@ -128,13 +128,3 @@ def _note_the_write(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
-
-
-def check_run(table: StepTable, name: str, sample: Tensor, guidance: Guidance, backend: str | None) -> None:
-    """Refuse, before a model is called, what ``guided_step`` would refuse after it; ``name`` is the sample's."""
-    if sample.device != table.device:
-        raise ValueError(f"table: expected it on {sample.device}, the device of {name}, got {table.device}; use .to()")
-    checks.check_guidance(table, guidance, sample.shape[0])
-    checks.check_sample(name, sample, torch.is_grad_enabled())
-    backend_for(backend, sample.device.type)
-    table.device_rows(guidance.form, torch.float32)

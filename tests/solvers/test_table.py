@@ -31,7 +31,7 @@ def test_calls_and_steps_are_counted_apart():
 
 def test_a_slice_begins_with_the_scale_of_the_row_before_it():
     table = flow_table()
-    assert [table.in_scale(call) for call in range(3)] == [0.125, 0.5, 0.25]
+    assert table.in_scales[:3] == (0.125, 0.5, 0.25)
     assert [table[k:].first_in_scale for k in range(3)] == [0.125, 0.5, 0.25]
     assert table[1:][1:].first_in_scale == 0.25
     assert table.scales_inputs

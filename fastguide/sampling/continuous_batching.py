@@ -65,7 +65,7 @@ class Slots:
         for name, number in (("batch", batch), ("capacity", capacity)):
             check_count(name, number)
         if options.scalar_timestep:
-            raise ValueError("scalar_timestep: expected False, as requests stand at different timesteps, got True")
+            raise ValueError("scalar_timestep: expected False, as requests are at different timesteps, got True")
         if cuda_graph == "loop":
             raise ValueError("cuda_graph: expected 'auto', 'try' or False, as requests come and go between steps")
         self._options = options
@@ -102,7 +102,7 @@ class Slots:
         table: StepTable | None = None,
         guidance: Guidance | None = None,
     ) -> int:
-        """Take in a request between two steps; nothing waits for the device, and nothing is captured anew.
+        """Take in a request between two steps; nothing waits for the device, and nothing is captured again.
 
         Args:
             x_T: its starting noise, shape (1, ...): of the shape, dtype and device of the first request's.
@@ -217,7 +217,7 @@ class Slots:
         return self._state, self._steps
 
     def _region(self, state: SamplerState, request: SampleRequest) -> int:
-        """Return the first row of the request's table in the buffer, written now if it is not there yet."""
+        """Return the first row of the request's table in the buffer, written now if none is in it."""
         table, form = request.table, request.guidance.form
         if (table, form) not in self._regions:
             room = self._room(len(table))

@@ -189,5 +189,7 @@ def _default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index]
     if device.type != "cpu":
-        raise ValueError(f"generator: expected one for {device.type}, as torch names no global one there, got None")
+        raise ValueError(
+            f"generator: expected one for {device.type}, as torch has no global one for that device, got None"
+        )
     return torch.default_generator

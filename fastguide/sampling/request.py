@@ -28,7 +28,7 @@ class SampleRequest:
     table: StepTable
     guidance: Guidance
     begin: int
-    """The first model call; ``len(table)``: there is none."""
+    """The first model call; ``len(table)``: the table is not run."""
     x_T: Tensor
     first: Tensor
     """The sample that the run begins with, of x_T's shape."""
@@ -40,6 +40,11 @@ class SampleRequest:
     backend: Backend
     skips_uncond: tuple[bool, ...]
     """For each model call, whether the unconditional prediction is left out."""
+
+    @property
+    def calls(self) -> range:
+        """The model calls of the run."""
+        return range(self.begin, len(self.table))
 
 
 def make_request(

@@ -56,7 +56,7 @@ class Sampler:
             cached; the least recently used are dropped.
         recapture: ``False``: only calls of the first call's kind are allowed.
 
-    Number of steps, schedule, scale, seeds and conditions are in small buffers: changing them captures nothing anew
+    Number of steps, schedule, scale, seeds and conditions are in small buffers: changing them captures nothing again
     (but scales for each sample instead of one for all, and, with ``"loop"``, another number of steps). A graph reads
     the model's parameters where they were: after any but changes in place, such as ``load_state_dict``'s, call
     ``clear()``. A model that draws from the generator of the steps' noise draws the same values as its step.
@@ -231,7 +231,7 @@ class Sampler:
         options = self._options()
         request = make_request(options, self._table, self._guidance, x_T, **arguments)
         capture.check_mode(self.cuda_graph, x_T.device)
-        table, noise, calls = request.table, request.noise, range(request.begin, len(request.table))
+        table, noise, calls = request.table, request.noise, request.calls
         between_steps = callback is not None or progress or check_finite or samples or originals or noise.between_steps
         with self._borrow(StateKey.of(options, request, originals=originals), request.guidance) as (state, graphs):
 
@@ -334,7 +334,7 @@ class Sampler:
         self._in_use = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the cache, which a copy fills anew."""
+        """Return all but the cache, which a copy has to fill itself."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_pools", "_in_use")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

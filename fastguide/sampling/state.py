@@ -249,7 +249,7 @@ class SamplerState:
         self.rows[begin : begin + len(table)].copy_(table.device_rows(guidance.form, self.rows.dtype))
 
     def stage(self, in_scale: float, samples: slice | None = None) -> None:
-        """Write the model's first input, made of the sample; each step writes the next one."""
+        """Write the model's input, made of the sample; a step does it for the call after it."""
         if self.staged is None or not self.batch:
             return
         samples = slice(0, self.batch) if samples is None else samples
@@ -288,7 +288,7 @@ class SamplerState:
     # ---- The step ----
 
     def step(self, skip_uncond: bool = False) -> None:
-        """Call the model, combine its predictions, and make each sample's step, at the row that the cursor says."""
+        """Call the model, combine its predictions, and make each sample's step, at the row in the cursor."""
         gradient = None if self._guidance.classifier is None else self._gradient()
         predictions, variance = self.model_call(skip_uncond)
         arguments = self._arguments.copy()

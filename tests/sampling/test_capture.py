@@ -74,7 +74,7 @@ def test_what_may_change_without_a_new_capture(recorded):  # noqa: F811
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
 
 
-def test_other_shapes_and_kinds_are_captured_anew_and_kept(recorded):  # noqa: F811
+def test_other_shapes_and_kinds_are_captured_and_cached(recorded):  # noqa: F811
     sampler = Sampler(Model(), DDIM, max_loops=2)
     for batch, captured in (
         (1, 1),
@@ -201,7 +201,7 @@ RECONFIGURED = {  # what of a sampler, or its call, makes another loop
 
 @pytest.mark.parametrize("change", RECONFIGURED)
 def test_a_sampler_that_is_reconfigured_is_another_loop(change, recorded):  # noqa: F811
-    """And the one before is still there."""
+    """And the one before is still cached."""
     options = {"x_T": x_T(), **FREE, "seeds": [1, 2, 3]}
     sampler = Sampler(Model(), DDPM, ClassifierFree(3.0))
     before = call(sampler, {k: v for k, v in options.items() if k != "x_T"}, options["x_T"])
@@ -243,7 +243,7 @@ def test_tables_of_one_length_are_told_apart(recorded):  # noqa: F811
         assert torch.equal(sampler(x_T(), seeds=[1, 2, 3]), eager(x_T(), seeds=[1, 2, 3]))
 
 
-def test_whole_loops_are_kept_with_a_bound(recorded):  # noqa: F811
+def test_whole_loops_are_cached_with_a_bound(recorded):  # noqa: F811
     sampler = Sampler(Model(), DDIM, cuda_graph="loop", max_loops=2)
     for steps, captured in ((6, 1), (5, 2), (6, 2), (4, 3), (6, 3), (5, 4)):
         sampler.table = DDIM[6 - steps :]

@@ -174,7 +174,7 @@ def test_slots_that_cannot_be():
 def test_a_whole_loop_as_one_graph_has_no_slots(recorded):  # noqa: F811
     with pytest.raises(ValueError, match="cuda_graph: expected 'auto', 'try' or False, as requests come and go"):
         Sampler(model, LONG, cuda_graph="loop").slots(1)
-    with pytest.raises(ValueError, match="scalar_timestep: expected False, as requests stand at different timesteps"):
+    with pytest.raises(ValueError, match="scalar_timestep: expected False, as requests are at different timesteps"):
         Sampler(model, LONG, scalar_timestep=True).slots(1)
 
 
@@ -257,6 +257,6 @@ def test_a_cancelled_request_s_place_is_left_as_it_is():
     for _ in range(2):
         slots.admit(torch.ones(SHAPE), cond=torch.zeros(1))
     slots.step()
-    there = slots.cancel(0)
+    cancelled = slots.cancel(0)
     slots.step()
-    assert torch.equal(slots._state.sample[:1], there)
+    assert torch.equal(slots._state.sample[:1], cancelled)

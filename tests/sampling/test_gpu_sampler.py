@@ -56,7 +56,7 @@ def test_captured_and_eager_give_the_same_bits(gpu_backend, case, layout):
 
 @pytest.mark.parametrize("mode", ["auto", "loop", False])
 def test_a_generator_s_noise_is_torch_randn_s(gpu_backend, mode):
-    """And the generator stands where torch leaves it: the last step draws nothing."""
+    """And the generator is left as torch leaves it: the last step draws nothing."""
     table = DDPM.to("cuda")
     ours, theirs = (torch.Generator("cuda").manual_seed(5) for _ in range(2))
     model = Model().cuda()

@@ -65,19 +65,19 @@ def test_image_to_image_runs_the_end_of_the_table(strength):
 
 @pytest.mark.parametrize("strength", [None, 1.0, 0.6])
 @pytest.mark.parametrize("mask_shape", [(3, 1, 6, 5), (6, 5), (1, 2, 1, 1)])
-def test_inpainting_keeps_the_image_at_every_level(mask_shape, strength):
+def test_inpainting_knows_the_image_at_every_level(mask_shape, strength):
     image, noise = randn(seed=1), randn(seed=2)
     mask = (randn(*mask_shape, seed=3) > 0).float()
     got = Sampler(model, TABLE).trajectory(noise, image=image, mask=mask, strength=strength, originals=False)
 
-    def kept(x, a):
+    def known(x, a):
         return mask * x + (1 - mask) * (a**0.5 * image.double() + (1 - a) ** 0.5 * noise)
 
     begin = 10 - int(10 * (strength or 1.0))
     timesteps = TABLE.host_timesteps[begin:]
     a = level(timesteps[0])
     x = noise if begin == 0 else a**0.5 * image + (1 - a) ** 0.5 * noise
-    close(got.sample, ddim_by_hand(x, timesteps, model, kept))
+    close(got.sample, ddim_by_hand(x, timesteps, model, known))
     where = (mask == 0).expand(SHAPE)
     assert torch.equal(got.sample[where], image[where])
     for x, t in zip(got.samples[1:-1], timesteps[1:], strict=True):
@@ -182,7 +182,7 @@ def test_seeds_do_not_depend_on_the_batch():
         assert torch.equal(Sampler(model, table)(noise[order], seeds=seeds), got[order])
 
 
-def test_generators_stand_where_torch_leaves_them():
+def test_generators_are_left_as_torch_leaves_them():
     table = fastguide.ddpm(SCHEDULE, 6)
     generator, by_hand = (torch.Generator().manual_seed(3) for _ in range(2))
     Sampler(model, table)(randn(), generator=generator)
@@ -379,7 +379,7 @@ def test_a_model_may_return_its_input(view):
             assert torch.equal(got, expected)
 
 
-def test_what_a_kept_region_s_prediction_is_does_not_matter():
+def test_a_prediction_of_the_known_region_does_not_matter():
     """Nor the learned variance where no noise is added."""
     image, mask = randn(seed=1), torch.zeros(6, 5)
     mask[:3] = 1.0

@@ -158,7 +158,7 @@ def test_a_slice_of_the_table_is_image_to_image(x_T):
     assert torch.equal(Sampler(model, table[5:])(states[4], cond=COND), final)
 
 
-def test_channels_last_state_is_kept_whatever_the_model_returns(x_T):
+def test_the_sample_stays_channels_last_whatever_the_model_returns(x_T):
     table = fastguide.ddim(SCHEDULE, 4)
     expected = Sampler(model, table)(x_T, cond=COND)
     laid_out = x_T.contiguous(memory_format=torch.channels_last)

@@ -78,8 +78,8 @@ def test_noise_of_a_step_in_place(sizes):
 def test_buffers_of_a_sampler():
     sampler = Sampler(lambda x, t: x, ddim(NoiseSchedule.linear(), 2))
     sampler(torch.zeros(LARGE))
-    (kept,) = sampler._loops.values()
-    assert asked(kept.loop.sample)
+    (cached,) = sampler._cache.values()
+    assert asked(cached.state.sample)
 
 
 def test_every_buffer_of_a_sampler(sizes):

@@ -9,7 +9,8 @@ import torch
 import fastguide
 from fastguide import portable_noise
 from fastguide.step import noise
-from fastguide.step import operator as ops
+from fastguide.step.backends.registry import BACKENDS
+from fastguide.step.operator import StepArguments
 from tests.support.cases import DTYPES, TABLES
 from tests.support.pure_noise import TABLE, drawn
 from tests.support.step_inputs import guided_step, make_inputs
@@ -242,11 +243,11 @@ def test_a_row_without_noise_draws_nothing(name, index, generator, monkeypatch):
     table, given = TABLES[name], []
 
     def step(*arguments):
-        given.append(arguments[12])
+        given.append(StepArguments(*arguments).seeds)
         return reference.step(*arguments)
 
-    reference = ops.BACKENDS["reference"]
-    monkeypatch.setitem(ops.BACKENDS, "reference", reference._replace(step=step))
+    reference = BACKENDS["reference"]
+    monkeypatch.setitem(BACKENDS, "reference", reference._replace(step=step))
     i, seeds = make_inputs(table, (2, 20), generator, count=1), torch.tensor([1, 2])
     plain = guided_step(table, index, i.sample, i.predictions, backend="reference")
     for k in (index, torch.tensor(index)):

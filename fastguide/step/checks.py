@@ -16,9 +16,10 @@ from ..solvers.table import StepTable
 from .backends.registry import Backend
 from .cursor import CURSOR_COLUMNS, Cursor
 from .inpainting import Inpainting
-from .memory import DTYPES, counted_layout, dense_within_sample, element_for_element, empty_like, overlaps, same_layout
+from .memory import DTYPES, counted_layout, dense_within_sample, empty_like, same_layout
 from .noise import DeviceGenerator
-from .operator import ELEMENTWISE, MAY_BE_OUTPUT, NAMES, StepArguments, elementwise
+from .operator import ELEMENTWISE, NAMES, StepArguments, elementwise
+from .overlaps import check_memory
 
 Generator: TypeAlias = "torch.Generator | DeviceGenerator"
 
@@ -402,47 +403,6 @@ def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int], device: torch
             f"{name}: expected a tensor that requires no grad, as the step is not differentiable, got one that does; "
             "sample under torch.no_grad() or detach it"
         )
-
-
-# ---- Overlaps ----
-
-
-def check_memory(arguments: StepArguments) -> None:
-    """Refuse outputs whose memory another tensor shares, where the step could read what it has already written."""
-    inputs = arguments.named_inputs()
-    _check_output("out", arguments.out, inputs)
-    others = [("out", arguments.out), *inputs, ("index", arguments.indices), ("seeds", arguments.seeds)]
-    if arguments.original is not None:
-        _check_output("original", arguments.original, inputs)
-        if arguments.original.data_ptr() == arguments.out.data_ptr() != 0 or not _apart_or_interleaved(
-            arguments.original, arguments.out
-        ):
-            raise ValueError("original: expected memory apart from out, got an overlap")
-        others.append(("original", arguments.original))
-    if arguments.staged is not None:  # its samples are written while others' inputs are still to be read
-        _check_apart("staged", arguments.staged, others)
-
-
-def _check_output(name: str, output: Tensor, inputs: list[tuple[str, Tensor]]) -> None:
-    for other, tensor in inputs:
-        if not overlaps(output, tensor):
-            continue
-        if other.partition("[")[0] not in MAY_BE_OUTPUT:
-            raise ValueError(f"{name}: expected memory apart from {other}, got an overlap")
-        if not element_for_element(output, tensor):
-            raise ValueError(
-                f"{name}: expected memory apart from {other}, or the same element for element; got a part of it"
-            )
-
-
-def _apart_or_interleaved(first: Tensor, second: Tensor) -> bool:
-    return not overlaps(first, second) or element_for_element(first, second)
-
-
-def _check_apart(name: str, output: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
-    for other, tensor in others:
-        if tensor is not None and overlaps(output, tensor):
-            raise ValueError(f"{name}: expected memory apart from {other}, got an overlap")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -15,6 +15,7 @@ from .backends.registry import backend_for
 from .cursor import Cursor
 from .inpainting import Inpainting
 from .noise import DeviceGenerator, draw
+from .overlaps import check_memory
 
 
 def guided_step(
@@ -116,7 +117,7 @@ def guided_step(
     try:
         chosen.step(*arguments)
     except RuntimeError:
-        checks.check_memory(arguments)  # the kernel has refused an overlap, before it wrote: this says which
+        check_memory(arguments)  # the kernel has refused an overlap, before it wrote: this says which
         raise
     if increment and isinstance(generator, torch.Generator):
         generator.set_offset(generator.get_offset() + increment)

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.support import device_code, on_gpu, triton_interpreter
+from tests.support import triton_interpreter
 
-triton_interpreter.start()
+triton_interpreter.start()  # before anything imports fastguide, which asks at once whether Triton interprets
 
 from fastguide.step.backends import native  # noqa: E402
 from fastguide.step.backends.registry import BACKENDS, Backend  # noqa: E402
+from tests.support import device_code, on_gpu  # noqa: E402
 
 DEVICE_CODE = "cuda on the host"
 ON_GPU = [pytest.param(f"{name} on the gpu", marks=pytest.mark.gpu) for name in ("native", "triton")]

@@ -233,5 +233,5 @@ def test_without_cuda_code_a_gpu_s_sample_is_refused_with_the_reasons(tmp_path):
     )
     result = run_python(code, PYTHONPATH=str(tmp_path / "copy"))
     assert result.stdout.endswith("none: FASTGUIDE_CUDA was 0\n")
-    assert "ValueError: backend: none for a sample on a GPU is there (native: C++" in result.stderr
+    assert "ValueError: backend: no backend can run on a GPU here (native: C++" in result.stderr
     assert "triton: not installed: pip install triton); pass backend='reference'" in result.stderr

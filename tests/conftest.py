@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,9 @@ triton_interpreter.start()  # before anything imports fastguide, which asks at o
 from fastguide.step.backends import native  # noqa: E402
 from fastguide.step.backends.registry import BACKENDS, Backend  # noqa: E402
 from tests.support import device_code, on_gpu  # noqa: E402
+
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(torch.get_num_threads() // PROCESSES, 1))  # the processes of one run share the cores
 
 DEVICE_CODE = "cuda on the host"
 ON_GPU = [pytest.param(f"{name} on the gpu", marks=pytest.mark.gpu) for name in ("native", "triton")]

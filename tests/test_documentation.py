@@ -66,7 +66,7 @@ def test_readme_examples_run():
 def test_readme_commands_are_the_ones_that_ci_runs():
     demo, tests = re.findall(r"```sh\n(.*?)\n```", README.read_text(), re.S)
     assert demo.endswith("fastguide demo")
-    assert tests.endswith("pytest")
+    assert tests.endswith("python -m pytest -n auto --dist loadgroup")
     assert "\n" not in demo
     assert "\n" not in tests
     assert f"\n{tests}\n" in (ROOT / ".ci/run").read_text()

@@ -7,7 +7,6 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map, tree_map_
 
 from ..guidance import Guidance
 
@@ -93,20 +92,20 @@ def buffers(of: Signature, samples: int, device: torch.device) -> Condition | No
 
 def at(condition: Condition, samples: slice) -> Condition:
     """Return the condition of some samples, in the same memory."""
-    part: Condition = tree_map(lambda tensor: tensor[samples], condition)
-    return part
+    if isinstance(condition, Tensor):
+        return condition[samples]
+    return {name: at(part, samples) for name, part in condition.items()}
 
 
 def write(buffer: Condition, samples: slice, condition: Condition) -> None:
-    """Copy a condition to the buffer's samples; the host does not wait."""
-    tree_map_(lambda to, values: to.copy_(values, non_blocking=True), at(buffer, samples), _as_dicts(condition))
-
-
-def _as_dicts(condition: Condition) -> Condition:
-    """Return mappings of any class as dictionaries, in the order of ``buffers``."""
-    if isinstance(condition, Mapping):
-        return {name: _as_dicts(condition[name]) for name in sorted(condition)}
-    return condition
+    """Copy a condition, of the same signature, to the buffer's samples; the host does not wait."""
+    if isinstance(buffer, Tensor):
+        assert isinstance(condition, Tensor)
+        buffer[samples].copy_(condition, non_blocking=True)
+        return
+    assert isinstance(condition, Mapping)
+    for name, part in buffer.items():
+        write(part, samples, condition[name])
 
 
 def check_labels(labels: Tensor | None, guidance: Guidance, batch: int) -> None:

@@ -49,10 +49,10 @@ class NoNoise:
     def load(self, buffers: NoiseBuffers, samples: slice) -> None:
         """Prepare the buffers for the first step of some samples."""
 
-    def before_step(self, buffers: NoiseBuffers, adds_noise: bool) -> None:
-        """Prepare the buffers for the next step."""
+    def before_step(self, buffers: NoiseBuffers) -> None:
+        """Prepare the buffers for the next step, one that adds noise."""
 
-    def after_step(self, buffers: NoiseBuffers, adds_noise: bool) -> None:
+    def after_step(self, buffers: NoiseBuffers) -> None:
         """Leave the caller's generator as torch would after this step."""
 
     def end(self, buffers: NoiseBuffers) -> None:
@@ -68,10 +68,8 @@ class TorchNoise(NoNoise):
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self._generators = generators
 
-    def before_step(self, buffers: NoiseBuffers, adds_noise: bool) -> None:
-        """Draw, if the step adds noise."""
-        if not adds_noise:
-            return
+    def before_step(self, buffers: NoiseBuffers) -> None:
+        """Draw the step's noise."""
         if len(self._generators) == 1:
             buffers.draw(slice(None), self._generators[0])
             return
@@ -100,16 +98,15 @@ class TorchStreamNoise(NoNoise):
             self._position = _position(self._generator)
             buffers.generator.set(*self._position)
 
-    def before_step(self, buffers: NoiseBuffers, adds_noise: bool) -> None:
+    def before_step(self, buffers: NoiseBuffers) -> None:
         """Follow the generator, if someone else has drawn from it or seeded it."""
         if isinstance(self._generator, torch.Generator) and _position(self._generator) != self._position:
             self.load(buffers, slice(None))
 
-    def after_step(self, buffers: NoiseBuffers, adds_noise: bool) -> None:
+    def after_step(self, buffers: NoiseBuffers) -> None:
         """Move the generator on, as torch would; one on the device is moved on by the kernel."""
         if isinstance(self._generator, torch.Generator):
-            if adds_noise:
-                self._generator.set_offset(self._generator.get_offset() + buffers.grid.increment)
+            self._generator.set_offset(self._generator.get_offset() + buffers.grid.increment)
             self._position = _position(self._generator)
 
     def end(self, buffers: NoiseBuffers) -> None:

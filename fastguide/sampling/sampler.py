@@ -232,7 +232,8 @@ class Sampler:
         request = make_request(options, self._table, self._guidance, x_T, **arguments)
         capture.check_mode(self.cuda_graph, x_T.device)
         table, noise, calls = request.table, request.noise, request.calls
-        between_steps = callback is not None or progress or check_finite or samples or originals or noise.between_steps
+        records = check_finite or samples or originals
+        between_steps = callback is not None or progress or records or noise.between_steps
         with self._borrow(StateKey.of(options, request, originals=originals), request.guidance) as (state, graphs):
 
             def load() -> None:
@@ -243,17 +244,22 @@ class Sampler:
             )
             load()
             recorder = Recorder(state.sample, state.original, len(calls), samples=samples, finite=check_finite)
+            adds_noise, buffers = table.adds_noise, state.noise
             try:
                 for number, call in enumerate(_progress_bar(calls) if progress else calls):
-                    noise.before_step(state.noise, table.adds_noise[call])
-                    step(call)
-                    noise.after_step(state.noise, table.adds_noise[call])
+                    if adds_noise[call]:
+                        noise.before_step(buffers)
+                        step(call)
+                        noise.after_step(buffers)
+                    else:
+                        step(call)
                     if callback is not None:
                         version = state.sample._version
                         callback(call, table.host_timesteps[call], state.sample)
                         if state.sample._version != version:  # the step has staged the model's input already
                             state.stage(table.in_scales[call + 1])
-                    recorder.after_step(number)
+                    if records:
+                        recorder.after_step(number)
             finally:
                 noise.end(state.noise)
             return recorder.result(table, request.begin)

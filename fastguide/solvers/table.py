@@ -132,14 +132,7 @@ class StepTable:
         >>> StepTable.from_columns(torch.tensor([2, 1, 0]), {"out_sample": double}, name="doubling")
         StepTable(doubling, 3 steps, timesteps 2 .. 0, device=cpu)
         """
-        real = timesteps.is_floating_point()
-        if timesteps.dim() != 1 or len(timesteps) == 0 or not (real or timesteps.dtype == torch.int64):
-            raise ValueError(
-                "timesteps: expected int64 or floating-point of shape (calls,), got "
-                f"{timesteps.dtype} of {tuple(timesteps.shape)}"
-            )
-        if real and not bool(timesteps.isfinite().all()):
-            raise ValueError(f"timesteps: expected finite values, got {timesteps.tolist()}")
+        _check_timesteps(timesteps)
         completes_step = (True,) * len(timesteps) if completes_step is None else tuple(completes_step)
         if len(completes_step) != len(timesteps):
             raise ValueError(f"completes_step: expected {len(timesteps)}, one a call, got {len(completes_step)}")
@@ -237,6 +230,17 @@ class StepTable:
         if form not in get_args(GradientForm):
             raise ValueError(f"form: expected one of {get_args(GradientForm)}, got {form!r}")
         raise ValueError(f"gradient: the form {form!r} has no use in {self.name}: {values or 'it takes no gradient'}")
+
+
+def _check_timesteps(timesteps: Tensor) -> None:
+    real = timesteps.is_floating_point()
+    if timesteps.dim() != 1 or len(timesteps) == 0 or not (real or timesteps.dtype == torch.int64):
+        raise ValueError(
+            "timesteps: expected int64 or floating-point of shape (calls,), got "
+            f"{timesteps.dtype} of {tuple(timesteps.shape)}"
+        )
+    if real and not bool(timesteps.isfinite().all()):
+        raise ValueError(f"timesteps: expected finite values, got {timesteps.tolist()}")
 
 
 def _with_gradient(rows: Tensor, form: str, gradient: Mapping[str, Tensor] | str) -> Tensor | str:

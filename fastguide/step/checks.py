@@ -304,7 +304,7 @@ def _check_layouts(arguments: StepArguments, stacked: bool, out: Tensor | None) 
     shape, strides, device = sample.shape, sample.stride(), sample.device
     new = arguments.out if out is None else None
     for tensor in elementwise(arguments) if stacked else (*elementwise(arguments), *arguments.predictions):
-        if tensor is sample or tensor is new:
+        if tensor is None or tensor is sample or tensor is new:
             continue
         if not (  # nearly always true; the slower check words what is wrong
             isinstance(tensor, Tensor)

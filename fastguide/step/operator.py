@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import NamedTuple, get_type_hints
 
 import torch
@@ -70,13 +71,9 @@ MAY_BE_OUTPUT = ("sample", "predictions", "gradient", "variance", "noise")
 NAMES = {"mask": "inpainting.mask", "known": "inpainting.original", "known_noise": "inpainting.noise"}
 """What the fields are called by the callers of ``guided_step``, where that differs."""
 
-_ELEMENTWISE_PLACES = tuple(StepArguments._fields.index(name) for name in ELEMENTWISE)
+elementwise = itemgetter(*map(StepArguments._fields.index, ELEMENTWISE))
+"""Return the fields of ``ELEMENTWISE``, in its order; some are None."""
 _INPUT_PLACES = tuple(StepArguments._fields.index(name) for name in INPUTS)
-
-
-def elementwise(arguments: StepArguments) -> list[Tensor]:
-    """Return the tensors of ``ELEMENTWISE`` that are there."""
-    return [tensor for place in _ELEMENTWISE_PLACES if (tensor := arguments[place]) is not None]  # type: ignore[misc]
 
 
 def inputs(arguments: StepArguments) -> list[Tensor]:

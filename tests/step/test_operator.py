@@ -209,7 +209,11 @@ def test_int_index_as_an_argument_stops_recompiling(name, counter, generator):
     assert len(counter.graphs) <= 3
 
 
-@pytest.mark.parametrize("source", [torch.default_generator, fastguide.DeviceGenerator(1, device="cpu")], ids=repr)
+@pytest.mark.parametrize(
+    "source",
+    [torch.default_generator, fastguide.DeviceGenerator(1, device="cpu")],
+    ids=["torch's generator", "a generator on the device"],
+)
 def test_generators_are_refused_with_words_under_compile(counter, source):
     table = TABLES["ddpm"]
     x = torch.randn(2, 3)

@@ -13,6 +13,8 @@ import torch
 from fastguide.step import noise
 from tests.support.pure_noise import drawn
 
+pytestmark = pytest.mark.xdist_group("portable statistics")  # one process draws for all
+
 LIMIT = 5.0
 SEEDS, STEPS, ELEMENTS = 16, 8, 32768  # 2^22 values
 SEED_OF, STEP_OF = torch.arange(SEEDS).repeat_interleave(STEPS), torch.arange(STEPS).repeat(SEEDS)

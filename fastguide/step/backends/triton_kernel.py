@@ -160,6 +160,16 @@ def _draw_torch(seed, offset, call, thread):
 
 
 @triton.jit
+def _draw_torch_singly(seed, offset, element, threads):
+    """Return the value that torch makes for each element, counted as it lies in memory: one of its call's four."""
+    dealt = element // threads.to(tl.uint32)
+    words = _torch_call(seed, offset, (dealt // 4).to(tl.uint64), element % threads.to(tl.uint32))
+    low = dealt % 4 < 2
+    z0, z1 = _torch_normals(tl.where(low, words[0], words[2]), tl.where(low, words[1], words[3]))
+    return tl.where(dealt % 2 == 0, z0, z1)
+
+
+@triton.jit
 def _place(pointer, stride, sample, first, BLOCK: tl.constexpr):
     return pointer + sample.to(tl.int64) * stride + first + tl.arange(0, BLOCK)
 
@@ -188,6 +198,46 @@ def _inpainted(row, result, painted, known, noise, PTX: tl.constexpr):
 
 
 @triton.jit
+def _guided(
+    predictions, strides, w, sample, first, inside,
+    K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Combine the predictions: m = sum_k w_k p_k, anchored at p_0; column 0 of the weights holds the sum of all w_k."""
+    guided = tl.zeros((BLOCK,), tl.float32)
+    if K > 0:
+        p0 = _load(_place(predictions[0], strides[0], sample, first, BLOCK), inside, EVEN)
+        guided = tl.load(w) * p0
+        for k in tl.static_range(1, K):
+            p = _load(_place(predictions[k], strides[k], sample, first, BLOCK), inside, EVEN)
+            guided = _add(guided, tl.load(w + k) * (p - p0), PTX)
+    return guided
+
+
+@triton.jit
+def _next_sample(r, values, guided, x0, g, v, z, NOISE: tl.constexpr, PTX: tl.constexpr):
+    """Move from x_0 to the next sample; g is the scaled gradient, v the learned variance: None if there is none."""
+    result = _add(tl.load(r + OUT_X0) * x0, tl.load(r + OUT_SAMPLE) * values, PTX)
+    out_pred = tl.load(r + OUT_PRED)
+    result = _add(result, tl.where(out_pred != 0.0, out_pred * guided, 0.0), PTX)  # guided may have overflowed
+    shift, deviation = tl.load(r + OUT_GRAD), tl.load(r + OUT_NOISE)
+    if v is not None:
+        log_variance = _add(tl.load(r + LOGVAR_BASE), tl.load(r + LOGVAR_SPAN) * v, PTX)
+        if g is not None:
+            var_grad = tl.load(r + OUT_VAR_GRAD)
+            by_variance = tl.where(var_grad != 0.0, var_grad * _exp(log_variance), 0.0)
+            result = _add(result, _add(shift, by_variance, PTX) * g, PTX)
+        if NOISE != NONE:
+            shaken = deviation * _exp(0.5 * log_variance) * z
+            result = _add(result, tl.where(deviation != 0.0, shaken, 0.0), PTX)  # the variance may be anything else
+    else:
+        if g is not None:
+            result = _add(result, shift * g, PTX)
+        if NOISE != NONE:
+            result = _add(result, deviation * z, PTX)
+    return result
+
+
+@triton.jit
 def _step_tile(
     tensors, strides, place, weights_step_stride, weights_batch_stride, copies, batch, z,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
@@ -205,19 +255,13 @@ def _step_tile(
     inside = tl.arange(0, BLOCK) < size - first
     values = _load(_place(x, x_stride, sample, first, BLOCK), inside, EVEN)
     w = weights + row * weights_step_stride + sample * weights_batch_stride
-    guided = tl.zeros((BLOCK,), tl.float32)
-    if K > 0:
-        p0 = _load(_place(predictions[0], prediction_strides[0], sample, first, BLOCK), inside, EVEN)
-        # m = sum_k w_k p_k, anchored at p_0: column 0 holds the sum of all w_k
-        guided = tl.load(w) * p0
-        for k in tl.static_range(1, K):
-            p = _load(_place(predictions[k], prediction_strides[k], sample, first, BLOCK), inside, EVEN)
-            guided = _add(guided, tl.load(w + k) * (p - p0), PTX)
+    guided = _guided(predictions, prediction_strides, w, sample, first, inside, K, EVEN, PTX, BLOCK)
     if NOISE == GIVEN:
         z = _load(_place(noise, noise_stride, sample, first, BLOCK), inside, EVEN)
 
     r = rows + row * NUM_COLUMNS
     x0 = _add(tl.load(r + X0_SAMPLE) * values, tl.load(r + X0_PRED) * guided, PTX)
+    g = None
     if gradient is not None:
         scale = tl.load(w + (K if K > 0 else 1))
         g = scale * _load(_place(gradient, gradient_stride, sample, first, BLOCK), inside, EVEN)
@@ -227,26 +271,10 @@ def _step_tile(
     x0 = tl.where(-clip > x0, -clip, x0)  # comparisons in this order let NaN through
     x0 = tl.where(clip < x0, clip, x0)
 
-    result = _add(tl.load(r + OUT_X0) * x0, tl.load(r + OUT_SAMPLE) * values, PTX)
-    out_pred = tl.load(r + OUT_PRED)
-    result = _add(result, tl.where(out_pred != 0.0, out_pred * guided, 0.0), PTX)  # guided may have overflowed
-    shift, deviation = tl.load(r + OUT_GRAD), tl.load(r + OUT_NOISE)
+    v = None
     if variance is not None:
         v = _load(_place(variance, variance_stride, sample, first, BLOCK), inside, EVEN)
-        log_variance = _add(tl.load(r + LOGVAR_BASE), tl.load(r + LOGVAR_SPAN) * v, PTX)
-        if gradient is not None:
-            var_grad = tl.load(r + OUT_VAR_GRAD)
-            by_variance = tl.where(var_grad != 0.0, var_grad * _exp(log_variance), 0.0)
-            result = _add(result, _add(shift, by_variance, PTX) * g, PTX)
-        if NOISE != NONE:
-            shaken = deviation * _exp(0.5 * log_variance) * z
-            result = _add(result, tl.where(deviation != 0.0, shaken, 0.0), PTX)  # the variance may be anything else
-    else:
-        if gradient is not None:
-            result = _add(result, shift * g, PTX)
-        if NOISE != NONE:
-            result = _add(result, deviation * z, PTX)
-
+    result = _next_sample(r, values, guided, x0, g, v, z, NOISE, PTX)
     if mask is not None:
         k = _load(_place(known, known_stride, sample, first, BLOCK), inside, EVEN)
         zk = _load(_place(known_noise, known_noise_stride, sample, first, BLOCK), inside, EVEN)
@@ -393,11 +421,7 @@ def step_kernel(
         if NOISE == TORCH_STREAM:
             counted = _counted(first + tl.arange(0, BLOCK), channels, size, COUNTED)
             element = (sample * size).to(tl.uint32) + counted.to(tl.uint32)
-            dealt = element // threads.to(tl.uint32)
-            words = _torch_call(seed, offset, (dealt // 4).to(tl.uint64), element % threads.to(tl.uint32))
-            low = dealt % 4 < 2
-            z0, z1 = _torch_normals(tl.where(low, words[0], words[2]), tl.where(low, words[1], words[3]))
-            z = tl.where(dealt % 2 == 0, z0, z1).to(x.dtype.element_ty).to(tl.float32)
+            z = _draw_torch_singly(seed, offset, element, threads).to(x.dtype.element_ty).to(tl.float32)
         if live:
             _step_tile(
                 tensors, strides, (sample, first, size, row, in_table),

@@ -10,6 +10,8 @@ import pytest
 from fastguide.step.backends import native
 from tests.support.machine_code import cuobjdump, instructions, resource_usage
 
+pytestmark = pytest.mark.xdist_group("machine code")  # one process reads each library once
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 MAX_REGISTERS = 128  # four blocks of 128 threads a multiprocessor, at the least
 

@@ -14,6 +14,8 @@ from tests.support.machine_code import instructions, resource_usage
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.xdist_group("triton code")  # one process compiles for all
+
 MAX_REGISTERS = 128
 CASES = {  # of compile_triton.py: the least 16-byte loads and stores of a thread's eight elements, two for float32
     "a mixed pair of predictions": (2 + 1 + 1, 2),

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -80,17 +82,28 @@ def _module() -> ModuleType | str:
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to somebody else")
     library = folder / f"{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as place:  # another process may be doing the same
-            built = Path(place) / library.name
-            run = subprocess.run([*command, "-o", str(built)], stderr=subprocess.PIPE, text=True)
-            if run.returncode != 0:
-                return run.stderr
-            built.replace(library)
+    with _alone(folder / "lock"):
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                built = Path(place) / library.name
+                run = subprocess.run([*command, "-o", str(built)], stderr=subprocess.PIPE, text=True)
+                if run.returncode != 0:
+                    return run.stderr
+                built.replace(library)
     spec = importlib.util.spec_from_file_location(NAME, library)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock: the tests run in several, of which one compiles for all."""
+    import fcntl  # of Unix alone; why_not says so
+
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def arguments_of(*arguments: object) -> dict:

@@ -70,20 +70,23 @@ class Traced(Tensor):
 class Deferred(Tensor):
     """A tensor without memory, until something but its shape, dtype and device is asked for."""
 
-    _function: Callable[[], Tensor]
     _value: Tensor | None
 
     @classmethod
-    def of(cls, like: Tensor, function: Callable[[], Tensor]) -> Any:
-        """Return a placeholder for a function's result, with the shape, dtype and device of another tensor."""
-        deferred: Any = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
-        deferred._function, deferred._value = function, None
+    def like(cls, tensor: Tensor) -> Any:
+        """Return a placeholder with the shape, dtype and device of a tensor."""
+        deferred: Any = Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        deferred._value = None
         return deferred
+
+    def _compute(self) -> Tensor:
+        """Return what was deferred; each subclass has its own."""
+        raise NotImplementedError(type(self).__name__)
 
     def computed(self) -> Tensor:
         """Return the tensor itself."""
         if self._value is None:
-            self._value = self._function()
+            self._value = self._compute()
             self._version_computed = self._value._version if not self._value.is_inference() else 0
         return self._value
 
@@ -105,6 +108,22 @@ class Deferred(Tensor):
         return function(*tree_map(_plain, arguments), **tree_map(_plain, keywords or {}))
 
 
+class DeferredCall(Deferred):
+    """A function's result."""
+
+    _function: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, like: Tensor, function: Callable[[], Tensor]) -> Any:
+        """Return a placeholder for a function's result, with the shape, dtype and device of another tensor."""
+        deferred: Any = cls.like(like)
+        deferred._function = function
+        return deferred
+
+    def _compute(self) -> Tensor:
+        return self._function()
+
+
 class Guided(Deferred):
     """``scale * (cond - uncond)``, or, if ``complete``, that and ``uncond``."""
 
@@ -119,7 +138,7 @@ class Guided(Deferred):
 
         ``scale``: ``None`` until the difference is multiplied; ``part``: the guidance that this one is made of.
         """
-        guided: Guided = cls.of(pair.uncond, lambda: guided._compute())
+        guided: Guided = cls.like(pair.uncond)
         guided.pair, guided.scale, guided.complete = pair, scale, complete
         guided._versions = pair.versions() if part is None else part._versions
         return guided

@@ -16,7 +16,7 @@ from ..step.guided_step import guided_step
 from ..step.memory import DTYPES, dense_within_sample, empty_like, in_layout_of, same_layout
 from ..step.noise import DeviceGenerator
 from .guidance_arguments import Scale, guidance_of
-from .lazy_guidance import Deferred, Output, resolved
+from .lazy_guidance import DeferredCall, Output, resolved
 from .noise import Generators, noise_of
 from .tables import TableCache, current_tables, is_defined, prepare_tables, table_of
 from .timesteps import HostTimesteps, move_timesteps, row_of
@@ -238,7 +238,7 @@ def run(planned: Plan, generator: Generators, noise: Tensor | None, draws: bool,
     predict_original = _original_later(planned, result, inputs)
     if return_dict:
         return planned.output_type(result, predict_original)
-    return result, Deferred.of(result, predict_original)
+    return result, DeferredCall.of(result, predict_original)
 
 
 def _guided_step(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import NamedTuple, get_type_hints
 
 import torch
@@ -61,18 +60,21 @@ class StepArguments(NamedTuple):
         ]
 
 
+def elementwise(a: StepArguments) -> tuple[Tensor | None, ...]:
+    """Return the fields that have an element for each of the sample's; None where one is absent."""
+    return a.out, a.original, a.sample, a.gradient, a.variance, a.noise, a.mask, a.known, a.known_noise
+
+
+ELEMENTWISE: tuple[str, ...] = elementwise(StepArguments._make(StepArguments._fields))  # type: ignore[assignment]
+"""The names of those fields."""
 WRITTEN = ("out", "original", "staged", "philox", "cursor", "timestep")
 """Fields that the step writes."""
-ELEMENTWISE = ("out", "original", "sample", "gradient", "variance", "noise", "mask", "known", "known_noise")
-"""Fields that have an element for each of the sample's."""
 INPUTS = tuple(name for name in ELEMENTWISE if name not in WRITTEN)
 MAY_BE_OUTPUT = ("sample", "predictions", "gradient", "variance", "noise")
 """Inputs that ``out`` and ``original`` may be, element for element: ``may_be_output`` in csrc/kernels/arguments.h."""
 NAMES = {"mask": "inpainting.mask", "known": "inpainting.original", "known_noise": "inpainting.noise"}
 """What the fields are called by the callers of ``guided_step``, where that differs."""
 
-elementwise = itemgetter(*map(StepArguments._fields.index, ELEMENTWISE))
-"""Return the fields of ``ELEMENTWISE``, in its order; some are None."""
 _INPUT_PLACES = tuple(StepArguments._fields.index(name) for name in INPUTS)
 
 

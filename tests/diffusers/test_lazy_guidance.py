@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -187,3 +189,27 @@ def test_thresholding_and_gradients_take_a_guider_s_result():
     torch.testing.assert_close(got, theirs.step(plain, 83, x).prev_sample)
     cond.requires_grad_()
     assert guider.forward(cond, uncond)[0].requires_grad
+
+
+@pytest.mark.parametrize("by", ["a traced output", "a guider"])
+def test_nothing_outlives_its_step(by):
+    """Without Python's collector of cycles: an output is freed with the last name that a pipeline has for it."""
+    scheduler, _ = pair("DDIMScheduler")
+    scheduler.set_timesteps(STEPS)
+    guider = guiders.ClassifierFreeGuidance(guidance_scale=3.0)
+    guider.set_state(step=3, num_inference_steps=STEPS, timestep=3)
+    x, outputs = randn(2, 3, 8, 8), []
+    gc.collect()
+    gc.disable()
+    try:
+        for timestep in scheduler.timesteps:
+            output = randn(4, 3, 8, 8)
+            outputs.append(weakref.ref(output))
+            uncond, cond = (output if by == "a guider" else Traced.of(output)).chunk(2)
+            guided = guider.forward(cond, uncond)[0] if by == "a guider" else uncond + 3.0 * (cond - uncond)
+            assert type(guided) is Guided
+            x = scheduler.step(guided, timestep, x).prev_sample
+            del output, uncond, cond, guided
+            assert sum(alive() is not None for alive in outputs) == 0
+    finally:
+        gc.enable()

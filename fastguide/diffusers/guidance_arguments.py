@@ -106,17 +106,21 @@ def _check_doubled(output: Output, sample: Tensor, guided: bool) -> None:
     batch = sample.shape[0] if sample.dim() else 0
     if isinstance(output, tuple) or batch == 0:  # twice nothing is nothing
         return
-    doubled = output.dim() > 0 and output.shape[0] == 2 * batch
-    if doubled == guided:
-        return
-    shapes = f"got shapes {tuple(output.shape)} and {tuple(sample.shape)}"
-    if doubled:
+    if output.dim() > 0 and output.shape[0] == 2 * batch:
+        if not guided:
+            raise ValueError(
+                f"model_output: expected the sample's batch, or guidance_scale= with twice that batch; "
+                f"{_shapes(output, sample)}"
+            )
+    elif guided:
         raise ValueError(
-            f"model_output: expected the sample's batch, or guidance_scale= with twice that batch; {shapes}"
+            "model_output: expected twice the sample's batch with guidance_scale=, [unconditional, conditional]; "
+            f"{_shapes(output, sample)}"
         )
-    raise ValueError(
-        f"model_output: expected twice the sample's batch with guidance_scale=, [unconditional, conditional]; {shapes}"
-    )
+
+
+def _shapes(output: Tensor, sample: Tensor) -> str:
+    return f"got shapes {tuple(output.shape)} and {tuple(sample.shape)}"
 
 
 def combined(

@@ -8,10 +8,11 @@ import torch
 from diffusers.guiders import classifier_free_guidance as _diffusers
 from torch import Tensor
 
-from .lazy_guidance import Pair, Traced
+from .lazy_guidance import Prediction, TracedPair
+from .saved_as import SavedAsDiffusers
 
 
-class ClassifierFreeGuidance(_diffusers.ClassifierFreeGuidance):
+class ClassifierFreeGuidance(_diffusers.ClassifierFreeGuidance, metaclass=SavedAsDiffusers):
     """``diffusers.ClassifierFreeGuidance``, whose result is computed in the step of one of fastguide's schedulers.
 
     It has the same configuration and interface. Anything else that uses the result, such as rescaled guidance, makes
@@ -21,7 +22,8 @@ class ClassifierFreeGuidance(_diffusers.ClassifierFreeGuidance):
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
         """Combine the predictions as diffusers does, but trace them first."""
         if pred_uncond is not None and _traceable(pred_uncond) and _traceable(pred_cond):
-            pred_uncond, pred_cond = Traced.both(Pair(pred_uncond, pred_cond))
+            source = TracedPair(pred_uncond, pred_cond)
+            pred_uncond, pred_cond = Prediction(source, 0), Prediction(source, 1)  # type: ignore[assignment]
         return super().forward(pred_cond, pred_uncond)
 
 

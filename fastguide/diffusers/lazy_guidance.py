@@ -1,266 +1,255 @@
-"""Compute tensors only when they are used: a pipeline's guidance, and the x_0 that a step predicts.
+"""Leave a pipeline's guidance to the scheduler's step, which makes both in one pass.
 
-A pipeline that is accelerated gets its model's output as a ``Traced`` tensor. Halving that, and the three operations of
-classifier-free guidance, ``uncond + guidance_scale * (cond - uncond)``, give a ``Guided`` tensor, which the scheduler's
-step takes apart. Any other operation computes what was deferred, with the pipeline's own operations, and goes on with a
-plain tensor.
+A pipeline that is accelerated gets its model's output ``Traced``, with halves that are ``Prediction``s. The three
+operations of classifier-free guidance, ``uncond + guidance_scale * (cond - uncond)``, make a ``Guided`` of them, which
+the step takes apart. Any other operation computes the tensor that they stand for, and goes on with it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from numbers import Real
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from .lazy_tensor import LazyTensor, plain
 
 Scale = float | Tensor
 Output = Tensor | tuple[Tensor, Tensor]
 """A model's output: one tensor, or the unconditional and the conditional prediction."""
 
 
-@dataclass(eq=False)
-class Pair:
-    """Two predictions, and the tensor that holds both, ``[uncond, cond]``, if one does."""
+class Fusion:
+    """What the models and schedulers of one pipeline know of each other: whether guidance is fused, and how often."""
 
-    uncond: Tensor
-    cond: Tensor
-    whole: Tensor | None = None
+    __slots__ = ("callers", "counts", "tries")
 
-    def versions(self) -> tuple[int, int]:
-        """Return both tensors' version counters."""
-        return self.uncond._version, self.cond._version
+    def __init__(self) -> None:
+        self.callers: dict[int, CodeType] = {}
+        """The code of the pipelines' methods, whose calls of the models are traced, by identity."""
+        self.tries = True
+        """Whether models' outputs are traced. A run in which guidance is used before the step ends that, until the next
+        run: rescaled guidance, for example, is computed by the pipeline at every step."""
+        self.counts: Counter[str] = Counter()
+        """Steps, by what was done."""
 
-    def output(self) -> Output:
-        """Return the model output as a scheduler's ``step`` takes it."""
-        return (self.uncond, self.cond) if self.whole is None else self.whole
-
-
-class Traced(Tensor):
-    """A model's output, or one of a pair of predictions: the same memory as the plain tensor."""
-
-    _whole: Tensor | None
-    _pair: Pair | None
-    _half: int
-
-    @classmethod
-    def of(cls, output: Tensor) -> Tensor:
-        """Return a model's output, traced."""
-        traced = output.as_subclass(cls)
-        traced._whole, traced._pair = output, None
-        return traced
-
-    @classmethod
-    def both(cls, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Return the unconditional and the conditional prediction, traced."""
-        uncond, cond = pair.uncond.as_subclass(cls), pair.cond.as_subclass(cls)
-        for half, traced in enumerate((uncond, cond)):
-            traced._whole, traced._pair, traced._half = None, pair, half
-        return uncond, cond
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
-    ) -> Any:
-        return _function(function, arguments, keywords or {})
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
+        copied = Fusion()
+        copied.callers = dict(self.callers)
+        return copied
 
 
-class Deferred(Tensor):
-    """A tensor without memory, until something but its shape, dtype and device is asked for."""
+class Traced(LazyTensor):
+    """A model's output, ``[uncond, cond]``: the tensor itself, whose halves are predictions."""
 
-    _value: Tensor | None
+    __slots__ = ("_fusion", "output")
 
-    @classmethod
-    def like(cls, tensor: Tensor) -> Any:
-        """Return a placeholder with the shape, dtype and device of a tensor."""
-        deferred: Any = Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        deferred._value = None
-        return deferred
+    def __init__(self, output: Tensor, fusion: Fusion) -> None:
+        self._value = self.output = output
+        self._fusion = fusion
 
-    def _compute(self) -> Tensor:
-        """Return what was deferred; each subclass has its own."""
-        raise NotImplementedError(type(self).__name__)
+    def like(self) -> Tensor:
+        """Return the output itself."""
+        return self.output
 
-    def computed(self) -> Tensor:
-        """Return the tensor itself."""
-        if self._value is None:
-            self._value = self._compute()
-            self._version_computed = self._value._version if not self._value.is_inference() else 0
-        return self._value
+    def chunk(self, chunks: int, dim: int = 0) -> Any:
+        """Return the halves as predictions, and any other parts as they are."""
+        output = self.output
+        if chunks != 2 or dim != 0 or output.dim() == 0 or output.shape[0] % 2:
+            return output.chunk(chunks, dim)
+        if output.requires_grad or output.is_inference():  # torch does not count who writes to an inference tensor
+            return output.chunk(2)
+        return Prediction(self, 0), Prediction(self, 1)
 
-    def is_unchanged(self) -> bool:
-        """Tell whether nothing has been written to it since it was computed."""
-        value = self._value
-        return value is None or (not value.is_inference() and value._version == self._version_computed)
+    def prediction(self, half: int) -> Tensor:
+        """Return the unconditional (0) or the conditional (1) prediction."""
+        batch = self.output.shape[0] // 2
+        return self.output.narrow(0, half * batch, batch)
 
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
-    ) -> Any:
-        return _function(function, arguments, keywords or {})
+    def version(self) -> int:
+        """Return how often the predictions were written to."""
+        return self.output._version
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
-    ) -> Any:
-        return function(*tree_map(_plain, arguments), **tree_map(_plain, keywords or {}))
+    def fits(self, sample: Tensor) -> bool:
+        """Tell whether each prediction has the sample's shape."""
+        batch, *shape = self.output.shape
+        return [batch // 2, *shape] == list(sample.shape)
+
+    def is_used(self) -> None:
+        """Note that guidance is used before the step."""
+        self._fusion.tries = False
 
 
-class DeferredCall(Deferred):
-    """A function's result."""
+class TracedPair:
+    """The two outputs of a model, as a guider gets them."""
 
-    _function: Callable[[], Tensor]
+    __slots__ = ("output",)
 
-    @classmethod
-    def of(cls, like: Tensor, function: Callable[[], Tensor]) -> Any:
-        """Return a placeholder for a function's result, with the shape, dtype and device of another tensor."""
-        deferred: Any = cls.like(like)
-        deferred._function = function
-        return deferred
+    def __init__(self, uncond: Tensor, cond: Tensor) -> None:
+        self.output = uncond, cond
+
+    def prediction(self, half: int) -> Tensor:
+        """Return the unconditional (0) or the conditional (1) prediction."""
+        return self.output[half]
+
+    def version(self) -> tuple[int, int]:
+        """Return how often the predictions were written to."""
+        return self.output[0]._version, self.output[1]._version
+
+    def fits(self, sample: Tensor) -> bool:
+        """Tell whether each prediction has the sample's shape."""
+        return self.output[0].shape == self.output[1].shape == sample.shape
+
+    def is_used(self) -> None:
+        """Note that guidance is used before the step: a guider is asked anew each time."""
+
+
+class Prediction(LazyTensor):
+    """The unconditional (0) or the conditional (1) prediction of a model's output."""
+
+    __slots__ = ("half", "source")
+
+    def __init__(self, source: Traced | TracedPair, half: int) -> None:
+        self._value, self.source, self.half = None, source, half
+
+    def like(self) -> Tensor:
+        """Return the prediction itself, which is a view."""
+        return self.computed()
 
     def _compute(self) -> Tensor:
-        return self._function()
+        return self.source.prediction(self.half)
+
+    def __sub__(self, other: Any) -> Any:
+        source = self.source
+        if type(other) is Prediction and other.source is source and self.half > other.half:
+            return Guided(source, None, False, source.version())
+        return self.computed() - other
+
+    def __add__(self, other: Any) -> Any:
+        if type(other) is Guided and other.source is self.source and not other.complete and other._value is None:
+            scale = 1.0 if other.scale is None else other.scale
+            # added to the conditional one, in the paper's own form, it has one more
+            return Guided(self.source, scale + 1 if self.half else scale, True, other.version)
+        return self.computed() + other
 
 
-class Guided(Deferred):
-    """``scale * (cond - uncond)``, or, if ``complete``, that and ``uncond``."""
+class Guided(LazyTensor):
+    """``scale * (cond - uncond)``, or, if ``complete``, that and ``uncond``; without a scale, until it is multiplied.
 
-    pair: Pair
-    scale: Scale | None
-    complete: bool
-    _versions: tuple[int, int]
+    ``version``: of the predictions, when their difference was taken.
+    """
 
-    @classmethod
-    def of_pair(cls, pair: Pair, scale: Scale | None, complete: bool, part: Guided | None = None) -> Guided:
-        """Defer guidance of two predictions.
+    __slots__ = ("complete", "scale", "source", "version")
 
-        ``scale``: ``None`` until the difference is multiplied; ``part``: the guidance that this one is made of.
-        """
-        guided: Guided = cls.like(pair.uncond)
-        guided.pair, guided.scale, guided.complete = pair, scale, complete
-        guided._versions = pair.versions() if part is None else part._versions
-        return guided
+    def __init__(
+        self, source: Traced | TracedPair, scale: Scale | None, complete: bool, version: int | tuple[int, int]
+    ) -> None:
+        self._value = None
+        self.source = source
+        self.scale = scale
+        self.complete = complete
+        self.version = version
 
-    def output(self) -> Output:
-        """Return the pair for a step, as it was when guidance was taken from it.
+    def like(self) -> Tensor:
+        """Return the unconditional prediction."""
+        return self.source.prediction(0)
+
+    def is_whole(self) -> bool:
+        """Tell whether it is guidance as a step makes it, and nobody has seen its values."""
+        return self.complete and self._value is None
+
+    def check_unchanged(self) -> None:
+        """Refuse predictions that are not what they were when their difference was taken.
 
         Raises:
-            RuntimeError: it has been written to since.
+            RuntimeError: one has been written to since.
         """
-        if self.pair.versions() != self._versions:
+        if self.source.version() != self.version:
             raise RuntimeError(
                 "the model's output was written to after guidance had been taken from it: expected plain tensors for "
                 "that, as without fastguide.diffusers.accelerate() or a guider of fastguide's"
             )
-        return self.pair.output()
 
     def _compute(self) -> Tensor:
-        self.output()
-        uncond, cond = self.pair.uncond, self.pair.cond
+        self.check_unchanged()
+        self.source.is_used()
+        uncond, cond = self.source.prediction(0), self.source.prediction(1)
         value = cond - uncond if self.scale is None else self.scale * (cond - uncond)
         return uncond + value if self.complete else value
 
+    def __mul__(self, other: Any) -> Any:
+        if self._value is None and self.scale is None and not self.complete:
+            scale = other if type(other) is float else self._scale_of(other)
+            if scale is not None:
+                return Guided(self.source, scale, False, self.version)
+        return self.computed() * other
 
-def resolved(output: Tensor, sample: Tensor, guidance_scale: Any) -> tuple[Output, Any]:
-    """Return a step's model output and guidance scale; deferred guidance is taken apart into both.
+    __rmul__ = __mul__
 
-    Raises:
-        TypeError: the output or the sample is no tensor.
-    """
-    if not isinstance(sample, Tensor):
-        raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
-    if not isinstance(output, Tensor):
-        hint = "; its .sample is one" if isinstance(getattr(output, "sample", None), Tensor) else ""
-        hint = "; its [0] is one" if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else hint
-        raise TypeError(f"model_output: expected a tensor, got {type(output).__name__}{hint}")
-    if guidance_scale is None and _is_complete(output) and output.shape == sample.shape:
-        assert isinstance(output, Guided)
-        scale = 1.0 if output.scale is None else output.scale
-        return output.output(), scale.reshape(-1) if isinstance(scale, Tensor) else scale
-    return _plain(output), guidance_scale
+    def __add__(self, other: Any) -> Any:
+        if type(other) is Prediction:
+            return other + self
+        return self.computed() + other
 
-
-def _is_complete(output: Tensor) -> bool:
-    return type(output) is Guided and output.complete and output.is_unchanged()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Deferred):
-        return value.computed()
-    return value.as_subclass(Tensor) if isinstance(value, Traced) else value
-
-
-def _function(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    rule = _RULES.get(function)
-    if rule is not None and not keywords:
-        with torch._C.DisableTorchFunctionSubclass():
-            deferred = rule(*arguments)
-        if deferred is not None:
-            return deferred
-    if function in _METADATA or (function in _AUTOGRAD and type(arguments[0]) is Traced):
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*arguments, **keywords)
-    return function(*tree_map(_plain, arguments), **tree_map(_plain, keywords))
-
-
-def _halves(output: Any, count: Any = None, dim: Any = 0) -> Any:
-    whole = getattr(output, "_whole", None)
-    if whole is not None and count == 2 and dim == 0 and len(whole) % 2 == 0:
-        uncond, cond = whole.chunk(2)
-        return Traced.both(Pair(uncond, cond, whole))
-    return None
-
-
-def _difference(cond: Any, uncond: Any) -> Any:
-    pair = getattr(cond, "_pair", None)
-    same = getattr(uncond, "_pair", None) is pair
-    if not isinstance(pair, Pair) or not same:
-        return None
-    in_order = (cond._half, uncond._half) == (1, 0) and pair.cond.dtype == pair.uncond.dtype
-    return Guided.of_pair(pair, None, False) if in_order else None
-
-
-def _scaled(first: Any, second: Any) -> Any:
-    guided, scale = (first, second) if type(first) is Guided else (second, first)
-    if type(guided) is not Guided or guided.complete or guided.scale is not None or not guided.is_unchanged():
-        return None
-    if isinstance(scale, (Deferred, Traced)):
-        return None
-    if isinstance(scale, Tensor):
-        one_a_sample = (guided.shape[0], *[1] * (guided.dim() - 1))
-        fits = not scale.requires_grad and (scale.dim() == 0 or tuple(scale.shape) == one_a_sample)
-        fits = fits and scale.device == guided.device
-        if not fits or torch.result_type(scale, guided) != guided.dtype:
-            return None
-        return Guided.of_pair(guided.pair, scale, False, guided)
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    return Guided.of_pair(guided.pair, float(scale), False, guided) if number else None
-
-
-def _sum(first: Any, second: Any) -> Any:
-    guided, prediction = (first, second) if type(first) is Guided else (second, first)
-    if type(guided) is not Guided or guided.complete or getattr(prediction, "_pair", None) is not guided.pair:
-        return None
-    if not guided.is_unchanged():
-        return None
-    scale = 1.0 if guided.scale is None else guided.scale
-    scale = scale + prediction._half  # from the conditional one: the paper's own form
-    return Guided.of_pair(guided.pair, scale, True, guided)
+    def _scale_of(self, scale: Any) -> Scale | None:
+        """Return what a difference may be multiplied by later: a number, or one number a sample in its own dtype."""
+        if type(scale) is Tensor:
+            uncond = self.like()
+            one_a_sample = (uncond.shape[0], *[1] * (uncond.dim() - 1))
+            fits = not scale.requires_grad and (scale.dim() == 0 or tuple(scale.shape) == one_a_sample)
+            fits = fits and scale.device == uncond.device and torch.result_type(scale, uncond) == uncond.dtype
+            return scale if fits else None
+        return float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else None
 
 
 def _names(*names: str) -> list[Any]:
     return [getattr(where, name) for name in names for where in (torch, Tensor) if hasattr(where, name)]
 
 
-_RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_names("chunk"), _halves),
-    **dict.fromkeys(_names("sub", "__sub__", "subtract"), _difference),
-    **dict.fromkeys(_names("mul", "__mul__", "__rmul__", "multiply"), _scaled),
-    **dict.fromkeys(_names("add", "__add__", "__radd__"), _sum),
+def _operation(kinds: tuple[type, ...], name: str, reflected: str) -> Callable[[Any, Any], Any]:
+    """Return a function of two tensors, at least one of which is lazy, that asks the one of these kinds first."""
+
+    def operation(first: Any, second: Any) -> Any:
+        if type(first) in kinds:
+            return getattr(first, name)(second)
+        if type(second) in kinds:
+            return getattr(second, reflected)(first)
+        return getattr(plain(first), name)(plain(second))
+
+    return operation
+
+
+LazyTensor.rules |= {
+    **dict.fromkeys(_names("chunk"), lambda output, *how: output.chunk(*how)),
+    **dict.fromkeys(_names("sub", "__sub__", "subtract"), _operation((Prediction,), "__sub__", "__rsub__")),
+    **dict.fromkeys(_names("mul", "__mul__", "__rmul__", "multiply"), _operation((Guided,), "__mul__", "__mul__")),
+    **dict.fromkeys(_names("add", "__add__", "__radd__"), _operation((Prediction, Guided), "__add__", "__add__")),
 }
-_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad")
-_METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES}
-_METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex}
-_AUTOGRAD = {Tensor.requires_grad_, *(getattr(Tensor, name).__set__ for name in ("requires_grad", "data"))}
+
+
+def resolved(output: Any, sample: Tensor, guidance_scale: Any) -> tuple[Output, Any]:
+    """Return a step's model output and guidance scale; guidance that was left to the step is taken apart into both.
+
+    Raises:
+        TypeError: the output or the sample is no tensor.
+        RuntimeError: the output was written to after guidance had been taken from it.
+    """
+    if type(output) is Tensor and isinstance(sample, Tensor):
+        return output, guidance_scale
+    sample = plain(sample)
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
+    if type(output) is Guided and guidance_scale is None and output.is_whole() and output.source.fits(sample):
+        output.check_unchanged()
+        scale = output.scale
+        return output.source.output, scale.reshape(-1) if isinstance(scale, Tensor) else scale
+    output = plain(output)
+    if not isinstance(output, Tensor):
+        hint = "; its .sample is one" if isinstance(getattr(output, "sample", None), Tensor) else ""
+        hint = "; its [0] is one" if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else hint
+        raise TypeError(f"model_output: expected a tensor, got {type(output).__name__}{hint}")
+    return output, guidance_scale

@@ -1,10 +1,12 @@
-"""Return diffusers' own output types from a step, but compute the predicted original sample when it is read."""
+"""Return what diffusers' own step returns, but compute the predicted original sample when it is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from diffusers.schedulers import (
     scheduling_ddim,
     scheduling_ddim_inverse,
@@ -13,6 +15,45 @@ from diffusers.schedulers import (
     scheduling_ddpm_parallel,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class LazyOriginal(Tensor):
+    """A predicted x_0 in a tuple: a tensor without memory, until more than its shape, dtype and device is asked for."""
+
+    _predict: Callable[[], Tensor]
+    _value: Tensor | None = None
+
+    @classmethod
+    def of(cls, prev_sample: Tensor, predict_original: Callable[[], Tensor]) -> Any:
+        """Return the x_0 of a step, with the shape, dtype and device of its next sample."""
+        shape, dtype, device = prev_sample.shape, prev_sample.dtype, prev_sample.device
+        original: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        original._predict = predict_original
+        return original
+
+    @staticmethod
+    def _computed(value: Any) -> Any:
+        if not isinstance(value, LazyOriginal):
+            return value
+        if value._value is None:
+            value._value = value._predict()
+        return value._value
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        if function in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*arguments, **(keywords or {}))
+        return function(*tree_map(cls._computed, arguments), **tree_map(cls._computed, keywords or {}))
+
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
+
+
+_METADATA = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad")}
+_METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex}
 
 
 class _Lazy:
@@ -20,7 +61,7 @@ class _Lazy:
 
     A dataclass with a property for ``pred_original_sample`` is not enough: diffusers' ``BaseOutput`` is an OrderedDict
     besides, whose ``__post_init__`` reads every field to store it as an item, and torch knows it as a pytree node. So
-    each way of reading a dictionary (``_DICTIONARY_METHODS``) computes x_0 first, and then is diffusers' own.
+    each way of reading a dictionary that may need x_0 (``_READERS``) computes it first, and then is diffusers' own.
     """
 
     plain: Any
@@ -35,13 +76,16 @@ class _Lazy:
         else:  # past diffusers' __setattr__, which reads the dictionary
             self.__dict__.update(prev_sample=prev_sample, _predict_original=predict_original)
 
-    def _complete(self) -> Any:
-        """Compute x_0, and become diffusers' own output."""
-        prev_sample, original = self.__dict__["prev_sample"], self.__dict__["_predict_original"]()
-        self.__dict__.clear()
+    def _become(self, original: Tensor) -> Any:
+        """Become diffusers' own output, with this x_0."""
+        prev_sample = self.__dict__.pop("prev_sample")
+        del self.__dict__["_predict_original"]
         object.__setattr__(self, "__class__", self.plain)
         self.__init__(prev_sample, pred_original_sample=original)  # type: ignore[misc]
         return self
+
+    def _complete(self) -> Any:
+        return self._become(self.__dict__["_predict_original"]())
 
     @property
     def pred_original_sample(self) -> Tensor:
@@ -50,9 +94,42 @@ class _Lazy:
         return original
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, (int, str)) and key in (0, "prev_sample"):
+        wanted: Any = key if isinstance(key, str) else _FIELDS[key]
+        if wanted == "prev_sample":
             return self.__dict__["prev_sample"]
-        return self._complete()[key]
+        return (self.__dict__["prev_sample"],) if wanted == ("prev_sample",) else self._complete()[key]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return a field, as a dictionary does."""
+        return self[key] if key in _FIELDS else default
+
+    def keys(self) -> Any:
+        """Return the fields' names, as a dictionary does."""
+        return OrderedDict.fromkeys(_FIELDS).keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_FIELDS)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(_FIELDS)
+
+    def __len__(self) -> int:
+        return len(_FIELDS)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in _FIELDS
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "pred_original_sample":
+            self._become(value)
+        else:
+            self.__dict__[name] = value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in _FIELDS:
+            setattr(self, key, value)
+        else:
+            self._complete()[key] = value
 
 
 def _completing(name: str) -> Callable[..., Any]:
@@ -63,12 +140,12 @@ def _completing(name: str) -> Callable[..., Any]:
     return method
 
 
-_DICTIONARY_METHODS = (
-    *("__contains__", "__eq__", "__iter__", "__len__", "__ne__", "__or__", "__reduce__", "__reduce_ex__", "__repr__"),
-    *("__reversed__", "__ror__", "__setattr__", "__setitem__", "clear", "copy", "get", "items", "keys", "move_to_end"),
-    *("popitem", "to_tuple", "values"),
+_FIELDS = ("prev_sample", "pred_original_sample")
+_READERS = (
+    *("__delitem__", "__eq__", "__ior__", "__ne__", "__or__", "__reduce__", "__reduce_ex__", "__repr__", "__ror__"),
+    *("clear", "copy", "items", "move_to_end", "pop", "popitem", "setdefault", "to_tuple", "update", "values"),
 )
-for _name in _DICTIONARY_METHODS:
+for _name in _READERS:
     setattr(_Lazy, _name, _completing(_name))
 
 

@@ -1,44 +1,52 @@
-"""Accelerate whole pipelines: exchange the scheduler and fuse the pipeline's guidance, without editing either."""
+"""Accelerate whole pipelines: exchange the schedulers and fuse the pipelines' guidance, without editing either."""
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
-import torch
-from torch import Tensor
 
-from .lazy_guidance import Traced
+from .lazy_guidance import Fusion
 from .scheduler_step import SchedulerStep
 from .schedulers import SERVED
+from .tracing import trace_models
 
-_SCHEDULERS = ("scheduler", "inverse_scheduler")
-_MODELS = ("unet", "transformer")
 _CHANGES = "_fastguide_changes"
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What ``accelerate`` did to a pipeline.
+    """What ``accelerate`` did to a pipeline, and what its steps have been since.
 
-    ``exchanged``: the schedulers by their places in the pipeline, with their classes. ``traced``: the models whose
-    guidance is fused into the step. ``left_alone``: parts that stay as they were, each with the reason.
+    Parts of a pipeline within the pipeline have its name before their own: ``decoder_pipe.scheduler``. What is in
+    several places is named at the first.
     """
 
     exchanged: dict[str, str]
-    traced: list[str]
+    """The schedulers that are fastguide's now, with their classes."""
+    tried: list[str]
+    """The models whose guidance is fused if the pipeline computes it in the form that the step can take apart."""
     left_alone: dict[str, str]
+    """Parts that stay as they were, each with the reason."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Steps made since, by what was done: ``"fused with guidance"``, ``"fused without guidance"`` (the pipeline had
+    none, or computed it by itself), and ``"left to diffusers: "`` with the reason. Not counted: compiled steps."""
 
 
 @dataclass
 class _Changes:
     """What ``restore`` undoes; it is kept as an attribute of the pipeline."""
 
+    owner: weakref.ref[Any]
+    fusion: Fusion = field(default_factory=Fusion)
     schedulers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """fastguide's scheduler at each place, and the one before it."""
-    hooks: dict[str, Any] = field(default_factory=dict)
-    """The hook of each traced model."""
+    hooks: list[Any] = field(default_factory=list)
+    """The hooks of the traced models."""
 
 
 def accelerate(pipe: Any) -> Acceleration:
@@ -47,17 +55,20 @@ def accelerate(pipe: Any) -> Acceleration:
     The scheduler becomes fastguide's of the same name, with the state that it has. The model's output is traced: where
     the pipeline computes ``uncond + guidance_scale * (cond - uncond)`` of its halves and gives it to the scheduler, the
     step does both in one pass and in float32; whatever else it computes is computed as before, such as rescaled
-    guidance or that of a pipeline's own making. Nothing is traced in inference mode, with gradients, or of a model that
-    is compiled afterwards. If you call the model yourself, you get a traced tensor too, a subclass of ``Tensor``.
+    guidance or that of a pipeline's own making. Nothing is traced in inference mode, with gradients, in a compiled
+    model, or where the model is called by other code than the pipeline's methods.
+
+    Pipelines within the pipeline are accelerated with it: the prior and the decoder of a combined one.
 
     Call it again after you have exchanged a scheduler or a model; calling it again otherwise changes nothing.
     ``restore(pipe)`` undoes it. A saved pipeline is diffusers' own.
 
     Args:
-        pipe: a pipeline with a ``scheduler``; with ``unet`` or ``transformer``, its guidance is fused as well.
+        pipe: a pipeline with a scheduler; with ``unet`` or ``transformer``, its guidance is fused as well.
 
     Returns:
-        What was exchanged and traced, and what was left alone and why; mostly a scheduler other than DDPM and DDIM.
+        What was exchanged and tried, what was left alone and why (mostly a scheduler other than DDPM and DDIM), and the
+        counts of steps, which go on while the pipeline runs.
 
     Raises:
         TypeError: it is no pipeline.
@@ -68,99 +79,130 @@ def accelerate(pipe: Any) -> Acceleration:
     ...     norm_num_groups=4, layers_per_block=1,
     ... )
     >>> pipe = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
-    >>> fastguide.diffusers.accelerate(pipe)
-    Acceleration(exchanged={'scheduler': 'DDIMScheduler'}, traced=['unet'], left_alone={})
+    >>> pipe.set_progress_bar_config(disable=True)
+    >>> done = fastguide.diffusers.accelerate(pipe)
+    >>> done
+    Acceleration(exchanged={'scheduler': 'DDIMScheduler'}, tried=['unet'], left_alone={}, counts=Counter())
+    >>> _ = pipe(num_inference_steps=4)
+    >>> done.counts
+    Counter({'fused without guidance': 4})
     """
-    if not isinstance(pipe, diffusers.DiffusionPipeline):
-        modular = getattr(diffusers, "ModularPipeline", None)
-        hint = ""
-        if modular is not None and isinstance(pipe, modular):
-            hint = "; a modular one takes a scheduler and a guider of fastguide.diffusers as its components"
-        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}{hint}")
-    changes: _Changes = pipe.__dict__.setdefault(_CHANGES, _Changes())
-    exchanged, left_alone = _exchange_schedulers(pipe, changes)
-    traced = []
-    for name in _MODELS:
-        model = getattr(pipe, name, None)
-        if not isinstance(model, torch.nn.Module):
-            continue
-        _remove_hook(changes, name)
-        if isinstance(pipe, diffusers.DiTPipeline):
-            left_alone[name] = "DiTPipeline combines parts of channels by itself; only its step is fused"
-        elif "scheduler" not in exchanged:
-            left_alone[name] = "its guidance goes to no scheduler of fastguide's"
-        else:
-            changes.hooks[name] = model.register_forward_hook(_trace)
-            traced.append(name)
-    return Acceleration(exchanged, traced, left_alone)
-
-
-def _exchange_schedulers(pipe: Any, changes: _Changes) -> tuple[dict[str, str], dict[str, str]]:
-    """Put fastguide's schedulers in their places; return their classes, and the reasons of those that stay."""
-    exchanged: dict[str, str] = {}
-    left_alone: dict[str, str] = {}
-    for name in _SCHEDULERS:
-        scheduler = getattr(pipe, name, None)
-        if scheduler is None:
-            continue
-        own, kind = SERVED.get(type(scheduler)), type(scheduler).__name__
-        if isinstance(scheduler, SchedulerStep):
-            exchanged[name] = kind
-        elif own is None:
-            served = ", ".join(c.__name__ for c in SERVED)
-            left_alone[name] = f"{kind}: only {served} are served, and no subclasses"
-        elif scheduler.config.get("thresholding"):
-            left_alone[name] = f"{kind}: dynamic thresholding is not in the fused step"
-        else:
-            fused = own.__new__(own)
-            fused.__dict__.update(scheduler.__dict__)
-            changes.schedulers[name] = (fused, scheduler)
-            setattr(pipe, name, fused)
-            exchanged[name] = own.__name__
+    _check(pipe)
+    changes = _changes_of(pipe)
+    exchanged, left_alone = _exchange(pipe, changes)
+    tried = trace_models(_pipelines(pipe), changes.fusion, changes.hooks, left_alone)
     if not exchanged and not left_alone:
-        left_alone["pipe"] = f"it has none of {', '.join(_SCHEDULERS)}"
-    return exchanged, left_alone
+        left_alone["pipe"] = "it has no scheduler"
+    return Acceleration(exchanged, tried, left_alone, changes.fusion.counts)
 
 
 def restore(pipe: Any) -> None:
     """Undo ``accelerate``: put the original schedulers back, and stop tracing the models' outputs.
 
-    A scheduler or model that you have put in its place since stays.
+    A scheduler or model that you have put in its place since stays. A copy, ``copy.copy(pipe)``, has the models of the
+    pipeline that it is a copy of: restoring the copy leaves them traced for that one.
 
     Raises:
         TypeError: it is no pipeline.
         ValueError: the pipeline is not accelerated.
     """
-    if not isinstance(pipe, diffusers.DiffusionPipeline):
-        raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}")
+    _check(pipe)
     changes: _Changes | None = pipe.__dict__.pop(_CHANGES, None)
     if changes is None:
         raise ValueError(
             f"pipe: expected one that accelerate() was called on, got a {type(pipe).__name__} that was not"
         )
-    for name in list(changes.hooks):
-        _remove_hook(changes, name)
-    for name, (fused, before) in changes.schedulers.items():
-        if getattr(pipe, name, None) is fused:
-            setattr(pipe, name, before)
+    is_copy = _is_copy(pipe, changes)
+    for path, part in _pipelines(pipe):
+        for name in _schedulers(part):
+            fused, before = changes.schedulers.get(path + name, (None, None))
+            if getattr(part, name) is fused and not (is_copy and path):
+                setattr(part, name, before)
+    while changes.hooks and not is_copy:
+        changes.hooks.pop().remove()
 
 
-def _remove_hook(changes: _Changes, name: str) -> None:
-    if name in changes.hooks:
-        changes.hooks.pop(name).remove()
+def _check(pipe: Any) -> None:
+    if isinstance(pipe, diffusers.DiffusionPipeline):
+        return
+    modular = getattr(diffusers, "ModularPipeline", None)
+    hint = ""
+    if modular is not None and isinstance(pipe, modular):
+        hint = "; a modular one takes a scheduler and a guider of fastguide.diffusers as its components"
+    raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}{hint}")
 
 
-def _trace(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
-    """Return a model's output, or the first of several, traced: a forward hook."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return output
-    if isinstance(output, tuple) and output and _plain_tensor(output[0]):
-        return (Traced.of(output[0]), *output[1:])
-    if _plain_tensor(getattr(output, "sample", None)):
-        output.sample = Traced.of(output.sample)
-        return output
-    return Traced.of(output) if _plain_tensor(output) else output
+def _is_copy(pipe: Any, changes: _Changes) -> bool:
+    """Tell whether a pipeline has its changes, and so its models, from another that has them still."""
+    owner = changes.owner()
+    return owner is not None and owner is not pipe and owner.__dict__.get(_CHANGES) is changes
 
 
-def _plain_tensor(value: Any) -> bool:
-    return type(value) is Tensor and not value.is_inference() and value.dim() > 0
+def _changes_of(pipe: Any) -> _Changes:
+    """Return the changes of a pipeline, without hooks; new ones if it has none, or those of another."""
+    changes: _Changes | None = pipe.__dict__.get(_CHANGES)
+    if changes is None or _is_copy(pipe, changes):
+        before = {} if changes is None else dict(changes.schedulers)
+        changes = pipe.__dict__[_CHANGES] = _Changes(weakref.ref(pipe), schedulers=before)
+    changes.owner = weakref.ref(pipe)
+    while changes.hooks:
+        changes.hooks.pop().remove()
+    return changes
+
+
+def _pipelines(pipe: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield a pipeline and those within it, each with what its parts' names begin with."""
+    seen = set() if seen is None else seen
+    seen.add(id(pipe))
+    yield path, pipe
+    for name, value in list(vars(pipe).items()):
+        if isinstance(value, diffusers.DiffusionPipeline) and id(value) not in seen:
+            yield from _pipelines(value, f"{path}{name}.", seen)
+
+
+def _schedulers(pipe: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(pipe).items() if isinstance(value, diffusers.SchedulerMixin)}
+
+
+def _exchange(pipe: Any, changes: _Changes) -> tuple[dict[str, str], dict[str, str]]:
+    """Put fastguide's schedulers in their places; return their classes, and the reasons of those that stay."""
+    exchanged: dict[str, str] = {}
+    left_alone: dict[str, str] = {}
+    fused_for: dict[int, SchedulerStep | None] = {}
+    for path, part in _pipelines(pipe):
+        for name, scheduler in _schedulers(part).items():
+            if id(scheduler) not in fused_for:
+                fused_for[id(scheduler)] = fused = _fused(scheduler)
+                if fused is None:
+                    left_alone[path + name] = _reason(scheduler)
+                else:
+                    exchanged[path + name] = type(fused).__name__
+            fused = fused_for[id(scheduler)]
+            if fused is not None and fused._before is not None:
+                changes.schedulers[path + name] = (fused, fused._before)
+                setattr(part, name, fused)
+    changes.fusion = next((f._fusion for f in fused_for.values() if f is not None and f._fusion), changes.fusion)
+    for fused in fused_for.values():
+        if fused is not None:
+            fused._fusion = changes.fusion
+    return exchanged, left_alone
+
+
+def _fused(scheduler: Any) -> SchedulerStep | None:
+    """Return fastguide's scheduler for one of diffusers', with its state; itself if it is that; ``None``: none is."""
+    if isinstance(scheduler, SchedulerStep):
+        return scheduler
+    own = SERVED.get(type(scheduler))
+    if own is None or scheduler.config.get("thresholding"):
+        return None
+    fused = own.__new__(own)
+    fused.__dict__.update(scheduler.__dict__)
+    fused._before = scheduler
+    return fused
+
+
+def _reason(scheduler: Any) -> str:
+    kind = type(scheduler).__name__
+    if type(scheduler) in SERVED:
+        return f"{kind}: dynamic thresholding is not in the fused step"
+    return f"{kind}: only {', '.join(each.__name__ for each in SERVED)} are served, and no subclasses"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -16,13 +16,16 @@ from ..step.guided_step import guided_step
 from ..step.memory import DTYPES, dense_within_sample, empty_like, in_layout_of, same_layout
 from ..step.noise import DeviceGenerator
 from .guidance_arguments import Scale, guidance_of
-from .lazy_guidance import DeferredCall, Output, resolved
+from .lazy_guidance import Fusion, Output, resolved
+from .lazy_outputs import LazyOriginal
+from .lazy_tensor import plain
 from .noise import Generators, noise_of
+from .saved_as import SavedAsDiffusers
 from .tables import TableCache, current_tables, is_defined, prepare_tables, table_of
 from .timesteps import HostTimesteps, move_timesteps, row_of
 
 
-class SchedulerStep:
+class SchedulerStep(metaclass=SavedAsDiffusers):
     """Mix this into a scheduler of diffusers: ``plan`` asks it for tables and state, and it holds the caches.
 
     A class also has ``set_timesteps``, which calls ``_timesteps_are_set``, and ``step``, which calls ``plan`` and
@@ -42,19 +45,20 @@ class SchedulerStep:
     # caches begin as attributes of the class
     _table_cache: TableCache | None = None
     _timesteps_cache: HostTimesteps | None = None
+    _fusion: Fusion | None = None
+    """Of the pipeline that ``accelerate`` has put it into."""
+    _before: Any = None
+    """diffusers' scheduler, in whose place ``accelerate`` has put it."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *arguments: Any, **keywords: Any) -> None: ...  # diffusers', of each class
 
     variance_type: str = "fixed_small"
     alphas_cumprod: Tensor
     timesteps: Tensor
     num_inference_steps: int | None
     config: Any
-
-    def __new__(cls, *_arguments: Any, **_keywords: Any) -> SchedulerStep:
-        """Make an instance that says it is diffusers' own, so that a saved pipeline loads without fastguide."""
-        scheduler = super().__new__(cls)
-        if cls.__module__.startswith("fastguide."):
-            scheduler.__module__ = next(c.__module__ for c in cls.__mro__ if c.__module__.startswith("diffusers."))
-        return scheduler
 
     def _table_state(self) -> tuple[Any, ...]:
         """Return all that the rows depend on, but the arguments of a step; compared by identity."""
@@ -71,6 +75,8 @@ class SchedulerStep:
         """
         move_timesteps(self, device)
         prepare_tables(self, arguments)
+        if self._fusion is not None:
+            self._fusion.tries = True
 
 
 class Plan(NamedTuple):
@@ -125,18 +131,27 @@ def plan(
         TypeError, ValueError, IndexError: an argument that diffusers does not know is not as described.
     """
     output, guidance_scale = resolved(model_output, sample, guidance_scale)
+    if type(sample) is not Tensor or gradient is not None or noise is not None:
+        sample, gradient, noise = plain(sample), plain(gradient), plain(noise)
     guidance = guidance_of(output, sample, guidance_scale, gradient, gradient_scale, gradient_form)
     if arguments is None:
+        _count(scheduler, _LEFT + "an eta that is not from 0 to 1, or noise besides a generator")
         return None
     cache = current_tables(scheduler)
-    if not cache.served or not _kernel_takes(sample, output, gradient, noise):
+    refusal = cache.refusal or _refusal(sample, output, gradient, noise)
+    if refusal is not None:
+        _count(scheduler, _LEFT + refusal)
         return None
     row = row_of(scheduler, timestep, sample)
     table = table_of(scheduler, cache, sample.device, arguments)
     if not (sample.is_contiguous() or dense_within_sample(sample.shape, sample.stride())):
         sample = sample.contiguous()
     fitted = _predictions(output, sample, guidance, table.learned_variance)
-    if fitted is None or not is_defined(scheduler, table, row):
+    if fitted is None:
+        _count(scheduler, _LEFT + _SHAPES)
+        return None
+    if not is_defined(scheduler, table, row):
+        _count(scheduler, _LEFT + "a timestep that leads nowhere")
         return None
     predictions, variance = fitted
     if gradient is not None:
@@ -145,27 +160,42 @@ def plan(
     dtype = sample.dtype if sample.dtype == model_dtype else torch.promote_types(sample.dtype, model_dtype)
     if dtype == torch.float64:
         sample = sample.double()
+    _count(scheduler, "fused without guidance" if guidance is None else "fused with guidance")
     return Plan(table, row, sample, predictions, guidance, gradient, variance, model_dtype, dtype, scheduler._output)
 
 
-def _kernel_takes(sample: Tensor, output: Output, gradient: Tensor | None, noise: Tensor | None) -> bool:
-    """Tell whether the kernel takes these tensors as they are, without autograd and transforms."""
-    if sample.dim() == 0 or _is_transformed():
-        return False
+def _count(scheduler: SchedulerStep, what: str) -> None:
+    if scheduler._fusion is not None and not torch.compiler.is_compiling():
+        scheduler._fusion.counts[what] += 1
+
+
+_LEFT = "left to diffusers: "
+_SHAPES = "shapes that broadcast, or do not fit"
+
+
+def _refusal(sample: Tensor, output: Output, gradient: Tensor | None, noise: Tensor | None) -> str | None:
+    """Return why the kernel does not take these tensors as they are; ``None``: it does."""
+    if _is_transformed():
+        return "torch.func or forward-mode differentiation"
+    if sample.dim() == 0:
+        return _SHAPES
     shape, device, grad = sample.shape, sample.device, torch.is_grad_enabled()
     tensors = [sample, *output] if isinstance(output, tuple) else [sample, output]
     for elementwise in (gradient, noise):
         if elementwise is not None:
             tensors.append(elementwise)
             if not isinstance(elementwise, Tensor) or elementwise.shape != shape:
-                return False
+                return _SHAPES
     for tensor in tensors:
-        if tensor.dtype not in DTYPES or tensor.device != device or (grad and tensor.requires_grad):
-            return False
-        if tensor.dtype == torch.float64 and device.type != "cpu":
-            return False
+        if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and device.type != "cpu"):
+            return f"tensors of {tensor.dtype}"
+        if tensor.device != device:
+            return "tensors of two devices"
+        if grad and tensor.requires_grad:
+            return "autograd"
     # diffusers' result is of the noise's dtype as well
-    return noise is None or noise.dtype != torch.float64 or sample.dtype == torch.float64
+    wide = noise is not None and noise.dtype == torch.float64 and sample.dtype != torch.float64
+    return "noise of torch.float64 for another sample" if wide else None
 
 
 def _is_transformed() -> bool:
@@ -238,7 +268,7 @@ def run(planned: Plan, generator: Generators, noise: Tensor | None, draws: bool,
     predict_original = _original_later(planned, result, inputs)
     if return_dict:
         return planned.output_type(result, predict_original)
-    return result, DeferredCall.of(result, predict_original)
+    return result, LazyOriginal.of(result, predict_original)
 
 
 def _guided_step(

@@ -6,6 +6,7 @@ tensors that require grad, shapes that broadcast, and whatever it refuses.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import diffusers
@@ -63,6 +64,16 @@ class _HostAlphas:
         return self._with_alphas_on_device("get_velocity", sample, noise, timesteps)
 
 
+def _number_of(eta: Any, sample: Tensor) -> float | None:
+    """Return an eta as a number; ``None``: it is none, or changes more than a number would."""
+    if not isinstance(eta, Tensor):
+        return float(eta) if isinstance(eta, Real) else None
+    if eta.numel() != 1 or torch.compiler.is_compiling() or (eta.requires_grad and torch.is_grad_enabled()):
+        return None
+    is_scalar = eta.dim() == 0 or (eta.dim() <= sample.dim() and eta.dtype == sample.dtype)
+    return float(eta) if is_scalar else None  # on a GPU, this waits for it, as diffusers' own step does
+
+
 class _DDIM(_HostAlphas, SchedulerStep):
     final_alpha_cumprod: Tensor
     _transitions = tables.ddim_transitions
@@ -99,18 +110,20 @@ class _DDIM(_HostAlphas, SchedulerStep):
                 If it has twice the channels as well, its second half, a learned variance, is not used.
             timestep: an int, or an int64 tensor of shape () or, one per sample, (batch,), on any device.
             sample: x_t.
-            eta, use_clipped_model_output, generator, variance_noise, return_dict: as in diffusers.
+            eta: a number, or a tensor of one element, as in diffusers.
+            use_clipped_model_output, generator, variance_noise, return_dict: as in diffusers.
             guidance_scale: of classifier-free guidance: a number, or one per sample.
             gradient: of a classifier, as ``fastguide.guided_step`` takes it.
             gradient_scale, gradient_form: its scale and form, as in ``fastguide.Classifier``.
         """
-        rows = isinstance(eta, (int, float)) and 0 <= eta <= 1 and (generator is None or variance_noise is None)
+        number = eta if type(eta) is float else _number_of(eta, sample)
+        rows = number is not None and 0 <= number <= 1 and (generator is None or variance_noise is None)
         planned = plan(
-            self, (float(eta), use_clipped_model_output) if rows else None, model_output, timestep, sample,
+            self, (number, use_clipped_model_output) if rows else None, model_output, timestep, sample,
             variance_noise, guidance_scale, gradient, gradient_scale, gradient_form,
         )  # fmt: skip
         if planned is not None:
-            return run(planned, generator, variance_noise, eta > 0, return_dict)
+            return run(planned, generator, variance_noise, number != 0, return_dict)
         output = combined(self, model_output, sample, guidance_scale, gradient)
         return super().step(  # type: ignore[misc]
             output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
@@ -177,7 +190,7 @@ class _DDPM(_HostAlphas, SchedulerStep):
         return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]
 
 
-class DDIMScheduler(_DDIM, diffusers.DDIMScheduler):
+class DDIMScheduler(_DDIM, diffusers.DDIMScheduler):  # type: ignore[metaclass]
     """``diffusers.DDIMScheduler`` with the fused step.
 
     >>> import torch, fastguide.diffusers
@@ -191,7 +204,7 @@ class DDIMScheduler(_DDIM, diffusers.DDIMScheduler):
     _output = lazy_outputs.LazyDDIMOutput
 
 
-class DDPMScheduler(_DDPM, diffusers.DDPMScheduler):
+class DDPMScheduler(_DDPM, diffusers.DDPMScheduler):  # type: ignore[metaclass]
     """``diffusers.DDPMScheduler`` with the fused step.
 
     Where diffusers returns NaN, for ``fixed_large_log`` and ``learned``, whose logarithms it takes the root of, the
@@ -201,19 +214,19 @@ class DDPMScheduler(_DDPM, diffusers.DDPMScheduler):
     _output = lazy_outputs.LazyDDPMOutput
 
 
-class DDIMParallelScheduler(_DDIM, diffusers.DDIMParallelScheduler):
+class DDIMParallelScheduler(_DDIM, diffusers.DDIMParallelScheduler):  # type: ignore[metaclass]
     """``diffusers.DDIMParallelScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyDDIMParallelOutput
 
 
-class DDPMParallelScheduler(_DDPM, diffusers.DDPMParallelScheduler):
+class DDPMParallelScheduler(_DDPM, diffusers.DDPMParallelScheduler):  # type: ignore[metaclass]
     """``diffusers.DDPMParallelScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyDDPMParallelOutput
 
 
-class DDIMInverseScheduler(SchedulerStep, diffusers.DDIMInverseScheduler):
+class DDIMInverseScheduler(SchedulerStep, diffusers.DDIMInverseScheduler):  # type: ignore[metaclass]
     """``diffusers.DDIMInverseScheduler`` with the fused step: from an image back to its noise."""
 
     _output = lazy_outputs.LazyDDIMInverseOutput
@@ -249,3 +262,5 @@ class DDIMInverseScheduler(SchedulerStep, diffusers.DDIMInverseScheduler):
 
 SERVED: dict[type, type[SchedulerStep]] = {getattr(diffusers, name): globals()[name] for name in __all__}
 """diffusers' classes, each with the one that has the fused step."""
+
+__test__ = {name: globals()[name] for name in __all__}  # doctest would look for them in the module that they name

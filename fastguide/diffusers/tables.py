@@ -30,8 +30,8 @@ class TableCache(NamedTuple):
     """What the rows depend on besides the arguments of ``step``, compared by identity."""
     versions: tuple[int | None, int | None] | None
     """Of ``alphas_cumprod`` and ``timesteps``; ``None`` if made while torch.compile traced."""
-    served: bool
-    """Whether rows can express the scheduler's configuration."""
+    refusal: str | None
+    """Why rows cannot express the scheduler's configuration; ``None``: they can."""
     tables: dict[tuple[Any, ...], StepTable]
     """By device and the arguments of ``step`` that rows depend on."""
 
@@ -42,7 +42,7 @@ def current_tables(scheduler: Any) -> TableCache:
     compiling = torch.compiler.is_compiling()
     versions = None if compiling else (version_of(scheduler.alphas_cumprod), version_of(scheduler.timesteps))
     if cache is None or not all(map(operator.is_, state, cache.state)) or not (compiling or cache.versions == versions):
-        cache = scheduler._table_cache = TableCache(state, versions, _is_served(scheduler), {})
+        cache = scheduler._table_cache = TableCache(state, versions, _refusal(scheduler), {})
     found: TableCache = cache
     return found
 
@@ -70,27 +70,26 @@ def prepare_tables(scheduler: Any, arguments: tuple[Any, ...]) -> None:
     before = scheduler._table_cache
     used = set() if before is None else {key[1:] for key in before.tables}
     cache = current_tables(scheduler)
-    if cache.served:
+    if cache.refusal is None:
         for each in {arguments, *used}:
             table_of(scheduler, cache, scheduler.timesteps.device, each)
 
 
-def _is_served(scheduler: Any) -> bool:
-    """Tell whether rows can express the configuration; diffusers reports what is wrong with any other.
-
-    Dynamic thresholding is no row.
-    """
+def _refusal(scheduler: Any) -> str | None:
+    """Return why rows cannot express the configuration; diffusers reports what is wrong with it, if something is."""
     config, steps, variance_type = scheduler.config, scheduler.num_inference_steps, scheduler.variance_type
-    counted = scheduler._steps_before_set_timesteps if steps is None else isinstance(steps, int) and steps > 0
-    return (
-        counted
-        and not config.get("thresholding")
-        and config.prediction_type in ("epsilon", "sample", "v_prediction")
+    if config.get("thresholding"):
+        return "dynamic thresholding"
+    if not (scheduler._steps_before_set_timesteps if steps is None else isinstance(steps, int) and steps > 0):
+        return "timesteps that are not set"
+    known = (
+        config.prediction_type in ("epsilon", "sample", "v_prediction")
         and (not config.clip_sample or config.clip_sample_range > 0)
         and variance_type in get_args(VarianceType)
         and config.get("variance_type", variance_type) == variance_type
         and all(0 <= timestep < len(scheduler.alphas_cumprod) for timestep in host_timesteps(scheduler))
     )
+    return None if known else "a configuration that rows do not express"
 
 
 def is_defined(scheduler: Any, table: StepTable, row: int | Tensor) -> bool:

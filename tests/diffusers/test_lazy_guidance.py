@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
+import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
 from fastguide.diffusers import guiders
-from fastguide.diffusers.lazy_guidance import Guided, Pair, Traced, resolved
+from fastguide.diffusers.lazy_guidance import Fusion, Guided, Prediction, Traced, TracedPair, resolved
 from tests.support.scheduler_pair import STEPS, diffusers, fused, pair, randn
 
 WHOLE = randn(4, 3, 5)
 UNCOND, COND = WHOLE.chunk(2)
 SAMPLE = randn(2, 3, 5, seed=1)
+
+
+def traced(output):
+    """Return a model's output as ``accelerate`` has it."""
+    return Traced(output, Fusion())
+
+
 DEFERRED = {
     "a pipeline's": (lambda u, c: u + 7.5 * (c - u), 7.5),
     "scale last": (lambda u, c: u + (c - u) * 7.5, 7.5),
     "prediction last": (lambda u, c: 7.5 * (c - u) + u, 7.5),
     "functions": (lambda u, c: torch.add(u, torch.mul(torch.sub(c, u), 7.5)), 7.5),
+    "a number of numpy's": (lambda u, c: u + np.float32(7.5) * (c - u), 7.5),
+    "compiled": (torch.compile(lambda u, c: u + 7.5 * (c - u), backend="eager"), 7.5),
     "a whole number": (lambda u, c: u + 3 * (c - u), 3.0),
     "a tensor": (lambda u, c: u + torch.tensor(2.0) * (c - u), torch.tensor([2.0])),
     "one a sample": (lambda u, c: u + torch.tensor([2.0, 3.0]).view(2, 1, 1) * (c - u), torch.tensor([2.0, 3.0])),
@@ -33,10 +45,10 @@ DEFERRED = {
 def test_guidance_is_deferred(name):
     expression, scale = DEFERRED[name]
     for whole in (True, False):
-        traced = Traced.of(WHOLE).chunk(2) if whole else Traced.both(Pair(UNCOND, COND))
-        guided = expression(*traced)
+        both = TracedPair(UNCOND, COND)
+        halves = traced(WHOLE).chunk(2) if whole else (Prediction(both, 0), Prediction(both, 1))
+        guided = expression(*halves)
         assert type(guided) is Guided
-        assert isinstance(guided, torch.Tensor)
         assert (guided.shape, guided.dtype, guided.device, len(guided)) == (
             SAMPLE.shape,
             torch.float32,
@@ -44,7 +56,7 @@ def test_guidance_is_deferred(name):
             2,
         )
         output, got = resolved(guided, SAMPLE, None)
-        assert output is WHOLE if whole else output[0] is UNCOND and output[1] is COND
+        assert output is (WHOLE if whole else both.output)
         assert torch.equal(torch.as_tensor(got), torch.as_tensor(scale))
         torch.testing.assert_close(guided.clone(), expression(UNCOND, COND))
 
@@ -66,13 +78,25 @@ COMPUTED = {
     "a keyword": lambda u, c: torch.add(u, c - u, alpha=2.0),
     "numpy": lambda u, c: torch.from_numpy((u + 2.0 * (c - u)).numpy()),
     "halved elsewhere": lambda u, c: u.chunk(2, dim=1)[0],
+    "interpolated": lambda u, c: torch.lerp(u, c, 2.0),
+    "a function of numpy's": lambda u, c: torch.as_tensor(np.tanh(u + 2.0 * (c - u))),
+    "an index": lambda u, c: torch.arange(5.0)[((u + 2.0 * (c - u)) > 9).long()],
+    "assigned": lambda u, c: torch.zeros(2, 3, 5).index_put_((torch.arange(2),), u + 2.0 * (c - u)),
+    "set": lambda u, c: (lambda z: z.__setitem__(slice(None), u + 2.0 * (c - u)) or z)(torch.zeros(2, 3, 5)),
+    "unpacked": lambda u, c: torch.stack([*(u + 2.0 * (c - u))]),
+    "reflected": lambda u, c: 1.0 - 2.0 ** (u + 2.0 * (c - u)),
+    "in place by an operator": lambda u, c: operator.iadd(u + 2.0 * (c - u), 1.0),
+    "in a dictionary": lambda u, c: torch.func.functional_call(torch.nn.Identity(), {}, (u + 2.0 * (c - u),)) + 0,
+    "attributes": lambda u, c: (u + 2.0 * (c - u)).data.T,
+    "compiled": lambda u, c: torch.compile(lambda x: 2.0 * x, backend="eager")(u + 2.0 * (c - u)),
+    "saved": lambda u, c: pickle.loads(pickle.dumps(u + 2.0 * (c - u))),
 }
 
 
 @pytest.mark.parametrize("name", COMPUTED)
 def test_everything_else_is_computed(name):
     expected = COMPUTED[name](UNCOND.clone(), COND.clone())
-    got = COMPUTED[name](*Traced.of(WHOLE).chunk(2))
+    got = COMPUTED[name](*traced(WHOLE).chunk(2))
     assert type(got) is torch.Tensor
     assert got.dtype == expected.dtype
     assert torch.equal(got, expected)
@@ -101,7 +125,7 @@ def test_what_is_written_to_guidance_stays(write):
             return guided
 
         expected = expression(UNCOND.clone(), COND.clone(), written)
-        got = expression(*Traced.of(WHOLE).chunk(2), written)
+        got = expression(*traced(WHOLE).chunk(2), written)
         output, scale = resolved(got, SAMPLE, None)
         assert scale is None
         assert torch.equal(output, expected)
@@ -110,7 +134,7 @@ def test_what_is_written_to_guidance_stays(write):
 
 def test_predictions_written_to_before_guidance():
     whole = WHOLE.clone()
-    uncond, cond = Traced.of(whole).chunk(2)
+    uncond, cond = traced(whole).chunk(2)
     uncond.mul_(0.5)
     output, scale = resolved(uncond + 2.0 * (cond - uncond), SAMPLE, None)
     assert scale == 2.0
@@ -118,20 +142,45 @@ def test_predictions_written_to_before_guidance():
 
 
 def test_a_traced_output_may_be_made_to_require_grad():
-    traced = Traced.of(WHOLE.clone())
-    assert traced.requires_grad_() is traced
-    assert traced.requires_grad
+    output = traced(WHOLE.clone())
+    output.requires_grad_()
+    assert output.requires_grad
+    assert output.chunk(2)[1].requires_grad
+
+
+def test_c_plus_plus_that_does_not_ask_torch_refuses_guidance():
+    """It would be worse to be taken for a tensor."""
+    uncond, cond = traced(WHOLE).chunk(2)
+    with pytest.raises(RuntimeError, match="Expected a value of type 'Tensor' for argument 'x'"):
+        torch.jit.script(_doubled)(uncond + 2.0 * (cond - uncond))
+
+
+def _doubled(x: torch.Tensor) -> torch.Tensor:
+    return 2.0 * x
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_a_compiled_step_takes_guidance(original):
+    scheduler, _ = pair("DDIMScheduler")
+    scheduler.set_timesteps(STEPS)
+    timestep = scheduler.timesteps[3]
+    uncond, cond = (traced(WHOLE) if original else WHOLE).chunk(2)
+    step = torch.compile(scheduler.step, backend="eager")
+    with torch.no_grad():
+        got = step(uncond + 2.0 * (cond - uncond), timestep, SAMPLE).prev_sample
+        expected = scheduler.step(WHOLE, timestep, SAMPLE, guidance_scale=2.0).prev_sample
+    torch.testing.assert_close(got, expected)
 
 
 def test_predictions_of_two_outputs_are_not_mixed():
-    (uncond, _), (_, cond) = Traced.of(WHOLE).chunk(2), Traced.of(WHOLE + 1).chunk(2)
+    (uncond, _), (_, cond) = traced(WHOLE).chunk(2), traced(WHOLE + 1).chunk(2)
     assert torch.equal(cond - uncond, COND + 1 - UNCOND)
     assert type(cond - uncond) is torch.Tensor
 
 
 def test_an_output_written_to_after_guidance_is_refused():
     whole = WHOLE.clone()
-    uncond, cond = Traced.of(whole).chunk(2)
+    uncond, cond = traced(whole).chunk(2)
     guided = uncond + 2.0 * (cond - uncond)
     uncond.mul_(2.0)
     for use in (lambda: guided + 1, lambda: resolved(guided, SAMPLE, None)):
@@ -143,13 +192,13 @@ def test_an_output_written_to_after_guidance_is_refused():
 
 def test_a_step_takes_plain_values_of_what_it_cannot_take_apart():
     """Its output is not of the sample's shape, has a scale besides, or is incomplete guidance."""
-    uncond, cond = Traced.of(WHOLE).chunk(2)
+    uncond, cond = traced(WHOLE).chunk(2)
     guided = uncond + 2.0 * (cond - uncond)
     for output, sample, scale in ((guided, SAMPLE[:1], None), (guided, SAMPLE, 3.0), (cond - uncond, SAMPLE, None)):
         got, same_scale = resolved(output, sample, scale)
         assert type(got) is torch.Tensor
         assert same_scale == scale
-    assert type(resolved(Traced.of(WHOLE), SAMPLE, None)[0]) is torch.Tensor
+    assert type(resolved(traced(WHOLE), SAMPLE, None)[0]) is torch.Tensor
 
 
 @pytest.mark.parametrize("original", [False, True])
@@ -205,7 +254,7 @@ def test_nothing_outlives_its_step(by):
         for timestep in scheduler.timesteps:
             output = randn(4, 3, 8, 8)
             outputs.append(weakref.ref(output))
-            uncond, cond = (output if by == "a guider" else Traced.of(output)).chunk(2)
+            uncond, cond = (output if by == "a guider" else traced(output)).chunk(2)
             guided = guider.forward(cond, uncond)[0] if by == "a guider" else uncond + 3.0 * (cond - uncond)
             assert type(guided) is Guided
             x = scheduler.step(guided, timestep, x).prev_sample

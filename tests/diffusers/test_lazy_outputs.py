@@ -32,7 +32,7 @@ def test_types_and_values_of_outputs():
             (*got_pair, got[0], got.prev_sample), (*expected_pair, expected[0], expected[0]), strict=True
         ):
             assert_close(ours_, theirs_)
-        assert list(got.keys()) == list(expected.keys())
+        assert [name for name, _ in got.items()] == list(expected.keys())
         assert type(got) is type(expected)
 
 
@@ -133,3 +133,57 @@ def test_an_output_keeps_what_is_put_into_it():
     assert torch.equal(result["prev_sample"], torch.zeros(1))
     assert not hasattr(result, "of_no_scheduler")
     assert list(result.keys()) == ["prev_sample", "pred_original_sample"]
+
+
+NOT_READS = {
+    "keys": (lambda o: list(o.keys()), ["prev_sample", "pred_original_sample"]),
+    "iteration": (list, ["prev_sample", "pred_original_sample"]),
+    "reversed": (lambda o: list(reversed(o)), ["pred_original_sample", "prev_sample"]),
+    "len": (len, 2),
+    "in": (lambda o: ("prev_sample" in o, "pred_original_sample" in o, "x" in o), (True, True, False)),
+    "get": (lambda o: (o.get("prev_sample") is o[0], o.get("x", 3)), (True, 3)),
+    "from the end": (lambda o: o[-2] is o[0], True),
+    "a slice": (lambda o: o[:1][0] is o[0], True),
+    "setting the sample": (lambda o: setattr(o, "prev_sample", 7) or (o[0], o["prev_sample"]), (7, 7)),
+    "an item": (lambda o: o.__setitem__("prev_sample", 7) or o.prev_sample, 7),
+    "setting the original": (lambda o: setattr(o, "pred_original_sample", 7) or tuple(o.values())[1], 7),
+    "an attribute of the user's": (lambda o: setattr(o, "x", 7) or o.x, 7),
+}
+
+
+@pytest.mark.parametrize("use", NOT_READS)
+def test_what_does_not_read_the_original_does_not_compute_it(use):
+    """So it raises no error about an original whose sample has been written to."""
+    scheduler, theirs = pair("DDIMScheduler")
+    results = []
+    for each in (scheduler, theirs):
+        each.set_timesteps(STEPS)
+        x = randn(*SHAPE)
+        results.append(each.step(0.1 * x, scheduler.timesteps[2], x))
+        x.zero_()
+    function, expected = NOT_READS[use]
+    assert [function(result) for result in results] == [expected, expected]
+
+
+def test_an_original_is_computed_after_the_sample_was_set():
+    scheduler, theirs = pair("DDIMScheduler")
+    originals = []
+    for each in (scheduler, theirs):
+        each.set_timesteps(STEPS)
+        result = each.step(randn(*SHAPE, seed=1), scheduler.timesteps[2], randn(*SHAPE))
+        result.prev_sample = torch.zeros(1)
+        result.x = 7
+        originals.append(result.pred_original_sample)
+        assert (result[0].shape, result.x) == ((1,), 7)
+    assert_close(*originals)
+
+
+def test_out_of_range_is_refused_as_diffusers_does():
+    scheduler, theirs = pair("DDIMScheduler")
+    for each in (scheduler, theirs):
+        each.set_timesteps(STEPS)
+        result = each.step(randn(*SHAPE, seed=1), scheduler.timesteps[2], randn(*SHAPE))
+        with pytest.raises(IndexError):
+            result[2]
+        with pytest.raises(KeyError):
+            result["x"]

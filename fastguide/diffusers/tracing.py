@@ -1,0 +1,101 @@
+"""Trace the outputs of a pipeline's models, where the pipeline's own methods call them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from .lazy_guidance import Fusion, Traced
+from .scheduler_step import SchedulerStep
+
+_MODELS = ("unet", "transformer")
+
+
+def trace_models(
+    pipelines: Iterable[tuple[str, Any]], fusion: Fusion, hooks: list[Any], left_alone: dict[str, str]
+) -> list[str]:
+    """Trace the models whose guidance may go to a fused step.
+
+    Args:
+        pipelines: each with what its parts' names begin with.
+        fusion: the pipelines' own, whose ``callers`` become their methods.
+        hooks: to which each model's hook is added.
+        left_alone: to which models that stay as they are, are added, with the reason.
+
+    Returns:
+        The names of the models that are traced.
+    """
+    tried = []
+    seen: set[int] = set()
+    for path, pipe in pipelines:
+        if not any(isinstance(part, SchedulerStep) for part in vars(pipe).values()):
+            continue
+        fusion.callers.update(_methods(pipe))
+        for name in _MODELS:
+            model = getattr(pipe, name, None)
+            if not isinstance(model, torch.nn.Module) or id(model) in seen:
+                continue
+            seen.add(id(model))
+            if isinstance(pipe, diffusers.DiTPipeline):
+                left_alone[path + name] = "DiTPipeline combines parts of channels by itself; only its step is fused"
+            elif model._compiled_call_impl is not None:
+                left_alone[path + name] = (
+                    f"compiled in place, which hides its output; only the step is fused. torch.compile({name}), put in "
+                    "its place, does not"
+                )
+            else:
+                hooks.append(model.register_forward_hook(functools.partial(_trace, fusion)))
+                tried.append(path + name)
+    return tried
+
+
+def _methods(pipe: Any) -> dict[int, CodeType]:
+    """Return the code of a pipeline's own methods, by identity, as the hash of code takes long."""
+    members = (member for cls in type(pipe).__mro__ for member in vars(cls).values())
+    functions = (inspect.unwrap(getattr(member, "__func__", member)) for member in members)
+    return {id(f.__code__): f.__code__ for f in functions if inspect.isfunction(f)}
+
+
+def _frames_to_caller() -> int:
+    """Return how many of Python's frames are between a module's forward hook and who calls the module."""
+    module, here, frames = torch.nn.Identity(), sys._getframe(0), []
+
+    def hook(*_: Any) -> None:
+        frame: Any = sys._getframe(0)
+        while frame is not here:
+            frames.append(frame)
+            frame = frame.f_back
+
+    module.register_forward_hook(hook)
+    module(None)
+    return len(frames)
+
+
+_CALLER = _frames_to_caller()  # to ask for the frames between them would take 10 us at each call
+
+
+def _trace(fusion: Fusion, module: torch.nn.Module, arguments: Any, output: Any) -> Any:
+    """Return a model's output, or the first of several, traced: a forward hook."""
+    if not fusion.tries or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return output
+    frame = sys._getframe(_CALLER)
+    while id(frame.f_code) not in fusion.callers:
+        if frame.f_back is None or not frame.f_globals.get("__name__", "").startswith("torch."):
+            return output
+        frame = frame.f_back  # through a wrapper, as torch.compile makes one
+    kind = type(output)
+    if kind is tuple and output and type(output[0]) is Tensor:
+        return (Traced(output[0], fusion), *output[1:])
+    if kind is Tensor:
+        return Traced(output, fusion)
+    if type(getattr(output, "sample", None)) is Tensor:
+        output.sample = Traced(output.sample, fusion)
+    return output

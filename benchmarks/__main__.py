@@ -44,7 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=cuda, help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="SUITE", default=[], help=f"some of {', '.join(suites.SUITES)}")
     parser.add_argument(
-        "--workload", nargs="+", metavar="NAME", default=[], help="only steps and loops whose titles begin like this"
+        "--workload",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="only steps, loops, pipelines whose titles begin so",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="compare the ratios with an earlier run's")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from . import workloads
-from .measure import accuracy, guidance, loops, steps
+from .measure import accuracy, guidance, loops, pipelines, steps
 from .measure.timing import describe
 from .report import machine, results, targets
 
-SUITES = ("steps", "loops", "accuracy", "growth", "guidance")
+SUITES = ("steps", "loops", "pipelines", "accuracy", "growth", "guidance")
 
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ def run(
         device: where to measure.
         full: take every workload, and more time for each.
         suites: which of ``SUITES``.
-        names: the beginnings of the titles of the steps and loops to measure; all if there are none.
+        names: the beginnings of the titles of the steps, loops and pipelines to measure; all if there are none.
         before: the earlier result to compare with.
         log: takes a line at the beginning of each part.
 
@@ -88,6 +88,9 @@ def _parts(
         yield "cost of the loop itself", loops.host_cost(device)
         for kind, count in chosen_loops(names, device.type == "cuda"):
             yield f"loop: {kind}, {count} steps", loops.measure(kind, count, device, seconds)
+    if "pipelines" in suites:
+        for kind, shape in chosen_pipelines(names):
+            yield pipelines.title(kind, shape), pipelines.measure(kind, shape, device, seconds)
     if "accuracy" in suites:
         yield "accuracy of 50 steps", accuracy.measure(device)
     if "growth" in suites:
@@ -105,6 +108,7 @@ def check_names(names: Sequence[str], suites: Sequence[str], full: bool, gpu: bo
     """
     titles = [workload.title for workload in chosen_steps([], full, gpu)] if "steps" in suites else []
     titles += [f"{kind}, {count} steps" for kind, count in chosen_loops([], gpu)] if "loops" in suites else []
+    titles += [pipelines.title(*each) for each in chosen_pipelines([])] if "pipelines" in suites else []
     if names and not titles:
         raise ValueError(f"--workload: expected none, as {' and '.join(suites)} has no workloads, got {names[0]!r}")
     for name in names:
@@ -124,3 +128,9 @@ def chosen_loops(names: Sequence[str], gpu: bool) -> list[tuple[str, int]]:
     kinds = [kind for kind in loops.MODELS if gpu or not kind.startswith("large")]
     every = [(kind, n) for kind in kinds for n in (20, 50)]
     return [(kind, n) for kind, n in every if not names or any(f"{kind}, {n} steps".startswith(x) for x in names)]
+
+
+def chosen_pipelines(names: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the pipelines' guidances and shapes whose titles begin with one of the names, or all."""
+    every = [(kind, shape) for shape in pipelines.SHAPES for kind in pipelines.RESCALE]
+    return [each for each in every if not names or any(pipelines.title(*each).startswith(name) for name in names)]

@@ -159,6 +159,14 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
     except ImportError:
         yield row | {"contender": "all", "status": "not run", "reason": "diffusers is not installed"}
         return
+    yield from compared(row, calls, device, seconds)
+
+
+@torch.no_grad()
+def compared(
+    row: dict[str, Any], calls: dict[str, Callable[[], Tensor]], device: torch.device, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each contender that agrees with diffusers: its time, and on a GPU the memory that it reserves."""
     try:
         reference = calls["diffusers"]()
     except Exception as error:  # there is nothing to check the others against

@@ -16,6 +16,9 @@ Row = dict[str, Any]
 _SMALL = "SD 512, ddim, classifier-free, (1, 4, 64, 64), float32"
 _SMALL_NOISY = "SD 512, ddpm, classifier-free, (1, 4, 64, 64), float32"
 _LARGE = "pixels, ddim, classifier-free, (64, 3, 256, 256), float32"
+_PIPELINE = "pipeline, 50 DDIM steps, classifier-free, (1, 4, 64, 64)"
+_RESCALED = "pipeline, 50 DDIM steps, rescaled, (1, 4, 64, 64)"
+_ACCELERATED = "fastguide, accelerate(pipe)"
 _BANDWIDTH_BYTES = 256e6  # of a step that shows a GPU's bandwidth
 _SLACK = 1.02  # two runs of one program differ by that
 _MEMORY_BOUND = 1e8  # bytes of a step that waits for the memory, where two runs differ by some percent
@@ -127,6 +130,12 @@ def host_time(run: Run) -> Measured:
     return Measured(1e6 * run.value("an idle model, DDIM", "Sampler, host time a step"))
 
 
+def tracing(run: Run) -> Measured:
+    """Return the microseconds a step by which a pipeline that is accelerated exceeds guidance written into its step."""
+    seconds = run.value(_PIPELINE, _ACCELERATED) - run.value(_PIPELINE, "fastguide, step(guidance_scale=)")
+    return Measured(1e6 * seconds / 50)
+
+
 def smallest_share_of_copy(run: Run) -> Measured:
     """Return the smallest bandwidth over ``copy_``'s, of all steps without noise that move 256 MB or more."""
     # The workloads of all contenders' rows: a kernel of ours that failed has no bytes
@@ -214,6 +223,23 @@ def targets(device: str) -> list[Target]:
             known_to=3,
         ),
         Target("host time of the loop per step, in us", host_time, at_most=30 if device == "cpu" else 10),
+        Target(
+            "a pipeline whose model costs nothing, accelerated: times faster than diffusers",
+            lambda run: run.times_faster(_PIPELINE, _ACCELERATED, "diffusers"),
+            at_least=1.5,
+        ),
+        Target(
+            "the same with rescaled guidance, which the pipeline computes",
+            lambda run: run.times_faster(_RESCALED, _ACCELERATED, "diffusers"),
+            at_least=1.0,
+        ),
+        Target(
+            "what finding a pipeline's guidance costs a step, in us",
+            tracing,
+            at_most=15,
+            cause="the hook's and the operators' own Python, whose code the step has evicted from the caches",
+            known_to=40,
+        ),
     ]
     return found if device == "cpu" else [*found, *_gpu_targets()]
 

@@ -38,6 +38,9 @@ struct Layout {
   int32_t device;
 };
 
+// Without elements, strides say nothing: any will do.
+inline bool is_empty(const Layout& layout) { return layout.batch == 0 || layout.elements_per_sample == 0; }
+
 inline bool dense_within_sample(const Layout& layout) {
   // Walks the dimensions from the innermost out: each stride must be the size of those within.
   int64_t expected = 1, left = 0;
@@ -61,8 +64,7 @@ inline Layout layout_of(const Tensor& out) {
   STD_TORCH_CHECK(layout.dim > 0, "out: expected shape (batch, ...), got a tensor without dimensions");
   layout.batch = layout.sizes[0];
   for (int64_t d = 1; d < layout.dim; ++d) layout.elements_per_sample *= layout.sizes[d];
-  STD_TORCH_CHECK(layout.elements_per_sample == 0 || dense_within_sample(layout),
-                  "out: expected it dense within a sample");
+  STD_TORCH_CHECK(is_empty(layout) || dense_within_sample(layout), "out: expected it dense within a sample");
   return layout;
 }
 
@@ -83,7 +85,7 @@ inline int64_t check_layout(const char* name, const Tensor& tensor, const Layout
                     ", got ", sizes[d]);
   }
   for (int64_t d = 1; d < layout.dim; ++d) {
-    STD_TORCH_CHECK(sizes[d] <= 1 || strides[d] == layout.strides[d] || layout.elements_per_sample == 0, name,
+    STD_TORCH_CHECK(sizes[d] <= 1 || strides[d] == layout.strides[d] || is_empty(layout), name,
                     ": expected out's layout within a sample");
   }
   return strides[0];

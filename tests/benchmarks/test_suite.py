@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from benchmarks import suites, workloads
 from benchmarks.contenders import correctness, registry
-from benchmarks.measure import accuracy, guidance, loops, steps
+from benchmarks.measure import accuracy, guidance, loops, pipelines, steps, timing
 from benchmarks.report import pages
 from benchmarks.workloads import Inputs, Workload
 
@@ -68,8 +69,9 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
 
 
 def test_a_contender_that_raises_late_costs_its_own_row_only(monkeypatch):
-    """It raises after the check and the warm-ups: in its first timed call, or in its second if it is slow."""
-    calls = []
+    """It raises after the check and the warm-ups, in a timed call; the clock goes on by its readings alone."""
+    calls, readings = [], itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(readings) * 1e-3)
 
     def fails_later(inputs):
         call = registry.fastguide(inputs)
@@ -151,6 +153,22 @@ def test_loops_agree_with_diffusers_before_they_are_timed(kind):
     assert {row["contender"] for row in rows} >= {"diffusers", "Sampler, eager"}
 
 
+@pytest.mark.parametrize("guidance", pipelines.RESCALE)
+def test_pipelines_agree_with_diffusers_before_they_are_timed(guidance):
+    pytest.importorskip("diffusers")
+    rows = list(pipelines.measure(guidance, (2, 3, 8, 8), CPU, 0.01))
+    by_hand = [] if guidance == "rescaled" else ["fastguide, step(guidance_scale=)"]
+    assert {row["contender"]: row["status"] for row in rows} == dict.fromkeys(
+        ["diffusers", "fastguide, accelerate(pipe)", *by_hand], "ok"
+    )
+    assert {row["workload"] for row in rows} == {f"pipeline, 50 DDIM steps, {guidance}, (2, 3, 8, 8)"}
+
+
+def test_pipelines_are_chosen_by_their_titles():
+    assert len(suites.chosen_pipelines([])) == 4
+    assert suites.chosen_pipelines(["pipeline, 50 DDIM steps, rescaled, (1,"]) == [("rescaled", (1, 4, 64, 64))]
+
+
 def test_without_what_is_optional_the_rest_runs(monkeypatch, tmp_path):
     """Without diffusers and matplotlib, the rows and the page say so."""
     import builtins
@@ -167,6 +185,9 @@ def test_without_what_is_optional_the_rest_runs(monkeypatch, tmp_path):
     rows = list(steps.measure(SMALL, CPU, 0.01))
     assert {r["contender"]: r["status"] for r in rows}["diffusers"] == "not run"
     assert [r["reason"] for r in loops.measure("policy", 2, CPU, 0.01)] == ["diffusers is not installed"]
+    assert [r["reason"] for r in pipelines.measure("rescaled", (1, 3, 8, 8), CPU, 0.01)] == [
+        "diffusers is not installed"
+    ]
     written = pages.write({"machine": {}, "rows": rows}, tmp_path)
     assert "no plots: matplotlib is not installed" in written[0].read_text()
 

@@ -301,3 +301,29 @@ def test_original_is_apart_from_out_or_interleaved_with_it(checked, generator):
     for place in (out, whole[:, 1:4]):
         with pytest.raises(ValueError, match="original: expected memory apart from out, got an overlap"):
             fastguide.guided_step(TABLES["ddim"], 3, x, x, out=out, original=place, backend=checked)
+
+
+STRIDES_OF_NOTHING = {
+    "as torch.from_numpy makes them": (0, 0, 0, 0),
+    "contiguous": (48, 16, 4, 1),
+    "of no order": (1, 7, 2, 9),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES_OF_NOTHING)
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)])
+def test_nothing_may_have_any_strides(backend, shape, strides):
+    """Also beside tensors that have others."""
+
+    def nothing():
+        return torch.empty(0).as_strided(shape, STRIDES_OF_NOTHING[strides])
+
+    for prediction in (nothing(), torch.empty(shape)):
+        arguments = {name: nothing() for name in ("noise", "out", "original", "staged")}
+        guidance = fastguide.ClassifierFree(2.0)
+        result = fastguide.guided_step(
+            TABLES["ddpm"], 0, nothing(), [prediction] * 2, guidance, **arguments, backend=backend
+        )
+        assert result is arguments["out"]
+    new = fastguide.guided_step(TABLES["ddpm"], 0, nothing(), nothing(), noise=nothing(), backend=backend)
+    assert new.shape == shape

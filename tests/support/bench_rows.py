@@ -33,6 +33,11 @@ def rows_of_a_run(ours=1.0):
         ok(small, "fastguide's scheduler", 0.1),
         ok(small, "diffusers", 1.0),
         ok("an idle model, DDIM", "Sampler, host time a step", 1e-5, "loops"),
+        ok(targets._PIPELINE, "diffusers", 5e-3, "pipelines"),
+        ok(targets._PIPELINE, targets._ACCELERATED, 2.5e-3, "pipelines"),
+        ok(targets._PIPELINE, "fastguide, step(guidance_scale=)", 2e-3, "pipelines"),
+        ok(targets._RESCALED, "diffusers", 6e-3, "pipelines"),
+        ok(targets._RESCALED, targets._ACCELERATED, 5e-3, "pipelines"),
         of_bfloat16("fastguide", 1.0),
         of_bfloat16("diffusers", 6.0),
     ]

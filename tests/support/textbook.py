@@ -6,9 +6,20 @@ In float64 this is the truth; in float32 or bfloat16 it is "plain torch", whose 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+def linear_alphas_cumprod(steps: int = 1000) -> Tensor:
+    """Ho et al. 2020, section 4: betas from 1e-4 to 0.02; always in float64."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
+
+
+def leading_timesteps(count: int, steps: int = 1000) -> list[int]:
+    """Song et al. 2021, appendix D.2, linear: every (steps / count)-th timestep from 0 on, here latest first."""
+    return [steps // count * i for i in reversed(range(count))]
 
 
 def guided_prediction(predictions: list[Tensor], scales: list[float | Tensor]) -> Tensor:
@@ -33,6 +44,22 @@ def original_and_epsilon(prediction_type: str, x: Tensor, m: Tensor, a: float) -
 def noised(x0: Tensor, z: Tensor, a: float) -> Tensor:
     """Ho et al. 2020, eq. 4."""
     return math.sqrt(a) * x0 + math.sqrt(1 - a) * z
+
+
+def log_probability_gradient(
+    classifier: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, labels: Tensor
+) -> Tensor:
+    """Dhariwal & Nichol 2021, section 4: of log p(y | x_t), each sample of its own label."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        logits = classifier(x, t)
+        log_probability = logits[torch.arange(len(x)), labels] - logits.logsumexp(1)
+        return torch.autograd.grad(log_probability.sum(), x)[0]
+
+
+def inpainted(x: Tensor, image: Tensor, mask: Tensor, z: Tensor, a: float) -> Tensor:
+    """Lugmayr et al. 2022, eq. 8: where the mask is 0, the known image at the sample's level."""
+    return mask * x + (1 - mask) * noised(image, z, a)
 
 
 def clipped(x0: Tensor, clip: float | None) -> Tensor:

@@ -12,10 +12,13 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "binding/capability.h"
+#include "binding/record.h"
 #include "binding/tensors.h"
 #include "kernels/arguments.h"
 #include "kernels/cpu/launch.h"
@@ -97,6 +100,7 @@ void read_predictions(const TensorList& tensors, int64_t stacked, const Layout& 
     const int64_t stride = check_layout(name, tensors[0], layout, stacked * layout.batch);
     const Element element = element_of(name, tensors[0]);
     const char* data = static_cast<const char*>(tensors[0].const_data_ptr());
+    check_storage(name, data, layout);
     for (int64_t k = 0; k < stacked; ++k) {
       inputs->push_back({data + k * layout.batch * stride * element_bytes(element), stride, element});
     }
@@ -172,12 +176,15 @@ void read_position(const Operands& operands, const Layout& layout, StepArguments
     STD_TORCH_CHECK(operands.cursor.has_value(), "timestep: expected a cursor with it");
     read_timestep(*operands.timestep, layout, a);
   }
-  // On a GPU the host does not wait for indices: the kernel checks them.
-  const bool on_host = (a->indices == nullptr && a->cursor == nullptr) || layout.is_cpu;
-  const bool varied = a->indices_stride != 0 || a->cursor_stride != 0;
-  for (int64_t b = 0; on_host && b < (varied ? layout.batch : 1); ++b) {
-    const Position position = position_of(*a, b);
-    STD_TORCH_CHECK(!position.live || in_table(*a, position), "index: expected values from 0 to ", a->steps - 1,
+}
+
+// On a GPU the host does not wait for indices: the kernel checks them.
+void check_position(const StepArguments& a, bool is_cpu) {
+  const bool on_host = (a.indices == nullptr && a.cursor == nullptr) || is_cpu;
+  const bool varied = a.indices_stride != 0 || a.cursor_stride != 0;
+  for (int64_t b = 0; on_host && b < (varied ? a.batch : 1); ++b) {
+    const Position position = position_of(a, b);
+    STD_TORCH_CHECK(!position.live || in_table(a, position), "index: expected values from 0 to ", a.steps - 1,
                     ", got ", position.index);
   }
 }
@@ -231,12 +238,14 @@ void read_staged(const Tensor& staged, const Layout& layout, StepArguments* a) {
   STD_TORCH_CHECK(samples <= 1 || a->staged.batch_stride >= layout.elements_per_sample,
                   "staged: expected samples that do not overlap");
   a->staged.data = staged.mutable_data_ptr();
+  check_storage("staged", a->staged.data, layout);
   a->staged.element = element_of("staged", staged);
 }
 
 // ---- Checks of all tensors, and the run ----
 
-void check_memory(const StepArguments& a, const Layout& layout) {
+void check_memory(const StepArguments& a) {
+  const Extent layout{a.batch, a.elements_per_sample};
   for_each_output(a, [&](Argument output_name, const Output& output, int copies) {
     if (output.data == nullptr) return;
     // A staged sample is written while the inputs of others are still to be read.
@@ -294,6 +303,31 @@ void run_on_gpu(const StepArguments& a, int32_t device) {
 #endif
 }
 
+// ---- The step, once as an operator and again from its record ----
+
+// Checks what a repetition may have changed, and makes the step.
+void run(const StepArguments& a, bool is_cpu, int32_t device) {
+  check_position(a, is_cpu);
+  check_memory(a);
+  if (a.batch * a.elements_per_sample == 0) return;
+  if (is_cpu) {
+    run_on_cpu(a);
+  } else {
+    run_on_gpu(a, device);
+  }
+}
+
+void read(const Operands& operands, const Layout& layout, std::vector<Input>* predictions, StepArguments* a) {
+  read_tensors(operands, layout, a);
+  STD_TORCH_CHECK(operands.weights.dim() == 3, "weights: expected three dimensions");
+  read_predictions(operands.predictions, operands.weights.sizes()[2] - 1, layout, predictions, a);
+  read_rows(operands.rows, layout, a);
+  read_weights(operands.weights, layout, a);
+  read_position(operands, layout, a);
+  read_noise(operands, layout, a);
+  if (operands.staged.has_value()) read_staged(*operands.staged, layout, a);
+}
+
 // The boxed function of the operator: its arguments are the stack's entries.
 void guided_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outputs) {
   STD_TORCH_CHECK(num_arguments == kArguments && num_outputs == 0, "guided_step: expected ", kArguments,
@@ -302,21 +336,34 @@ void guided_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outpu
   const Layout layout = layout_of(operands.out);
   StepArguments a{};
   std::vector<Input> predictions;
-  read_tensors(operands, layout, &a);
-  STD_TORCH_CHECK(operands.weights.dim() == 3, "weights: expected three dimensions");
-  read_predictions(operands.predictions, operands.weights.sizes()[2] - 1, layout, &predictions, &a);
-  read_rows(operands.rows, layout, &a);
-  read_weights(operands.weights, layout, &a);
-  read_position(operands, layout, &a);
-  read_noise(operands, layout, &a);
-  if (operands.staged.has_value()) read_staged(*operands.staged, layout, &a);
-  check_memory(a, layout);
-  if (layout.batch * layout.elements_per_sample == 0) return;
-  if (layout.is_cpu) {
-    run_on_cpu(a);
-  } else {
-    run_on_gpu(a, layout.device);
+  read(operands, layout, &predictions, &a);
+  run(a, layout.is_cpu, layout.device);
+}
+
+// The boxed function of fastguide::record_step, which has one argument more: the memory for the record, int64.
+void record_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outputs) {
+  STD_TORCH_CHECK(num_arguments == kArguments + 1 && num_outputs == 0, "record_step: expected ", kArguments + 1,
+                  " arguments and no outputs, got ", num_arguments, " and ", num_outputs);
+  const Operands operands(stack);
+  const Tensor memory = torch::stable::detail::to<Tensor>(stack[kArguments]);
+  const Layout layout = layout_of(operands.out);
+  Record record{};
+  std::vector<Input> predictions;
+  read(operands, layout, &predictions, &record.arguments);
+  STD_TORCH_CHECK(record.arguments.noise_kind != Noise::torch_stream, "philox: expected none in a record");
+  record.is_cpu = layout.is_cpu;
+  record.device = layout.device;
+  if (operands.predictions.size() == 1 && predictions.size() > 1) {
+    record.prediction_bytes =
+        static_cast<const char*>(predictions[1].data) - static_cast<const char*>(predictions[0].data);
   }
+  const size_t bytes = sizeof(Record) + predictions.size() * sizeof(Input);
+  STD_TORCH_CHECK(memory.is_cpu() && memory.scalar_type() == ScalarType::Long && memory.is_contiguous() &&
+                      static_cast<size_t>(memory.numel()) * sizeof(int64_t) >= bytes,
+                  "record: expected int64 on the CPU, of at least ", bytes, " bytes");
+  char* to = static_cast<char*>(memory.mutable_data_ptr());
+  std::memcpy(to, &record, sizeof(Record));
+  if (!predictions.empty()) std::memcpy(to + sizeof(Record), predictions.data(), bytes - sizeof(Record));
 }
 
 }  // namespace
@@ -325,6 +372,30 @@ void guided_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outpu
 // ---- What fastguide/step/backends/native.py asks the library ----
 
 #define FASTGUIDE_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Makes the step of a record, whose pointers the caller has replaced. Returns 0; or 1, and has written nothing, if it is
+// refused: the operator says why.
+FASTGUIDE_EXPORT int fastguide_run_record(void* memory) {
+  try {
+    fastguide::Record* record = static_cast<fastguide::Record*>(memory);
+    fastguide::StepArguments a = record->arguments;
+    fastguide::Input* predictions = reinterpret_cast<fastguide::Input*>(record + 1);
+    for (int k = 1; record->prediction_bytes != 0 && k < a.num_predictions; ++k) {
+      predictions[k].data = static_cast<const char*>(predictions[0].data) + k * record->prediction_bytes;
+    }
+    a.predictions = predictions;
+    fastguide::run(a, record->is_cpu, record->device);
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
+// Where a record has what changes from call to call, in units of int64: name, space, place, comma, for each.
+FASTGUIDE_EXPORT const char* fastguide_record_places() {
+  static const std::string places = fastguide::record_places();
+  return places.c_str();
+}
 
 // Selects the instruction set (0 baseline, 1 AVX2, 2 AVX-512), at most the processor's best; a negative level changes
 // nothing. Returns the one in use.
@@ -358,8 +429,14 @@ FASTGUIDE_EXPORT int fastguide_driver_too_old() {
 #endif
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastguide, CPU, m) { m.impl("guided_step", &fastguide::guided_step); }
+STABLE_TORCH_LIBRARY_IMPL(fastguide, CPU, m) {
+  m.impl("guided_step", &fastguide::guided_step);
+  m.impl("record_step", &fastguide::record_step);
+}
 
 #if defined(FASTGUIDE_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastguide, CUDA, m) { m.impl("guided_step", &fastguide::guided_step); }
+STABLE_TORCH_LIBRARY_IMPL(fastguide, CUDA, m) {
+  m.impl("guided_step", &fastguide::guided_step);
+  m.impl("record_step", &fastguide::record_step);
+}
 #endif

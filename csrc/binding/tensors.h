@@ -38,6 +38,11 @@ struct Layout {
   int32_t device;
 };
 
+// The number of elements, for what depends on nothing else.
+struct Extent {
+  int64_t batch, elements_per_sample;
+};
+
 // Without elements, strides say nothing: any will do.
 inline bool is_empty(const Layout& layout) { return layout.batch == 0 || layout.elements_per_sample == 0; }
 
@@ -91,8 +96,14 @@ inline int64_t check_layout(const char* name, const Tensor& tensor, const Layout
   return strides[0];
 }
 
+// A pointer of null would stand for an absent tensor.
+inline void check_storage(const char* name, const void* data, const Layout& layout) {
+  STD_TORCH_CHECK(data != nullptr || is_empty(layout), name, ": expected a tensor with memory, got one that was freed");
+}
+
 inline Input input_of(const char* name, const Tensor& tensor, const Layout& layout) {
   const int64_t batch_stride = check_layout(name, tensor, layout, layout.batch);
+  check_storage(name, tensor.const_data_ptr(), layout);
   return {tensor.const_data_ptr(), batch_stride, element_of(name, tensor)};
 }
 
@@ -100,6 +111,7 @@ inline Output output_of(const char* name, const Tensor& tensor, const Layout& la
   const int64_t batch_stride = check_layout(name, tensor, layout, layout.batch);
   STD_TORCH_CHECK(layout.batch <= 1 || batch_stride >= layout.elements_per_sample, name,
                   ": expected samples that do not overlap");
+  check_storage(name, tensor.const_data_ptr(), layout);
   return {tensor.mutable_data_ptr(), batch_stride, element_of(name, tensor)};
 }
 
@@ -108,7 +120,7 @@ inline Input as_input(const Output& output) { return {output.data, output.batch_
 // Checks that an output is an input, element for element, or shares no byte with it: the step would otherwise read what
 // it has already written.
 inline void check_overlap(const char* output_name, const Output& out, const char* name, const Input& input,
-                          const Layout& layout) {
+                          const Extent& layout) {
   if (out.data == nullptr || input.data == nullptr) return;
   const int64_t out_bytes = element_bytes(out.element), input_bytes = element_bytes(input.element);
   const int64_t out_stride = layout.batch > 1 ? out.batch_stride * out_bytes : 0;
@@ -137,7 +149,7 @@ inline void check_overlap(const char* output_name, const Output& out, const char
 
 // Checks that an output of so many samples shares no byte with another tensor.
 inline void check_apart(const char* output_name, const Output& output, int64_t samples, const char* name,
-                        const Input& other, const Layout& layout) {
+                        const Input& other, const Extent& layout) {
   if (output.data == nullptr || other.data == nullptr || layout.batch == 0) return;
   const int64_t begin = reinterpret_cast<int64_t>(output.data), other_begin = reinterpret_cast<int64_t>(other.data);
   const int64_t size = (samples - 1) * output.batch_stride + layout.elements_per_sample;

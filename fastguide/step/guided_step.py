@@ -16,6 +16,7 @@ from .cursor import Cursor
 from .inpainting import Inpainting
 from .noise import DeviceGenerator, draw
 from .overlaps import check_memory
+from .repeat import remember, repeated
 
 
 def guided_step(
@@ -89,7 +90,16 @@ def guided_step(
     >>> guided_step(table, 0, x, [uncond, cond], ClassifierFree(7.5)).shape
     torch.Size([2, 3, 8, 8])
     """
+    done = repeated(
+        table, index, sample, predictions, guidance, gradient, variance, noise, generator, seeds, inpainting, original,
+        out, staged, backend,
+    )  # fmt: skip
+    if done is not None:
+        if out is not None or original is not None or staged is not None:
+            _note_the_write(out, original, staged)
+        return done
     chosen = backend_for(backend, checks.device_of("sample", sample).type)
+    given = generator
     arguments, generator = checks.validate(
         chosen,
         table,
@@ -121,6 +131,7 @@ def guided_step(
         raise
     if increment and isinstance(generator, torch.Generator):
         generator.set_offset(generator.get_offset() + increment)
+    remember(table, index, guidance, given, out, backend, chosen, arguments)
     return arguments.out
 
 

@@ -108,3 +108,5 @@ def guided_step_fake(*_arguments: object) -> None:
 library = torch.library.Library("fastguide", "DEF")
 library.define("guided_step" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("fastguide::guided_step", guided_step_fake, lib=library)
+library.define("record_step" + SCHEMA.replace(") -> ()", ", *, Tensor(z!) record) -> ()"))
+"""Writes the step into ``record`` as plain data, and does not make it: see ``backends/repeat.py``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
 import platform
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ _EXPORTS = (
     "fastguide_cpu_capability",
     "fastguide_cuda_code",
     "fastguide_driver_too_old",
+    "fastguide_run_record",
+    "fastguide_record_places",
 )
 _ARGUMENT_TYPES = {
     "Tensor": "Tensor",
@@ -150,6 +153,28 @@ def set_cpu_capability(capability: str) -> str:
     if capability not in CAPABILITIES:
         raise ValueError(f"capability: expected one of {CAPABILITIES}, got {capability!r}")
     return CAPABILITIES[_loaded().fastguide_cpu_capability(CAPABILITIES.index(capability))]
+
+
+def can_repeat() -> bool:
+    """Tell whether there is a library that makes steps again from their records."""
+    return _library is not None
+
+
+@functools.cache
+def record_places() -> dict[str, int]:
+    """Return where a record has each argument that changes from call to call, in words of 64 bits."""
+    places = _loaded().fastguide_record_places
+    places.restype = ctypes.c_char_p
+    listed = places().decode().removesuffix(",").split(",")
+    return {name: int(place) for name, place in (each.split(" ") for each in listed)}
+
+
+@functools.cache
+def run_record() -> Callable[[int], int]:
+    """Return the library's function that makes the step of a record, which is at an address; it returns 0 if it did."""
+    run = _loaded().fastguide_run_record
+    run.argtypes = [ctypes.c_void_p]
+    return run
 
 
 def _loaded() -> ctypes.CDLL:

@@ -171,8 +171,7 @@ class Sampler:
             generator: draws the steps' noise; ``None``: torch's global generator. A sequence gives each sample its own.
             seeds: one for each sample, instead of a generator: the steps' noise is of the portable stream, so that a
                 sample depends on its seed and not on the batch it is in; it counts from the call's first step.
-                ``portable_noise(seeds, shape)`` is an
-                ``x_T`` of the same kind.
+                ``portable_noise(seeds, shape)`` is an ``x_T`` of the same kind.
             callback: ``callback(call, timestep, sample)`` after the step of each model call, counted as the table does:
                 a table of two calls a step has more calls than steps. The sample is the sampler's own buffer: clone
                 what you store; what you write to it, by operations of torch, is what the next step continues with. An

@@ -184,8 +184,8 @@ void check_position(const StepArguments& a, bool is_cpu) {
   const bool varied = a.indices_stride != 0 || a.cursor_stride != 0;
   for (int64_t b = 0; on_host && b < (varied ? a.batch : 1); ++b) {
     const Position position = position_of(a, b);
-    STD_TORCH_CHECK(!position.live || in_table(a, position), "index: expected values from 0 to ", a.steps - 1,
-                    ", got ", position.index);
+    STD_TORCH_CHECK(!position.live || in_table(a, position), "index: expected values from 0 to ", a.steps - 1, ", got ",
+                    position.index);
   }
 }
 
@@ -373,8 +373,8 @@ void record_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outpu
 
 #define FASTGUIDE_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Makes the step of a record, whose pointers the caller has replaced. Returns 0; or 1, and has written nothing, if it is
-// refused: the operator says why.
+// Makes the step of a record, whose pointers the caller has replaced. Returns 0; or 1, and has written nothing, if it
+// is refused: the operator says why.
 FASTGUIDE_EXPORT int fastguide_run_record(void* memory) {
   try {
     fastguide::Record* record = static_cast<fastguide::Record*>(memory);

@@ -24,13 +24,13 @@ from .backends import native
 from .backends.registry import Backend, backend_for
 from .cursor import Cursor
 from .inpainting import Inpainting
+from .memory import empty_like
 from .operator import StepArguments
 
 _OTHERWISE = ("predictions", "rows", "weights", "index", "indices", "philox", "philox_threads", "cursor", "timestep")
 _FIELDS = tuple(name for name in StepArguments._fields if name not in _OTHERWISE)
 """The tensors that a call may have: the order of ``values`` in ``repeated``; predictions come after them."""
 _MOST_KINDS = 256
-_RECORD_WORDS = 512
 
 Layout = tuple[int, torch.Size, tuple[int, ...], torch.dtype, int]
 """Where a record has a tensor's pointer; and the shape, strides, dtype and device (-1: the CPU) that the tensor had."""
@@ -43,8 +43,8 @@ class Kind(NamedTuple):
     guidance: Guidance | None
     cursor: Cursor | None
     backend: Backend
-    constants: tuple[Tensor, Tensor]
-    """Rows and weights, to which the record points."""
+    constants: tuple[Tensor | None, ...]
+    """Rows, weights, and the cursor's memory, to which the record points."""
     layouts: tuple[Layout | None, ...]
     predictions: tuple[Layout | None, ...]
     draws_into_out: bool
@@ -90,8 +90,10 @@ def repeated(
     record = kind.record
     if type(index) is int:
         record[kind.index_place] = index
+    if kind.cursor is not None and out is not sample:
+        return None
     if out is None:
-        out = torch.empty_like(sample)
+        out = empty_like(sample)
     if kind.draws_into_out:
         if noise is not None:  # besides a generator
             return None
@@ -189,17 +191,19 @@ def remember(
         _kinds[key] = None
         return
     draws = generator is not None and arguments.noise is not None
-    if draws and (out is not None or arguments.noise is not arguments.out):
-        return  # drawn elsewhere: for an output that may be an input, on another device, or in another layout
+    outputs = (out, arguments.original, arguments.staged)
+    if draws and (arguments.noise is not arguments.out or any(output is not None for output in outputs)):
+        return  # drawn elsewhere; or a bad output would be refused after the draw
     _kinds[key] = _kind(table, index, guidance, chosen, arguments, draws)
 
 
 def _kind(
     table: StepTable, index: Any, guidance: Guidance | None, chosen: Backend, arguments: StepArguments, draws: bool
 ) -> Kind:
-    record = array("q", bytes(8 * _RECORD_WORDS))
-    torch.ops.fastguide.record_step(*arguments, record=torch.frombuffer(record, dtype=torch.int64))
     places = native.record_places()
+    words = places["predictions"] + places["prediction"] * arguments.weights.shape[-1]  # of all predictions, and more
+    record = array("q", bytes(8 * words))
+    torch.ops.fastguide.record_step(*arguments, record=torch.frombuffer(record, dtype=torch.int64))
 
     def layout(tensor: Tensor | None, place: int) -> Layout | None:
         if tensor is None:
@@ -210,7 +214,7 @@ def _kind(
     first, apart = places["predictions"], places["prediction"]
     predictions = tuple(layout(tensor, first + k * apart) for k, tensor in enumerate(arguments.predictions))
     cursor = index if isinstance(index, Cursor) else None
-    constants = arguments.rows, arguments.weights
+    constants = arguments.rows, arguments.weights, arguments.cursor, arguments.timestep
     return Kind(
         table, guidance, cursor, chosen, constants, layouts, predictions, draws, record, record.buffer_info()[0],
         places["index"], native.run_record(),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastguide
 from fastguide import Classifier, ClassifierFree, Composed, Cursor, Inpainting
-from fastguide.step import checks, repeat
+from fastguide.step import checks, memory, repeat
 from fastguide.step.backends import native
 from fastguide.step.backends.registry import BACKENDS
 from tests.step.test_errors import STEP_ERRORS, X
@@ -72,12 +72,14 @@ KINDS = {  # a function that makes one step, of tensors that are new at each cal
     "another layout": lambda: fastguide.guided_step(
         DDIM, 3, *(torch.empty(2, 4, 3).mT.copy_(draw(seed=s)) for s in (1, 2))
     ),
+    "hundreds of conditions": lambda: fastguide.guided_step(DDIM, 3, draw(), [draw(seed=s) for s in range(301)], MANY),
     "samples apart": lambda: fastguide.guided_step(DDIM, 3, draw(4, 3, 4)[::2], draw(4, 3, 4, seed=1)[1::2]),
     "a cursor": lambda: with_cursor(),
     "many elements": lambda: fastguide.guided_step(
         DDIM, 3, draw(2, 3, 200, 200), draw(4, 3, 200, 200, seed=1), GUIDANCE
     ),
 }  # fmt: skip
+MANY = Composed([0.01] * 300)
 GUIDANCE, COMPOSED, CLASSIFIER = ClassifierFree(7.5), Composed([1.0, 2.0, 3.0]), Classifier(None, 2.0)
 CURSOR = Cursor(timesteps=2)
 
@@ -194,6 +196,32 @@ def test_the_thousandth_call_is_refused_as_the_first(name):
         step()
     assert refusal() == first
     step()
+
+
+def test_a_cursor_s_output_is_always_the_sample():
+    for _ in range(3):
+        with_cursor()
+    with pytest.raises(ValueError, match="out: expected the sample itself with a Cursor"):
+        fastguide.guided_step(DDIM, CURSOR.start(DDIM, 3), draw(), pair(), GUIDANCE, out=draw())
+
+
+def test_a_refused_output_costs_no_noise():
+    """Refused after good steps, too: an x_0 over a part of a prediction."""
+    original, prediction = in_one(0, 5)
+    g = generator()
+    for _ in range(3):
+        fastguide.guided_step(DDPM, 3, draw(), draw(), generator=generator(), original=torch.empty(SHAPE))
+    with pytest.raises(ValueError, match="original: expected memory apart from predictions"):
+        fastguide.guided_step(DDPM, 3, draw(), prediction, generator=g, original=original)
+    assert torch.equal(g.get_state(), generator().get_state())
+
+
+def test_large_new_outputs_are_in_huge_pages(monkeypatch):
+    advised = []
+    monkeypatch.setattr(memory, "_in_huge_pages", lambda new: advised.append(new.shape) or new)
+    for _ in range(4):
+        KINDS["unguided"]()
+    assert advised == [SHAPE] * 4
 
 
 class SeesFunctions(TorchFunctionMode):

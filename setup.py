@@ -46,7 +46,7 @@ CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-W
 
 
 class BuildNative(build_ext):
-    """Build one shared library that depends on neither Python nor the version of torch."""
+    """Build one shared library for every version of Python and torch."""
 
     def finalize_options(self) -> None:
         # One folder for every Python and kind of install: ninja then compiles what changed, and nothing else.
@@ -100,7 +100,7 @@ class BuildNative(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """Tag the wheel for every Python 3 on the platform: the library uses no Python API."""
+    """Tag the wheel for every Python 3 on the platform: csrc/binding/python.h says why it fits them all."""
 
     def run(self) -> None:
         # An earlier build may have left files that were deleted since: they would be packed.
@@ -227,7 +227,10 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
     source = Path(__file__).resolve().parent / "csrc"
     nvcc, architectures, description = code
     # torch loads the library itself: it must name libtorch, or its symbols are not found.
-    keep = "" if sys.platform == "darwin" else "-Wl,--no-as-needed -Wl,--strip-all "
+    # Python's weak symbols are found in the process that loads it; macOS has to be told so.
+    darwin = sys.platform == "darwin"
+    keep = "-Wl,-undefined,dynamic_lookup " if darwin else "-Wl,--no-as-needed -Wl,--strip-all "
+    include = f"-isystem {quote(torch_root / 'include')}"
     lines = [
         "ninja_required_version = 1.5",
         "cxx = " + compiler.replace("$", "$$"),
@@ -238,12 +241,19 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
         "  deps = gcc",
         "rule link",
         f"  command = $cxx -shared $in -o $out -L{quote(torch_root / 'lib')} $libraries",
-        f"build operator.o: compile {escape(source / 'binding' / 'operator.cpp')}",
-        f"  extra = -DTORCH_TARGET_VERSION={target} -isystem {quote(torch_root / 'include')} "
-        f"-ffile-prefix-map={quote(source)}=csrc "  # error messages name files, without the folder of the build
-        f"'-DFASTGUIDE_CUDA_CODE=\"{description}\"'" + (" -DFASTGUIDE_CUDA" if nvcc else ""),
     ]
-    objects = ["operator.o"]
+    on_torch = (  # error messages name files, without the folder of the build
+        f"-DTORCH_TARGET_VERSION={target} {include} -ffile-prefix-map={quote(source)}=csrc"
+        + (" -DFASTGUIDE_CUDA" if nvcc else "")
+    )
+    objects = []
+    for name, extra in (
+        ("operator", f"{on_torch} '-DFASTGUIDE_CUDA_CODE=\"{description}\"'"),
+        ("run", on_torch),
+        ("repeat", include),  # for the header of DLPack
+    ):
+        objects.append(f"{name}.o")
+        lines += [f"build {name}.o: compile {escape(source / 'binding' / f'{name}.cpp')}", f"  extra = {extra}"]
     for name, flags in INSTRUCTION_SETS.items():
         # The portable noise stream is the same everywhere only if nothing is contracted: csrc/maths/philox.h.
         for file, more in (("step", ""), ("noise", "-ffp-contract=off")):

@@ -3,11 +3,7 @@
 //
 // fastguide/step/checks.py has checked the arguments and explains what is wrong with them. The checks here keep a
 // direct call of the operator from reading or writing memory that is not its own.
-#if defined(FASTGUIDE_CUDA)
-#include <torch/csrc/stable/accelerator.h>
-#endif
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -19,24 +15,18 @@
 
 #include "binding/capability.h"
 #include "binding/record.h"
+#include "binding/run.h"
 #include "binding/tensors.h"
 #include "kernels/arguments.h"
-#include "kernels/cpu/launch.h"
 #include "kernels/cursor.h"
 #include "maths/element.h"
 #include "maths/step.h"
 #if defined(FASTGUIDE_CUDA)
 #include "kernels/gpu/launch.h"
-
-// Part of libtorch_cuda, which torch for the CPU lacks: weak, so that one library loads with every torch.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace fastguide {
 namespace {
-
-constexpr int64_t kGrain = 32768;  // the least number of elements a thread, as in torch's elementwise operators
-constexpr int64_t kNoiseGrain = kGrain / 4;  // the same where noise is drawn too, which takes several times as long
 
 using OptionalTensor = std::optional<Tensor>;
 using TensorList = std::vector<Tensor>;
@@ -100,7 +90,7 @@ void read_predictions(const TensorList& tensors, int64_t stacked, const Layout& 
     const int64_t stride = check_layout(name, tensors[0], layout, stacked * layout.batch);
     const Element element = element_of(name, tensors[0]);
     const char* data = static_cast<const char*>(tensors[0].const_data_ptr());
-    check_storage(name, data, layout);
+    check_storage(name, tensors[0], layout);
     for (int64_t k = 0; k < stacked; ++k) {
       inputs->push_back({data + k * layout.batch * stride * element_bytes(element), stride, element});
     }
@@ -178,17 +168,6 @@ void read_position(const Operands& operands, const Layout& layout, StepArguments
   }
 }
 
-// On a GPU the host does not wait for indices: the kernel checks them.
-void check_position(const StepArguments& a, bool is_cpu) {
-  const bool on_host = (a.indices == nullptr && a.cursor == nullptr) || is_cpu;
-  const bool varied = a.indices_stride != 0 || a.cursor_stride != 0;
-  for (int64_t b = 0; on_host && b < (varied ? a.batch : 1); ++b) {
-    const Position position = position_of(a, b);
-    STD_TORCH_CHECK(!position.live || in_table(a, position), "index: expected values from 0 to ", a.steps - 1, ", got ",
-                    position.index);
-  }
-}
-
 TorchStream torch_stream_of(const Tensor& philox, int64_t threads, const Layout& layout) {
   STD_TORCH_CHECK(!layout.is_cpu, "philox: torch's CUDA stream is drawn on a GPU, and out is a CPU tensor");
   STD_TORCH_CHECK(threads > 0 && threads <= INT32_MAX, "philox_threads: expected more than 0, got ", threads);
@@ -238,84 +217,11 @@ void read_staged(const Tensor& staged, const Layout& layout, StepArguments* a) {
   STD_TORCH_CHECK(samples <= 1 || a->staged.batch_stride >= layout.elements_per_sample,
                   "staged: expected samples that do not overlap");
   a->staged.data = staged.mutable_data_ptr();
-  check_storage("staged", a->staged.data, layout);
+  check_storage("staged", staged, layout);
   a->staged.element = element_of("staged", staged);
 }
 
-// ---- Checks of all tensors, and the run ----
-
-void check_memory(const StepArguments& a) {
-  const Extent layout{a.batch, a.elements_per_sample};
-  for_each_output(a, [&](Argument output_name, const Output& output, int copies) {
-    if (output.data == nullptr) return;
-    // A staged sample is written while the inputs of others are still to be read.
-    const bool never_shared = output_name == Argument::staged;
-    for_each_input(a, a.predictions, [&](Argument name, const Input& input) {
-      if (never_shared || !may_be_output(name)) {
-        check_apart(name_of(output_name), output, copies * layout.batch, name_of(name), input, layout);
-      } else {
-        check_overlap(name_of(output_name), output, name_of(name), input, layout);
-      }
-    });
-    if (never_shared) {
-      check_apart("staged", output, copies * layout.batch, "out", as_input(a.out), layout);
-      check_apart("staged", output, copies * layout.batch, "original", as_input(a.original), layout);
-    }
-  });
-  check_overlap("out", a.out, "original", as_input(a.original), layout);
-  STD_TORCH_CHECK(a.out.data != a.original.data || a.out.data == nullptr, "original: expected other memory than out's");
-}
-
-void run_on_cpu(const StepArguments& a) {
-  const int64_t total = a.batch * a.elements_per_sample;
-  const StepRange step_range = selected_step_range();
-  const int64_t grain = a.noise_kind == Noise::portable ? kNoiseGrain : kGrain;
-  if (total <= grain) {
-    step_range(a, 0, total);
-  } else {
-    torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { step_range(a, begin, end); });
-  }
-  if (a.cursor != nullptr) advance(a, position_of(a, 0), 0, 1);
-}
-
-void run_on_gpu(const StepArguments& a, int32_t device) {
-  for_each_output(a, [](Argument name, const Output& output, int) {
-    STD_TORCH_CHECK(output.element != Element::float64, name_of(name), ": expected no float64 tensors on a GPU");
-  });
-  for_each_input(a, a.predictions, [](Argument name, const Input& input) {
-    STD_TORCH_CHECK(input.element != Element::float64, name_of(name), ": expected no float64 tensors on a GPU");
-  });
-#if defined(FASTGUIDE_CUDA)
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "out: expected a CPU tensor, as this torch has no CUDA");
-  STD_TORCH_CHECK(a.num_predictions <= cuda::max_predictions(), "predictions: expected at most ",
-                  cuda::max_predictions(), " on a GPU, got ", a.num_predictions);
-  STD_TORCH_CHECK(!a.double_precision, "sample: expected float32, bfloat16 or float16 on a GPU, got float64");
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
-                  "out: torch names no current stream on its device");
-  const char* error = cuda::launch_step(a, device, stream);
-  STD_TORCH_CHECK(error == nullptr, "the CUDA kernel could not be started: ", error);
-#else
-  (void)device;
-  STD_TORCH_CHECK(false, "out: expected a CPU tensor, as fastguide was built without CUDA");
-#endif
-}
-
-// ---- The step, once as an operator and again from its record ----
-
-// Checks what a repetition may have changed, and makes the step.
-void run(const StepArguments& a, bool is_cpu, int32_t device) {
-  check_position(a, is_cpu);
-  check_memory(a);
-  if (a.batch * a.elements_per_sample == 0) return;
-  if (is_cpu) {
-    run_on_cpu(a);
-  } else {
-    run_on_gpu(a, device);
-  }
-}
+// ---- The operators ----
 
 void read(const Operands& operands, const Layout& layout, std::vector<Input>* predictions, StepArguments* a) {
   read_tensors(operands, layout, a);
@@ -337,6 +243,7 @@ void guided_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outpu
   StepArguments a{};
   std::vector<Input> predictions;
   read(operands, layout, &predictions, &a);
+  check(a, layout.is_cpu);
   run(a, layout.is_cpu, layout.device);
 }
 
@@ -373,28 +280,9 @@ void record_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outpu
 
 #define FASTGUIDE_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Makes the step of a record, whose pointers the caller has replaced. Returns 0; or 1, and has written nothing, if it
-// is refused: the operator says why.
-FASTGUIDE_EXPORT int fastguide_run_record(void* memory) {
-  try {
-    fastguide::Record* record = static_cast<fastguide::Record*>(memory);
-    fastguide::StepArguments a = record->arguments;
-    fastguide::Input* predictions = reinterpret_cast<fastguide::Input*>(record + 1);
-    for (int k = 1; record->prediction_bytes != 0 && k < a.num_predictions; ++k) {
-      predictions[k].data = static_cast<const char*>(predictions[0].data) + k * record->prediction_bytes;
-    }
-    a.predictions = predictions;
-    fastguide::run(a, record->is_cpu, record->device);
-    return 0;
-  } catch (...) {
-    return 1;
-  }
-}
-
-// Where a record has what changes from call to call, in units of int64: name, space, place, comma, for each.
-FASTGUIDE_EXPORT const char* fastguide_record_places() {
-  static const std::string places = fastguide::record_places();
-  return places.c_str();
+// The size of a record of so many predictions: see record_step.
+FASTGUIDE_EXPORT int fastguide_record_bytes(int predictions) {
+  return static_cast<int>(sizeof(fastguide::Record) + sizeof(fastguide::Input) * static_cast<size_t>(predictions));
 }
 
 // Selects the instruction set (0 baseline, 1 AVX2, 2 AVX-512), at most the processor's best; a negative level changes
@@ -434,9 +322,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastguide, CPU, m) {
   m.impl("record_step", &fastguide::record_step);
 }
 
-#if defined(FASTGUIDE_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastguide, CUDA, m) {
+#if defined(FASTGUIDE_CUDA)
   m.impl("guided_step", &fastguide::guided_step);
-  m.impl("record_step", &fastguide::record_step);
-}
 #endif
+  m.impl("record_step", &fastguide::record_step);  // of Triton's steps, too
+}

@@ -1,9 +1,7 @@
-// A step as plain data, which is made again with other tensors of the same layouts, without torch's dispatcher.
+// A step as plain data, which can be made again with other tensors of the same layouts.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <string>
 
 #include "kernels/arguments.h"
 
@@ -17,30 +15,14 @@ struct Record {
   bool is_cpu;
 };
 
-static_assert(sizeof(Record) % sizeof(int64_t) == 0 && sizeof(Input) % sizeof(int64_t) == 0, "places count int64s");
-
-inline void add_place(const char* name, size_t offset, std::string* places) {
-  *places += std::string(name) + " " + std::to_string(offset / sizeof(int64_t)) + ",";
-}
-
-// Lists the places of what changes from call to call; "prediction" is the distance between two predictions.
-inline std::string record_places() {
-  std::string places;
-  Record record{};
-  const char* begin = reinterpret_cast<const char*>(&record);
-  const auto add = [&](Argument name, const void* field) {
-    add_place(name_of(name), static_cast<size_t>(static_cast<const char*>(field) - begin), &places);
-  };
-  for_each_output(record.arguments, [&](Argument name, const Output& output, int) { add(name, &output.data); });
-  for_each_input(record.arguments, [&](Argument name, const Input& input) { add(name, &input.data); });
-  add(Argument::index, &record.arguments.index);
-  add(Argument::indices, &record.arguments.indices);
-  add(Argument::seeds, &record.arguments.seeds);
-  add(Argument::cursor, &record.arguments.cursor);
-  add(Argument::timestep, &record.arguments.timestep);
-  add_place(name_of(Argument::predictions), sizeof(Record), &places);
-  add_place("prediction", sizeof(Input), &places);
-  return places;
+// Calls f(argument, pointer) for the pointer to each tensor that a call may have. The others are of the table, the
+// guidance and the cursor, and stay; predictions are apart.
+template <typename F>
+void for_each_pointer(StepArguments& a, const F& f) {
+  for_each_output(a, [&](Argument name, Output& output, int) { f(name, const_cast<const void**>(&output.data)); });
+  for_each_input(a, [&](Argument name, Input& input) { f(name, &input.data); });
+  f(Argument::indices, reinterpret_cast<const void**>(&a.indices));
+  f(Argument::seeds, reinterpret_cast<const void**>(&a.seeds));
 }
 
 }  // namespace fastguide

@@ -96,14 +96,18 @@ inline int64_t check_layout(const char* name, const Tensor& tensor, const Layout
   return strides[0];
 }
 
-// A pointer of null would stand for an absent tensor.
-inline void check_storage(const char* name, const void* data, const Layout& layout) {
-  STD_TORCH_CHECK(data != nullptr || is_empty(layout), name, ": expected a tensor with memory, got one that was freed");
+// A pointer of null would stand for an absent tensor; and a view of freed memory points as far from null as it begins.
+inline void check_storage(const char* name, const Tensor& tensor, const Layout& layout) {
+  int64_t offset = 0;
+  STD_TORCH_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset) == AOTI_TORCH_SUCCESS, name,
+                  ": expected a tensor with memory");
+  const int64_t begin = reinterpret_cast<int64_t>(tensor.const_data_ptr()) - offset * tensor.element_size();
+  STD_TORCH_CHECK(begin != 0 || is_empty(layout), name, ": expected a tensor with memory, got one that was freed");
 }
 
 inline Input input_of(const char* name, const Tensor& tensor, const Layout& layout) {
   const int64_t batch_stride = check_layout(name, tensor, layout, layout.batch);
-  check_storage(name, tensor.const_data_ptr(), layout);
+  check_storage(name, tensor, layout);
   return {tensor.const_data_ptr(), batch_stride, element_of(name, tensor)};
 }
 
@@ -111,11 +115,14 @@ inline Output output_of(const char* name, const Tensor& tensor, const Layout& la
   const int64_t batch_stride = check_layout(name, tensor, layout, layout.batch);
   STD_TORCH_CHECK(layout.batch <= 1 || batch_stride >= layout.elements_per_sample, name,
                   ": expected samples that do not overlap");
-  check_storage(name, tensor.const_data_ptr(), layout);
+  check_storage(name, tensor, layout);
   return {tensor.mutable_data_ptr(), batch_stride, element_of(name, tensor)};
 }
 
 inline Input as_input(const Output& output) { return {output.data, output.batch_stride, output.element}; }
+
+// Integers as if they were numbers of the same 8 bytes, where nothing but their memory counts.
+inline Input integers(const int64_t* data, int64_t stride) { return {data, stride, Element::float64}; }
 
 // Checks that an output is an input, element for element, or shares no byte with it: the step would otherwise read what
 // it has already written.

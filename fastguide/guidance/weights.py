@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._counts import check_count
+from .._token import Token
 from ..schedules.predictions import GradientForm
 
 Scale: TypeAlias = "float | Sequence[float] | Tensor"
@@ -37,7 +38,8 @@ WeightsFrom: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
 class Guidance:
     """The weights w_k of ``num_predictions`` predictions, and the scale and form of a gradient, if there is one.
 
-    ``guidance_a + guidance_b`` uses both: predictions by the one, a classifier's gradient by the other.
+    ``guidance_a + guidance_b`` uses both: predictions by the one, a classifier's gradient by the other. It never
+    changes; a subclass whose weights do overrides ``weights``.
 
     The guided prediction is ``m = sum_k w_k p_k``. A kernel computes it anchored at the first prediction, as
     ``m = (sum_k w_k) * p_0 + sum_{k>=1} w_k * (p_k - p_0)``. That is the same number; but predictions of different
@@ -59,6 +61,8 @@ class Guidance:
         self, weights: Tensor, classifier: GradientSource | None, weights_from: WeightsFrom | None = None
     ) -> None:
         self.steps, self.batch, columns = weights.shape
+        self._token = Token()
+        """Stands for these weights where steps are remembered, which must not keep a classifier alive."""
         self.num_predictions = columns - 1
         self.classifier = classifier
         self.weights_from = weights_from
@@ -98,6 +102,13 @@ class Guidance:
         elif self._copies:
             self._wait_for_the_copy(device, dtype)
         return weights
+
+    def is_constant_on(self, device: torch.device) -> bool:
+        """Tell whether ``weights`` returns the same memory from now on, on this device, and nobody has to wait."""
+        kind = type(self)
+        ours = kind.weights is Guidance.weights and kind.weights_for is Guidance.weights_for
+        waited = all(where != device for where, _ in self._copies)
+        return ours and self.weights_from is None and waited
 
     def weights_for(self, predictions: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the weights of a step with these predictions: constants, or what ``weights_from`` makes of them."""

@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from .._token import Token
 from ..schedules.levels import Levels
 from ..schedules.predictions import GradientForm
 
@@ -74,10 +75,13 @@ class StepTable:
     takes_predictions: bool = field(init=False)
     in_scales: tuple[float, ...] = field(init=False)
     """What the sample is multiplied by to be the input of each model call, and of one more after the last."""
+    _token: object = field(init=False)
+    """Stands for this table where steps are remembered."""
     scales_inputs: bool = field(init=False)
     """Whether any call's model input is the sample times a factor other than 1."""
 
     def __post_init__(self) -> None:
+        self._token = Token()
         on_host = self.timesteps.to("cpu")
         self.host_timesteps = tuple(on_host.tolist())
         self.timesteps = on_host.to(self.device)

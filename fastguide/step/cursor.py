@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .._counts import is_integer
 from ..solvers.table import StepTable
@@ -54,9 +55,21 @@ class Cursor:
             timesteps = batch
         self.batch = batch
         with torch.inference_mode(False):  # or only inference mode could move it on
-            self.state = torch.zeros(batch or 1, len(CURSOR_COLUMNS), dtype=torch.int64, device=device)
-            self.timestep = torch.zeros(() if timesteps is None else timesteps, dtype=timestep_dtype, device=device)
-        self.device = self.state.device
+            self._state = torch.zeros(batch or 1, len(CURSOR_COLUMNS), dtype=torch.int64, device=device)
+            self._timestep = torch.zeros(() if timesteps is None else timesteps, dtype=timestep_dtype, device=device)
+        self.device = self._state.device
+
+    # Graphs and repeated steps hold these two: they are written to, and never replaced
+
+    @property
+    def state(self) -> Tensor:
+        """Where each sample is, of shape (batch or 1, 4)."""
+        return self._state
+
+    @property
+    def timestep(self) -> Tensor:
+        """The timesteps of the next model call."""
+        return self._timestep
 
     def start(self, table: StepTable, begin: int = 0, end: int | None = None) -> Cursor:
         """Put all samples at step ``begin`` of a table, to be finished at ``end``; nothing waits for the device.

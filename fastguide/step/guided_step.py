@@ -6,17 +6,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..guidance import Guidance
 from ..guidance.weights import UNGUIDED
 from ..solvers.table import StepTable
 from . import checks
 from .backends.registry import backend_for
+from .call import Call
 from .cursor import Cursor
 from .inpainting import Inpainting
 from .noise import DeviceGenerator, draw
 from .overlaps import check_memory
-from .repeat import remember, repeated
+from .repeat import kinds_of, remember, repeat, token_of
 
 
 def guided_step(
@@ -90,16 +92,20 @@ def guided_step(
     >>> guided_step(table, 0, x, [uncond, cond], ClassifierFree(7.5)).shape
     torch.Size([2, 3, 8, 8])
     """
-    done = repeated(
-        table, index, sample, predictions, guidance, gradient, variance, noise, generator, seeds, inpainting, original,
-        out, staged, backend,
+    call = (
+        index, sample, predictions, token_of(guidance), gradient, variance, noise, generator, seeds, inpainting,
+        original, out, staged, backend,
     )  # fmt: skip
-    if done is not None:
-        if out is not None or original is not None or staged is not None:
-            _note_the_write(out, original, staged)
-        return done
+    kinds = None
+    if type(table) is StepTable and not is_dynamo_compiling():
+        kinds = kinds_of.get(table._token)
+    if kinds is not None:
+        done = repeat(kinds, *call)
+        if done is not None:
+            if out is not None or original is not None or staged is not None:
+                _note_the_write(out, original, staged)
+            return done
     chosen = backend_for(backend, checks.device_of("sample", sample).type)
-    given = generator
     arguments, generator = checks.validate(
         chosen,
         table,
@@ -131,7 +137,7 @@ def guided_step(
         raise
     if increment and isinstance(generator, torch.Generator):
         generator.set_offset(generator.get_offset() + increment)
-    remember(table, index, guidance, given, out, backend, chosen, arguments)
+    remember(table, guidance, Call(*call), chosen, arguments)
     return arguments.out
 
 

@@ -41,6 +41,11 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dty
     return _in_huge_pages(torch.empty_strided(shape, strides, dtype=dtype, device=device))
 
 
+def needs_no_advice(sample: Tensor) -> bool:
+    """Tell whether a new tensor like the sample is just what ``torch.empty_like`` returns."""
+    return sample.is_contiguous() and (_madvise is None or sample.nbytes < _LARGE)
+
+
 def _in_huge_pages(new: Tensor) -> Tensor:
     """Advise the system, which may do as it likes: no values depend on it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, get_type_hints
 
 import torch
@@ -53,7 +54,10 @@ class StepArguments(NamedTuple):
 
     def named_inputs(self) -> list[tuple[str, Tensor]]:
         """Return the tensors that are read element by element, each with its name in messages."""
-        stacked = [(f"predictions[{k}]", prediction) for k, prediction in enumerate(self.predictions)]
+        predictions: Sequence[Tensor] = self.predictions
+        if len(predictions) == 1 and predictions[0].shape[0] > self.sample.shape[0] > 0:  # one tensor of all
+            predictions = predictions[0].unflatten(0, (-1, self.sample.shape[0])).unbind(0)
+        stacked = [(f"predictions[{k}]", prediction) for k, prediction in enumerate(predictions)]
         return [
             *((NAMES.get(name, name), tensor) for name in INPUTS if (tensor := getattr(self, name)) is not None),
             *stacked,
@@ -109,4 +113,4 @@ library = torch.library.Library("fastguide", "DEF")
 library.define("guided_step" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake("fastguide::guided_step", guided_step_fake, lib=library)
 library.define("record_step" + SCHEMA.replace(") -> ()", ", *, Tensor(z!) record) -> ()"))
-"""Writes the step into ``record`` as plain data, and does not make it: see ``backends/repeat.py``."""
+"""Writes the step into ``record`` as plain data, and does not make it: see ``repeat.py``."""

@@ -1,18 +1,19 @@
 """Make a step of a kind that was made before, without the checks that cannot fail again and torch's dispatcher.
 
 A kind of step is a table, a guidance, and the layouts of the tensors. The first step of a kind is checked and made by
-the operator, and the second one is also written down: ``record_step`` gives the kernel's arguments as plain data. Each
-further step compares the layouts, puts its pointers into the record, and gives that to the library, which checks what
-pointers and positions can have wrong. Where anything watches, such as torch.compile, a mode or the profiler, and
-wherever something differs, ``repeated`` returns None, and the step is made as the first one.
+the operator, and the second one is also written down: ``record_step`` gives the kernel's arguments as plain data, and
+the library's ``describe`` adds what has to be as it was. For each further step, the library's ``repeat`` looks for its
+kind, puts the call's pointers into a copy of the record, checks what pointers and positions can have wrong, and runs
+the kernel. Where anything watches, such as torch.compile, a mode or the profiler, and wherever something differs, the
+step is made as the first one.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
-from threading import get_ident
-from typing import Any, NamedTuple
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -21,201 +22,199 @@ from torch import Tensor
 from ..guidance import Guidance
 from ..solvers.table import StepTable
 from .backends import native
-from .backends.registry import Backend, backend_for
+from .backends.registry import Backend
+from .call import Call, Objects
 from .cursor import Cursor
 from .inpainting import Inpainting
-from .memory import empty_like
+from .memory import empty_like, needs_no_advice
 from .operator import StepArguments
 
-_OTHERWISE = ("predictions", "rows", "weights", "index", "indices", "philox", "philox_threads", "cursor", "timestep")
-_FIELDS = tuple(name for name in StepArguments._fields if name not in _OTHERWISE)
-"""The tensors that a call may have: the order of ``values`` in ``repeated``; predictions come after them."""
-_MOST_KINDS = 256
-
-Layout = tuple[int, torch.Size, tuple[int, ...], torch.dtype, int]
-"""Where a record has a tensor's pointer; and the shape, strides, dtype and device (-1: the CPU) that the tensor had."""
-
-
-class Kind(NamedTuple):
-    """One kind of step: what it depends on, kept alive as it is known by identity, and its record."""
-
-    table: StepTable
-    guidance: Guidance | None
-    cursor: Cursor | None
-    backend: Backend
-    constants: tuple[Tensor | None, ...]
-    """Rows, weights, and the cursor's memory, to which the record points."""
-    layouts: tuple[Layout | None, ...]
-    predictions: tuple[Layout | None, ...]
-    draws_into_out: bool
-    """Whether a generator draws the noise into the new output."""
-    record: array[int]
-    address: int
-    index_place: int
-    run: Callable[[int], int]
+_MOST_TABLES = 64
+_MOST_KINDS = 32
+"""Of one table."""
+_MOST_TRIES = 8
+"""Steps of one key that are described: if there are more, what differs is nothing that a kind could tell."""
+_lock = threading.RLock()
+"""Of what follows, for those who write."""
+_NO_REPEAT = 2
+"""The byte of a row that no kind is for."""
 
 
-_kinds: dict[tuple[Any, ...], Kind | None] = {}
-"""By what is known by identity, and the thread, whose records nobody else fills; None: seen once."""
+Kinds: TypeAlias = tuple[Any, ...]
+"""As the library's ``repeat`` takes them: a byte for each row of the table, and then the kinds, latest first. A kind is
+a tuple of its bytes, and of what these know by identity or point to, which it keeps alive."""
+
+kinds_of: dict[object, Kinds] = {}
+"""The kinds of a table's steps, by the table's token."""
+_seen: dict[object, dict[Any, _Seen]] = {}
+"""By the table's token, which steps were made once: another one like them is described."""
 
 
-def repeated(
-    table: StepTable,
-    index: int | Tensor | Cursor,
-    sample: Tensor,
-    predictions: Tensor | Sequence[Tensor],
-    guidance: Guidance | None,
-    gradient: Tensor | None,
-    variance: Tensor | None,
-    noise: Tensor | None,
-    generator: Any,
-    seeds: Tensor | None,
-    inpainting: Inpainting | None,
-    original: Tensor | None,
-    out: Tensor | None,
-    staged: Tensor | None,
-    backend: str | None,
-) -> Tensor | None:
-    """Make a step of a known kind, as ``guided_step`` describes its arguments; ``None``: nothing was done.
+class _Seen:
+    """Steps of one key, of which a table has few: how many were made, and what their key has the identity of."""
 
-    Returns:
-        ``out``, or a new tensor.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    key = _key(table, index, sample, guidance, generator, out, backend)
-    kind = None if key is None else _kinds.get(key)
-    if kind is None or _is_watched() or kind.backend is not backend_for(backend, sample.device.type):
-        return None
-    record = kind.record
-    if type(index) is int:
-        record[kind.index_place] = index
-    if kind.cursor is not None and out is not sample:
-        return None
-    if out is None:
-        out = empty_like(sample)
-    if kind.draws_into_out:
-        if noise is not None:  # besides a generator
-            return None
-        noise = out
-    mask, known, known_noise = (None, None, None) if inpainting is None else inpainting
-    values = (out, original, staged, sample, gradient, variance, noise, seeds, mask, known, known_noise)
-    for tensor, layout in zip(values, kind.layouts, strict=True):
-        if (tensor is not None or layout is not None) and not _fill(record, tensor, layout):
-            return None
-    tensors = predictions if type(predictions) in (list, tuple) else (predictions,)
-    if len(tensors) != len(kind.predictions):
-        return None
-    for tensor, layout in zip(tensors, kind.predictions, strict=True):
-        if not _fill(record, tensor, layout):
-            return None
-    if kind.draws_into_out:
-        out.normal_(generator=generator)
-    if kind.run(kind.address):
-        if kind.draws_into_out:
-            raise RuntimeError("guided_step: the kernel refused a step of a kind that it has made")
-        return None
-    return out
+    __slots__ = ("kept", "made")
+
+    def __init__(self, *kept: Any) -> None:
+        self.kept, self.made = kept, 0
 
 
-def _key(
-    table: Any, index: Any, sample: Any, guidance: Any, generator: Any, out: Any, backend: Any
-) -> tuple[Any, ...] | None:
-    """Return what a kind is found by; ``None``: such a call is never repeated."""
-    if type(index) is int:
-        if not (type(table) is StepTable and 0 <= index < len(table.adds_noise)):
-            return None
-        if table.undefined_rows and index in table.undefined_rows:
-            return None
-        adds_noise, place = table.adds_noise[index], None
-    elif type(index) is Cursor and type(table) is StepTable and not table.undefined_rows:
-        adds_noise, place = table.adds_noise_anywhere, id(index)
-    else:
-        return None
-    if type(sample) is not Tensor or not (generator is None or type(generator) is torch.Generator):
-        return None
-    drawn = None
-    if generator is not None:
-        if generator.device != sample.device:
-            return None
-        drawn = adds_noise
-    return id(table), id(guidance), place, adds_noise, drawn, out is None, backend, sample.shape, get_ident()
+def token_of(guidance: Any) -> Any:
+    """Return what stands for a guidance in a ``Call``."""
+    return guidance._token if isinstance(guidance, Guidance) else guidance
 
 
-def _fill(record: array[int], tensor: Any, layout: Layout | None) -> bool:
-    """Put a tensor's pointer into a record; tell whether it has the layout that was checked, and memory."""
-    if layout is None or type(tensor) is not Tensor:
-        return False
-    place, shape, strides, dtype, device = layout
-    if tensor.shape != shape or tensor.stride() != strides or tensor.dtype is not dtype or tensor.requires_grad:
-        return False
-    pointer = tensor.data_ptr()
-    record[place] = pointer
-    return pointer != 0 and tensor.get_device() == device
-
-
-def _is_watched() -> bool:
-    """Tell whether something but torch.compile is to see the operator itself."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def forget() -> None:
+    """Forget all kinds: the next step of each is checked."""
+    kinds_of.clear()
+    _seen.clear()
 
 
 def remember(
-    table: StepTable,
-    index: int | Tensor | Cursor,
-    guidance: Guidance | None,
-    generator: Any,
-    out: Tensor | None,
-    backend: str | None,
-    chosen: Backend,
-    arguments: StepArguments,
+    table: StepTable, guidance: Guidance | None, call: Call, chosen: Backend, arguments: StepArguments
 ) -> None:
-    """Note a step that the operator has made; at the second of its kind, write its record.
+    """Note a step that the operator has made; at the second of its kind, describe it.
 
-    ``arguments``: of the operator; the others as ``guided_step`` got them.
+    Args:
+        table, guidance, call: as ``guided_step`` got them.
+        chosen: the backend that made the step.
+        arguments: of the operator.
     """
-    if chosen.name != "native" or not native.can_repeat() or arguments.sample.numel() == 0 or _is_watched():
+    if not chosen.repeats or not _may_be_repeated(table, guidance, call, arguments):
         return
-    key = _key(table, index, arguments.sample, guidance, generator, out, backend)
-    if key is None or arguments.philox is not None or (guidance is not None and guidance.weights_from is not None):
-        return
-    if key not in _kinds:
-        while len(_kinds) >= _MOST_KINDS:
-            del _kinds[next(iter(_kinds))]
-        _kinds[key] = None
-        return
-    draws = generator is not None and arguments.noise is not None
-    outputs = (out, arguments.original, arguments.staged)
-    if draws and (arguments.noise is not arguments.out or any(output is not None for output in outputs)):
-        return  # drawn elsewhere; or a bad output would be refused after the draw
-    _kinds[key] = _kind(table, index, guidance, chosen, arguments, draws)
+    cursor = call.index if type(call.index) is Cursor else None
+    absent = tuple(argument is None for argument in call)
+    used = arguments.noise is None, arguments.seeds is None
+    key = id(call.guidance), id(cursor), used, absent, call.sample.shape, call.sample.dtype
+    with _lock:
+        seen = _seen.get(table._token)
+        if seen is None:
+            while len(_seen) >= _MOST_TABLES:
+                oldest = next(iter(_seen))
+                del _seen[oldest]
+                kinds_of.pop(oldest, None)
+            seen = _seen[table._token] = {}
+        while key not in seen and len(seen) >= _MOST_KINDS:
+            del seen[next(iter(seen))]
+        same = seen.setdefault(key, _Seen(call.guidance, cursor))
+        same.made += 1
+        if 1 < same.made <= _MOST_TRIES:
+            kinds = kinds_of.get(table._token) or (_rows(table),)
+            kind = describe(kinds[0], call, arguments, chosen)
+            if kind is not None:
+                kinds_of[table._token] = (kinds[0], kind, *kinds[1:_MOST_KINDS])
 
 
-def _kind(
-    table: StepTable, index: Any, guidance: Guidance | None, chosen: Backend, arguments: StepArguments, draws: bool
-) -> Kind:
-    places = native.record_places()
-    words = places["predictions"] + places["prediction"] * arguments.weights.shape[-1]  # of all predictions, and more
-    record = array("q", bytes(8 * words))
-    torch.ops.fastguide.record_step(*arguments, record=torch.frombuffer(record, dtype=torch.int64))
+def _rows(table: StepTable) -> bytes:
+    """Return a byte for each row: the library's kinds are for the rows of one byte."""
+    rows = bytearray(table.adds_noise)
+    for row in table.undefined_rows:
+        rows[row] = _NO_REPEAT
+    return bytes(rows)
 
-    def layout(tensor: Tensor | None, place: int) -> Layout | None:
-        if tensor is None:
-            return None
-        return place, tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
 
-    layouts = tuple(layout(getattr(arguments, name), places[name]) for name in _FIELDS)
-    first, apart = places["predictions"], places["prediction"]
-    predictions = tuple(layout(tensor, first + k * apart) for k, tensor in enumerate(arguments.predictions))
-    cursor = index if isinstance(index, Cursor) else None
+def _may_be_repeated(table: Any, guidance: Guidance | None, call: Call, arguments: StepArguments) -> bool:
+    if type(table) is not StepTable or arguments.sample.numel() == 0 or is_watched():
+        return False
+    if type(call.index) not in (int, Cursor, Tensor):
+        return False
+    if type(call.index) is not int and table.undefined_rows:  # whose steps the checks refuse one by one
+        return False
+    if guidance is not None and not guidance.is_constant_on(arguments.sample.device):
+        return False
+    if call.generator is None:
+        return True
+    # The library has torch draw on the CPU, into a contiguous tensor
+    return (
+        type(call.generator) is torch.Generator
+        and call.generator.device.type == arguments.sample.device.type == "cpu"
+        and arguments.sample.is_contiguous()
+    )
+
+
+def describe(rows: bytes, call: Call, arguments: StepArguments, backend: Backend) -> tuple[Any, ...] | None:
+    """Return the kind of a step that an operator has made, as ``Kinds`` have it; ``None``: it cannot be repeated.
+
+    Args:
+        rows: a byte for each row of the table; a kind of an int index is for the rows of the same byte.
+        call: the arguments of ``guided_step``.
+        arguments: of the operator.
+        backend: whose operator it was.
+    """
+    if _functions is None:
+        return None
+    record = torch.empty(native.record_words(arguments.weights.shape[-1]), dtype=torch.int64, device="cpu")
+    torch.ops.fastguide.record_step(*arguments, record=record)
+    launch = None if backend.relaunch is None else backend.relaunch(arguments)
+    new = _GIVEN if call.out is not None else _SMALL if needs_no_advice(arguments.sample) else _LARGE
+    described = _functions.describe(
+        ctypes.string_at(record.data_ptr(), record.nbytes),
+        rows[call.index] if type(call.index) is int else 0,
+        type(call.index) is Cursor,
+        new,
+        call.generator is not None and arguments.noise is not None,
+        arguments.noise,
+        launch,
+        *call._replace(out=arguments.out),
+    )
+    if described is None:
+        return None
+    cursor = call.index if type(call.index) is Cursor else None
     constants = arguments.rows, arguments.weights, arguments.cursor, arguments.timestep
-    return Kind(
-        table, guidance, cursor, chosen, constants, layouts, predictions, draws, record, record.buffer_info()[0],
-        places["index"], native.run_record(),
-    )  # fmt: skip
+    return (described, call.guidance, cursor, call.backend, launch, *constants)
+
+
+_GIVEN, _SMALL, _LARGE = range(3)
+"""Whose a step's output is: ``enum class NewOutput`` in csrc/binding/repeat.cpp."""
+_WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._autograd._profiler_enabled,
+    torch._C._is_tracing,
+    torch._C._functorch.peek_interpreter_stack,
+)
+"""Tell whether modes, the profiler, the tracer or transforms are to see the operator. torch.compile is apart."""
+
+
+def _attached() -> native.PythonFunctions | None:
+    """Give the library the objects that it needs; return its functions."""
+    functions, exchange = native.python_functions(), getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if functions is None or exchange is None:
+        return None
+    objects = Objects(
+        none=None,
+        true_object=True,
+        integer_type=int,
+        tensor_type=Tensor,
+        generator_type=torch.Generator,
+        sequence_types=(list, tuple),
+        inpainting_type=Inpainting,
+        cpu=torch.device("cpu"),
+        requires_grad="requires_grad",
+        storage_offset=Tensor.storage_offset,
+        device="device",
+        is_grad_enabled=torch.is_grad_enabled,
+        watchers=_WATCHERS,
+        forward_ad=forward_ad,
+        current_level="_current_level",
+        empty_like=torch.empty_like,
+        new_like=empty_like,
+        normal_=Tensor.normal_,
+        generator="generator",
+        exchange=exchange,
+    )
+    return None if functions.attach(*objects) is None else functions
+
+
+def is_watched() -> bool:
+    """Tell whether something but torch.compile is to see the operator itself, or there is no library."""
+    return _functions is None or _functions.is_watched() is True
+
+
+def _never(*_: Any) -> None:
+    """Stand for the library's ``repeat`` where there is none."""
+
+
+_functions = _attached()
+repeat: Callable[..., Tensor | None] = _never if _functions is None else _functions.repeat
+"""Make a step: called with the kinds of its table, and a ``Call``; ``None``: nothing was done."""

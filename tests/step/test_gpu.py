@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastguide
+from fastguide.step import checks
 from fastguide.step.backends.registry import BACKENDS
 from tests.support.cases import TABLES
 from tests.support.on_gpu import NO_GPU
@@ -319,6 +320,29 @@ def test_opcheck(operator, noise, name):
     )
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.fastguide, operator).default, arguments, test_utils=tests)
+
+
+def test_a_step_of_a_known_kind_is_captured(gpu_backend, monkeypatch):
+    """Repeated without torch's operator (step/repeat.py), it is launched into the stream that is being captured."""
+    table, i, guidance = on_gpu()
+    out, checked = torch.empty_like(i.sample), []
+    real = checks.validate
+    monkeypatch.setattr(checks, "validate", lambda *a, **k: checked.append(1) or real(*a, **k))
+
+    def step():
+        fastguide.guided_step(table, 3, i.sample, i.predictions, guidance, noise=i.noise, out=out, backend=gpu_backend)
+
+    for _ in range(3):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    assert len(checked) == 2
+    i.sample.mul_(2)
+    expected = fastguide.guided_step(table, 3, i.sample, i.predictions, guidance, noise=i.noise, backend=gpu_backend)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
 
 
 def test_two_streams_at_once(gpu_backend):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import os
 import platform
@@ -11,11 +10,12 @@ import struct
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...solvers.table import ROW_COLUMNS
+from ..call import Call, Objects
 from .registry import Backend
 
 LIBRARY = Path(__file__).parents[2] / "_native.so"
@@ -31,8 +31,10 @@ _EXPORTS = (
     "fastguide_cpu_capability",
     "fastguide_cuda_code",
     "fastguide_driver_too_old",
-    "fastguide_run_record",
-    "fastguide_record_places",
+    "fastguide_record_bytes",
+    "fastguide_python_functions",
+    "fastguide_call",
+    "fastguide_objects",
 )
 _ARGUMENT_TYPES = {
     "Tensor": "Tensor",
@@ -78,6 +80,7 @@ def backend() -> Backend:
         status=f"C++, instruction set {cpu_capability()}{bound}; CUDA code: {code}",
         torch_stream=on_gpus,
         checks_overlap=True,
+        repeats=True,
     )
 
 
@@ -104,6 +107,8 @@ def _load() -> ctypes.CDLL:
     _check_list(found.fastguide_row_columns, ROW_COLUMNS)
     arguments = torch.ops.fastguide.guided_step.default._schema.arguments
     _check_list(found.fastguide_arguments, [f"{_ARGUMENT_TYPES[str(a.type)]} {a.name}" for a in arguments])
+    _check_list(found.fastguide_call, Call._fields)
+    _check_list(found.fastguide_objects, Objects._fields)
     torch.ops.load_library(str(LIBRARY))
     return found
 
@@ -155,26 +160,41 @@ def set_cpu_capability(capability: str) -> str:
     return CAPABILITIES[_loaded().fastguide_cpu_capability(CAPABILITIES.index(capability))]
 
 
-def can_repeat() -> bool:
-    """Tell whether there is a library that makes steps again from their records."""
-    return _library is not None
+def record_words(predictions: int) -> int:
+    """Return how long a record of so many predictions is, in words of 64 bits."""
+    size: int = _loaded().fastguide_record_bytes(predictions)
+    return -(-size // 8)
 
 
-@functools.cache
-def record_places() -> dict[str, int]:
-    """Return where a record has each argument that changes from call to call, in words of 64 bits."""
-    places = _loaded().fastguide_record_places
-    places.restype = ctypes.c_char_p
-    listed = places().decode().removesuffix(",").split(",")
-    return {name: int(place) for name, place in (each.split(" ") for each in listed)}
+class PythonFunctions(NamedTuple):
+    """The functions of csrc/binding/repeat.cpp, which get Python's objects."""
+
+    attach: Callable[..., Any]
+    describe: Callable[..., Any]
+    repeat: Callable[..., Any]
+    is_watched: Callable[[], Any]
 
 
-@functools.cache
-def run_record() -> Callable[[int], int]:
-    """Return the library's function that makes the step of a record, which is at an address; it returns 0 if it did."""
-    run = _loaded().fastguide_run_record
-    run.argtypes = [ctypes.c_void_p]
-    return run
+class _Definition(ctypes.Structure):
+    """``PyMethodDef`` of Python's C API."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("documentation", ctypes.c_char_p),
+    )
+
+
+def python_functions() -> PythonFunctions | None:
+    """Return the library's functions for Python; ``None`` without the library."""
+    if _library is None:
+        return None
+    kind = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    make = kind(("PyCFunction_NewEx", ctypes.pythonapi))
+    definitions = (_Definition * len(PythonFunctions._fields)).in_dll(_library, "fastguide_python_functions")
+    named = {definition.name.decode(): make(ctypes.addressof(definition), None, None) for definition in definitions}
+    return PythonFunctions(**named)
 
 
 def _loaded() -> ctypes.CDLL:

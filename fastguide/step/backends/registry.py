@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..operator import StepArguments
+
 StepFunction = Callable[..., None]
 """Called with the fields of ``StepArguments``, by position."""
 
@@ -24,6 +26,10 @@ class Backend(NamedTuple):
     """Whether its kernel on a GPU draws torch's own noise."""
     checks_overlap: bool = False
     """Whether it refuses by itself, before it writes, an output that shares a part of an input's memory."""
+    repeats: bool = False
+    """Whether its steps can be made again by ``fastguide.step.repeat``, with the native library's help."""
+    relaunch: Callable[[StepArguments], Callable[..., None]] | None = None
+    """Returns what makes such a step again; ``None``: the native library does."""
     broken: bool = False
     """Whether it should run on the CPU and cannot: then nothing else is chosen in its place."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -56,9 +57,18 @@ def backend() -> Backend:
     if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
         return Backend("triton", step, (), f"triton {version} is too old: expected {FLOOR[0]}.{FLOOR[1]} or newer")
     if INTERPRETED:
-        return Backend("triton", step, ("cpu",), f"triton {version}, interpreted on the CPU (TRITON_INTERPRET=1)")
+        return Backend(
+            "triton",
+            step,
+            ("cpu",),
+            f"triton {version}, interpreted on the CPU (TRITON_INTERPRET=1)",
+            repeats=True,
+            relaunch=Relaunch,
+        )
     # torch's stream on AMD is another one: there torch draws it.
-    return Backend("triton", step, ("cuda",), f"triton {version}, on GPUs", torch_stream=torch.version.hip is None)
+    cuda = torch.version.hip is None
+    status = f"triton {version}, on GPUs"
+    return Backend("triton", step, ("cuda",), status, torch_stream=cuda, repeats=cuda, relaunch=Relaunch)
 
 
 def _version() -> str:
@@ -74,6 +84,7 @@ def _version() -> str:
 
 _SCALARS = ("index", "philox_threads")
 _TENSORS = tuple(place for place, name in enumerate(StepArguments._fields) if name not in _SCALARS)
+_PREDICTIONS = StepArguments._fields.index("predictions")
 _WITH_STRIDES = tuple(
     place for place, name in enumerate(StepArguments._fields) if name in (*ELEMENTWISE, "staged", "predictions")
 )
@@ -82,45 +93,115 @@ _WITH_STRIDES = tuple(
 def guided_step(*arguments: Any) -> None:
     """Launch one step; the arguments are the fields of ``StepArguments``, which ``guided_step`` has checked."""
     a = StepArguments(*arguments)
-    total, batch = a.sample.numel(), a.sample.shape[0]
-    if total == 0:
-        return
-    _check(a)
-    count = a.weights.shape[-1] - 1
-    predictions = tuple(a.predictions)
-    if len(predictions) == 1 and count > 1:
-        predictions = a.predictions[0].unflatten(0, (count, batch)).unbind(0)
-    noise = _noise_of(a)
+    if a.sample.numel() > 0:
+        _check(a)
+        shape = _Shape.of(a)
+        _launch(shape.programs, shape.arguments(a.index, _tensors_of(a)), a.sample.device)
+
+
+def _tensors_of(a: StepArguments) -> tuple[Any, ...]:
+    """Return the tensors in the kernel's order, with each prediction by itself."""
     state = a.philox if a.philox is not None and a.philox.numel() == 3 else None
+    predictions = _apart(a.predictions, a.weights.shape[-1] - 1, a.sample.shape[0])
     a = a._replace(predictions=predictions, philox=state)  # type: ignore[arg-type]
-    size = total // batch
-    numbers = (
-        _stride_unless_one(a.weights, 0),
-        _stride_unless_one(a.weights, 1),
-        a.indices.stride(0) if a.indices is not None and a.indices.dim() else 0,
-        a.seeds.stride(0) if a.seeds is not None and a.seeds.dim() else 0,
-        a.index,
-        a.rows.shape[0],
-        a.staged.shape[0] // batch if a.staged is not None else 0,
-        batch,
-        noise.channels,
-        *noise.words,
-        noise.increment,
-        0 if a.cursor is None else _stride_unless_one(a.cursor, 0),
-        a.timestep.numel() if a.timestep is not None else 0,
-    )
-    constants = (
-        noise.source, len(predictions), size % noise.block == 0, noise.channels == 1, noise.shared, _PTX, noise.block,
-    )  # fmt: skip
-    tensors = tuple(a[place] for place in _TENSORS)
-    strides = tuple(_batch_stride(a[place]) for place in _WITH_STRIDES)
-    _launch(noise.programs, (tensors, (*strides, size, a.philox_threads), numbers, constants), a.sample.device)
+    return tuple(a[place] for place in _TENSORS)
+
+
+def _apart(predictions: Sequence[Tensor], count: int, batch: int) -> tuple[Tensor, ...]:
+    if len(predictions) == 1 and count > 1:
+        return tuple(predictions[0][k * batch : (k + 1) * batch] for k in range(count))
+    return tuple(predictions)
+
+
+class _Shape(NamedTuple):
+    """All that a launch is told but its tensors and the row."""
+
+    programs: int
+    specialized: tuple[Any, ...]
+    before_row: tuple[int, ...]
+    after_row: tuple[int, ...]
+    constants: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, a: StepArguments) -> _Shape:
+        batch, count = a.sample.shape[0], a.weights.shape[-1] - 1
+        size = a.sample.numel() // batch
+        noise = _noise_of(a)
+        if len(a.predictions) == 1 and count > 1:
+            strides_of_predictions: Any = (a.predictions[0].stride(0),) * count
+        else:
+            strides_of_predictions = tuple(prediction.stride(0) for prediction in a.predictions)
+        strides = tuple(
+            strides_of_predictions if place == _PREDICTIONS else 0 if a[place] is None else a[place].stride(0)  # type: ignore[union-attr]
+            for place in _WITH_STRIDES
+        )
+        before_row = (
+            _stride_unless_one(a.weights, 0),
+            _stride_unless_one(a.weights, 1),
+            a.indices.stride(0) if a.indices is not None and a.indices.dim() else 0,
+            a.seeds.stride(0) if a.seeds is not None and a.seeds.dim() else 0,
+        )
+        after_row = (
+            a.rows.shape[0],
+            a.staged.shape[0] // batch if a.staged is not None else 0,
+            batch,
+            noise.channels,
+            *noise.words,
+            noise.increment,
+            0 if a.cursor is None else _stride_unless_one(a.cursor, 0),
+            a.timestep.numel() if a.timestep is not None else 0,
+        )
+        constants = (
+            noise.source, len(strides_of_predictions), size % noise.block == 0, noise.channels == 1, noise.shared, _PTX,
+            noise.block,
+        )  # fmt: skip
+        return cls(noise.programs, (*strides, size, a.philox_threads), before_row, after_row, constants)
+
+    def arguments(self, row: int, tensors: tuple[Any, ...]) -> _Arguments:
+        return tensors, self.specialized, (*self.before_row, row, *self.after_row), self.constants
+
+
+class Relaunch:
+    """Makes a step again, with other tensors of the same layouts and alignments, as fastguide.step.repeat calls it."""
+
+    def __init__(self, a: StepArguments) -> None:
+        """Remember a step that was made."""
+        self._shape = _Shape.of(a)
+        self._constants = a.rows, a.weights, a.cursor, a.timestep
+        self._count, self._batch, self._device = a.weights.shape[-1] - 1, a.sample.shape[0], a.sample.device
+        self._kernel: Any = None
+
+    def __call__(
+        self, out: Tensor, noise: Tensor | None, index: Any, sample: Tensor, predictions: Any, _guidance: Any,
+        gradient: Tensor | None, variance: Tensor | None, _noise: Any, _generator: Any, seeds: Tensor | None,
+        inpainting: tuple[Tensor, Tensor, Tensor] | None, original: Tensor | None, _out: Any, staged: Tensor | None,
+        _backend: Any,
+    ) -> None:  # fmt: skip
+        """Launch it: the output, the noise, and what ``guided_step`` got."""
+        rows, weights, cursor, timestep = self._constants
+        each = _apart([predictions] if type(predictions) is Tensor else predictions, self._count, self._batch)
+        indices = index if type(index) is Tensor else None
+        tensors = (
+            out, original, staged, sample, each, rows, weights, indices, gradient, variance, noise, seeds, None, cursor,
+            timestep, *(inpainting or (None, None, None)),
+        )  # fmt: skip
+        shape = self._shape
+        arguments = shape.arguments(index if type(index) is int else 0, tensors)
+        if self._kernel is not None and self._device.index == torch.cuda.current_device():
+            self._kernel[shape.programs, 1, 1](*_flat(arguments))
+            return
+        _launch(shape.programs, arguments, self._device)
+        if self._device.type == "cuda":
+            self._kernel = _compiled[kind_of_launch(self._device, arguments)]
 
 
 def _check(a: StepArguments) -> None:
     floats = (*elementwise(a), a.staged, *a.predictions, a.rows)
     if torch.float64 in [tensor.dtype for tensor in floats if tensor is not None]:
         raise RuntimeError("sample: expected no float64 tensors in Triton; the native and reference backends take them")
+    for name, tensor in [*a.named_inputs(), ("out", a.out), ("original", a.original), ("staged", a.staged)]:
+        if tensor is not None and tensor.untyped_storage().data_ptr() == 0:
+            raise RuntimeError(f"{name}: expected a tensor with memory, got one that was freed")
     if a.rows.shape[1] != len(ROW_COLUMNS) or not a.rows.is_contiguous():
         raise RuntimeError(f"rows: expected shape (steps, {len(ROW_COLUMNS)}), contiguous, got {tuple(a.rows.shape)}")
 
@@ -208,12 +289,6 @@ def kind_of_launch(device: torch.device, arguments: _Arguments) -> tuple[Any, ..
     key += [(n == 1) + 2 * (n % 16 == 0) + 4 * (n >= 2**31) for n in numbers]
     key += [-(2**31) <= n < 2**31 for n in others]
     return tuple(key)
-
-
-def _batch_stride(tensor: Any) -> Any:
-    if tensor is None:
-        return 0
-    return tensor.stride(0) if isinstance(tensor, Tensor) else tuple(part.stride(0) for part in tensor)
 
 
 def _stride_unless_one(tensor: Tensor, dimension: int) -> int:

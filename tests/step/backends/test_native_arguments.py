@@ -12,6 +12,7 @@ import torch
 
 from fastguide import ROW_COLUMNS
 from fastguide.step.backends import native
+from fastguide.step.call import Call, Objects
 
 pytestmark = pytest.mark.skipif(
     not native.LIBRARY.exists(), reason="the native library is not built; fastguide info says why"
@@ -22,9 +23,17 @@ ARGUMENTS = [
 ]
 
 
-def library_with(folder, columns, arguments):
-    """Compile a library that exports all functions, and these two lists."""
-    lists = {"fastguide_row_columns": columns, "fastguide_arguments": arguments}
+LISTS = {
+    "fastguide_row_columns": ROW_COLUMNS,
+    "fastguide_arguments": ARGUMENTS,
+    "fastguide_call": Call._fields,
+    "fastguide_objects": Objects._fields,
+}
+
+
+def library_with(folder, **changed):
+    """Compile a library that exports all functions, and the lists, some of them changed."""
+    lists = LISTS | changed
     functions = [f"int {name}(void) {{ return 0; }}" for name in native._EXPORTS if name not in lists]
     for name, values in lists.items():
         functions.append(f'const char* {name}(void) {{ return "{"".join(f"{value}," for value in values)}"; }}')
@@ -42,27 +51,29 @@ def swapped(values, i, j):
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 @pytest.mark.parametrize(
-    ("columns", "arguments", "message"),
+    ("name", "values", "message"),
     [
-        (swapped(ROW_COLUMNS, 0, 1), ARGUMENTS, "fastguide_row_columns: expected x0_scale, got x0_sample"),
-        (ROW_COLUMNS[:-1], ARGUMENTS, "fastguide_row_columns: expected known_noise, got nothing more"),
-        ([*ROW_COLUMNS, "out_more"], ARGUMENTS, "fastguide_row_columns: expected nothing more, got out_more"),
-        (ROW_COLUMNS, swapped(ARGUMENTS, 9, 10), "expected OptionalTensor gradient, got OptionalTensor variance"),
-        (ROW_COLUMNS, ARGUMENTS[:-1], "expected OptionalTensor known_noise, got nothing more"),
-        (ROW_COLUMNS, [*ARGUMENTS, "OptionalTensor history"], "expected nothing more, got OptionalTensor history"),
-        (ROW_COLUMNS, ["OptionalTensor out", *ARGUMENTS[1:]], "expected Tensor out, got OptionalTensor out"),
+        ("row_columns", swapped(ROW_COLUMNS, 0, 1), "expected x0_scale, got x0_sample"),
+        ("row_columns", ROW_COLUMNS[:-1], "expected known_noise, got nothing more"),
+        ("row_columns", [*ROW_COLUMNS, "out_more"], "expected nothing more, got out_more"),
+        ("arguments", swapped(ARGUMENTS, 9, 10), "expected OptionalTensor gradient, got OptionalTensor variance"),
+        ("arguments", ARGUMENTS[:-1], "expected OptionalTensor known_noise, got nothing more"),
+        ("arguments", [*ARGUMENTS, "OptionalTensor history"], "expected nothing more, got OptionalTensor history"),
+        ("arguments", ["OptionalTensor out", *ARGUMENTS[1:]], "expected Tensor out, got OptionalTensor out"),
+        ("call", swapped(Call._fields, 4, 5), "expected gradient, got variance"),
+        ("objects", swapped(Objects._fields, 0, 1), "expected none, got true_object"),
     ],
 )
-def test_a_library_with_other_lists_is_refused(tmp_path, monkeypatch, columns, arguments, message):
-    """Its kernels would read a row's coefficients, or the dispatcher's stack, by another list."""
-    monkeypatch.setattr(native, "LIBRARY", library_with(tmp_path, columns, arguments))
-    with pytest.raises(OSError, match=f"another library, or another version: .*{message}$"):
+def test_a_library_with_other_lists_is_refused(tmp_path, monkeypatch, name, values, message):
+    """It would read a row's coefficients, the dispatcher's stack or Python's objects by another list."""
+    monkeypatch.setattr(native, "LIBRARY", library_with(tmp_path, **{f"fastguide_{name}": values}))
+    with pytest.raises(OSError, match=f"another library, or another version: fastguide_{name}: {message}$"):
         native._load()
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 def test_a_library_with_the_same_lists_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "LIBRARY", library_with(tmp_path, ROW_COLUMNS, ARGUMENTS))
+    monkeypatch.setattr(native, "LIBRARY", library_with(tmp_path))
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     native._load()
 

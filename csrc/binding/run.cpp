@@ -1,0 +1,116 @@
+// Makes a step of plain data: see run.h.
+#include "binding/run.h"
+
+#if defined(FASTGUIDE_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "binding/capability.h"
+#include "binding/tensors.h"
+#include "kernels/cpu/launch.h"
+#include "kernels/cursor.h"
+#include "maths/step.h"
+#if defined(FASTGUIDE_CUDA)
+#include "kernels/gpu/launch.h"
+
+// Part of libtorch_cuda, which torch for the CPU lacks: weak, so that one library loads with every torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace fastguide {
+namespace {
+
+constexpr int64_t kNoiseGrain = kGrain / 4;  // the same where noise is drawn too, which takes several times as long
+
+// On a GPU the host does not wait for indices: the kernel checks them.
+void check_position(const StepArguments& a, bool is_cpu) {
+  const bool on_host = (a.indices == nullptr && a.cursor == nullptr) || is_cpu;
+  const bool varied = a.indices_stride != 0 || a.cursor_stride != 0;
+  for (int64_t b = 0; on_host && b < (varied ? a.batch : 1); ++b) {
+    const Position position = position_of(a, b);
+    STD_TORCH_CHECK(!position.live || in_table(a, position), "index: expected values from 0 to ", a.steps - 1, ", got ",
+                    position.index);
+  }
+}
+
+void check_memory(const StepArguments& a) {
+  const Extent layout{a.batch, a.elements_per_sample};
+  for_each_output(a, [&](Argument output_name, const Output& output, int copies) {
+    if (output.data == nullptr) return;
+    // A staged sample is written while the inputs of others are still to be read.
+    const bool never_shared = output_name == Argument::staged;
+    for_each_input(a, a.predictions, [&](Argument name, const Input& input) {
+      if (never_shared || !may_be_output(name)) {
+        check_apart(name_of(output_name), output, copies * layout.batch, name_of(name), input, layout);
+      } else {
+        check_overlap(name_of(output_name), output, name_of(name), input, layout);
+      }
+    });
+    if (never_shared) {
+      check_apart("staged", output, copies * layout.batch, "out", as_input(a.out), layout);
+      check_apart("staged", output, copies * layout.batch, "original", as_input(a.original), layout);
+      check_apart("staged", output, copies * layout.batch, "index", integers(a.indices, a.indices_stride),
+                  {a.batch, 1});
+      check_apart("staged", output, copies * layout.batch, "seeds", integers(a.seeds, a.seeds_stride), {a.batch, 1});
+    }
+  });
+  check_overlap("out", a.out, "original", as_input(a.original), layout);
+  STD_TORCH_CHECK(a.out.data != a.original.data || a.out.data == nullptr, "original: expected other memory than out's");
+}
+
+void run_on_cpu(const StepArguments& a) {
+  const int64_t total = a.batch * a.elements_per_sample;
+  const StepRange step_range = selected_step_range();
+  const int64_t grain = a.noise_kind == Noise::portable ? kNoiseGrain : kGrain;
+  if (total <= grain) {
+    step_range(a, 0, total);
+  } else {
+    torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { step_range(a, begin, end); });
+  }
+  if (a.cursor != nullptr) advance(a, position_of(a, 0), 0, 1);
+}
+
+void run_on_gpu(const StepArguments& a, int32_t device) {
+  for_each_output(a, [](Argument name, const Output& output, int) {
+    STD_TORCH_CHECK(output.element != Element::float64, name_of(name), ": expected no float64 tensors on a GPU");
+  });
+  for_each_input(a, a.predictions, [](Argument name, const Input& input) {
+    STD_TORCH_CHECK(input.element != Element::float64, name_of(name), ": expected no float64 tensors on a GPU");
+  });
+#if defined(FASTGUIDE_CUDA)
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "out: expected a CPU tensor, as this torch has no CUDA");
+  STD_TORCH_CHECK(a.num_predictions <= cuda::max_predictions(), "predictions: expected at most ",
+                  cuda::max_predictions(), " on a GPU, got ", a.num_predictions);
+  STD_TORCH_CHECK(!a.double_precision, "sample: expected float32, bfloat16 or float16 on a GPU, got float64");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "out: torch names no current stream on its device");
+  const char* error = cuda::launch_step(a, device, stream);
+  STD_TORCH_CHECK(error == nullptr, "the CUDA kernel could not be started: ", error);
+#else
+  (void)device;
+  STD_TORCH_CHECK(false, "out: expected a CPU tensor, as fastguide was built without CUDA");
+#endif
+}
+
+}  // namespace
+
+void check(const StepArguments& a, bool is_cpu) {
+  check_position(a, is_cpu);
+  check_memory(a);
+}
+
+void run(const StepArguments& a, bool is_cpu, int32_t device) {
+  if (a.batch * a.elements_per_sample == 0) return;
+  if (is_cpu) {
+    run_on_cpu(a);
+  } else {
+    run_on_gpu(a, device);
+  }
+}
+
+}  // namespace fastguide

@@ -1,0 +1,60 @@
+"""What the library's repeated steps get of Python: a call of ``guided_step``, and the objects that they need."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Call(NamedTuple):
+    """The arguments of ``guided_step`` but the table, in its order: ``FASTGUIDE_CALL`` in csrc/binding/call.h."""
+
+    index: Any
+    sample: Any
+    predictions: Any
+    guidance: Any
+    """What stands for it, and is compared by identity."""
+    gradient: Any
+    variance: Any
+    noise: Any
+    generator: Any
+    seeds: Any
+    inpainting: Any
+    original: Any
+    out: Any
+    staged: Any
+    backend: Any
+
+
+class Objects(NamedTuple):
+    """Objects that the library keeps: ``FASTGUIDE_OBJECTS`` in csrc/binding/objects.h."""
+
+    none: None
+    true_object: bool
+    integer_type: type
+    tensor_type: type
+    generator_type: type
+    sequence_types: tuple[type, ...]
+    """Of predictions."""
+    inpainting_type: type
+    cpu: Any
+    """Its torch.device."""
+    requires_grad: str
+    """A name, as are ``device``, ``current_level`` and ``generator``."""
+    storage_offset: Any
+    """A function of a tensor."""
+    device: str
+    is_grad_enabled: Any
+    watchers: tuple[Any, ...]
+    """Functions, each true while something is to see the operator."""
+    forward_ad: Any
+    """A module, whose ``current_level`` is -1 outside of forward-mode differentiation."""
+    current_level: str
+    empty_like: Any
+    """Makes a small, contiguous tensor like another."""
+    new_like: Any
+    """Makes any tensor like another."""
+    normal_: Any
+    """Fills a tensor with normal values of a ``generator``."""
+    generator: str
+    exchange: Any
+    """DLPack's capsule."""

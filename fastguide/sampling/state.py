@@ -12,6 +12,7 @@ from ..guidance import Guidance
 from ..solvers.table import ROW_COLUMNS, StepTable
 from ..step.backends.registry import StepFunction
 from ..step.cursor import CURSOR_COLUMNS, Cursor
+from ..step.cursor_step import CursorStep
 from ..step.memory import empty_like, empty_strided, in_layout_of
 from ..step.operator import StepArguments
 from . import conditioning as conditioning
@@ -22,9 +23,6 @@ from .request import SampleRequest
 
 _SMALLEST_CAPACITY = 1024  # rows: 70 kB, so that tables of other lengths share a state
 _INDEX = CURSOR_COLUMNS.index("index")
-_PREDICTIONS, _WEIGHTS, _GRADIENT, _VARIANCE = (
-    StepArguments._fields.index(name) for name in ("predictions", "weights", "gradient", "variance")
-)
 
 
 class ByIdentity:
@@ -169,7 +167,7 @@ class SamplerState:
                 batched=key.batched,
                 learned_variance=key.learned_variance,
             )
-        self._arguments = self._step_arguments()
+        self._step = CursorStep(key.step, self._step_arguments(), self.cursor)
         self._loaded: tuple[StepTable, Guidance] | None = None
 
     def _make_sample_buffers(self) -> None:
@@ -196,32 +194,30 @@ class SamplerState:
         self._no_gradient_scale = torch.zeros(1, 1, 1, dtype=arithmetic, device=key.device)
         self._samples = torch.arange(scales, device=key.device)
 
-    def _step_arguments(self) -> list[Any]:
+    def _step_arguments(self) -> StepArguments:
         """Return the operator's arguments, in its order, with what is the same at every step."""
         generator, inpainting = self.noise.generator, self.inpainting or (None, None, None)
-        return list(
-            StepArguments(
-                out=self.sample,
-                original=self.original,
-                staged=self.staged,
-                sample=self.sample,
-                predictions=[],
-                rows=self.rows,
-                weights=self.weights,
-                index=0,
-                indices=None,
-                gradient=None,
-                variance=None,
-                noise=self.noise.values,
-                seeds=self.noise.seeds,
-                philox=None if generator is None else generator.state,
-                philox_threads=self.noise.grid.threads,
-                cursor=self.cursor.state,
-                timestep=self.cursor.timestep,
-                mask=inpainting[0],
-                known=inpainting[1],
-                known_noise=inpainting[2],
-            )
+        return StepArguments(
+            out=self.sample,
+            original=self.original,
+            staged=self.staged,
+            sample=self.sample,
+            predictions=[],
+            rows=self.rows,
+            weights=self.weights,
+            index=0,
+            indices=None,
+            gradient=None,
+            variance=None,
+            noise=self.noise.values,
+            seeds=self.noise.seeds,
+            philox=None if generator is None else generator.state,
+            philox_threads=self.noise.grid.threads,
+            cursor=self.cursor.state,
+            timestep=self.cursor.timestep,
+            mask=inpainting[0],
+            known=inpainting[1],
+            known_noise=inpainting[2],
         )
 
     # ---- Between steps ----
@@ -291,15 +287,11 @@ class SamplerState:
         """Call the model, combine its predictions, and make each sample's step, at the row in the cursor."""
         gradient = None if self._guidance.classifier is None else self._gradient()
         predictions, variance = self.model_call(skip_uncond)
-        arguments = self._arguments.copy()
-        arguments[_PREDICTIONS] = predictions
-        arguments[_GRADIENT] = gradient
-        arguments[_VARIANCE] = variance
         if self._guidance.weights_from is not None:
-            arguments[_WEIGHTS] = self._guidance.anchored_weights(predictions, self._gradient_scale())
-        elif skip_uncond:
-            arguments[_WEIGHTS] = self.weights_without_uncond
-        self.key.step(*arguments)
+            weights = self._guidance.anchored_weights(predictions, self._gradient_scale())
+            self._step.once(predictions, gradient, variance, weights)
+        else:
+            self._step(predictions, gradient, variance, self.weights_without_uncond if skip_uncond else None)
 
     def _gradient(self) -> Tensor:
         assert self._guidance.classifier is not None

@@ -16,7 +16,8 @@ from .lazy_guidance import Output, resolved
 
 Scale = float | Sequence[float] | Tensor
 
-_NUMBER_OR_NONE = (float, int, type(None))
+NUMBER_OR_NONE = (float, int, type(None))
+"""The types of scales that are compared by value; a bool is not one."""
 
 
 def guidance_of(
@@ -47,7 +48,7 @@ def guidance_of(
     if guidance_scale is None and scale is None:
         return None
     # Tensors are not to be hashed, a bool is refused, and what torch.compile traces is of its graph alone
-    numbers = type(guidance_scale) in _NUMBER_OR_NONE and type(scale) in _NUMBER_OR_NONE
+    numbers = type(guidance_scale) in NUMBER_OR_NONE and type(scale) in NUMBER_OR_NONE
     make = _cached_guidance if numbers and not torch.compiler.is_compiling() else _guidance_for
     return make(guidance_scale, scale, gradient_form)
 

@@ -15,7 +15,8 @@ from ..solvers import StepTable
 from ..step.guided_step import guided_step
 from ..step.memory import DTYPES, dense_within_sample, empty_like, in_layout_of, same_layout
 from ..step.noise import DeviceGenerator
-from .guidance_arguments import Scale, guidance_of
+from ..step.repeat import token_of
+from .guidance_arguments import NUMBER_OR_NONE, Scale, guidance_of
 from .lazy_guidance import Fusion, Output, resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
@@ -36,6 +37,10 @@ class SchedulerStep(metaclass=SavedAsDiffusers):
     """The type of what ``step`` returns, from lazy_outputs."""
     _transitions: Callable[..., StepTable]
     """The method that makes the table for the arguments of a step that rows depend on."""
+    _state: tuple[str, ...]
+    """The names of the attributes that rows depend on; diffusers' ``config`` returns the first."""
+    _read_state: Callable[[dict[str, Any]], tuple[Any, ...]]
+    """The function that reads them from ``__dict__``, which takes a third of the time."""
     _loop: Any = None
     """The function of tables that makes a whole loop's table, for ``step_table``; ``None``: there is none."""
     _steps_before_set_timesteps = False
@@ -45,6 +50,8 @@ class SchedulerStep(metaclass=SavedAsDiffusers):
     # caches begin as attributes of the class
     _table_cache: TableCache | None = None
     _timesteps_cache: HostTimesteps | None = None
+    _last_plan: tuple[Any, ...] | None = None
+    """The fields of ``LastPlan``."""
     _fusion: Fusion | None = None
     """Of the pipeline that ``accelerate`` has put it into."""
     _before: Any = None
@@ -62,7 +69,11 @@ class SchedulerStep(metaclass=SavedAsDiffusers):
 
     def _table_state(self) -> tuple[Any, ...]:
         """Return all that the rows depend on, but the arguments of a step; compared by identity."""
-        raise NotImplementedError
+        return tuple([getattr(self, name) for name in self._state])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what only saves time, and may hold what cannot be copied, as a GPU's events."""
+        return {name: value for name, value in self.__dict__.items() if name != "_last_plan"}
 
     def _linked_timesteps(self) -> tuple[int, ...] | None:
         """Return the timesteps that steps lead along, from one to the next; ``None``: steps lead from any timestep."""
@@ -105,6 +116,22 @@ class Plan(NamedTuple):
         if isinstance(self.row, Tensor):
             inputs.append(self.row)
         return inputs
+
+
+class LastPlan(NamedTuple):
+    """What a scheduler's last planned step and those like it have in common, but their tensors: see ``repeat``."""
+
+    arguments: tuple[Any, ...]
+    """Of ``step``, those that rows depend on."""
+    guidance_scale: Any
+    """A number, or ``None``."""
+    state: tuple[Any, ...]
+    versions: Any
+    """``TableCache``'s."""
+    table: StepTable
+    guidance: Guidance | None
+    table_token: object
+    guidance_token: Any
 
 
 def plan(
@@ -160,8 +187,21 @@ def plan(
     dtype = sample.dtype if sample.dtype == model_dtype else torch.promote_types(sample.dtype, model_dtype)
     if dtype == torch.float64:
         sample = sample.double()
-    _count(scheduler, "fused without guidance" if guidance is None else "fused with guidance")
+    count_fused(scheduler, guidance)
+    if not torch.compiler.is_compiling():
+        repeatable = gradient is None and type(guidance_scale) in NUMBER_OR_NONE
+        scheduler._last_plan = None
+        if repeatable:
+            tokens = table._token, token_of(guidance)
+            state = cache.state, cache.versions
+            last = LastPlan(arguments, guidance_scale, *state, table, guidance, *tokens)
+            scheduler._last_plan = tuple(last)  # which is unpacked faster
     return Plan(table, row, sample, predictions, guidance, gradient, variance, model_dtype, dtype, scheduler._output)
+
+
+def count_fused(scheduler: SchedulerStep, guidance: Guidance | None) -> None:
+    """Count a fused step, for ``Acceleration.counts``."""
+    _count(scheduler, "fused without guidance" if guidance is None else "fused with guidance")
 
 
 def _count(scheduler: SchedulerStep, what: str) -> None:
@@ -264,11 +304,14 @@ def run(planned: Plan, generator: Generators, noise: Tensor | None, draws: bool,
         original = empty_like(sample, planned.dtype)
         result = _guided_step(planned, noise, source, out, original)
         return planned.output_type.plain(result, original) if return_dict else (result, original)
-    result = _guided_step(planned, noise, source, out)
-    predict_original = _original_later(planned, result, inputs)
+    result, versions = _guided_step(planned, noise, source, out), tuple(tensor._version for tensor in inputs)
+
+    def original_later() -> Tensor:
+        return predict_original(planned, result, inputs, versions)
+
     if return_dict:
-        return planned.output_type(result, predict_original)
-    return result, LazyOriginal.of(result, predict_original)
+        return planned.output_type(result, original_later)
+    return result, LazyOriginal.of(result, original_later)
 
 
 def _guided_step(
@@ -294,16 +337,21 @@ def _guided_step(
     )
 
 
-def _original_later(planned: Plan, result: Tensor, inputs: list[Tensor]) -> Callable[[], Tensor]:
-    """Return the function that predicts x_0, which refuses to once an input of the step has been written to."""
-    versions = [tensor._version for tensor in inputs]
+def predict_original(planned: Plan, result: Tensor, inputs: list[Tensor], versions: tuple[int, ...]) -> Tensor:
+    """Predict the x_0 of a step that was made.
 
-    def predict_original() -> Tensor:
-        if [tensor._version for tensor in inputs] != versions:
-            raise RuntimeError("pred_original_sample: expected the inputs of its step as they were, got one changed")
-        # The next sample is computed again and dropped, so that any noise will do
-        original = empty_like(result)
-        _guided_step(planned, planned.sample, None, empty_like(result), original)
-        return original
+    Args:
+        planned: the step.
+        result: its next sample.
+        inputs: what its x_0 depends on.
+        versions: how often each of these had been written to when the step was made.
 
-    return predict_original
+    Raises:
+        RuntimeError: one has been written to since.
+    """
+    if tuple(tensor._version for tensor in inputs) != versions:
+        raise RuntimeError("pred_original_sample: expected the inputs of its step as they were, got one changed")
+    # The next sample is computed again and dropped, so that any noise will do
+    original = empty_like(result)
+    _guided_step(planned, planned.sample, None, empty_like(result), original)
+    return original

@@ -7,6 +7,7 @@ tensors that require grad, shapes that broadcast, and whatever it refuses.
 from __future__ import annotations
 
 from numbers import Real
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import diffusers
@@ -18,6 +19,7 @@ from ..solvers import StepTable
 from . import lazy_outputs, tables
 from .guidance_arguments import Scale, combined
 from .noise import Generators
+from .repeat import repeated
 from .scheduler_step import SchedulerStep, plan, run
 from .timesteps import host_timesteps
 
@@ -79,8 +81,8 @@ class _DDIM(_HostAlphas, SchedulerStep):
     _transitions = tables.ddim_transitions
     _loop = tables.ddim_loop
 
-    def _table_state(self) -> tuple[Any, ...]:
-        return (self.config, self.alphas_cumprod, self.final_alpha_cumprod, self.num_inference_steps)
+    _state = ("_internal_dict", "alphas_cumprod", "final_alpha_cumprod", "num_inference_steps")
+    _read_state = staticmethod(itemgetter(*_state))
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps as diffusers does; the host remembers their values."""
@@ -117,6 +119,13 @@ class _DDIM(_HostAlphas, SchedulerStep):
             gradient_scale, gradient_form: its scale and form, as in ``fastguide.Classifier``.
         """
         number = eta if type(eta) is float else _number_of(eta, sample)
+        if variance_noise is None:
+            done = repeated(
+                self, (number, use_clipped_model_output), number != 0, model_output, timestep, sample, generator,
+                return_dict, guidance_scale, gradient, gradient_scale, gradient_form,
+            )  # fmt: skip
+            if done is not None:
+                return done
         rows = number is not None and 0 <= number <= 1 and (generator is None or variance_noise is None)
         planned = plan(
             self, (number, use_clipped_model_output) if rows else None, model_output, timestep, sample,
@@ -135,8 +144,8 @@ class _DDPM(_HostAlphas, SchedulerStep):
     _loop = tables.ddpm_loop
     _steps_before_set_timesteps = True
 
-    def _table_state(self) -> tuple[Any, ...]:
-        return (self.config, self.alphas_cumprod, self.timesteps, self.num_inference_steps, self.variance_type)
+    _state = ("_internal_dict", "alphas_cumprod", "timesteps", "num_inference_steps", "variance_type")
+    _read_state = staticmethod(itemgetter(*_state))
 
     def _transitions(self) -> StepTable:
         return tables.ddpm_transitions(self, self._linked_timesteps())
@@ -180,6 +189,12 @@ class _DDPM(_HostAlphas, SchedulerStep):
         Raises:
             IndexError: the timestep is not one of ``timesteps``, of which the step leads from one to the next.
         """
+        done = repeated(
+            self, (), None, model_output, timestep, sample, generator, return_dict, guidance_scale, gradient,
+            gradient_scale, gradient_form,
+        )  # fmt: skip
+        if done is not None:
+            return done
         planned = plan(
             self, (), model_output, timestep, sample, None, guidance_scale, gradient, gradient_scale, gradient_form
         )
@@ -232,8 +247,8 @@ class DDIMInverseScheduler(SchedulerStep, diffusers.DDIMInverseScheduler):  # ty
     _output = lazy_outputs.LazyDDIMInverseOutput
     initial_alpha_cumprod: Tensor
 
-    def _table_state(self) -> tuple[Any, ...]:
-        return (self.config, self.alphas_cumprod, self.initial_alpha_cumprod, self.num_inference_steps)
+    _state = ("_internal_dict", "alphas_cumprod", "initial_alpha_cumprod", "num_inference_steps")
+    _read_state = staticmethod(itemgetter(*_state))
 
     def _transitions(self) -> StepTable:
         return tables.ddim_transitions(self, 0.0, False, inverse=True)
@@ -253,6 +268,9 @@ class DDIMInverseScheduler(SchedulerStep, diffusers.DDIMInverseScheduler):  # ty
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: ``diffusers.DDIMInverseScheduler.step``; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        done = repeated(self, (), False, model_output, timestep, sample, None, return_dict, guidance_scale)
+        if done is not None:
+            return done
         planned = plan(self, (), model_output, timestep, sample, guidance_scale=guidance_scale)
         if planned is not None:
             return run(planned, None, None, False, return_dict)

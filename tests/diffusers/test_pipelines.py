@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastguide
+from fastguide.step.repeat import token_of
 from tests.support.pipelines import WIDTHS, parts, prompts, scheduler_of, stable_diffusion
 from tests.support.scheduler_pair import diffusers, fused
 
@@ -39,14 +40,24 @@ def images_of(pipe, **arguments):
 @pytest.fixture
 def steps(monkeypatch):
     """Collect the guidance of each fused step."""
-    scales = []
+    scales, by_token = [], {}
     real = fused.scheduler_step.guided_step
 
     def spy(table, row, sample, predictions, guidance, **others):
+        by_token[token_of(guidance)] = guidance
         scales.append(guidance)
         return real(table, row, sample, predictions, guidance, **others)
 
+    again = fused.repeat.repeat
+
+    def spy_again(kinds, row, sample, predictions, token, *others):
+        result = again(kinds, row, sample, predictions, token, *others)
+        if result is not None:
+            scales.append(by_token[token])
+        return result
+
     monkeypatch.setattr(fused.scheduler_step, "guided_step", spy)
+    monkeypatch.setattr(fused.repeat, "repeat", spy_again)
     return scales
 
 

@@ -1,0 +1,109 @@
+"""Make a scheduler's step like its last one, without planning it.
+
+A scheduler's tables are its own: a kind of step that ``fastguide.step.repeat`` knows of one was planned by this
+scheduler for tensors of the same layouts, dtypes and devices. So what is left to compare is what else a plan depends
+on: the scheduler's state, the numbers, and whose generator draws.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from ..guidance import Guidance
+from ..solvers import StepTable
+from ..step.repeat import kinds_of, repeat
+from .guidance_arguments import NUMBER_OR_NONE
+from .lazy_guidance import resolved
+from .lazy_outputs import LazyOriginal
+from .scheduler_step import Plan, count_fused, predict_original
+from .timesteps import row_of
+
+
+def repeated(
+    scheduler: Any,
+    arguments: tuple[Any, ...],
+    draws: bool | None,
+    model_output: Any,
+    timestep: Any,
+    sample: Any,
+    generator: Any,
+    return_dict: bool,
+    guidance_scale: Any,
+    gradient: Any = None,
+    gradient_scale: Any = 1.0,
+    gradient_form: Any = "epsilon",
+) -> Any:
+    """Make a step like the last one; ``None``: nothing was done.
+
+    Args:
+        scheduler: whose step it is.
+        arguments: of ``step``, those that rows depend on.
+        draws: whether diffusers draws noise at this step; ``None``: at all but timestep 0.
+        model_output, timestep, sample, generator, return_dict, guidance_scale, gradient, gradient_scale, gradient_form:
+            of ``step``.
+    """
+    last = None if is_dynamo_compiling() else scheduler._last_plan
+    if last is None:
+        return None
+    before, scale, state, versions, table, guidance, table_token, guidance_token = last
+    if before != arguments or gradient is not None or gradient_form != "epsilon":
+        return None
+    if type(gradient_scale) is not float or gradient_scale != 1.0:
+        return None
+    kinds = kinds_of.get(table_token)
+    if kinds is None:
+        return None
+    if type(model_output) is not Tensor:
+        model_output, guidance_scale = resolved(model_output, sample, guidance_scale)
+    if type(guidance_scale) not in NUMBER_OR_NONE or guidance_scale != scale:
+        return None
+    if type(model_output) is not Tensor or type(sample) is not Tensor:
+        return None
+    own = scheduler.__dict__
+    try:
+        if not all(map(is_, scheduler._read_state(own), state)):
+            return None
+        if (own["alphas_cumprod"]._version, own["timesteps"]._version) != versions:
+            return None
+        inputs_versions = sample._version, model_output._version
+    except (KeyError, RuntimeError):  # an attribute that a subclass computes; an inference tensor, which counts nothing
+        return None
+    row = timestep
+    if type(row) is Tensor:  # a list, if it has several elements
+        row = row.tolist() if row.is_cpu else row_of(scheduler, row, sample)
+    if type(row) is not int:
+        return None
+    source = None
+    if row != 0 if draws is None else draws:  # a row that adds no noise has no kind that takes a generator
+        source = torch.default_generator if generator is None else generator
+    result = repeat(
+        kinds, row, sample, model_output, guidance_token, None, None, None, source, None, None, None, None, None, None
+    )
+    if result is None:
+        return None
+    if scheduler._fusion is not None:
+        count_fused(scheduler, guidance)
+    original_later = partial(_original, table, row, sample, model_output, guidance, result, inputs_versions)
+    if return_dict:
+        return scheduler._output(result, original_later)
+    return result, LazyOriginal.of(result, original_later)
+
+
+def _original(
+    table: StepTable,
+    row: int,
+    sample: Tensor,
+    output: Tensor,
+    guidance: Guidance | None,
+    result: Tensor,
+    versions: tuple[int, ...],
+) -> Tensor:
+    """Predict x_0 of a step."""
+    planned = Plan(table, row, sample, output, guidance, None, None, output.dtype, result.dtype, None)
+    return predict_original(planned, result, [sample, output], versions)

@@ -18,7 +18,7 @@ def test_targets_are_met_missed_or_not_run():
     text = pages.terminal([*rows_of_a_run(2.0), *worse], colour=False)
     assert text.count("missed") == 5
     reasons = {row["target"].partition(":")[0]: row["reason"] for row in worse if row["status"] == "missed"}
-    assert reasons["a small step"].startswith("the rest is checks")
+    assert reasons["a small step"].startswith("the rest is Python")
     assert reasons["a large step into out=, over copy_ of the same bytes"] == "unexplained"
     far = [row for row in targets.judged(rows_of_a_run(9.0), "cpu") if row["status"] == "missed"]
     assert {row["reason"] for row in far if "scheduler" not in row["target"]} == {"unexplained"}

@@ -102,7 +102,7 @@ class Cursor:
         if not self.timestep.is_floating_point() and timestep != int(timestep):
             raise ValueError(f"timestep: expected a whole number for a Cursor of int64 timesteps, got {timestep}")
         for column, value in enumerate((begin, end, begin)):
-            self.state[sample, column] = value
+            self.state[sample, column].fill_(value)  # an assignment would wait for a GPU
         self.timestep[sample :: self.batch] = timestep
         return self
 

@@ -86,7 +86,9 @@ def _int64(name: str, values: int | Sequence[int] | Tensor, device: torch.device
     bad = [number for number in numbers if not -(2**63) <= number < 2**64]
     if bad:
         raise ValueError(f"{name}: expected 64 bits, from -2^63 to 2^64 - 1, got {bad[0]}")
-    words = torch.tensor([signed_word(number) for number in numbers], dtype=torch.int64, device=device)
+    words = torch.tensor([signed_word(number) for number in numbers], dtype=torch.int64, device="cpu")
+    if device is not None:
+        words = words.to(device, non_blocking=True)  # made there at once, it would wait for a GPU
     return words[0] if isinstance(values, int) else words
 
 

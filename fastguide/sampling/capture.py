@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -21,6 +21,7 @@ WARM_UPS = 2
 """Runs before a capture: libraries make their plans and kernels are compiled at the first, autograd's at the second."""
 
 
+_LEAVES_CAPTURES_OPEN = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
 _capturing = threading.RLock()  # a process captures one graph at a time
 _failed: list[torch.cuda.CUDAGraph] = []  # keep failed graphs alive: the allocator still refers to them
 
@@ -55,7 +56,7 @@ class Graph:
         """
         self._graph = torch.cuda.CUDAGraph()
         with _capturing, torch.cuda.device(pool.device), _without_cached_casts():
-            side = torch.cuda.Stream()
+            side = pool.side_stream
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # around the capture too: one that fails does not leave its stream
                 for _ in range(WARM_UPS):
@@ -68,6 +69,7 @@ class Graph:
                         function()
                 except RuntimeError as error:
                     _failed.append(self._graph)
+                    pool.abandon()
                     raise RuntimeError(
                         "cuda_graph: the model cannot be captured, mostly because it waits for the GPU (.item(), "
                         ".cpu(), a condition on a tensor's value) or reads pageable memory of the host; expected one "
@@ -86,6 +88,7 @@ class Pool:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._handle: Any = None
+        self._side_stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
 
     @property
@@ -94,6 +97,30 @@ class Pool:
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
+
+    @property
+    def side_stream(self) -> torch.cuda.Stream:
+        """The stream to capture on: torch's allocator gives memory that was freed to the same stream alone."""
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream(self.device)
+        return self._side_stream
+
+    def abandon(self) -> None:
+        """Leave the memory to a capture that has failed, and capture the next one elsewhere.
+
+        torch 2.10 and 2.11 throw at the end of such a capture before they have ended anything: the allocator goes on
+        giving out the pool's memory, and torch's default generator refuses to draw outside of captures, until one
+        succeeds. So the allocator's part is ended here, and a small capture is made that succeeds.
+        """
+        handle, self._handle = self._handle, None
+        if not _LEAVES_CAPTURES_OPEN or handle is None:
+            return
+        index = torch.cuda.current_device()
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):  # a capture that failed elsewhere has ended this
+                end(index, handle)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.side_stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=self.device)
 
     def wait(self) -> None:
         """Let the current stream wait for the last work, which may be on another stream."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
@@ -263,53 +265,94 @@ def test_a_call_that_fails_decides_nothing(recorded):  # noqa: F811
     assert sampler(x_T(1, 4, 6, 5)).shape == (1, 4, 6, 5)
 
 
-def test_a_failed_capture_leaves_its_stream_and_keeps_its_graph(monkeypatch):
-    """graphs.Graph itself, with stand-ins for what needs a GPU."""
-    current, log = ["default"], []
+class Stream:
+    """Stands in for a CUDA stream."""
 
-    class Stream:
-        name = "side"
+    def __init__(self, name="side"):
+        self.name = name
 
-        def wait_stream(self, other):
-            log.append((self.name, "waits for", other.name))
+    def wait_stream(self, other):
+        pass
 
-    class Default(Stream):
-        name = "default"
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Stand-ins for what a capture needs of torch.cuda; ``fails`` says whether a capture's end does."""
+    state = types.SimpleNamespace(current=["default"], log=[], fails=True, streams=0)
 
     class On:
         def __init__(self, stream):
             self.stream = stream
 
         def __enter__(self):
-            current.append(self.stream.name)
+            state.current.append(self.stream.name)
 
         def __exit__(self, *_):
-            current.pop()
+            state.current.pop()
 
     class Capture:
-        def __init__(self, graph, **options):
-            self.options = options
+        def __init__(self, graph, pool=None, stream=None, **options):
+            self.pool, self.stream = pool, stream
 
         def __enter__(self):
-            current.append("capture")
+            state.current.append("capture")
             assert not torch.is_autocast_cache_enabled()
 
-        def __exit__(self, *_):  # as torch's own, whose stream stays if the end of the capture fails
-            raise RuntimeError("operation not permitted when stream is capturing")
+        def __exit__(self, *_):
+            if self.pool is not None and state.fails:  # as torch's own, whose stream stays if its end fails
+                raise RuntimeError("operation not permitted when stream is capturing")
+            state.current.pop()
+            state.log.append(("captured", self.pool, self.stream))
 
-    class Pool:
-        device, handle = torch.device("cpu"), (0, 1)
+    def stream(*_):
+        state.streams += 1
+        return Stream()
 
+    def ends(name):
+        def end(index, handle):
+            state.log.append((name, index, handle))
+            if name == "release":
+                raise RuntimeError("this torch has done so itself")
+
+        return end
+
+    handles = iter([(0, 1), (0, 2)])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: On(Default()))
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Default)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: On(Stream("default")))
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("default"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "stream", On)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ends("end"), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", ends("release"), raising=False)
     monkeypatch.setattr(graphs, "_failed", [])
-    calls = []
+    return state
+
+
+@pytest.mark.parametrize("leaves_open", [False, True])
+def test_a_failed_capture_leaves_its_stream_and_keeps_its_graph(cuda, monkeypatch, leaves_open):
+    """graphs.Graph itself; torch 2.10 and 2.11 leave a pool and a generator behind, which are put in order."""
+    monkeypatch.setattr(graphs, "_LEAVES_CAPTURES_OPEN", leaves_open)
+    pool, calls = graphs.Pool(torch.device("cpu")), []
     with pytest.raises(RuntimeError, match="cuda_graph: the model cannot be captured"):
-        graphs.Graph(lambda: calls.append(current[-1]), Pool())
+        graphs.Graph(lambda: calls.append(cuda.current[-1]), pool)
     assert calls == ["side", "side", "capture"]
     assert torch.is_autocast_cache_enabled()
     assert len(graphs._failed) == 1
+    in_order = [("end", 0, (0, 1)), ("release", 0, (0, 1)), ("captured", None, pool.side_stream)]
+    assert cuda.log == (in_order if leaves_open else [])
+    cuda.fails = False
+    graphs.Graph(lambda: None, pool)
+    assert cuda.log[-1] == ("captured", (0, 2), pool.side_stream)
+
+
+def test_graphs_of_one_pool_are_captured_on_one_stream(cuda):
+    """Or none would take the memory that another has freed."""
+    cuda.fails = False
+    pools = [graphs.Pool(torch.device("cpu")) for _ in range(2)]
+    for pool in (*pools, *pools):
+        graphs.Graph(lambda: None, pool)
+    assert cuda.streams == 2
+    assert [stream for _, _, stream in cuda.log] == [pool.side_stream for pool in pools] * 2

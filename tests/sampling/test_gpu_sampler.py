@@ -190,6 +190,60 @@ def test_a_model_that_waits_for_the_gpu():
     assert torch.equal(Sampler(model, table)(x_T().cuda(), seeds=[1, 2, 3]), eager)
 
 
+def test_a_failed_capture_leaves_the_process_as_it_was():
+    """torch 2.10 and 2.11 leave the default generator and the allocator in the capture."""
+    model, table = Model().cuda(), DDPM.to("cuda")
+    sampler = Sampler(lambda x, t: model(x, t) * float(t.max() >= 0) + torch.randn_like(x), table)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cuda_graph: the model cannot be captured"):
+            sampler(x_T().cuda(), seeds=[1, 2, 3])
+        assert torch.randn(3, device="cuda").isfinite().all()
+    sampler.model = model
+    expected = Sampler(model, table, cuda_graph=False)(x_T().cuda(), seeds=[1, 2, 3])
+    assert torch.equal(sampler(x_T().cuda(), seeds=[1, 2, 3]), expected)
+    memory = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    before = torch.cuda.memory_reserved()
+    del memory
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before - 2**28
+
+
+def test_kinds_of_one_sampler_share_memory():
+    """What one graph needs while it runs, the next one takes again."""
+
+    def model(x, t):
+        return 0.1 * torch.tanh(x.repeat(1, 64, 1, 1)).unflatten(1, (64, -1)).mean(1)
+
+    def reserved(shapes):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        sampler = Sampler(model, DDPM.to("cuda"))
+        for shape in shapes:
+            sampler(torch.zeros(shape, device="cuda"), seeds=[1] * shape[0])
+        return torch.cuda.memory_reserved() - before
+
+    large, other = (8, 4, 128, 128), (6, 4, 128, 128)
+    reserved([large])
+    assert reserved([large, other]) < 1.3 * reserved([large])
+
+
+def test_slots_wait_for_nothing():
+    table = DDPM.to("cuda")
+    slots = Sampler(Model().cuda(), table).slots(2)
+    x = x_T().cuda()[:1]
+    slots.admit(x, seed=1)
+    slots.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        slot = slots.admit(x, seed=2)
+        slots.step()
+        slots.cancel(slot)
+        slots.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_slots_are_each_request_alone(gpu_backend):
     def model(x, t):
         return 0.3 * torch.tanh(x + torch.sin(t / 300).reshape(-1, 1, 1, 1))

@@ -280,6 +280,9 @@ void record_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outpu
 
 #define FASTGUIDE_EXPORT extern "C" __attribute__((visibility("default")))
 
+// The most predictions of a step on a GPU.
+FASTGUIDE_EXPORT int fastguide_gpu_predictions() { return fastguide::kMaxPredictions; }
+
 // The size of a record of so many predictions: see record_step.
 FASTGUIDE_EXPORT int fastguide_record_bytes(int predictions) {
   return static_cast<int>(sizeof(fastguide::Record) + sizeof(fastguide::Input) * static_cast<size_t>(predictions));

@@ -82,8 +82,8 @@ void run_on_gpu(const StepArguments& a, int32_t device) {
 #if defined(FASTGUIDE_CUDA)
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "out: expected a CPU tensor, as this torch has no CUDA");
-  STD_TORCH_CHECK(a.num_predictions <= cuda::max_predictions(), "predictions: expected at most ",
-                  cuda::max_predictions(), " on a GPU, got ", a.num_predictions);
+  STD_TORCH_CHECK(a.num_predictions <= kMaxPredictions, "predictions: expected at most ", kMaxPredictions,
+                  " on a GPU, got ", a.num_predictions);
   STD_TORCH_CHECK(!a.double_precision, "sample: expected float32, bfloat16 or float16 on a GPU, got float64");
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

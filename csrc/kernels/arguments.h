@@ -83,6 +83,9 @@ struct TorchStream {
 
 enum class TimestepElement : int { int64, float32 };
 
+// The most predictions of a step on a GPU, where they are parameters of the kernel.
+constexpr int kMaxPredictions = 32;
+
 struct StepArguments {
   Output out, original;
   Output staged;  // the next model input: staged_copies times the batch, one after the other

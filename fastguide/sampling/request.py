@@ -12,7 +12,7 @@ from ..guidance import Guidance
 from ..guidance.weights import UNGUIDED
 from ..solvers.table import StepTable
 from ..step.backends.registry import Backend, backend_for
-from ..step.checks import check_guidance, check_sample
+from ..step.checks import check_guidance, check_number, check_sample
 from ..step.inpainting import Inpainting
 from . import conditioning as conditioning
 from .conditioning import Condition, NamedConditions
@@ -75,6 +75,7 @@ def make_request(
     batch = x_T.shape[0]
     backend = backend_for(options.backend, x_T.device.type)
     _check_run(table, guidance, x_T, options)
+    check_number(backend, x_T.device, guidance)
     first, begin, mask = first_sample(table, x_T, image, mask, strength)
     conditions = conditioning.as_list(cond, uncond, guidance.num_predictions)
     conditioning.check_labels(labels, guidance, batch)

@@ -52,6 +52,7 @@ def validate(
     """
     inputs = _as_list(predictions)
     stacked = _check_predictions(table, sample, inputs, guidance)
+    check_number(backend, sample.device, guidance)
     row, indices, cursor = _check_position(table, index, sample, out)
     adds_noise = _adds_noise(table, row, noise)
     gradient, variance, *_ = optional_inputs
@@ -145,6 +146,13 @@ def check_guidance(table: StepTable, guidance: Guidance, batch: int) -> None:
         raise ValueError(
             f"guidance: expected scales for 1 or {len(table)} steps, those of the table, got {guidance.steps}"
         )
+
+
+def check_number(backend: Backend, device: torch.device, guidance: Guidance) -> None:
+    """Refuse more predictions than a backend's kernel takes on a GPU."""
+    most, count = backend.most_predictions, guidance.num_predictions
+    if device.type == "cuda" and most is not None and count > most:
+        raise ValueError(f"guidance: expected at most {most} predictions on a GPU ({backend.name}), got {count}")
 
 
 def _check_roles(table: StepTable, guidance: Guidance, gradient: Tensor | None, variance: Tensor | None) -> None:

@@ -9,6 +9,8 @@ import torch
 
 import fastguide
 from fastguide import Classifier, ClassifierFree, Composed, DeviceGenerator, Sampler, ddim, ddpm, portable_noise
+from fastguide.step import checks
+from fastguide.step.backends.registry import BACKENDS
 from tests.support.cases import SCHEDULE, TABLES
 
 X = torch.zeros(2, 3, 4)
@@ -320,3 +322,15 @@ SAMPLER_ERRORS = [
 def test_sampler_refuses(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_a_gpu_takes_so_many_predictions():
+    """Said by the check, before the model of a loop is called; a CPU takes any number."""
+    backend = BACKENDS["native"]
+    if not backend.devices:
+        pytest.skip(backend.status)
+    many = Composed([0.1] * 32)
+    with pytest.raises(ValueError, match=r"guidance: expected at most 32 predictions on a GPU \(native\), got 33"):
+        checks.check_number(backend, torch.device("cuda"), many)
+    checks.check_number(backend, torch.device("cpu"), many)
+    checks.check_number(backend, torch.device("cuda"), Composed([0.1] * 31))

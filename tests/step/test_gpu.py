@@ -345,6 +345,18 @@ def test_a_step_of_a_known_kind_is_captured(gpu_backend, monkeypatch):
     assert torch.equal(out, expected)
 
 
+def test_the_most_predictions():
+    table, i, _ = on_gpu(count=32)
+    guidance = fastguide.Composed([0.1] * 31)
+    got = guided_step(table, 3, i.sample, i.predictions, guidance, noise=i.noise, backend="native")
+    expected = guided_step(table, 3, i.sample, i.predictions, guidance, noise=i.noise, backend="reference")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="guidance: expected at most 32 predictions on a GPU"):
+        fastguide.Sampler(lambda x, t, y: pytest.fail("the model is called"), table, fastguide.Composed([0.1] * 32))(
+            i.sample, cond=[i.sample] * 32, uncond=i.sample
+        )
+
+
 def test_two_streams_at_once(gpu_backend):
     """Each step runs on the stream that is current, and waits for no other."""
     cases = [on_gpu(shape=(8, 4, 128, 128), seed=seed) for seed in range(2)]

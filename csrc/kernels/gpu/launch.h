@@ -14,8 +14,5 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
 // Whether there is a driver that is too old for the CUDA runtime in this library.
 bool driver_too_old();
 
-// The most predictions that a step takes in tensors of their own.
-int max_predictions();
-
 }  // namespace cuda
 }  // namespace fastguide

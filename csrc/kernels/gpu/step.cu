@@ -170,7 +170,5 @@ bool driver_too_old() {
   return version / 1000 < CUDART_VERSION / 1000;
 }
 
-int max_predictions() { return kMaxPredictions; }
-
 }  // namespace cuda
 }  // namespace fastguide

@@ -24,7 +24,6 @@ namespace fastguide {
 
 constexpr int kThreads = 128;
 constexpr int kTile = kThreads * kVector;
-constexpr int kMaxPredictions = 16;
 constexpr int64_t kMaxTiles = 0x7FFFFFFF;
 constexpr int kTorchValues = 4;  // values of one Philox call, which torch gives to elements `threads` apart
 

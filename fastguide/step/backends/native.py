@@ -31,6 +31,7 @@ _EXPORTS = (
     "fastguide_cpu_capability",
     "fastguide_cuda_code",
     "fastguide_driver_too_old",
+    "fastguide_gpu_predictions",
     "fastguide_record_bytes",
     "fastguide_python_functions",
     "fastguide_call",
@@ -81,6 +82,7 @@ def backend() -> Backend:
         torch_stream=on_gpus,
         checks_overlap=True,
         repeats=True,
+        most_predictions=_library.fastguide_gpu_predictions(),
     )
 
 

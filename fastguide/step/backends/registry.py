@@ -30,6 +30,8 @@ class Backend(NamedTuple):
     """Whether its steps can be made again by ``fastguide.step.repeat``, with the native library's help."""
     relaunch: Callable[[StepArguments], Callable[..., None]] | None = None
     """Returns what makes such a step again; ``None``: the native library does."""
+    most_predictions: int | None = None
+    """Of a step on a GPU; ``None``: there is no limit."""
     broken: bool = False
     """Whether it should run on the CPU and cannot: then nothing else is chosen in its place."""
 

@@ -232,7 +232,6 @@ PYBIND11_MODULE(fastguide_device_code, m) {
   m.attr("outputs") = output_names();
   m.attr("tile") = kTile;
   m.attr("threads") = kThreads;
-  m.attr("max_predictions") = cuda::max_predictions();
   m.attr("max_tiles") = kMaxTiles;
   m.def("launch", &launch);
   m.def("grid", &grid);

@@ -1,9 +1,13 @@
-"""Prove on a GPU what needs one, in one command of less than eight minutes: build, test, measure, sanitize.
+"""Prove on a GPU what needs one, in stages: build, tests, loops, times, sanitizers.
 
     python -m benchmarks.gpu_check --output benchmarks/results/gpu.json
+    python -m benchmarks.gpu_check --output benchmarks/results/gpu.json --only times sanitizers
 
-The record holds the date, the GPU, driver and versions, the tests that ran and failed, the sanitizers' results, and
-every time, each beside the ceiling and the rivals of the same run.
+A command ends after ``--seconds``, and the next one adds its stages to the record. A machine without a compiler can
+be given a library that was built elsewhere for its GPU, as ``fastguide/_native.so``: ``--no-build``. The tests need
+pytest, and the loops diffusers; what else is missing is said in the record. That holds the date, the GPU, driver and
+versions, the tests that ran and failed, the sanitizers' results, and every time, each beside the ceiling and the
+rivals of the same run.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +32,27 @@ import torch
 
 OURS = ("native", "triton")
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE = time.time() + 470
+STAGES = ("build", "tests", "loops", "times", "sanitizers")
 Record = dict[str, Any]
 
 TARGETS = {"large, no noise": 0.92, "large, noise in the kernel": 0.85, "small, GPU us": 3.0, "small, host us": 20.0}
 
 
-def run(command: list[str], timeout: float) -> Record:
+class Deadline:
+    """The end of this command's time, which each stage may use up."""
+
+    end = float("inf")
+
+    @classmethod
+    def left(cls) -> float:
+        """Return the seconds that are left, at least 1."""
+        return max(cls.end - time.time(), 1.0)
+
+
+def run(command: list[str], timeout: float = float("inf")) -> Record:
     """Run a command, and return its exit status (None: it ran out of time), seconds and output."""
     begin = time.time()
-    timeout = max(min(timeout, DEADLINE - begin), 1.0)
+    timeout = min(timeout, Deadline.left())
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
         status, output = result.returncode, result.stdout + result.stderr
@@ -54,7 +69,7 @@ def build() -> Record:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}+PTX")
     os.environ["FASTGUIDE_CUDA"] = "1"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
-    return run(pip, 120)
+    return run(pip)
 
 
 def test() -> Record:
@@ -62,7 +77,7 @@ def test() -> Record:
     command = [sys.executable, "-m", "pytest", "tests", "-v", "-m", "gpu", "-rfEs", "--tb=short"]
     if importlib.util.find_spec("xdist") is not None:  # several cores: Triton compiles a kernel for each variant
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    record = run(command, 200)
+    record = run(command)
     output = str(record["output"])
     record["summary"] = re.findall(r"\d+ (?:passed|failed|skipped|errors?)\b", output[-300:])
     record["failed"] = sorted(set(re.findall(r"^(?:FAILED|ERROR) (tests/\S+.*?)(?: - .*)?$", output, re.M)))
@@ -125,7 +140,7 @@ def measure(write: Callable[[Record], None]) -> None:
             print(row, flush=True)
             found.append(row)
             write(times)
-            if time.time() > DEADLINE - 60:  # the sanitizers need the rest of the time
+            if Deadline.left() < 60:
                 break
     times["torch_generator_host_microseconds"] = measure_torch_generator()
     write(times)
@@ -138,7 +153,7 @@ def loops() -> Record:
     with tempfile.TemporaryDirectory() as folder:
         numbers = Path(folder) / "loops.json"
         command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--only", "loops", "--workload"]
-        record = run([*command, "tiny UNet, 50 steps", "--json", str(numbers), "--output", folder], 150)
+        record = run([*command, "tiny UNet, 50 steps", "--json", str(numbers), "--output", folder])
         record["output"] = str(record["output"])[-3000:]
         return record | ({"results": json.loads(numbers.read_text())} if numbers.exists() else {})
 
@@ -184,7 +199,7 @@ def slower(name: str, microseconds: dict[str, float]) -> list[str]:
 
 def failures(record: Record) -> list[str]:
     """Describe everything that went wrong; what was not run for a stated reason did not."""
-    found = [f"{name}: not run" for name in ("tests", "times", "loops", "sanitizers") if name not in record]
+    found = [f"{name}: not run" for name in STAGES[1:] if name not in record]
     for name in ("build", "tests", "loops"):
         if name in record and record[name].get("exit", 0) != 0:
             found.append(f"{name}: exit {record[name]['exit']}")
@@ -199,16 +214,42 @@ def failures(record: Record) -> list[str]:
     return found
 
 
-def main() -> int:
-    """Run everything; the exit status is 1 if anything failed or missed its target."""
+def stages(names: Sequence[str], record: Record, write: Callable[[str, Any], None]) -> None:
+    """Run these stages in their order, and judge all that the record then has; ``write`` saves each part of it."""
+    if "build" in names:
+        write("build", build())
+    from fastguide.step.backends.registry import BACKENDS  # after the build
+
+    write("backends missing", {n: BACKENDS[n].status for n in OURS if not BACKENDS[n].serves("cuda")})
+    if "tests" in names:
+        write("tests", test())
+    if "loops" in names:
+        write("loops", loops())
+    if "times" in names:
+        measure(lambda times: write("times", times))
+    if "sanitizers" in names:
+        write("sanitizers", sanitize())
+    write("misses", misses(record.get("times", {})) + loop_misses(record.get("loops", {})))
+    write("failures", failures(record))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages that are asked for; the exit status is 1 if anything failed or missed its target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the record to this file, as JSON, after each stage")
+    parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"some of {', '.join(STAGES)}")
     parser.add_argument("--no-build", action="store_true", help="use the library as it is")
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=570, help="when to end (default: 570)")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu_check: expected a GPU that torch sees, got none", file=sys.stderr)
         return 2
-    record: Record = {"machine": machine()}
+    Deadline.end = time.time() + options.seconds
+    record: Record = {}
+    if options.only and options.output is not None and options.output.exists():
+        record.update(json.loads(options.output.read_text()))
+    names = [name for name in options.only or STAGES if not (options.no_build and name == "build")]
+    record.setdefault("machines", []).append(machine() | {"stages": names})
 
     def write(name: str, result: Any) -> None:
         record[name] = result
@@ -216,17 +257,7 @@ def main() -> int:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(record, indent=2) + "\n")
 
-    if not options.no_build:
-        write("build", build())
-    from fastguide.step.backends.registry import BACKENDS  # after the build
-
-    write("backends missing", {n: BACKENDS[n].status for n in OURS if not BACKENDS[n].serves("cuda")})
-    write("tests", test())
-    write("loops", loops())
-    measure(lambda times: write("times", times))
-    write("misses", misses(record["times"]) + loop_misses(record["loops"]))
-    write("sanitizers", sanitize())
-    write("failures", failures(record))
+    stages(names, record, write)
     for name in ("failures", "misses"):
         print("\n".join([f"\n{name}: {len(record[name])}", *record[name]]))
     return 0 if not record["failures"] and not record["misses"] else 1

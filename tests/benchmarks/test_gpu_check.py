@@ -1,0 +1,77 @@
+"""The check of a GPU in stages: each command adds its own to the record, with stand-ins for what needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Stand-ins for the stages, which note what ran; ``failing`` are those that fail."""
+    ran, failing = [], set()
+
+    def stage(name, result):
+        def function():
+            ran.append(name)
+            return result | {"exit": int(name in failing)}
+
+        return function
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "machine", lambda: {"gpu": "a stand-in"})
+    monkeypatch.setattr(gpu_check, "OURS", ())
+    monkeypatch.setattr(gpu_check, "build", stage("build", {}))
+    monkeypatch.setattr(gpu_check, "test", stage("tests", {}))
+    monkeypatch.setattr(gpu_check, "loops", stage("loops", {}))
+    monkeypatch.setattr(gpu_check, "sanitize", lambda: ran.append("sanitizers") or {"not run": "there is none"})
+    monkeypatch.setattr(gpu_check, "measure", lambda write: ran.append("times") or write({"small": [], "large": []}))
+    return ran, failing
+
+
+def test_all_stages_are_run_in_order(stages, tmp_path):
+    ran, _ = stages
+    assert gpu_check.main(["--output", str(tmp_path / "gpu.json")]) == 0
+    assert ran == list(gpu_check.STAGES)
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["machines"] == [{"gpu": "a stand-in", "stages": list(gpu_check.STAGES)}]
+
+
+def test_a_command_adds_its_stages_to_the_record(stages, tmp_path, capsys):
+    ran, failing = stages
+    output = tmp_path / "gpu.json"
+    failing.add("tests")
+    assert gpu_check.main(["--output", str(output), "--only", "tests", "--no-build"]) == 1
+    assert "loops: not run" in capsys.readouterr().out
+    failing.clear()
+    assert gpu_check.main(["--output", str(output), "--only", "times", "sanitizers"]) == 1
+    assert gpu_check.main(["--output", str(output), "--only", "loops"]) == 1
+    assert json.loads(output.read_text())["failures"] == ["tests: exit 1"]
+    assert gpu_check.main(["--output", str(output), "--only", "tests"]) == 0
+    assert ran == ["tests", "times", "sanitizers", "loops", "tests"]
+    first, *_ = json.loads(output.read_text())["machines"]
+    assert first["stages"] == ["tests"]
+
+
+def test_a_library_that_was_built_elsewhere_is_used_as_it_is(stages):
+    ran, _ = stages
+    assert gpu_check.main(["--no-build"]) == 0
+    assert ran == list(gpu_check.STAGES[1:])
+
+
+def test_a_command_ends_with_its_time(monkeypatch):
+    monkeypatch.setattr(gpu_check.Deadline, "end", 0.0)
+    result = gpu_check.run([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"])
+    assert result["exit"] is None
+
+
+def test_a_machine_without_a_gpu_is_told_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu_check.main([]) == 2
+    assert "expected a GPU that torch sees" in capsys.readouterr().err

@@ -66,8 +66,9 @@ def run(command: list[str], timeout: float = float("inf")) -> Record:
 def build() -> Record:
     """Build into this checkout for this GPU only: the code for other architectures is the same source."""
     major, minor = torch.cuda.get_device_capability()
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}+PTX")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}+PTX"
     os.environ["FASTGUIDE_CUDA"] = "1"
+    os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"  # where images have nvcc, and often no path to it
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
     return run(pip)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
+from weakref import WeakSet
 
 import torch
 
@@ -53,6 +54,7 @@ class Graph:
 
         Raises:
             RuntimeError: the function waits for the device, or does something else that a graph cannot hold.
+            torch.OutOfMemoryError: of the function, as it is.
         """
         self._graph = torch.cuda.CUDAGraph()
         with _capturing, torch.cuda.device(pool.device), _without_cached_casts():
@@ -61,21 +63,34 @@ class Graph:
             with torch.cuda.stream(side):  # around the capture too: one that fails does not leave its stream
                 for _ in range(WARM_UPS):
                     function()
-                try:
-                    # Other threads may use the GPU meanwhile; only this one is captured.
-                    with torch.cuda.graph(
-                        self._graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"
-                    ):
-                        function()
-                except RuntimeError as error:
-                    _failed.append(self._graph)
-                    pool.abandon()
-                    raise RuntimeError(
-                        "cuda_graph: the model cannot be captured, mostly because it waits for the GPU (.item(), "
-                        ".cpu(), a condition on a tensor's value) or reads pageable memory of the host; expected one "
-                        f"that does not, or cuda_graph=False, or 'try' to do without a graph then; got: {error}"
-                    ) from error
+                self._capture(function, pool)
             torch.cuda.current_stream().wait_stream(side)
+        pool.graphs.add(self)
+
+    def _capture(self, function: Callable[[], None], pool: Pool) -> None:
+        raised: RuntimeError | None = None
+        try:
+            # Other threads may use the GPU meanwhile; only this one is captured.
+            with torch.cuda.graph(
+                self._graph, pool=pool.handle, stream=pool.side_stream, capture_error_mode="thread_local"
+            ):
+                try:
+                    function()
+                except RuntimeError as error:
+                    raised = error
+                    raise
+        except RuntimeError as error:
+            if error is not raised:  # the end of the capture has failed, perhaps after the function
+                _failed.append(self._graph)
+                pool.abandon()
+            cause = raised or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise RuntimeError(
+                "cuda_graph: the model cannot be captured, mostly because it waits for the GPU (.item(), .cpu(), a "
+                "condition on a tensor's value) or reads pageable memory of the host; expected one that does not, or "
+                f"cuda_graph=False, or 'try' to do without a graph then; got: {cause}"
+            ) from error
 
     def replay(self) -> None:
         """Launch all that was captured, on the current stream."""
@@ -87,6 +102,8 @@ class Pool:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.graphs: WeakSet[Graph] = WeakSet()
+        """Those that hold the memory."""
         self._handle: Any = None
         self._side_stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
@@ -94,7 +111,7 @@ class Pool:
     @property
     def handle(self) -> Any:
         """The memory pool to capture with: what one graph needs while it runs, the next one reuses."""
-        if self._handle is None:
+        if self._handle is None or not self.graphs:  # torch does not begin again with memory that no graph holds
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 
 import pytest
@@ -316,7 +317,7 @@ def cuda(monkeypatch):
 
         return end
 
-    handles = iter([(0, 1), (0, 2)])
+    handles = ((0, number) for number in itertools.count(1))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "device", lambda device: On(Stream("default")))
     monkeypatch.setattr(torch.cuda, "Stream", stream)
@@ -352,7 +353,25 @@ def test_graphs_of_one_pool_are_captured_on_one_stream(cuda):
     """Or none would take the memory that another has freed."""
     cuda.fails = False
     pools = [graphs.Pool(torch.device("cpu")) for _ in range(2)]
-    for pool in (*pools, *pools):
-        graphs.Graph(lambda: None, pool)
+    alive = [graphs.Graph(lambda: None, pool) for pool in (*pools, *pools)]
     assert cuda.streams == 2
     assert [stream for _, _, stream in cuda.log] == [pool.side_stream for pool in pools] * 2
+    assert [handle for _, handle, _ in cuda.log] == [(0, 1), (0, 2)] * 2
+    alive.clear()
+    graphs.Graph(lambda: None, pools[0])
+    assert cuda.log[-1][1] == (0, 3), "memory that no graph holds is begun with again"
+
+
+@pytest.mark.parametrize("end_fails", [False, True])
+def test_too_little_memory_is_not_blamed_on_the_model(cuda, end_fails):
+    cuda.fails = end_fails
+    pool, calls = graphs.Pool(torch.device("cpu")), []
+
+    def function():
+        calls.append(1)
+        if len(calls) > graphs.WARM_UPS:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory$"):
+        graphs.Graph(function, pool)
+    assert len(graphs._failed) == end_fails

@@ -150,10 +150,24 @@ const char* text_of(cudaError_t error) {
   }
 }
 
+// The first launch of a kernel loads its code, which a capture forbids in any other mode. What is launched is captured
+// all the same.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 }  // namespace
 
 const char* launch_step(const StepArguments& arguments, int device, void* stream) {
   Launch launch = make_launch(arguments);
+  const RelaxedCapture relaxed;
   // This library has its own copy of the CUDA runtime, which does not know the device that torch has set.
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return text_of(error);

@@ -258,6 +258,14 @@ def test_a_launch_that_fails_says_why(error, message):
         device_code.module().refuse(0)
 
 
+def test_a_launch_may_load_code_within_a_capture_and_leaves_its_mode():
+    """The stand-in refuses launches in any other mode, as CUDA does with the first launch of a kernel."""
+    x, inputs = torch.zeros(1, 8), (torch.zeros(1, len(ROW_COLUMNS)), torch.ones(1, 1, 2), 0)
+    for _ in range(2):
+        device_code.guided_step(torch.empty_like(x), None, None, x, [x], *inputs)
+        assert device_code.module().captures_globally()
+
+
 @pytest.mark.parametrize(("driver", "too_old"), [(0, False), (12090, True), (13000, False), (14010, False)])
 def test_a_driver_is_too_old_if_its_cuda_is_of_an_earlier_generation(driver, too_old):
     """The tests' runtime is CUDA 13.0: a driver of any minor version of 13 serves it."""

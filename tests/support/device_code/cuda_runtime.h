@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -47,6 +48,17 @@ static int driver = 0;  // the version that the driver supports
 static cudaError_t cudaDriverGetVersion(int* version) {
   *version = driver;
   return refusal;
+}
+
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
+static cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+static cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(capture_mode, *mode);
+  return cudaSuccess;
 }
 
 static cudaError_t cudaSetDevice(int) { return cudaSuccess; }

@@ -153,6 +153,7 @@ static std::vector<unsigned> count_to(unsigned count) {
 static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 threads, void** parameters, size_t,
                                     cudaStream_t) {
   if (refusal != cudaSuccess) return refusal;
+  if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorUnknown;  // the kernel's code could not be loaded
   const auto run = reinterpret_cast<void (*)(Launch)>(const_cast<void*>(kernel));
   const Launch& launch = *static_cast<const Launch*>(parameters[0]);
   gridDim = blocks;
@@ -236,6 +237,7 @@ PYBIND11_MODULE(fastguide_device_code, m) {
   m.def("launch", &launch);
   m.def("grid", &grid);
   m.def("refuse", [](int error) { refusal = cudaError_t(error); });
+  m.def("captures_globally", [] { return capture_mode == cudaStreamCaptureModeGlobal; });
   m.def("driver_too_old", [](int version) {
     driver = version;
     return cuda::driver_too_old();

@@ -68,7 +68,8 @@ def build() -> Record:
     major, minor = torch.cuda.get_device_capability()
     os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}+PTX"
     os.environ["FASTGUIDE_CUDA"] = "1"
-    os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"  # where images have nvcc, and often no path to it
+    if shutil.which("nvcc") is None:  # images often have it here, and no path to it
+        os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
     return run(pip)
 

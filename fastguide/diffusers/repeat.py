@@ -26,19 +26,10 @@ from .timesteps import row_of
 
 
 def repeated(
-    scheduler: Any,
-    arguments: tuple[Any, ...],
-    draws: bool | None,
-    model_output: Any,
-    timestep: Any,
-    sample: Any,
-    generator: Any,
-    return_dict: bool,
-    guidance_scale: Any,
-    gradient: Any = None,
-    gradient_scale: Any = 1.0,
+    scheduler: Any, arguments: tuple[Any, ...], draws: bool | None, model_output: Any, timestep: Any, sample: Any,
+    generator: Any, return_dict: bool, guidance_scale: Any, gradient: Any = None, gradient_scale: Any = 1.0,
     gradient_form: Any = "epsilon",
-) -> Any:
+) -> Any:  # fmt: skip
     """Make a step like the last one; ``None``: nothing was done.
 
     Args:
@@ -76,7 +67,7 @@ def repeated(
         return None
     row = timestep
     if type(row) is Tensor:  # a list, if it has several elements
-        row = row.tolist() if row.is_cpu else row_of(scheduler, row, sample)
+        row = row.tolist() if row.is_cpu else None if row.dim() else row_of(scheduler, row, sample)
     if type(row) is not int:
         return None
     source = None

@@ -133,6 +133,14 @@ class LastPlan(NamedTuple):
     table_token: object
     guidance_token: Any
 
+    @classmethod
+    def of(
+        cls, cache: TableCache, arguments: tuple[Any, ...], scale: Any, table: StepTable, guidance: Guidance | None
+    ) -> LastPlan:
+        """Return what steps with this table and guidance have in common."""
+        tokens = table._token, token_of(guidance)
+        return cls(arguments, scale, cache.state, cache.versions, table, guidance, *tokens)
+
 
 def plan(
     scheduler: SchedulerStep,
@@ -190,12 +198,8 @@ def plan(
     count_fused(scheduler, guidance)
     if not torch.compiler.is_compiling():
         repeatable = gradient is None and type(guidance_scale) in NUMBER_OR_NONE
-        scheduler._last_plan = None
-        if repeatable:
-            tokens = table._token, token_of(guidance)
-            state = cache.state, cache.versions
-            last = LastPlan(arguments, guidance_scale, *state, table, guidance, *tokens)
-            scheduler._last_plan = tuple(last)  # which is unpacked faster
+        last = LastPlan.of(cache, arguments, guidance_scale, table, guidance) if repeatable else None
+        scheduler._last_plan = None if last is None else tuple(last)  # a plain tuple is unpacked faster
     return Plan(table, row, sample, predictions, guidance, gradient, variance, model_dtype, dtype, scheduler._output)
 
 

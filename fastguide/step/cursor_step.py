@@ -32,7 +32,7 @@ class CursorStep:
     def __init__(self, step: StepFunction, arguments: StepArguments, cursor: Cursor) -> None:
         self._step, self._arguments, self._cursor = step, arguments, cursor
         a = arguments
-        self._inpainting = None if a.mask is None else Inpainting(a.mask, a.known, a.known_noise)  # type: ignore[arg-type]
+        self._inpainting = None if a.mask is None else Inpainting._make((a.mask, a.known, a.known_noise))
         backend = next((each for each in BACKENDS.values() if each.step is step), None)
         self._backend = backend if backend is not None and backend.repeats and a.philox is None else None
         self._made = 0

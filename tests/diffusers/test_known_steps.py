@@ -111,7 +111,7 @@ def outcome(scheduler, call):
     own = arguments["generator"]
     try:
         done = scheduler.step(**arguments)
-    except Exception as error:
+    except Exception as error:  # whatever is raised, has to be raised alike
         return type(error), str(error)
     values = list(done) if isinstance(done, tuple) else [done.prev_sample, done.pred_original_sample]
     states = [each.get_state() for each in (own if isinstance(own, list) else [own]) if each is not None]

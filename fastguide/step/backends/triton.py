@@ -84,7 +84,6 @@ def _version() -> str:
 
 _SCALARS = ("index", "philox_threads")
 _TENSORS = tuple(place for place, name in enumerate(StepArguments._fields) if name not in _SCALARS)
-_PREDICTIONS = StepArguments._fields.index("predictions")
 _WITH_STRIDES = tuple(
     place for place, name in enumerate(StepArguments._fields) if name in (*ELEMENTWISE, "staged", "predictions")
 )
@@ -95,16 +94,16 @@ def guided_step(*arguments: Any) -> None:
     a = StepArguments(*arguments)
     if a.sample.numel() > 0:
         _check(a)
+        a = _each_apart(a)
         shape = _Shape.of(a)
-        _launch(shape.programs, shape.arguments(a.index, _tensors_of(a)), a.sample.device)
+        state = a.philox if a.philox is not None and a.philox.numel() == 3 else None
+        tensors = a._replace(philox=state)
+        _launch(shape.programs, shape.arguments(a.index, tuple(tensors[k] for k in _TENSORS)), a.sample.device)
 
 
-def _tensors_of(a: StepArguments) -> tuple[Any, ...]:
-    """Return the tensors in the kernel's order, with each prediction by itself."""
-    state = a.philox if a.philox is not None and a.philox.numel() == 3 else None
-    predictions = _apart(a.predictions, a.weights.shape[-1] - 1, a.sample.shape[0])
-    a = a._replace(predictions=predictions, philox=state)  # type: ignore[arg-type]
-    return tuple(a[place] for place in _TENSORS)
+def _each_apart(a: StepArguments) -> StepArguments:
+    """Return the arguments with a tuple of predictions, each by itself."""
+    return a._replace(predictions=_apart(a.predictions, a.weights.shape[-1] - 1, a.sample.shape[0]))  # type: ignore[arg-type]
 
 
 def _apart(predictions: Sequence[Tensor], count: int, batch: int) -> tuple[Tensor, ...]:
@@ -124,17 +123,11 @@ class _Shape(NamedTuple):
 
     @classmethod
     def of(cls, a: StepArguments) -> _Shape:
-        batch, count = a.sample.shape[0], a.weights.shape[-1] - 1
+        """Return the shape of a step whose predictions are apart."""
+        batch = a.sample.shape[0]
         size = a.sample.numel() // batch
         noise = _noise_of(a)
-        if len(a.predictions) == 1 and count > 1:
-            strides_of_predictions: Any = (a.predictions[0].stride(0),) * count
-        else:
-            strides_of_predictions = tuple(prediction.stride(0) for prediction in a.predictions)
-        strides = tuple(
-            strides_of_predictions if place == _PREDICTIONS else 0 if a[place] is None else a[place].stride(0)  # type: ignore[union-attr]
-            for place in _WITH_STRIDES
-        )
+        strides = tuple(_batch_stride(a[place]) for place in _WITH_STRIDES)
         before_row = (
             _stride_unless_one(a.weights, 0),
             _stride_unless_one(a.weights, 1),
@@ -152,12 +145,13 @@ class _Shape(NamedTuple):
             a.timestep.numel() if a.timestep is not None else 0,
         )
         constants = (
-            noise.source, len(strides_of_predictions), size % noise.block == 0, noise.channels == 1, noise.shared, _PTX,
+            noise.source, len(a.predictions), size % noise.block == 0, noise.channels == 1, noise.shared, _PTX,
             noise.block,
         )  # fmt: skip
         return cls(noise.programs, (*strides, size, a.philox_threads), before_row, after_row, constants)
 
     def arguments(self, row: int, tensors: tuple[Any, ...]) -> _Arguments:
+        """Return the launch's arguments, with the tensors in the kernel's order."""
         return tensors, self.specialized, (*self.before_row, row, *self.after_row), self.constants
 
 
@@ -166,7 +160,7 @@ class Relaunch:
 
     def __init__(self, a: StepArguments) -> None:
         """Remember a step that was made."""
-        self._shape = _Shape.of(a)
+        self._shape = _Shape.of(_each_apart(a))
         self._constants = a.rows, a.weights, a.cursor, a.timestep
         self._count, self._batch, self._device = a.weights.shape[-1] - 1, a.sample.shape[0], a.sample.device
         self._kernel: Any = None
@@ -289,6 +283,12 @@ def kind_of_launch(device: torch.device, arguments: _Arguments) -> tuple[Any, ..
     key += [(n == 1) + 2 * (n % 16 == 0) + 4 * (n >= 2**31) for n in numbers]
     key += [-(2**31) <= n < 2**31 for n in others]
     return tuple(key)
+
+
+def _batch_stride(tensor: Any) -> Any:
+    if tensor is None:
+        return 0
+    return tensor.stride(0) if isinstance(tensor, Tensor) else tuple(part.stride(0) for part in tensor)
 
 
 def _stride_unless_one(tensor: Tensor, dimension: int) -> int:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import itertools
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,11 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastguide  # noqa: F401  (defines the operator)
+from tests.support.machine_code import demangled
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -182,6 +185,30 @@ def guided_step(*arguments: object, order: int = 1) -> int:
     """
     plain = arguments_of(*arguments)
     return module().launch(plain, order, None) if plain["batch"] * plain["elements_per_sample"] else 0
+
+
+class Recorded(NamedTuple):
+    """A launch of a GPU kernel: its name as in machine_code.py, its grid, and the bytes of its parameters."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    parameters: bytes
+
+
+def record(plain: dict) -> Recorded:
+    """Return the launch that a step makes of ``arguments_of``'s data, and run nothing."""
+    offset, blocks, threads, parameters = module().record(plain)
+    return Recorded(_kernels()[offset], blocks, threads, parameters)
+
+
+@functools.cache
+def _kernels() -> dict[int, str]:
+    """Name the kernels by their places in the module's library."""
+    listed = subprocess.run(["nm", module().__file__], capture_output=True, text=True, check=True).stdout
+    symbols = re.findall(r"^([0-9a-f]+) [tT] (\S+_kernel\S+)$", listed, flags=re.M)
+    names = demangled([name for _, name in symbols])
+    return {int(place, 16): name for (place, _), name in zip(symbols, names, strict=True)}
 
 
 def _same_layout(tensor: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> bool:

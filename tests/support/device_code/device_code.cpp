@@ -1,6 +1,7 @@
 // Runs the GPU kernels on the host, for the tests: csrc/kernels/gpu/step.cu itself, in a loop over blocks and threads.
 //
 // Accesses of 16 bytes are counted, and refused where a GPU would fault or where they leave the sample's memory.
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -136,6 +137,22 @@ static void allow_all(const Arguments& arguments) {
 
 // ---- The launch ----
 
+struct Recorded {   // a launch that was not run
+  uint64_t offset;  // of the kernel's code in this library
+  unsigned blocks, threads;
+  std::string parameters;
+};
+static std::optional<Recorded> recorded;
+static bool records = false;
+
+static Recorded recorded_of(const void* kernel, dim3 blocks, dim3 threads, const void* parameters) {
+  Dl_info library;
+  if (dladdr(&recorded, &library) == 0) throw std::runtime_error("no library holds this code");
+  const uint64_t base = reinterpret_cast<uint64_t>(library.dli_fbase);
+  return {reinterpret_cast<uint64_t>(kernel) - base, blocks.x, threads.x,
+          std::string(static_cast<const char*>(parameters), sizeof(Launch))};
+}
+
 static std::mt19937_64 order;
 static std::optional<std::vector<unsigned>> wanted_blocks;  // all of them unless set
 
@@ -154,6 +171,10 @@ static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 thread
                                     cudaStream_t) {
   if (refusal != cudaSuccess) return refusal;
   if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorUnknown;  // the kernel's code could not be loaded
+  if (records) {
+    recorded = recorded_of(kernel, blocks, threads, parameters[0]);
+    return cudaSuccess;
+  }
   const auto run = reinterpret_cast<void (*)(Launch)>(const_cast<void*>(kernel));
   const Launch& launch = *static_cast<const Launch*>(parameters[0]);
   gridDim = blocks;
@@ -179,6 +200,16 @@ static uint64_t launch(const py::dict& d, uint64_t order_seed, std::optional<std
   const char* error = cuda::launch_step(arguments.a, 0, nullptr);
   if (error != nullptr) throw std::runtime_error(error);
   return accesses;
+}
+
+// Returns the launch that a step would make: the kernel's place in this library, blocks, threads, and parameters.
+static py::tuple record(const py::dict& d) {
+  const Arguments arguments = arguments_of(d);
+  records = true;
+  const char* error = cuda::launch_step(arguments.a, 0, nullptr);
+  records = false;
+  if (error != nullptr) throw std::runtime_error(error);
+  return py::make_tuple(recorded->offset, recorded->blocks, recorded->threads, py::bytes(recorded->parameters));
 }
 
 // Returns how the launch is divided.
@@ -236,6 +267,7 @@ PYBIND11_MODULE(fastguide_device_code, m) {
   m.attr("max_tiles") = kMaxTiles;
   m.def("launch", &launch);
   m.def("grid", &grid);
+  m.def("record", &record);
   m.def("refuse", [](int error) { refusal = cudaError_t(error); });
   m.def("captures_globally", [] { return capture_mode == cudaStreamCaptureModeGlobal; });
   m.def("driver_too_old", [](int version) {

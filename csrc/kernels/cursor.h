@@ -16,14 +16,15 @@ namespace fastguide {
 constexpr int kCursorColumns = 4, kCursorReaders = 3;
 
 struct Position {
-  int64_t index, first;
-  bool live;  // not finished
+  int64_t index, first, end;
 };
 
+FASTGUIDE_INLINE bool is_live(const Position& position) { return position.index < position.end; }  // not finished
+
 FASTGUIDE_INLINE Position position_of(const StepArguments& a, int64_t sample) {
-  if (a.cursor == nullptr) return {a.indices != nullptr ? a.indices[sample * a.indices_stride] : a.index, 0, true};
+  if (a.cursor == nullptr) return {a.indices != nullptr ? a.indices[sample * a.indices_stride] : a.index, 0, INT64_MAX};
   const int64_t* cursor = a.cursor + sample * a.cursor_stride;
-  return {cursor[0], cursor[2], cursor[0] < cursor[1]};
+  return {cursor[0], cursor[2], cursor[1]};
 }
 
 FASTGUIDE_INLINE bool in_table(const StepArguments& a, const Position& position) {
@@ -53,14 +54,14 @@ FASTGUIDE_INLINE void write_timestep(const StepArguments& a, int64_t place, int6
 // share of the work, of `shares`. common is the position of a cursor that all samples have in common.
 FASTGUIDE_INLINE void advance(const StepArguments& a, const Position& common, int64_t share, int64_t shares) {
   if (a.cursor_stride == 0) {
-    if (!common.live || !in_table(a, common)) return;
+    if (!is_live(common) || !in_table(a, common)) return;
     for (int64_t place = share; place < a.timestep_count; place += shares) write_timestep(a, place, common.index);
     if (share == 0) a.cursor[0] = common.index + 1;
     return;
   }
   for (int64_t sample = share; sample < a.batch; sample += shares) {
     const Position position = position_of(a, sample);
-    if (!position.live || !in_table(a, position)) continue;
+    if (!is_live(position) || !in_table(a, position)) continue;
     for (int64_t place = sample; place < a.timestep_count; place += a.batch) write_timestep(a, place, position.index);
     a.cursor[sample * a.cursor_stride] = position.index + 1;
   }
@@ -69,7 +70,7 @@ FASTGUIDE_INLINE void advance(const StepArguments& a, const Position& common, in
 // Whether torch's stream advances: a finished sample draws nothing, nor does a step of a loop that adds no noise.
 FASTGUIDE_INLINE bool draws_from(const StepArguments& a, const Position& position) {
   if (a.cursor == nullptr) return true;
-  if (!position.live || !in_table(a, position)) return false;
+  if (!is_live(position) || !in_table(a, position)) return false;
   return a.double_precision ? row_at<double>(a, position.index).out_noise != 0.0
                             : row_at<float>(a, position.index).out_noise != 0.0f;
 }

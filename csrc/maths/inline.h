@@ -14,5 +14,17 @@
 #define FASTGUIDE_ROLL
 #endif
 
+// Whether the processor has fused multiply-adds. Where it has none, fmaf would be a call.
+#if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define FASTGUIDE_HAS_FMA
+#endif
+
 // Follows a switch over all values of an enum. Such a switch has no default: a value that it forgets does not compile.
 #define FASTGUIDE_UNREACHABLE() __builtin_unreachable()
+
+// Hides from nvcc how a value was made: it then keeps the value, rather than making it again where it is used.
+#if defined(__CUDA_ARCH__)
+#define FASTGUIDE_KEEP_VALUE(value) asm volatile("" : "+r"(value))
+#else
+#define FASTGUIDE_KEEP_VALUE(value)
+#endif

@@ -79,6 +79,18 @@ FASTGUIDE_INLINE PairWeights<T> pair_weights(const T* weights, int num_predictio
   return {weights[0], num_predictions > 1 ? weights[1] : T(0)};
 }
 
+// a * b + c, rounded once where the processor can: the formulas below say where, and no compiler chooses. An element's
+// bits then depend neither on its place nor on what else a step does.
+template <typename T>
+FASTGUIDE_INLINE T fused(T a, T b, T c) {
+#if defined(FASTGUIDE_HAS_FMA)
+  if constexpr (sizeof(T) == sizeof(float)) return fmaf(a, b, c);
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // exp without branches, so that a loop over it vectorises; exact to 1 unit in the last place. Cody-Waite reduction and
 // the minimax polynomial of Cephes' expf; overflow and subnormals as in libm.
 FASTGUIDE_INLINE float exponential(float x) {
@@ -113,49 +125,64 @@ FASTGUIDE_INLINE double exponential(double x) { return ::exp(x); }
 // p_0 and p_1 nearly agree, and their difference is exact: it keeps what (1 - s)*p_0 + s*p_1 rounds away.
 template <typename T>
 FASTGUIDE_INLINE T guided_prediction(const PairWeights<T>& weights, T p0, T p1) {
-  return weights.sum * p0 + weights.w1 * (p1 - p0);
+  return fused(weights.w1, p1 - p0, weights.sum * p0);
 }
 
+// Limits a value to [-limit, limit], and lets NaN through.
 template <typename T>
-struct StepResult {
-  T sample, original;
-};
+FASTGUIDE_INLINE T clipped(T value, T limit) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(value), "f"(-limit));
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(value), "f"(limit));
+    return value;
+  }
+#endif
+  value = -limit > value ? -limit : value;  // comparisons in this order let NaN through
+  return limit < value ? limit : value;
+}
 
-// c has the gradient's scale in it. x is the sample, m the guided prediction, g the gradient, v the learned variance
-// and z the noise; what a flag denies is not used.
-template <typename T, bool has_prediction, bool has_gradient, bool has_variance, bool has_noise>
-FASTGUIDE_INLINE StepResult<T> step_element(const Row<T>& c, T x, T m, T g, T v, T z) {
+// In these, c has the gradient's scale in it; x is the sample, m the guided prediction, g the gradient, v the learned
+// variance and z the noise. What a flag denies is not used.
+
+// Returns x0 before it is clipped. It is scaled after the cancellation of x and m.
+template <typename T, bool has_prediction, bool has_gradient>
+FASTGUIDE_INLINE T unclipped_original(const Row<T>& c, T x, T m, T g) {
   T x0 = c.x0_sample * x;
-  if constexpr (has_prediction) x0 += c.x0_pred * m;
-  if constexpr (has_gradient) x0 += c.x0_grad * g;
-  x0 *= c.x0_scale;                  // after the cancellation of x and m, not before
-  x0 = -c.clip > x0 ? -c.clip : x0;  // comparisons in this order let NaN through
-  x0 = c.clip < x0 ? c.clip : x0;
+  if constexpr (has_prediction) x0 = fused(c.x0_pred, m, x0);
+  if constexpr (has_gradient) x0 = fused(c.x0_grad, g, x0);
+  return c.x0_scale * x0;
+}
 
-  T next = c.out_x0 * x0 + c.out_sample * x;
-  if constexpr (has_prediction) next += c.out_pred != T(0) ? c.out_pred * m : T(0);  // m may have overflowed
+// Returns x', before a known part is put into it.
+template <typename T, bool has_prediction, bool has_gradient, bool has_variance, bool has_noise>
+FASTGUIDE_INLINE T next_sample(const Row<T>& c, T x0, T x, T m, T g, T v, T z) {
+  T next = fused(c.out_x0, x0, c.out_sample * x);
+  if constexpr (has_prediction) next = c.out_pred != T(0) ? fused(c.out_pred, m, next) : next;  // m may have overflowed
   if constexpr (has_variance) {
-    const T log_variance = c.logvar_base + c.logvar_span * v;
+    const T log_variance = fused(c.logvar_span, v, c.logvar_base);
     // Where the variance has no part in the step, it may be anything.
     if constexpr (has_gradient) {
-      next += (c.out_grad + (c.out_var_grad != T(0) ? c.out_var_grad * exponential(log_variance) : T(0))) * g;
+      const T variance_scale = fused(c.out_var_grad, exponential(log_variance), c.out_grad);
+      next = fused(c.out_var_grad != T(0) ? variance_scale : c.out_grad, g, next);
     }
     if constexpr (has_noise) {
-      next += c.out_noise != T(0) ? c.out_noise * exponential(T(0.5) * log_variance) * z : T(0);
+      const T noise_scale = c.out_noise * exponential(T(0.5) * log_variance);
+      next = c.out_noise != T(0) ? fused(noise_scale, z, next) : next;
     }
   } else {
-    if constexpr (has_gradient) next += c.out_grad * g;
-    if constexpr (has_noise) next += c.out_noise * z;
+    if constexpr (has_gradient) next = fused(c.out_grad, g, next);
+    if constexpr (has_noise) next = fused(c.out_noise, z, next);
   }
-  return {next, x0};
+  return next;
 }
 
 // Puts the known part into the next sample. Where the mask is 0 or 1, only one of the two counts, even if the other is
 // not finite.
 template <typename T>
 FASTGUIDE_INLINE T with_known(const Row<T>& c, T next, T mask, T known, T z) {
-  const T level = c.known_sample * known + c.known_noise * z;
-  const T blended = mask * next + (T(1) - mask) * level;
+  const T level = fused(c.known_sample, known, c.known_noise * z);
+  const T blended = fused(mask, next, (T(1) - mask) * level);
   return mask == T(1) ? next : mask == T(0) ? level : blended;
 }
 

@@ -38,10 +38,11 @@ void step_run(const Row<T>& row, const PairWeights<T>& pair, const Run<T>& run, 
     T m = T(0);
     if constexpr (predictions == 1) m = w.sum * r.p0[i];
     if constexpr (predictions == 2) m = guided_prediction(w, r.p0[i], r.p1[i]);
-    const StepResult<T> result = step_element<T, (predictions > 0), has_gradient, has_variance, has_noise>(
-        c, r.x[i], m, has_gradient ? r.g[i] : T(0), has_variance ? r.v[i] : T(0), has_noise ? r.z[i] : T(0));
-    r.out[i] = result.sample;
-    if constexpr (has_original) r.original[i] = result.original;
+    const T x = r.x[i], g = has_gradient ? r.g[i] : T(0), v = has_variance ? r.v[i] : T(0);
+    const T z = has_noise ? r.z[i] : T(0);
+    const T x0 = clipped(unclipped_original<T, (predictions > 0), has_gradient>(c, x, m, g), c.clip);
+    r.out[i] = next_sample<T, (predictions > 0), has_gradient, has_variance, has_noise>(c, x0, x, m, g, v, z);
+    if constexpr (has_original) r.original[i] = x0;
   }
 }
 
@@ -97,7 +98,7 @@ void add_guidance(T weight, const T* weights, const Stored* first, const Stored*
   for (int64_t i = 0; i < count; ++i) {
     const T p0 = value_of<T>(first[i]);
     T sum = begins ? weight * p0 : m[i];
-    for (int k = 0; k < more; ++k) sum += w[k] * (value_of<T>(p[k][i]) - p0);
+    for (int k = 0; k < more; ++k) sum = fused(w[k], value_of<T>(p[k][i]) - p0, sum);
     m[i] = sum;
   }
 }
@@ -164,7 +165,8 @@ void step_chunks(const StepArguments& a, const Row<float>& row, const PairWeight
     const float* p1_run = predictions == 2 ? load(Input{p1, 0, prediction}, 0, kChunk, scratch[2]) : p0_run;
     for (int64_t j = 0; j < kChunk; ++j) {
       const float m = predictions == 2 ? guided_prediction(w, p0_run[j], p1_run[j]) : w.sum * p0_run[j];
-      result[j] = step_element<float, true, false, false, false>(c, sample_run[j], m, 0, 0, 0).sample;
+      const float x = sample_run[j], x0 = clipped(unclipped_original<float, true, false>(c, x, m, 0), c.clip);
+      result[j] = next_sample<float, true, false, false, false>(c, x0, x, m, 0, 0, 0);
     }
     store(result, Output{to, 0, state}, 0, kChunk);
     if (left < kChunk) {
@@ -341,7 +343,7 @@ bool is_in_place(const StepArguments& a) {
 template <typename T>
 void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t end) {
   const Position position = position_of(a, sample);
-  if (!position.live) return;
+  if (!is_live(position)) return;
   const T* weights =
       static_cast<const T*>(a.weights) + position.index * a.weights_step_stride + sample * a.weights_batch_stride;
   const Row<T> row = with_gradient_scale(row_at<T>(a, position.index), gradient_scale(weights, a.num_predictions));

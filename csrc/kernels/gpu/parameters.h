@@ -1,56 +1,69 @@
-// Makes the kernel's parameters of a step's arguments: what is aligned, and how many tiles a launch has.
+// The kernel's parameters, and what a kernel is compiled for. Host and device, no torch.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/arguments.h"
-#include "kernels/gpu/thread.h"
 #include "kernels/gpu/vector.h"
-#include "maths/element.h"
 #include "maths/inline.h"
-#include "maths/philox.h"
 
 namespace fastguide {
 
-// Whether every sample begins at a multiple of 16 bytes; an absent tensor does.
-FASTGUIDE_INLINE bool begins_aligned(const void* data, int64_t batch, int64_t batch_stride, Element element) {
-  return reinterpret_cast<int64_t>(data) % 16 == 0 && (batch <= 1 || batch_stride * element_bytes(element) % 16 == 0);
+constexpr int kThreads = 128;
+constexpr int kTile = kThreads * kVector;  // elements of a block whose threads have a vector each
+constexpr int64_t kMaxTiles = 0x7FFFFFFF;
+constexpr int kMaxVectors = 2;   // of a thread
+constexpr int kTorchValues = 4;  // values of one Philox call, which torch gives to elements `threads` apart
+
+// Divides numbers below 2^31 by a product with a rounded reciprocal, which is exact for them: Granlund & Montgomery
+// 1994, "Division by invariant integers using multiplication", theorem 4.2.
+struct Divisor {
+  uint32_t divisor, multiplier, shift;
+};
+
+FASTGUIDE_INLINE Divisor divisor_of(uint32_t divisor) {
+  uint32_t bits = 0;
+  while ((uint64_t(1) << bits) < divisor) ++bits;
+  const uint64_t power = uint64_t(1) << (31 + bits);
+  return {divisor, uint32_t((power + divisor - 1) / divisor), 31 + bits};
 }
 
-FASTGUIDE_INLINE Launch make_launch(const StepArguments& a) {
-  Launch launch{};
-  launch.a = a;
-  launch.a.predictions = nullptr;
-  // Without noise and gradient, a learned variance has no effect, and is not read.
-  if (a.noise_kind == Noise::none && a.gradient.data == nullptr) launch.a.variance = Input{};
-  for (int k = 0; k < a.num_predictions; ++k) launch.predictions[k] = a.predictions[k];
-  launch.per_sample =
-      (a.indices != nullptr && a.indices_stride != 0) || a.cursor_stride != 0 || a.weights_batch_stride != 0;
-  launch.aligned = true;
-  for_each_input(launch.a, launch.predictions, [&](Argument, const Input& input) {
-    launch.aligned = launch.aligned && begins_aligned(input.data, a.batch, input.batch_stride, input.element);
-  });
-  for_each_output(launch.a, [&](Argument, const Output& output, int copies) {
-    launch.aligned =
-        launch.aligned && begins_aligned(output.data, a.batch * copies, output.batch_stride, output.element);
-  });
+FASTGUIDE_INLINE uint32_t quotient(uint32_t number, const Divisor& by) {
+  return uint32_t(uint64_t(number) * by.multiplier >> by.shift);
+}
 
-  const int64_t size = a.elements_per_sample;
-  if (a.noise_kind == Noise::torch_stream) {
-    launch.a.torch_stream.increment = torch_increment(uint64_t(a.batch * size), a.torch_stream.threads);
-  }
-  int64_t tiles_per_sample = (size + kThreads - 1) / kThreads;
-  if (a.noise_kind != Noise::torch_stream) {
-    const int64_t vector_tiles = (size + kTile - 1) / kTile;
-    tiles_per_sample = vector_tiles + (!launch.aligned || size % kVector != 0);
-    launch.vector_tiles = uint32_t(vector_tiles);
-  }
-  launch.tiles_per_sample = uint32_t(tiles_per_sample);
-  launch.tiles = a.batch * tiles_per_sample;
-  if (a.noise_kind == Noise::torch_stream && torch_vectors_fit(launch)) {
-    launch.tiles = (torch_units(a) + kThreads - 1) / kThreads;
-  }
-  return launch;
+struct Launch {
+  StepArguments a;  // its predictions are null: they are the next member
+  Input predictions[kMaxPredictions];
+  int64_t tiles;                // the launch is refused if they are more than kMaxTiles
+  Divisor tiles_per_sample;     // with one more than vector_tiles if there may be single elements
+  Divisor units_per_call;       // where torch's stream is drawn in vectors: see tiles.h
+  Divisor elements_per_sample;  // likewise
+  uint32_t vector_tiles;        // of a sample
+  int vectors;                  // of a thread, at most those of its variant
+  bool aligned;                 // every sample of every tensor begins at a multiple of 16 bytes
+  bool per_sample;              // samples differ in their row or weights
+};
+
+// What a kernel is compiled for. predictions: 1, 2, or 0 for a number known at run time. extras: any of gradient,
+// learned variance and mask, see has_extras; kernels with extras take Noise::given also for a step without noise.
+template <int predictions_, bool extras_, Noise noise_, bool original_, bool staged_>
+struct Variant {
+  static constexpr int predictions = predictions_;
+  static constexpr bool extras = extras_, original = original_, staged = staged_;
+  static constexpr Noise noise = noise_;
+  static constexpr bool draws = noise == Noise::torch_stream || noise == Noise::portable;
+  // Two hide more latency, and share what a thread does once. Those of other variants need too many registers.
+  static constexpr int vectors = predictions > 0 && !extras ? kMaxVectors : 1;
+};
+
+// Whether the step has a tensor that only kernels with extras read.
+FASTGUIDE_INLINE bool has_extras(const StepArguments& a) {
+  bool extras = false;
+  for_each_input(a, [&](Argument name, const Input& input) {
+    extras = extras || (name != Argument::sample && name != Argument::noise && input.data != nullptr);
+  });
+  return extras;
 }
 
 }  // namespace fastguide

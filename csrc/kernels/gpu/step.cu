@@ -2,8 +2,9 @@
 #include <cuda_runtime.h>
 
 #include "kernels/gpu/launch.h"
+#include "kernels/gpu/make_launch.h"
 #include "kernels/gpu/parameters.h"
-#include "kernels/gpu/thread.h"
+#include "kernels/gpu/tiles.h"
 
 namespace fastguide {
 namespace cuda {
@@ -23,30 +24,43 @@ __device__ TorchStream read_torch_stream(const StepArguments& a) {
 // A step advances the cursor and torch's stream on the device, for the next step.
 //
 // Every block increments `readers` after it has read them. The block that reads last advances them. The atomic is
-// issued first, so that its latency overlaps the computation.
+// issued early, so that its latency overlaps the computation.
 __device__ int64_t* readers_of(const StepArguments& a) {
   if (a.cursor != nullptr) return a.cursor + kCursorReaders;
   return a.torch_stream.state != nullptr ? a.torch_stream.state + 2 : nullptr;
 }
 
-// Returns to the first thread how many blocks have read before this one.
-__device__ unsigned count_reader(const StepArguments& a) {
-  int64_t* readers = readers_of(a);
-  if (readers == nullptr) return 0;
-  __syncthreads();
-  if (threadIdx.x != 0) return 0;
-  __threadfence();  // orders the block's reads before its count
-  return atomicAdd(reinterpret_cast<unsigned*>(readers), 1u);
+// Increments a number, and orders what the block has read before it, without the full fence that would empty the cache.
+__device__ unsigned count_released(unsigned* number) {
+#if defined(__CUDA_ARCH__)
+  unsigned before;
+  asm volatile("atom.add.release.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(number) : "memory");
+  return before;
+#else
+  return atomicAdd(number, 1u);
+#endif
 }
 
-// `before` is what count_reader returned.
-__device__ void advance_if_last(const StepArguments& a, const TorchStream& stream, const Position& position,
-                                unsigned before) {
+// Returns to the first thread whether this block is the last one that reads; the others get false. `position` and
+// `offset` are what a thread has read: the barrier waits until they are there.
+__device__ bool reads_last(const StepArguments& a, const Position& position, uint64_t offset) {
   int64_t* readers = readers_of(a);
-  if (readers == nullptr || int(threadIdx.x) >= warpSize) return;  // the first warp goes on
-  if (__shfl_sync(0xFFFFFFFFu, before, 0) != gridDim.x - 1) return;
-  __threadfence();  // orders all counts before the writes
-  if (a.cursor != nullptr) advance(a, position, threadIdx.x, warpSize);
+  if (readers == nullptr) return false;
+  __syncthreads_or(int(position.index + position.first + position.end + int64_t(offset)));
+  if (threadIdx.x != 0) return false;
+  return count_released(reinterpret_cast<unsigned*>(readers)) == gridDim.x - 1;
+}
+
+// `last` is what reads_last returned. The position and the stream are read again: no register holds them till then.
+__device__ void advance_if(bool last, const StepArguments& a) {
+  int64_t* readers = readers_of(a);
+  if (readers == nullptr) return;
+  if (last) __threadfence();            // orders all counts before the writes
+  if (!__syncthreads_or(last)) return;  // the whole block goes on
+  const Position position = position_of(a, 0);
+  const TorchStream stream = read_torch_stream(a);
+  __syncthreads();  // each thread has read them
+  if (a.cursor != nullptr) advance(a, position, threadIdx.x, blockDim.x);
   if (threadIdx.x != 0) return;
   if (stream.state != nullptr && draws_from(a, position)) stream.state[1] = int64_t(stream.offset + stream.increment);
   *readers = 0;
@@ -55,18 +69,20 @@ __device__ void advance_if_last(const StepArguments& a, const TorchStream& strea
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) step_kernel(const __grid_constant__ Launch launch) {
   const Position position = position_of(launch.a, sample_of(launch, blockIdx.x));
-  const unsigned before = count_reader(launch.a);
-  step_tile<V>(launch, position, blockIdx.x, threadIdx.x);
-  advance_if_last(launch.a, TorchStream{}, position, before);
+  const Vectors<V> vectors = load_vectors<V>(launch, blockIdx.x, threadIdx.x);
+  const bool last = reads_last(launch.a, position, 0);
+  step_tile<V>(launch, vectors, position, threadIdx.x);
+  advance_if(last, launch.a);
 }
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) torch_single_kernel(const __grid_constant__ Launch launch) {
   const Position position = position_of(launch.a, sample_of(launch, blockIdx.x));
   const TorchStream stream = read_torch_stream(launch.a);
-  const unsigned before = count_reader(launch.a);
-  torch_single_tile<V>(launch, stream, position, blockIdx.x, threadIdx.x);
-  advance_if_last(launch.a, stream, position, before);
+  const Single single = load_torch_single<V>(launch, blockIdx.x, threadIdx.x);
+  const bool last = reads_last(launch.a, position, stream.offset);
+  step_torch_single<V>(launch, single, stream, position);
+  advance_if(last, launch.a);
 }
 
 template <typename V>
@@ -74,9 +90,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) torch_vector_kernel(const _
   __shared__ float shared[kTorchValues * kVector * kThreads];
   const Position position = position_of(launch.a, 0);
   const TorchStream stream = read_torch_stream(launch.a);
-  const unsigned before = count_reader(launch.a);
+  const bool last = reads_last(launch.a, position, stream.offset);
   torch_vector_tile<V>(launch, stream, position, blockIdx.x, threadIdx.x, shared);
-  advance_if_last(launch.a, stream, position, before);
+  advance_if(last, launch.a);
 }
 
 using Kernel = void (*)(Launch);
@@ -113,6 +129,7 @@ Kernel choose_noise(const Launch& launch) {
     case Noise::portable:
       return choose_original<predictions, extras, Noise::portable>(launch);
     case Noise::none:
+      return choose_original<predictions, extras, extras ? Noise::given : Noise::none>(launch);
     case Noise::given:
       return choose_original<predictions, extras, Noise::given>(launch);
   }

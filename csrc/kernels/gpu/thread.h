@@ -1,12 +1,5 @@
-// What one thread of the GPU kernel does: which elements it computes, and how it reads and writes them.
-//
-// A launch has a number of tiles of kThreads threads each. No thread waits for another, so the same code runs on the
-// host in a loop over tiles and threads: the tests do that, without a GPU. step.cu makes kernels of it.
-//
-// Within a sample, a thread computes a vector: kVector neighbouring elements, read and written 16 bytes at a time. The
-// first vector starts where every tensor is at a multiple of 16 bytes; if there is no such element, all are computed
-// one by one. So are the elements before the first vector and those behind the last. With torch's noise for a tensor
-// larger than torch's own grid, a thread computes the four vectors whose noise comes of the same Philox calls.
+// What one thread of the GPU kernel does with the elements that it has: rows, noise, the step of a vector or of one
+// element. tiles.h says which elements those are.
 #pragma once
 
 #include <cmath>
@@ -14,6 +7,7 @@
 
 #include "kernels/arguments.h"
 #include "kernels/cursor.h"
+#include "kernels/gpu/parameters.h"
 #include "kernels/gpu/vector.h"
 #include "maths/element.h"
 #include "maths/inline.h"
@@ -21,31 +15,6 @@
 #include "maths/step.h"
 
 namespace fastguide {
-
-constexpr int kThreads = 128;
-constexpr int kTile = kThreads * kVector;
-constexpr int64_t kMaxTiles = 0x7FFFFFFF;
-constexpr int kTorchValues = 4;  // values of one Philox call, which torch gives to elements `threads` apart
-
-// The kernel's parameters.
-struct Launch {
-  StepArguments a;  // its predictions are null: they are the next member
-  Input predictions[kMaxPredictions];
-  int64_t tiles;          // the launch is refused if they are more than kMaxTiles
-  uint32_t vector_tiles;  // of a sample; one more may hold single elements
-  uint32_t tiles_per_sample;
-  bool aligned;     // every sample of every tensor begins at a multiple of 16 bytes
-  bool per_sample;  // samples differ in their row or weights
-};
-
-// What a kernel is compiled for. predictions: 1, 2, or 0 for a number known at run time. extras: any of gradient,
-// learned variance and mask, see has_extras. Noise::given is also for a step without noise.
-template <int predictions_, bool extras_, Noise noise_, bool original_, bool staged_>
-struct Variant {
-  static constexpr int predictions = predictions_;
-  static constexpr bool extras = extras_, original = original_, staged = staged_;
-  static constexpr Noise noise = noise_;
-};
 
 // ---- Rows ----
 
@@ -55,15 +24,6 @@ struct SampleRow {
   const float* weights;
   uint32_t step;  // counted from the sample's first one, for the portable noise
 };
-
-// Whether the step has a tensor that only kernels with extras read.
-FASTGUIDE_INLINE bool has_extras(const StepArguments& a) {
-  bool extras = false;
-  for_each_input(a, [&](Argument name, const Input& input) {
-    extras = extras || (name != Argument::sample && name != Argument::noise && input.data != nullptr);
-  });
-  return extras;
-}
 
 template <typename V>
 FASTGUIDE_INLINE SampleRow row_of(const Launch& launch, int64_t sample, const Position& position) {
@@ -98,8 +58,8 @@ FASTGUIDE_INLINE float rounded_as(Element element, float value) {
 }
 
 template <typename V>
-FASTGUIDE_INLINE float draw_one(const Launch& launch, const TorchStream& stream, uint32_t step, int64_t sample,
-                                int64_t place) {
+FASTGUIDE_INLINE float draw_single(const Launch& launch, const TorchStream& stream, uint32_t step, int64_t sample,
+                                   int64_t place) {
   const StepArguments& a = launch.a;
   const int64_t counted = counted_place(place, a.channels, a.elements_per_sample);
   if constexpr (V::noise == Noise::portable) {
@@ -110,10 +70,26 @@ FASTGUIDE_INLINE float draw_one(const Launch& launch, const TorchStream& stream,
   }
 }
 
+// Draws elements whose neighbours in memory are not neighbours in the stream, which has a channel's elements together.
+FASTGUIDE_INLINE void draw_channels(const StepArguments& a, uint64_t seed, uint32_t step, int64_t place,
+                                    float (&z)[kVector]) {
+  const int64_t per_channel = a.elements_per_sample / a.channels;
+  int64_t inner = place / a.channels, channel = place - inner * a.channels;
+  FASTGUIDE_ROLL
+  for (int i = 0; i < kVector; ++i) {
+    const float value = portable_normal_of(seed, step, uint64_t(channel * per_channel + inner));
+    FASTGUIDE_UNROLL
+    for (int j = 1; j < kVector; ++j) z[j - 1] = z[j];  // the loop's index would put z into memory
+    z[kVector - 1] = value;
+    if (++channel == a.channels) channel = 0, ++inner;
+  }
+}
+
 // Draws a vector of the portable stream, which is the values of two Philox calls: vector_start makes it so.
-FASTGUIDE_INLINE void draw_vector(const Launch& launch, uint32_t step, int64_t sample, int64_t place,
+FASTGUIDE_INLINE void draw_vector(const StepArguments& a, uint32_t step, int64_t sample, int64_t place,
                                   float (&z)[kVector]) {
-  const uint64_t seed = uint64_t(launch.a.seeds[sample * launch.a.seeds_stride]);
+  const uint64_t seed = uint64_t(a.seeds[sample * a.seeds_stride]);
+  if (a.channels != 1) return draw_channels(a, seed, step, place, z);
   FASTGUIDE_UNROLL
   for (int i = 0; i < kVector; i += 4) {
     const Normal4 normal = portable_normal(seed, step, uint64_t(place + i) / 4);
@@ -126,66 +102,80 @@ FASTGUIDE_INLINE void draw_vector(const Launch& launch, uint32_t step, int64_t s
 
 // ---- The step ----
 
-// An absent gradient is left out rather than 0, because 0 times an infinite variance is NaN. For an absent variance,
-// row_of has set the row's factors to 0.
+// The element's x0 before it is clipped, and its next sample. An absent gradient is left out rather than 0, because 0
+// times an infinite variance is NaN. For an absent variance, row_of has set the row's factors to 0.
 template <typename V>
-FASTGUIDE_INLINE StepResult<float> step_extras(const StepArguments& a, const Row<float>& c, float x, float m, float g,
-                                               float v, float z) {
-  if constexpr (!V::extras) return step_element<float, true, false, false, true>(c, x, m, g, v, z);
-  if (a.gradient.data == nullptr) return step_element<float, true, false, true, true>(c, x, m, g, v, z);
-  return step_element<float, true, true, true, true>(c, x, m, g, v, z);
+FASTGUIDE_INLINE float original_of(const StepArguments& a, const Row<float>& c, float x, float m, float g) {
+  if (!V::extras || a.gradient.data == nullptr) return unclipped_original<float, true, false>(c, x, m, g);
+  return unclipped_original<float, true, true>(c, x, m, g);
 }
 
 template <typename V>
-FASTGUIDE_INLINE void step_one(const Launch& launch, const SampleRow& r, const TorchStream& stream, int64_t sample,
-                               int64_t place) {
-  const StepArguments& a = launch.a;
-  const int count = V::predictions > 0 ? V::predictions : a.num_predictions;
-  const bool gradient = V::extras && a.gradient.data != nullptr, variance = V::extras && a.variance.data != nullptr;
-  const bool given = V::noise == Noise::given && a.noise.data != nullptr;
-  const uint32_t sample_bits = load_bits(a.sample, sample, place);
-  const uint32_t first_bits = count > 0 ? load_bits(launch.predictions[0], sample, place) : 0;
-  const uint32_t second_bits = V::predictions == 2 ? load_bits(launch.predictions[1], sample, place) : 0;
-  const uint32_t gradient_bits = gradient ? load_bits(a.gradient, sample, place) : 0;
-  const uint32_t variance_bits = variance ? load_bits(a.variance, sample, place) : 0;
-  const uint32_t noise_bits = given ? load_bits(a.noise, sample, place) : 0;
-  float z = 0.0f;
-  if constexpr (V::noise != Noise::given) z = draw_one<V>(launch, stream, r.step, sample, place);
-  if (given) z = value_of(noise_bits, a.noise.element);
+FASTGUIDE_INLINE float next_of(const StepArguments& a, const Row<float>& c, float x0, float x, float m, float g,
+                               float v, float z) {
+  constexpr bool has_noise = V::noise != Noise::none;
+  if constexpr (!V::extras) return next_sample<float, true, false, false, has_noise>(c, x0, x, m, g, v, z);
+  if (a.gradient.data == nullptr) return next_sample<float, true, false, true, has_noise>(c, x0, x, m, g, v, z);
+  return next_sample<float, true, true, true, has_noise>(c, x0, x, m, g, v, z);
+}
 
-  float m = 0.0f;
-  if (count > 0) {
-    const float p0 = value_of(first_bits, launch.predictions[0].element);
-    if (V::predictions == 2) {
-      m = guided_prediction(r.pair, p0, value_of(second_bits, launch.predictions[1].element));
-    } else {
-      m = r.weights[0] * p0;
-      if (V::predictions == 0) {
-        FASTGUIDE_ROLL
-        for (int k = 1; k < count; ++k) {
-          m += r.weights[k] *
-               (value_of(load_bits(launch.predictions[k], sample, place), launch.predictions[k].element) - p0);
-        }
-      }
+struct SingleInputs {  // the bits of one element
+  uint32_t sample, first, second, gradient, variance, noise;
+};
+
+template <typename V>
+FASTGUIDE_INLINE SingleInputs load_single(const Launch& launch, int64_t sample, int64_t place) {
+  const StepArguments& a = launch.a;
+  SingleInputs bits{};
+  bits.sample = load_bits(a.sample, sample, place);
+  if (V::predictions > 0 || a.num_predictions > 0) bits.first = load_bits(launch.predictions[0], sample, place);
+  if constexpr (V::predictions == 2) bits.second = load_bits(launch.predictions[1], sample, place);
+  if (V::extras && a.gradient.data != nullptr) bits.gradient = load_bits(a.gradient, sample, place);
+  if (V::extras && a.variance.data != nullptr) bits.variance = load_bits(a.variance, sample, place);
+  if (V::noise == Noise::given && a.noise.data != nullptr) bits.noise = load_bits(a.noise, sample, place);
+  return bits;
+}
+
+template <typename V>
+FASTGUIDE_INLINE float combine_single(const Launch& launch, const SampleRow& r, const SingleInputs& bits,
+                                      int64_t sample, int64_t place) {
+  if (V::predictions == 0 && launch.a.num_predictions == 0) return 0.0f;
+  const float p0 = value_of(bits.first, launch.predictions[0].element);
+  if (V::predictions == 2) return guided_prediction(r.pair, p0, value_of(bits.second, launch.predictions[1].element));
+  float m = r.weights[0] * p0;
+  if constexpr (V::predictions == 0) {
+    FASTGUIDE_ROLL
+    for (int k = 1; k < launch.a.num_predictions; ++k) {
+      const float p = value_of(load_bits(launch.predictions[k], sample, place), launch.predictions[k].element);
+      m = fused(r.weights[k], p - p0, m);
     }
   }
-  const float x = value_of(sample_bits, a.sample.element);
-  const float g = gradient ? value_of(gradient_bits, a.gradient.element) : 0.0f;
-  const float v = variance ? value_of(variance_bits, a.variance.element) : 0.0f;
-  StepResult<float> result = step_extras<V>(a, r.c, x, m, g, v, z);
+  return m;
+}
+
+template <typename V>
+FASTGUIDE_INLINE void step_single(const Launch& launch, const SampleRow& r, const SingleInputs& bits,
+                                  const TorchStream& stream, int64_t sample, int64_t place) {
+  const StepArguments& a = launch.a;
+  const float x = value_of(bits.sample, a.sample.element), m = combine_single<V>(launch, r, bits, sample, place);
+  const float g = V::extras && a.gradient.data != nullptr ? value_of(bits.gradient, a.gradient.element) : 0.0f;
+  const float v = V::extras && a.variance.data != nullptr ? value_of(bits.variance, a.variance.element) : 0.0f;
+  float z = 0.0f;
+  if constexpr (V::draws) z = draw_single<V>(launch, stream, r.step, sample, place);
+  if (V::noise == Noise::given && a.noise.data != nullptr) z = value_of(bits.noise, a.noise.element);
+  const float x0 = clipped(original_of<V>(a, r.c, x, m, g), r.c.clip);
+  float next = next_of<V>(a, r.c, x0, x, m, g, v, z);
   if (V::extras && a.mask.data != nullptr) {
     const uint32_t mask_bits = load_bits(a.mask, sample, place), known_bits = load_bits(a.known, sample, place);
     const uint32_t z_bits = load_bits(a.known_noise, sample, place);
-    result.sample = with_known(r.c, result.sample, value_of(mask_bits, a.mask.element),
-                               value_of(known_bits, a.known.element), value_of(z_bits, a.known_noise.element));
+    next = with_known(r.c, next, value_of(mask_bits, a.mask.element), value_of(known_bits, a.known.element),
+                      value_of(z_bits, a.known_noise.element));
   }
-  store_one(result.sample, a.out, sample, place);
-  if constexpr (V::original) store_one(result.original, a.original, sample, place);
+  store_one(next, a.out, sample, place);
+  if constexpr (V::original) store_one(x0, a.original, sample, place);
   if constexpr (V::staged) {
     FASTGUIDE_ROLL
-    for (int k = 0; k < a.staged_copies; ++k) {
-      store_one(r.c.in_scale * result.sample, a.staged, k * a.batch + sample, place);
-    }
+    for (int k = 0; k < a.staged_copies; ++k) store_one(r.c.in_scale * next, a.staged, k * a.batch + sample, place);
   }
 }
 
@@ -223,7 +213,7 @@ FASTGUIDE_INLINE void combine_vector(const Launch& launch, const SampleRow& r, c
         unpack(load_raw(launch.predictions[k], sample, place), launch.predictions[k].element, p);
         const float weight = r.weights[k];
         FASTGUIDE_UNROLL
-        for (int i = 0; i < kVector; ++i) m[i] += weight * (p[i] - p0[i]);
+        for (int i = 0; i < kVector; ++i) m[i] = fused(weight, p[i] - p0[i], m[i]);
       }
     }
   }
@@ -253,151 +243,23 @@ FASTGUIDE_INLINE void step_vector(const Launch& launch, const SampleRow& r, cons
   if (V::extras && a.gradient.data != nullptr) unpack(raw.gradient, a.gradient.element, g);
   if (V::extras && a.variance.data != nullptr) unpack(raw.variance, a.variance.element, v);
   if (V::noise == Noise::given && a.noise.data != nullptr) unpack(raw.noise, a.noise.element, z);
-  float original[kVector];
+  float x0[kVector];
   FASTGUIDE_UNROLL
-  for (int i = 0; i < kVector; ++i) {
-    const StepResult<float> result = step_extras<V>(a, r.c, x[i], m[i], g[i], v[i], z[i]);
-    x[i] = result.sample;
-    original[i] = result.original;
+  for (int i = 0; i < kVector; ++i) x0[i] = original_of<V>(a, r.c, x[i], m[i], g[i]);
+  if (r.c.clip < INFINITY) {
+    FASTGUIDE_UNROLL
+    for (int i = 0; i < kVector; ++i) x0[i] = clipped(x0[i], r.c.clip);
   }
+  FASTGUIDE_UNROLL
+  for (int i = 0; i < kVector; ++i) x[i] = next_of<V>(a, r.c, x0[i], x[i], m[i], g[i], v[i], z[i]);
   if (V::extras && a.mask.data != nullptr) blend_vector(a, r.c, x, sample, place);
   store_vector(x, a.out, sample, place);
-  if constexpr (V::original) store_vector(original, a.original, sample, place);
+  if constexpr (V::original) store_vector(x0, a.original, sample, place);
   if constexpr (V::staged) {
     FASTGUIDE_UNROLL
     for (int i = 0; i < kVector; ++i) x[i] *= r.c.in_scale;
     FASTGUIDE_ROLL
     for (int k = 0; k < a.staged_copies; ++k) store_vector(x, a.staged, k * a.batch + sample, place);
-  }
-}
-
-// ---- From threads to elements ----
-
-// Where the vectors of a sample may start, for the tensors seen so far: at `first` modulo 2^period_bits. first is -1 if
-// no element is at a multiple of 16 bytes in all of them.
-struct VectorStart {
-  int first, period_bits;
-};
-
-FASTGUIDE_INLINE VectorStart with_tensor(VectorStart start, const void* data, int64_t sample, int64_t batch_stride,
-                                         Element element) {
-  if (data == nullptr || start.first < 0) return start;
-  const int size_bits = element_size_bits(element), period_bits = 4 - size_bits;
-  const uint64_t begin = reinterpret_cast<uint64_t>(data) + (uint64_t(sample * batch_stride) << size_bits);
-  const int first = int((16 - (begin & 15)) & 15) >> size_bits;
-  const int common = period_bits < start.period_bits ? period_bits : start.period_bits;
-  if (((first ^ start.first) & ((1 << common) - 1)) != 0) return {-1, 0};
-  return period_bits > start.period_bits ? VectorStart{first, period_bits} : start;
-}
-
-// The sample's first element that begins a vector; -1 if there are no vectors.
-FASTGUIDE_INLINE int vector_start(const Launch& launch, int64_t sample) {
-  const StepArguments& a = launch.a;
-  if (a.noise_kind == Noise::portable && a.channels != 1) return -1;  // a Philox call's elements are apart in memory
-  if (launch.aligned) return 0;
-  VectorStart start = {0, a.noise_kind == Noise::portable ? 2 : 0};  // a Philox call has four neighbours
-  for_each_input(a, launch.predictions, [&](Argument, const Input& input) {
-    start = with_tensor(start, input.data, sample, input.batch_stride, input.element);
-  });
-  for_each_output(a, [&](Argument, const Output& output, int copies) {
-    FASTGUIDE_ROLL
-    for (int k = 0; k < copies; ++k) {
-      start = with_tensor(start, output.data, k * a.batch + sample, output.batch_stride, output.element);
-    }
-  });
-  return start.first;
-}
-
-FASTGUIDE_INLINE int64_t sample_of(const Launch& launch, uint32_t tile) { return tile / launch.tiles_per_sample; }
-
-// position is that of the tile's sample.
-template <typename V>
-FASTGUIDE_INLINE void step_tile(const Launch& launch, const Position& position, uint32_t tile, int thread) {
-  if (!position.live) return;
-  const int64_t sample = sample_of(launch, tile);
-  const int64_t chunk = tile % launch.tiles_per_sample;
-  const int64_t size = launch.a.elements_per_sample;
-  const int start = vector_start(launch, sample);
-  const int64_t place = start + chunk * kTile + thread * kVector;
-  const bool whole = start >= 0 && place + kVector <= size;
-  RawInputs raw;
-  if (whole) raw = load_inputs<V>(launch, sample, place);
-  const SampleRow r = row_of<V>(launch, sample, position);
-  if (whole) {
-    float z[kVector] = {};
-    if constexpr (V::noise == Noise::portable) draw_vector(launch, r.step, sample, place, z);
-    step_vector<V>(launch, r, raw, z, sample, place);
-  }
-  if (start >= 0 && chunk < launch.vector_tiles) return;
-  // Single elements: all of the chunk, or, in one more chunk, those before the first vector and behind the last.
-  int64_t next = chunk * kTile + thread, end = next < size ? (chunk + 1) * kTile : 0;
-  end = end < size ? end : size;
-  if (start >= 0) {
-    const int64_t behind = size > start ? (size - start) / kVector * kVector + start : size;
-    next = thread < start ? thread : behind + thread - start;
-    end = next < size && (thread < start || next >= behind) ? next + 1 : 0;
-  }
-  FASTGUIDE_ROLL
-  for (; next < end; next += kThreads) step_one<V>(launch, r, TorchStream{}, sample, next);
-}
-
-// The torch stream for any tensor, one element a thread.
-template <typename V>
-FASTGUIDE_INLINE void torch_single_tile(const Launch& launch, const TorchStream& stream, const Position& position,
-                                        uint32_t tile, int thread) {
-  const int64_t sample = sample_of(launch, tile);
-  const int64_t place = int64_t(tile % launch.tiles_per_sample) * kThreads + thread;
-  if (!position.live || place >= launch.a.elements_per_sample) return;
-  step_one<V>(launch, row_of<V>(launch, sample, position), stream, sample, place);
-}
-
-// Whether the torch stream is drawn in vectors: a thread then computes the four vectors whose values are made by the
-// same Philox calls. They are those of contiguous samples made of aligned vectors, in tensors larger than torch's grid.
-FASTGUIDE_INLINE bool torch_vectors_fit(const Launch& launch) {
-  const int64_t total = launch.a.batch * launch.a.elements_per_sample, threads = launch.a.torch_stream.threads;
-  return launch.aligned && launch.a.channels == 1 && launch.a.elements_per_sample % kVector == 0 &&
-         threads % kVector == 0 && total > threads && total <= 0x7FFFFFFF;
-}
-
-FASTGUIDE_INLINE uint32_t torch_units(const StepArguments& a) {  // the number of threads for that
-  const int64_t round = int64_t(a.torch_stream.threads) * kTorchValues;
-  return uint32_t((a.batch * a.elements_per_sample + round - 1) / round) * (a.torch_stream.threads / kVector);
-}
-
-// shared has kTorchValues * kVector * kThreads floats of the block, of which each thread uses its own. position is that
-// of the first sample, and of all samples if there is a cursor.
-template <typename V>
-FASTGUIDE_INLINE void torch_vector_tile(const Launch& launch, const TorchStream& stream, const Position& position,
-                                        uint32_t tile, int thread, float* shared) {
-  if (!position.live) return;
-  const StepArguments& a = launch.a;
-  const uint32_t unit = tile * kThreads + thread, units_per_call = stream.threads / kVector;
-  const uint32_t call = unit / units_per_call, torch_thread = (unit - call * units_per_call) * kVector;
-  float* z = shared + thread;
-  FASTGUIDE_UNROLL
-  for (int i = 0; i < kVector; ++i) {
-    const Philox4 r = torch_call(stream.seed, stream.offset, call, torch_thread + i);
-    const Normal2 low = torch_normal(r.x, r.y), high = torch_normal(r.z, r.w);
-    z[(0 * kVector + i) * kThreads] = low.first;
-    z[(1 * kVector + i) * kThreads] = low.second;
-    z[(2 * kVector + i) * kThreads] = high.first;
-    z[(3 * kVector + i) * kThreads] = high.second;
-  }
-  SampleRow r = row_of<V>(launch, 0, position);
-  FASTGUIDE_ROLL
-  for (int value = 0; value < kTorchValues; ++value) {
-    const int64_t element = (int64_t(call) * kTorchValues + value) * stream.threads + torch_thread;
-    if (element >= a.batch * a.elements_per_sample) return;
-    const uint32_t sample = uint32_t(element) / uint32_t(a.elements_per_sample);
-    const int64_t place = element - sample * a.elements_per_sample;
-    const RawInputs raw = load_inputs<V>(launch, sample, place);
-    if (launch.per_sample) r = row_of<V>(launch, sample, a.cursor != nullptr ? position : position_of(a, sample));
-    float values[kVector];
-    FASTGUIDE_UNROLL
-    for (int i = 0; i < kVector; ++i) {
-      values[i] = rounded_as(a.sample.element, z[(value * kVector + i) * kThreads]);
-    }
-    step_vector<V>(launch, r, raw, values, sample, place);
   }
 }
 

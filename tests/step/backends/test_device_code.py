@@ -6,6 +6,7 @@ import itertools
 import mmap
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,7 @@ def drawn_case(draw: random.Random, noise: str, size: int) -> Case:
         indices=draw.choice(["int", "one", "per sample"]),
         scales=draw.choice(["one", "per sample", "per step", "both"]),
         threads=draw.choice([256, 512, 1024]),
+        few_tiles=draw.choice([0, 1024]),
         seed=draw.randrange(2**31),
     )
 
@@ -64,12 +66,12 @@ def test_every_element_is_computed_once_and_nothing_else_is_touched(noise, size)
 def test_every_variant(count, extras, noise):
     for original, copies, aligned, in_place in itertools.product((False, True), (0, 2), (False, True), (False, True)):
         size = 1032 if aligned else 1029
-        case = Case(
-            2, size, noise, count, extras, extras, extras, original, copies, in_place, stride=size, dtype=torch.bfloat16
-        )
-        assert case.run() == case.accesses_due(), case
-        first_is_aligned = noise != "torch" and copies == 0
-        assert (case.accesses_due() > 0) == (aligned or first_is_aligned), case
+        for few_tiles in (0, 1024):
+            layout = {"stride": size, "dtype": torch.bfloat16, "few_tiles": few_tiles}
+            case = Case(2, size, noise, count, extras, extras, extras, original, copies, in_place, **layout)
+            assert case.run() == case.accesses_due(), case
+            first_is_aligned = noise != "torch" and copies == 0
+            assert (case.accesses_due() > 0) == (aligned or first_is_aligned), case
 
 
 @pytest.mark.parametrize("odd", [0, 1])
@@ -134,6 +136,44 @@ def test_tiles_of_a_launch(size, address, stride, tiles):
     for batch in (2, 65536):
         grid = device_code.module().grid(plain_tensors(size, address, stride, batch))
         assert (grid["tiles"], grid["tiles_per_sample"]) == (batch * tiles, tiles)
+
+
+def test_vectors_of_a_thread():
+    """Two, in launches of more tiles than a GPU runs at once, and of kernels that have registers for them."""
+
+    def vectors(batch, **more):
+        grid = device_code.module().grid({**plain_tensors(2048, 4096, 2048, batch), **more})
+        return grid["vectors"], grid["tiles"]
+
+    one, two = {"predictions": [(4096, 2048, 0)]}, {"predictions": [(4096, 2048, 0)] * 2}
+    for predictions in (one, two):
+        assert vectors(512, **predictions) == (1, 1024)
+        assert vectors(513, **predictions) == (2, 513)
+    assert vectors(513, gradient=(4096, 2048, 0), **one) == (1, 1026)
+    assert vectors(513) == vectors(513, predictions=[(4096, 2048, 0)] * 3) == (1, 1026)
+
+
+def test_quotients():
+    """A division by a product is exact for numbers below 2^31, next to multiples above all."""
+    draw = random.Random(0)
+    largest = 2**31 - 1
+    for divisor in (
+        1,
+        2,
+        3,
+        5,
+        7,
+        641,
+        2**16,
+        2**16 + 1,
+        2**30,
+        largest,
+        *(draw.randrange(1, 2**31) for _ in range(300)),
+    ):
+        multiples = np.array([0, 1, largest // divisor, *(draw.randrange(largest // divisor + 1) for _ in range(50))])
+        numbers = np.concatenate([multiples * divisor + k for k in (-1, 0, 1)] + [[largest]])
+        numbers = numbers[(numbers >= 0) & (numbers <= largest)]
+        assert (device_code.module().quotient(numbers.astype(np.uint32), divisor) == numbers // divisor).all(), divisor
 
 
 def test_tiles_of_the_torch_stream():
@@ -220,10 +260,11 @@ def test_the_end_of_a_sample_beyond_32_bits(noise):
     before = sample[:, -end:].clone()
     plain = device_code.arguments_of(sample, None, None, sample, [prediction], *inputs, given, seeds)
     plain["channels"] = 8 if noise == "channels" else 1
-    last = size // 1024
+    tile = 2 * 1024  # a thread has two vectors
+    last = size // tile
     assert device_code.module().grid(plain)["tiles"] == last + 1
     device_code.module().launch(plain, 1, [last - 1, last])
-    got, first = sample[:, -end:], last * 1024 - 1024 - (size - end)
+    got, first = sample[:, -end:], last * tile - tile - (size - end)
     assert torch.equal(got[:, first:], expected[:, first:])
     assert torch.equal(got[:, :first], before[:, :first])
 

@@ -176,12 +176,16 @@ def test_the_portable_stream_is_portable_noise(shape, dtype):
             assert (accesses > 0) == (shape[-1] >= 8)
 
 
-def test_the_portable_stream_counts_channels_last_as_contiguous():
-    sample = torch.zeros(2, 8, 8, 16).contiguous(memory_format=torch.channels_last)
-    got, accesses = drawn(sample, None, 0, torch.tensor([4, 5]))
-    assert torch.equal(got, portable_noise([4, 5], sample.shape, step=0))
-    assert got.stride() == sample.stride()
-    assert accesses == 0
+@pytest.mark.parametrize("channels", [2, 3, 4, 5, 8, 16])
+def test_the_portable_stream_counts_channels_last_as_contiguous(channels):
+    """A vector's elements are of several channels, or of several places of few channels, or both."""
+    for places in (128, 127):
+        sample = torch.zeros(2, channels, 1, places).contiguous(memory_format=torch.channels_last)
+        got, accesses = drawn(sample, None, 0, torch.tensor([4, 5]))
+        assert torch.equal(got, portable_noise([4, 5], sample.shape, step=0))
+        assert got.stride() == sample.stride()
+        assert accesses > 0
+        assert accesses == 2 * 4 * (channels * places // 8) or places % 4 != 0
 
 
 def test_one_portable_value_is_that_of_its_vector():

@@ -13,6 +13,7 @@ from tests.support.machine_code import cuobjdump, instructions, resource_usage
 pytestmark = pytest.mark.xdist_group("machine code")  # one process reads each library once
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+GIVEN, DRAWN = 1, (2, 3)  # kinds of noise: csrc/kernels/arguments.h
 MAX_REGISTERS = 128  # four blocks of 128 threads a multiprocessor, at the least
 
 
@@ -30,9 +31,15 @@ def kernels(architecture):
 
 
 def variant(name):
-    """Return the numbers in thread.h's Variant<predictions, extras, noise, original, staged>."""
+    """Return the numbers in parameters.h's Variant<predictions, extras, noise, original, staged>."""
     values = re.search(r"Variant<(\d+), (\w+), \(Noise\)(\d), (\w+), (\w+)>", name).groups()
     return [v == "true" if v in ("true", "false") else int(v) for v in values]
+
+
+def vectors_of(name):
+    """Return how many vectors a thread may have, as parameters.h's Variant says."""
+    predictions, extras, noise, _, _ = variant(name)
+    return 2 if predictions and not extras and "step_kernel" in name else 1
 
 
 def test_there_is_code_for_every_architecture_and_ptx_for_the_others():
@@ -63,9 +70,10 @@ def test_vectors_are_read_and_written_16_bytes_at_a_time(architecture):
             assert loads == stores == 0
             continue
         predictions, extras, noise, original, staged = variant(name)
-        inputs = 1 + max(predictions, 2 if predictions == 0 else 1) + 2 * extras + (noise == 1)
-        assert loads >= 2 * inputs, (name, loads)  # more, where the compiler unrolls or doubles a part
-        assert stores >= 4 * (1 + original + staged), (name, stores)
+        vectors = vectors_of(name)
+        inputs = 1 + max(predictions, 2 if predictions == 0 else 1) + 2 * extras + (noise == GIVEN)
+        assert loads >= 2 * inputs * vectors, (name, loads)  # more, where the compiler unrolls or doubles a part
+        assert stores >= 4 * (1 + original + staged) * vectors, (name, stores)
     assert seen == {"step_kernel", "torch_single_kernel", "torch_vector_kernel"}
 
 
@@ -81,23 +89,35 @@ def test_only_the_torch_stream_uses_approximations():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_products_and_sums_are_not_joined(architecture):
-    """Otherwise an element's bits would depend on its place in a vector. Exponentials and noise have their own fma."""
+def test_products_and_sums_are_joined_where_the_formula_says(architecture):
+    """Otherwise an element's bits would depend on its place in a vector. Exponentials and noise have their own fma.
+
+    A kernel has the formula once for each element of a vector, and once for a single element.
+    """
     plain = 0
     for name, counts in kernels(architecture).items():
-        _, extras, noise, _, _ = variant(name)
-        if noise == 1 and not extras:
-            plain += 1
-            assert not any(i.startswith(("FFMA", "HFMA2.BF16", "FMUL2", "FADD2")) for i in counts), name
-    assert plain == 12
+        predictions, extras, noise, _, _ = variant(name)
+        if noise in DRAWN or extras:
+            continue
+        plain += 1
+        formulas = 8 * vectors_of(name) + 1
+        # x0: a prediction. The next sample: x0, a prediction, noise. Guidance: a difference of predictions.
+        joined = formulas * (1 + 2 + (noise == GIVEN) + (predictions != 1))
+        assert sum(n for i, n in counts.items() if i.startswith("FFMA")) == joined, name
+        assert not any(i.startswith(("HFMA2.BF16", "FFMA2", "FMUL2", "FADD2")) for i in counts), name
+    assert plain == 24
 
 
 def test_the_portable_stream_is_not_contracted():
-    """Its products and sums are intrinsics, which no compiler may contract: 17 and 15 for two values."""
+    """Its products and sums are intrinsics, which no compiler may contract: 15 and 13 for two values.
+
+    Two more products are exact, and therefore joined with their sums.
+    """
     found = 0
     for part in cuobjdump("-ptx", native.LIBRARY).split(".entry ")[1:]:
         if re.search(r"Variant\w*?NS_5NoiseE3E", part.partition("(")[0]):
             found += 1
-            assert len(re.findall(r"\bmul\.rn\.f32", part)) >= 4 * 17
-            assert len(re.findall(r"\badd\.rn\.f32", part)) >= 4 * 15
+            assert len(re.findall(r"\bmul\.rn\.f32", part)) >= 4 * 15
+            assert len(re.findall(r"\badd\.rn\.f32", part)) >= 4 * 13
+            assert len(re.findall(r"\bfma\.rn\.f32", part)) >= 4 * 2
     assert found == 24

@@ -19,12 +19,11 @@ struct dim3 {
 };
 
 static dim3 blockIdx, threadIdx, gridDim;
-static constexpr int warpSize = 1;  // thread 0 does the work of a warp
+static const dim3 blockDim;  // 1: what a block shares out, thread 0 does
 
 static void __syncthreads() {}
+static int __syncthreads_or(int value) { return value; }
 static void __threadfence() {}
-
-static unsigned __shfl_sync(unsigned, unsigned value, int) { return value; }
 
 static unsigned atomicAdd(unsigned* to, unsigned value) {
   const unsigned before = *to;

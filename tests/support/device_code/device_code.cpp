@@ -19,7 +19,10 @@
 #include <vector>
 
 static void check_access(const void* address);
+static int64_t few_tiles;  // see make_launch.h
 #define FASTGUIDE_CHECK_ALIGNED(address) check_access(address)
+#define FASTGUIDE_FEW_TILES few_tiles
+#define FASTGUIDE_HAS_FMA  // fmaf is exact, if slow: the results are those of a GPU
 #include "kernels/gpu/step.cu"
 
 namespace py = pybind11;
@@ -119,6 +122,7 @@ static Arguments arguments_of(const py::dict& d) {
   a.torch_stream.state = pointer<int64_t>(d, "state");
   a.torch_stream.threads = number<uint32_t>(d, "threads", 0);
   a.channels = number<int64_t>(d, "channels", 1);
+  few_tiles = number<int64_t>(d, "few_tiles", 1024);
   a.noise_kind = a.noise.data != nullptr       ? Noise::given
                  : a.seeds != nullptr          ? Noise::portable
                  : a.torch_stream.threads != 0 ? Noise::torch_stream
@@ -218,8 +222,9 @@ static py::dict grid(const py::dict& d) {
   const Launch launch = make_launch(arguments.a);
   py::dict result;
   result["tiles"] = launch.tiles;
-  result["tiles_per_sample"] = launch.tiles_per_sample;
+  result["tiles_per_sample"] = launch.tiles_per_sample.divisor;
   result["vector_tiles"] = launch.vector_tiles;
+  result["vectors"] = launch.vectors;
   result["aligned"] = launch.aligned;
   result["torch_vectors"] = arguments.a.noise_kind == Noise::torch_stream && torch_vectors_fit(launch);
   return result;
@@ -268,6 +273,8 @@ PYBIND11_MODULE(fastguide_device_code, m) {
   m.def("launch", &launch);
   m.def("grid", &grid);
   m.def("record", &record);
+  m.def("quotient",
+        py::vectorize([](uint32_t number, uint32_t divisor) { return quotient(number, divisor_of(divisor)); }));
   m.def("refuse", [](int error) { refusal = cudaError_t(error); });
   m.def("captures_globally", [] { return capture_mode == cudaStreamCaptureModeGlobal; });
   m.def("driver_too_old", [](int version) {

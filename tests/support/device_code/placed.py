@@ -67,6 +67,7 @@ class Case:
     indices: str = "int"  # int, one, per sample
     scales: str = "one"  # one, per sample, per step, both
     threads: int = 256
+    few_tiles: int = 1024  # launches of more have two vectors a thread
     seed: int = 0
     layouts: dict[str, tuple] = field(default_factory=dict)  # name: offset, stride and dtype of its own
     bad_indices: dict[int, int] = field(default_factory=dict)  # sample: an index that is in no table
@@ -125,7 +126,7 @@ class Case:
         plain = arguments_of(
             out, original, staged, sample, predictions, *inputs, seeds, philox, self.threads, None, None, *known
         )
-        accesses = module().launch(plain, order, None)
+        accesses = module().launch({**plain, "few_tiles": self.few_tiles}, order, None)
 
         for got, want in zip((out, original, staged), expected, strict=True):
             if got is not None:

@@ -10,8 +10,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "maths/element.h"
 #include "maths/inline.h"
 
 namespace fastguide {
@@ -20,12 +20,23 @@ struct Philox4 {
   uint32_t x, y, z, w;
 };
 
+// The whole product. nvcc makes two instructions of the plain expression.
+FASTGUIDE_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t(a) * b;
+#endif
+}
+
 // Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
 FASTGUIDE_INLINE Philox4 philox4x32_10(Philox4 c, uint64_t key) {
   uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
   FASTGUIDE_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t(0xD2511F53u) * c.x, product1 = uint64_t(0xCD9E8D57u) * c.z;
+    const uint64_t product0 = wide_product(0xD2511F53u, c.x), product1 = wide_product(0xCD9E8D57u, c.z);
     c = {uint32_t(product1 >> 32) ^ c.y ^ low, uint32_t(product1), uint32_t(product0 >> 32) ^ c.w ^ high,
          uint32_t(product0)};
     low += 0x9E3779B9u;
@@ -107,18 +118,23 @@ FASTGUIDE_INLINE float add(float a, float b) {
 #endif
 }
 
+// a * b + c where a * b is exact: then it does not matter whether the product is rounded.
+FASTGUIDE_INLINE float add_exact(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // -2 ln(u) of u = (a + 1/2) / 2^32, in (0, 1]; relative error below 3e-7. The minimax polynomials here and below were
 // fitted for this file.
 FASTGUIDE_INLINE float portable_minus_two_log(uint32_t a) {
-  const float u = add(multiply(float(a), 2.3283064e-10f), 1.1641532e-10f);  // 2^-32, 2^-33
-  uint32_t bits;
-  std::memcpy(&bits, &u, sizeof bits);
-  const uint32_t shifted = bits - 0x3F3504F3u;                      // of sqrt(1/2)
-  const float exponent = float(int32_t(shifted) >> 23);             // u = 2^exponent * (1 + f)
-  const uint32_t mantissa = (shifted & 0x007FFFFFu) + 0x3F3504F3u;  // sqrt(1/2) <= 1 + f < sqrt(2)
-  float f;
-  std::memcpy(&f, &mantissa, sizeof f);
-  f = add(f, -1.0f);
+  const float u = add_exact(float(a), 2.3283064e-10f, 1.1641532e-10f);  // 2^-32, 2^-33
+  const uint32_t shifted = bits_of(u) - 0x3F3504F3u;                    // of sqrt(1/2)
+  const float exponent = float(int32_t(shifted) >> 23);                 // u = 2^exponent * (1 + f)
+  const uint32_t mantissa = (shifted & 0x007FFFFFu) + 0x3F3504F3u;      // sqrt(1/2) <= 1 + f < sqrt(2)
+  const float f = add(float_of(mantissa), -1.0f);
   float p = 0.20164758f;  // -2 ln(1 + f) = -2 f + f^2 p(f)
   p = add(multiply(p, f), -0.32361004f);
   p = add(multiply(p, f), 0.34486449f);
@@ -126,15 +142,18 @@ FASTGUIDE_INLINE float portable_minus_two_log(uint32_t a) {
   p = add(multiply(p, f), 0.49942458f);
   p = add(multiply(p, f), -0.66669428f);
   p = add(multiply(p, f), 1.0000064f);
-  const float log = add(multiply(f, -2.0f), multiply(multiply(f, f), p));
+  const float log = add_exact(f, -2.0f, multiply(multiply(f, f), p));
   return add(multiply(exponent, -1.3862944f), log);
 }
+
+// Returns -value if the sign's highest bit is set.
+FASTGUIDE_INLINE float negated(float value, uint32_t sign) { return float_of(bits_of(value) ^ (sign & 0x80000000u)); }
 
 // Box & Muller 1958, cosine first. The angle is b / 2^32 of a turn: its nearest quarter is exact, in integers.
 FASTGUIDE_INLINE Normal2 portable_normal(uint32_t a, uint32_t b) {
   const float radius = sqrtf(portable_minus_two_log(a));
-  const uint32_t quarter = (b + 0x20000000u) >> 30;                               // modulo a turn
-  const float y = multiply(float(int32_t(b - (quarter << 30))), 1.8626451e-09f);  // 2^-29: in units of pi/4, |y| <= 1
+  const uint32_t turned = b + 0x20000000u;  // the two highest bits are the quarter, modulo a turn
+  const float y = multiply(float(int32_t((turned & 0x3FFFFFFFu) - 0x20000000u)), 1.8626451e-09f);  // 2^-29: |y| <= 1
   const float y2 = multiply(y, y);
   float sine = -3.5950452e-05f;
   sine = add(multiply(sine, y2), 0.0024900010f);
@@ -144,12 +163,10 @@ FASTGUIDE_INLINE Normal2 portable_normal(uint32_t a, uint32_t b) {
   cosine = add(multiply(cosine, y2), 0.015850201f);
   cosine = add(multiply(cosine, y2), -0.30842441f);
   cosine = add(multiply(cosine, y2), 1.0f);
-  const bool odd = (quarter & 1u) != 0;
+  const bool odd = (turned & 0x40000000u) != 0;
   const float first = odd ? sine : cosine, second = odd ? cosine : sine;
-  // Signs: the first value is negative in quarters 1 and 2, the second in 2 and 3.
-  const float first_signed = ((quarter + 1u) & 2u) != 0 ? -first : first;
-  const float second_signed = (quarter & 2u) != 0 ? -second : second;
-  return {multiply(radius, first_signed), multiply(radius, second_signed)};
+  // The first value is negative in quarters 1 and 2, the second in 2 and 3.
+  return {multiply(radius, negated(first, turned + 0x40000000u)), multiply(radius, negated(second, turned))};
 }
 
 struct Normal4 {

@@ -44,10 +44,13 @@ struct Samples {  // of one tensor, in bytes
 
 static std::vector<Samples> allowed;
 static uint64_t accesses = 0;
+static std::vector<uint64_t> watched_accesses;
+static std::optional<unsigned> watched_thread;
 
 static void check_access(const void* address) {
   ++accesses;
   const uint64_t place = reinterpret_cast<uint64_t>(address);
+  if (watched_thread == threadIdx.x) watched_accesses.push_back(place);
   if (place % 16 != 0) throw std::runtime_error("16 bytes at an address that is no multiple of 16");
   for (const Samples& samples : allowed) {
     if (samples.hold(place)) return;
@@ -216,6 +219,15 @@ static py::tuple record(const py::dict& d) {
   return py::make_tuple(recorded->offset, recorded->blocks, recorded->threads, py::bytes(recorded->parameters));
 }
 
+// Runs one block of the step; returns the addresses of one thread's accesses of 16 bytes.
+static std::vector<uint64_t> accesses_of(const py::dict& d, unsigned block, unsigned thread) {
+  watched_accesses.clear();
+  watched_thread = thread;
+  launch(d, 1, std::vector<unsigned>{block});
+  watched_thread.reset();
+  return watched_accesses;
+}
+
 // Returns how the launch is divided.
 static py::dict grid(const py::dict& d) {
   const Arguments arguments = arguments_of(d);
@@ -271,6 +283,7 @@ PYBIND11_MODULE(fastguide_device_code, m) {
   m.attr("threads") = kThreads;
   m.attr("max_tiles") = kMaxTiles;
   m.def("launch", &launch);
+  m.def("accesses_of", &accesses_of);
   m.def("grid", &grid);
   m.def("record", &record);
   m.def("quotient",

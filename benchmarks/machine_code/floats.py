@@ -156,7 +156,7 @@ def _approximate(thread: Thread, i: Instruction) -> None:
 def _halves(thread: Thread, i: Instruction) -> None:
     """Know only -0 * 0 + constants, by which the compiler writes a number in the pipe that is free."""
     destination, a, b, *constants = i.operands
-    zero = all(operand.kind == "R" and operand.index == -1 for operand in (a, b))
+    zero = all(operand.kind == "R" and operand.value == -1 for operand in (a, b))
     if i.opcode == "HFMA2" and zero and len(constants) == 2 and all(c.kind == "float" for c in constants):
         high, low = (int.from_bytes(struct.pack("<e", c.number), "little") for c in constants)
         thread.write(destination, (high << 16 | low) & WORD)

@@ -79,8 +79,10 @@ HOT = (
     Launch("2 predictions, torch noise, float32", noise="torch"),
     Launch("2 predictions, torch noise, float32 state, bfloat16 model", noise="torch", model=BFLOAT16),
     Launch("2 predictions, torch noise, bfloat16", noise="torch", state=BFLOAT16, model=BFLOAT16),
-    Launch("2 predictions, no noise, cursor and staged copies, bfloat16 model", model=BFLOAT16, cursor=True, copies=2),
-    Launch("2 predictions, torch noise, cursor, float32 state, bfloat16 model", noise="torch", model=BFLOAT16, cursor=True),
+    Launch("2 predictions, no noise, cursor, staged copies, bfloat16 model", model=BFLOAT16, cursor=True, copies=2),
+    Launch(
+        "2 predictions, torch noise, cursor, float32 state, bfloat16 model", noise="torch", model=BFLOAT16, cursor=True
+    ),
     Launch("1 prediction, no noise, float32", predictions=1),
     Launch("1 prediction, no noise, bfloat16", predictions=1, state=BFLOAT16, model=BFLOAT16),
 )

@@ -18,11 +18,11 @@ def _write(thread: Thread, i: Instruction, destination: Operand, size: int, valu
     """Write what was loaded to as many registers as it needs."""
     if value is not None and {"S8", "S16"} & set(i.modifiers):
         value = signed(value, 8 * size) & WORD
-    if destination.index == ZERO:
+    if destination.value == ZERO:
         return
     for word in range(max(size // 4, 1)):
         part = None if value is None else value >> 32 * word & WORD
-        thread.write(destination._replace(index=destination.index + word), part)
+        thread.write(destination._replace(value=destination.value + word), part)
 
 
 @handles("LDC", "ULDC", "LDCU")
@@ -59,8 +59,8 @@ def _load(thread: Thread, i: Instruction) -> None:
 def _store(thread: Thread, i: Instruction) -> None:
     target, source = i.operands
     access = _access(thread, i, target)
-    for word in range(max(access.size // 4, 1) if source.index != ZERO else 0):
-        thread.read_bits(source._replace(index=source.index + word))
+    for word in range(max(access.size // 4, 1) if source.value != ZERO else 0):
+        thread.read_bits(source._replace(value=source.value + word))
     thread.stores.append(access)
 
 
@@ -96,7 +96,7 @@ def _store_shared(thread: Thread, i: Instruction) -> None:
     if address is None or size_of(i) < 4:
         raise cannot_follow(i, "its address is unknown, or its size")
     for word in range(size_of(i) // 4):
-        index = source.index if source.index == ZERO else source.index + word
+        index = source.value if source.value == ZERO else source.value + word
         thread.shared[address + 4 * word] = thread.bits(source.kind, index)
 
 
@@ -108,7 +108,7 @@ def _load_shared(thread: Thread, i: Instruction) -> None:
         raise cannot_follow(i, "its address is unknown, or its size")
     for word in range(size_of(i) // 4):
         bits = thread.shared.get(address + 4 * word, (0, WORD))
-        thread.set_bits(destination.kind, destination.index + word, *bits)
+        thread.set_bits(destination.kind, destination.value + word, *bits)
 
 
 MEMORY = frozenset({"LDG", "LD", "STG", "ST", "ATOMG", "SHFL", "STS", "LDS"})

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tests.support.machine_code import cuobjdump, demangled
 
 FEW = 10  # kernels, up to which cuobjdump is faster if they are named
-ZERO = -1  # the index of the registers that are always 0 and of the predicates that are always true
+ZERO = -1  # the number of the registers that are always 0 and of the predicates that are always true
 
 
 class ParseError(ValueError):
@@ -24,8 +24,8 @@ class Operand(NamedTuple):
     """
 
     kind: str
-    index: int = 0
-    number: float = 0.0
+    value: int = 0  # of an integer; the number of a register, bank or barrier
+    number: float = 0.0  # of a float
     name: str = ""
     signs: str = ""
     suffix: str = ""
@@ -118,6 +118,8 @@ def names(library: Path, architecture: str) -> dict[str, str]:
 def read_kernels(library: Path, architecture: str, kernels: list[str]) -> dict[str, Kernel]:
     """Read the code of kernels, by their names without namespaces."""
     mangled = names(library, architecture)
+    if missing := set(kernels) - set(mangled):
+        raise LookupError(f"{library} was built of other sources: it has no {', '.join(sorted(missing))}")
     chosen = {mangled[kernel]: kernel for kernel in kernels}
     some = ("-fun", ",".join(chosen)) if len(chosen) <= FEW else ()
     text = cuobjdump("-sass", "-arch", architecture, *some, library)

@@ -83,7 +83,7 @@ def _add(thread: Thread, i: Instruction) -> None:
 def _multiply_add(thread: Thread, i: Instruction) -> None:
     destination, out, (a, b, c), into = parts(i)
     if "MOV" in i.modifiers and not c.signs:
-        thread.set_bits(destination.kind, destination.index, *thread.read_bits(c))
+        thread.set_bits(destination.kind, destination.value, *thread.read_bits(c))
         return
     wide = "WIDE" in i.modifiers or "HI" in i.modifiers
     factors = thread.read(a), thread.read(b)
@@ -126,13 +126,10 @@ def _shift_add(thread: Thread, i: Instruction) -> None:
     thread.write(destination, None if total is None else total & WORD)
 
 
-@handles("VIMNMX", "UIMNMX", "IMNMX", "VIMNMX3")
+@handles("VIMNMX", "UIMNMX", "IMNMX")
 def _minimum(thread: Thread, i: Instruction) -> None:
-    destination, _, sources, (least,) = parts(i)
-    values, smaller = [thread.read(source) for source in sources], thread.predicate(least)
-    if len(values) != 2:
-        raise cannot_follow(i, "more than two values")
-    a, b = values
+    destination, _, (first, second), (least,) = parts(i)
+    a, b, smaller = thread.read(first), thread.read(second), thread.predicate(least)
     if a is None or b is None or smaller is None:
         thread.write(destination, None)
         return
@@ -181,8 +178,8 @@ def _logic(thread: Thread, i: Instruction) -> None:
     for source in sources:
         bits, unknown = thread.read_bits(source)
         inputs.append(((~bits if "~" in source.signs else bits) & ~unknown & WORD, unknown))
-    bits, unknown = _lookup(table.index, inputs)
-    thread.set_bits(destination.kind, destination.index, bits, unknown)
+    bits, unknown = _lookup(table.value, inputs)
+    thread.set_bits(destination.kind, destination.value, bits, unknown)
     if out is not None:
         nonzero = True if bits else (None if unknown else False)
         given = thread.predicate(into)
@@ -204,7 +201,7 @@ def _predicate_logic(thread: Thread, i: Instruction) -> None:
         value = thread.predicate(source)
         inputs.append((0, WORD) if value is None else (WORD * value, 0))
     for out, table in zip(outs, (first, second), strict=True):
-        bits, unknown = _lookup(table.index, inputs)
+        bits, unknown = _lookup(table.value, inputs)
         thread.set_predicate(out, None if unknown else bool(bits))
 
 
@@ -239,7 +236,7 @@ def _permute(thread: Thread, i: Instruction) -> None:
             found = source >> 8 * (nibble & 7) & 255
             value |= (255 * (found >> 7) if nibble & 8 else found) << 8 * byte
         result.append(value)
-    thread.set_bits(destination.kind, destination.index, *result)
+    thread.set_bits(destination.kind, destination.value, *result)
 
 
 # ---- Choices and moves ----
@@ -248,7 +245,7 @@ def _permute(thread: Thread, i: Instruction) -> None:
 @handles("MOV", "UMOV", "R2UR", "MOV32I")
 def _move(thread: Thread, i: Instruction) -> None:
     destination, source = i.operands[:2]
-    thread.set_bits(destination.kind, destination.index, *thread.read_bits(source))
+    thread.set_bits(destination.kind, destination.value, *thread.read_bits(source))
 
 
 @handles("SEL", "USEL")
@@ -265,11 +262,11 @@ def _predicates_to_register(thread: Thread, i: Instruction) -> None:
     destination, _, source, mask = i.operands
     bits, unknown = thread.read_bits(source)
     for index in range(7):
-        if mask.index >> index & 1:
+        if mask.value >> index & 1:
             value = thread.predicate(Operand("P", index))
             bits = bits & ~(1 << index) | bool(value) << index
             unknown = unknown & ~(1 << index) | (value is None) << index
-    thread.set_bits(destination.kind, destination.index, bits, unknown)
+    thread.set_bits(destination.kind, destination.value, bits, unknown)
 
 
 @handles("R2P")
@@ -277,7 +274,7 @@ def _register_to_predicates(thread: Thread, i: Instruction) -> None:
     _, source, mask = i.operands
     bits, unknown = thread.read_bits(source)
     for index in range(7):
-        if mask.index >> index & 1:
+        if mask.value >> index & 1:
             known = not unknown >> index & 1
             thread.set_predicate(Operand("P", index), bool(bits >> index & 1) if known else None)
 
@@ -334,15 +331,15 @@ def set_comparison(thread: Thread, i: Instruction, result: bool | None, given: b
 @handles("ISETP", "UISETP")
 def _compare(thread: Thread, i: Instruction) -> None:
     _, _, a, b, given, *low = i.operands
-    values = thread.read(a), thread.read(b)
+    first, second = thread.read(a), thread.read(b)
     result: bool | None = None
-    if values[0] is not None and values[1] is not None:
-        if "EX" in i.modifiers and values[0] == values[1]:  # these are the high words; `low` compares the others
+    if first is not None and second is not None:
+        if "EX" in i.modifiers and first == second:  # these are the high words; `low` compares the others
             result = thread.predicate(low[0])
         elif "U32" in i.modifiers:
-            result = COMPARE[i.modifiers[0]](*values)
+            result = COMPARE[i.modifiers[0]](first, second)
         else:
-            result = COMPARE[i.modifiers[0]](*map(signed, values))
+            result = COMPARE[i.modifiers[0]](signed(first), signed(second))
     set_comparison(thread, i, result, thread.predicate(given))
 
 
@@ -361,22 +358,22 @@ def _branch(thread: Thread, i: Instruction) -> int | None:
     if not taken:
         return None
     if not registers:
-        return target.index
+        return target.value
     base = thread.read(registers[0])
     if base is None:
         raise cannot_follow(i, "it goes to an unknown place")
-    return (base + target.index + (i.address + SIZE if i.opcode in ("BRX", "BRXU") else 0)) & WORD
+    return (base + target.value + (i.address + SIZE if i.opcode in ("BRX", "BRXU") else 0)) & WORD
 
 
 @handles("BSSY")
 def _open(thread: Thread, i: Instruction) -> None:
     barrier, target = i.operands
-    thread.targets[barrier.index] = target.index
+    thread.targets[barrier.value] = target.value
 
 
 @handles("BSYNC")
 def _close(thread: Thread, i: Instruction) -> int:
-    return thread.targets[i.operands[0].index]
+    return thread.targets[i.operands[0].value]
 
 
 @handles("EXIT")

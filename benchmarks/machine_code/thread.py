@@ -76,9 +76,7 @@ class Memory:
 class Thread:
     """One thread's state, with the accesses of operands that the semantics of instructions are made of."""
 
-    def __init__(
-        self, constants: Constants, memory: Memory, block: int, thread: int, jump_table: bytes = b""
-    ) -> None:
+    def __init__(self, constants: Constants, memory: Memory, block: int, thread: int, jump_table: bytes = b"") -> None:
         self.constants, self.memory, self.block, self.thread = constants, memory, block, thread
         self.jump_table = jump_table
         self.issued = 0
@@ -111,7 +109,7 @@ class Thread:
 
     def mark_loaded(self, operand: Operand, words: int) -> None:
         """Let registers hold elements: the next instruction that reads one is the first use."""
-        self._loaded |= {(operand.kind, operand.index + word) for word in range(words) if operand.index != ZERO}
+        self._loaded |= {(operand.kind, operand.value + word) for word in range(words) if operand.value != ZERO}
 
     def forget_written(self) -> None:
         """Make unknown what the last instruction wrote: whether it was executed is unknown."""
@@ -131,14 +129,14 @@ class Thread:
     def read_bits(self, operand: Operand) -> tuple[int, int]:
         """Return an operand's bits, and which are unknown; its sign is left to the caller."""
         if operand.kind in ("R", "UR"):
-            return self.bits(operand.kind, operand.index)
+            return self.bits(operand.kind, operand.value)
         value = self._unsigned(operand, 4)
         return (0, WORD) if value is None else (value & WORD, 0)
 
     def read(self, operand: Operand) -> int | None:
         """Return an integer of 32 bits, unsigned; None if any bit is unknown."""
         if operand.kind in ("R", "UR"):
-            bits, unknown = self.bits(operand.kind, operand.index)
+            bits, unknown = self.bits(operand.kind, operand.value)
             value = None if unknown else bits
         else:
             value = self._unsigned(operand, 4)
@@ -147,8 +145,8 @@ class Thread:
     def read_wide(self, operand: Operand) -> int | None:
         """Return an integer of 64 bits, unsigned, of two neighbouring registers, a constant or a number."""
         if operand.kind in ("R", "UR"):
-            above = operand.index if operand.index == ZERO else operand.index + 1
-            (low, unknown), (high, more) = (self.bits(operand.kind, index) for index in (operand.index, above))
+            above = operand.value if operand.value == ZERO else operand.value + 1
+            (low, unknown), (high, more) = (self.bits(operand.kind, index) for index in (operand.value, above))
             value = None if unknown or more else low | high << 32
         else:
             value = self._unsigned(operand, 8)
@@ -156,7 +154,7 @@ class Thread:
 
     def _unsigned(self, operand: Operand, size: int) -> int | None:
         if operand.kind == "integer":
-            return operand.index & (1 << 8 * size) - 1
+            return operand.value & (1 << 8 * size) - 1
         if operand.kind == "float":
             return int.from_bytes(struct.pack("<f", operand.number), "little")
         if operand.kind == "constant":
@@ -168,9 +166,9 @@ class Thread:
         offset = self.address(operand)
         if offset is None:
             raise CannotFollowError("a constant at an unknown place")
-        if operand.index == 2 and offset + size <= len(self.jump_table):
+        if operand.value == 2 and offset + size <= len(self.jump_table):
             return int.from_bytes(self.jump_table[offset:][:size], "little")
-        return self.constants.read(offset, size) if operand.index == 0 else None
+        return self.constants.read(offset, size) if operand.value == 0 else None
 
     def address(self, operand: Operand) -> int | None:
         """Return the sum of an address' terms."""
@@ -179,20 +177,20 @@ class Thread:
             value = self.read_wide(term) if ".64" in term.suffix else self.read(term)
             if value is None:
                 return None
-            total += term.index if term.kind == "integer" else value
+            total += term.value if term.kind == "integer" else value
         return total
 
     def write(self, operand: Operand, value: int | None) -> None:
         """Write a register; None is an unknown value."""
-        self.set_bits(operand.kind, operand.index, value or 0, WORD if value is None else 0)
+        self.set_bits(operand.kind, operand.value, value or 0, WORD if value is None else 0)
 
     def write_wide(self, operand: Operand, value: int | None) -> None:
         """Write two neighbouring registers."""
-        if operand.index == ZERO:
+        if operand.value == ZERO:
             return
         for word in range(2):
             part = None if value is None else value >> 32 * word & WORD
-            self.write(operand._replace(index=operand.index + word), part)
+            self.write(operand._replace(value=operand.value + word), part)
 
     # ---- Predicates ----
 
@@ -200,14 +198,14 @@ class Thread:
         """Return a predicate, or its opposite if it is negated; a missing one is true."""
         if operand is None:
             return True
-        value = True if operand.index == ZERO else self._predicates.get((operand.kind, operand.index))
+        value = True if operand.value == ZERO else self._predicates.get((operand.kind, operand.value))
         return None if value is None else value != ("!" in operand.signs)
 
     def set_predicate(self, operand: Operand, value: bool | None) -> None:
         """Write a predicate."""
-        if operand.index != ZERO:
-            self._predicates[operand.kind, operand.index] = value
-            self._written.append((operand.kind, operand.index))
+        if operand.value != ZERO:
+            self._predicates[operand.kind, operand.value] = value
+            self._written.append((operand.kind, operand.value))
 
 
 def _signed(value: int, signs: str) -> int:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import floats, memory
+from . import floats, memory  # noqa: F401  (floats enters its handlers)
 from .sass import Instruction, Kernel
 from .semantics import CONTROL, END, HANDLERS, SIZE
 from .thread import Access, Constants, Memory, Thread, cannot_follow
 
 MOST = 100_000  # instructions; a kernel's loop that goes on is an error of the trace
-
-assert floats.handles is memory.handles  # both have entered their handlers
 
 
 class Trace(NamedTuple):
@@ -35,7 +33,7 @@ def follow(kernel: Kernel, constants: Constants, memory: Memory, block: int, thr
         instruction = kernel.at(address)
         path.append(address)
         state.begin()
-        following = _execute(state, instruction)
+        following = execute(state, instruction)
         address = address + SIZE if following is None else following
         if len(path) > MOST:
             raise cannot_follow(instruction, f"{MOST} instructions, and no end")
@@ -44,7 +42,7 @@ def follow(kernel: Kernel, constants: Constants, memory: Memory, block: int, thr
     return Trace(tuple(path), tuple(state.loads), tuple(state.stores), in_flight)
 
 
-def _execute(state: Thread, instruction: Instruction) -> int | None:
+def execute(state: Thread, instruction: Instruction) -> int | None:
     """Execute an instruction; return the next one's address if it is not the following."""
     handler = HANDLERS.get(instruction.opcode)
     if handler is None:

@@ -13,13 +13,18 @@ from typing import NamedTuple
 import pytest
 
 
-def cuobjdump(*arguments: str | Path) -> str:
+def tool() -> str | None:
+    """Find cuobjdump."""
     triton = importlib.util.find_spec("triton")
     bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
-    tool = str(bundled) if bundled is not None and bundled.exists() else shutil.which("cuobjdump")
-    if tool is None:
+    return str(bundled) if bundled is not None and bundled.exists() else shutil.which("cuobjdump")
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    command = tool()
+    if command is None:
         pytest.skip("there is no cuobjdump: neither Triton nor a CUDA toolkit that has it is installed")
-    return subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([command, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -31,6 +36,7 @@ def demangled(names: list[str]) -> list[str]:
 class Usage(NamedTuple):
     registers: int
     stack: int
+    shared: int
     local: int
 
 
@@ -42,7 +48,7 @@ def resource_usage(file: Path) -> list[tuple[str, str, Usage]]:
             architecture = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
             names.append(match[1])
-        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             found.append((architecture, Usage(*map(int, match.groups()))))
     return [(arch, name, usage) for (arch, usage), name in zip(found, demangled(names), strict=True)]
 

@@ -178,6 +178,17 @@ def test_addresses_and_shifts(draw):
         assert [found.read(operand(f"R{n}")) for n in range(10, 15)] == [value & WORD for value in wanted]
 
 
+def test_shifts_end_at_the_size_of_what_is_shifted():
+    registers = halves(0x8123456789ABCDEF, "R2", "R3") | {"R6": 40, "R7": 70}
+    found = after(
+        "SHF.R.U64 R8, R2, R6, R3 ; SHF.L.U64.HI R9, R2, R6, R3 ; SHF.R.U32.HI R10, RZ, R6, R3 ;"
+        "SHF.L.U32 R11, R2, R6, RZ ; SHF.R.S32.HI R12, RZ, R6, R3 ; SHF.R.U64 R13, R2, R7, R3 ; SHF.L.W.U32 R14, R2, R6, RZ",
+        **registers,
+    )
+    wanted = [0x812345, 0xABCDEF00, 0, 0, WORD, 0, 0xABCDEF00]
+    assert [found.read(operand(f"R{n}")) for n in range(8, 15)] == wanted
+
+
 @pytest.mark.parametrize("sign", ["", ".U32"])
 @pytest.mark.parametrize("relation", ["LT", "LE", "GT", "GE", "EQ", "NE"])
 def test_comparisons_of_64_bits(relation, sign, draw):
@@ -226,6 +237,19 @@ def test_bits_and_choices():
     assert found.read(operand("R13")) == 0x3F800001
     assert not found.predicate(operand("P0"))
     assert (found.predicate(operand("P1")), found.predicate(operand("P2"))) == (False, True)
+
+
+def test_what_lanes_exchange_is_known_of_oneself():
+    """The thread is lane 6 of its warp."""
+    found = after(
+        "SHFL.IDX PT, R0, R2, R3, 0x1f ; SHFL.IDX PT, R1, R2, RZ, 0x1f ; VOTEU.ANY UP0, P0 ; VOTEU.ANY UP1, P1",
+        R2=8,
+        R3=6,
+        P0=True,
+        P1=False,
+    )
+    assert [found.read(operand(name)) for name in ("R0", "R1")] == [8, None]
+    assert [found.predicate(operand(name)) for name in ("UP0", "UP1")] == [True, None]
 
 
 # ---- Floats ----
@@ -300,14 +324,15 @@ def test_the_way_is_followed():
     found = follow(
         kernel(
             "S2R R0, SR_TID.X",
-            "BSSY B0, 0x60",
+            "BSSY B0, 0x70",
             "IADD3 R0, R0, -0x17, RZ",
             "ISETP.GT.AND P0, PT, R0, RZ, PT",
             "@P0 BRA 0x20",
             "BSYNC B0",
-            "MOV R2, 0x90",
+            "NOP",
+            "MOV R2, 0xa0",
             "MOV R3, 0x0",
-            "CALL.REL.NOINC 0xb0",
+            "CALL.REL.NOINC 0xc0",
             "@!P0 EXIT",
             "NOP",
             "RET.REL.NODEC R2 0x0",
@@ -318,7 +343,7 @@ def test_the_way_is_followed():
         64,
     )
     loop = [0x20, 0x30, 0x40]
-    assert list(found.path) == [0, 0x10, *3 * loop, 0x50, 0x60, 0x70, 0x80, 0xB0, 0x90]
+    assert list(found.path) == [0, 0x10, *3 * loop, 0x50, 0x70, 0x80, 0x90, 0xC0, 0xA0]
     switch = Kernel(
         {16 * n: line(16 * n, t) for n, t in enumerate(["LDC R2, c[0x2][0x4]", "BRX R2 -0x20", "NOP", "EXIT"])}
     )
@@ -357,7 +382,7 @@ def test_loads_before_the_first_use_are_in_flight():
 def test_blocks_of_a_multiprocessor():
     """The registers of a warp are multiples of 256, and are all of one of four partitions."""
     assert [blocks(registers, 0, 128) for registers in (32, 62, 64, 65, 88, 95, 128, 255)] == [16, 8, 8, 7, 5, 5, 4, 2]
-    assert blocks(32, 64 * 1024, 128) == 3
+    assert (blocks(104, 0, 64), blocks(32, 64 * 1024, 128)) == (8, 3)
 
 
 def test_the_longer_time_is_the_estimate():

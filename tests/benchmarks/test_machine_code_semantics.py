@@ -182,7 +182,8 @@ def test_shifts_end_at_the_size_of_what_is_shifted():
     registers = halves(0x8123456789ABCDEF, "R2", "R3") | {"R6": 40, "R7": 70}
     found = after(
         "SHF.R.U64 R8, R2, R6, R3 ; SHF.L.U64.HI R9, R2, R6, R3 ; SHF.R.U32.HI R10, RZ, R6, R3 ;"
-        "SHF.L.U32 R11, R2, R6, RZ ; SHF.R.S32.HI R12, RZ, R6, R3 ; SHF.R.U64 R13, R2, R7, R3 ; SHF.L.W.U32 R14, R2, R6, RZ",
+        "SHF.L.U32 R11, R2, R6, RZ ; SHF.R.S32.HI R12, RZ, R6, R3 ; SHF.R.U64 R13, R2, R7, R3 ;"
+        "SHF.L.W.U32 R14, R2, R6, RZ",
         **registers,
     )
     wanted = [0x812345, 0xABCDEF00, 0, 0, WORD, 0, 0xABCDEF00]

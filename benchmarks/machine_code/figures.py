@@ -18,7 +18,7 @@ COMMITTED = Path(__file__).with_name("counts.json")
 COMMAND = "python -m benchmarks.machine_code --write"
 GROWTH = 1.05  # by which a count may exceed the committed one
 IN_FLIGHT = 48 * 1024  # bytes of a multiprocessor
-THREAD = 77  # of the block in the middle: in its third warp, since the first one advances cursors
+THREAD = 77  # of the block in the middle: in its third warp, as one of the first counts blocks
 
 
 class Figures(NamedTuple):

@@ -37,6 +37,7 @@ class Launch:
     gradient: bool = False
     variance: bool = False
     masked: bool = False
+    few_tiles: int = 1024  # a launch of more has two vectors a thread, where its variant may
     offset: int = 0  # elements between a multiple of 16 bytes and each tensor
 
 
@@ -115,7 +116,7 @@ def prepare(launch: Launch) -> Prepared:
         "index": STEP,
         "philox_threads": TorchGrid.of(elements_in_all, MULTIPROCESSORS, THREADS).threads if "philox" in tensors else 0,
     }
-    plain = arguments_of(*(values.get(name) for name in NAMES))
+    plain = {**arguments_of(*(values.get(name) for name in NAMES)), "few_tiles": launch.few_tiles}
     tensors |= {f"prediction {k}": prediction for k, prediction in enumerate(predictions)}
     return Prepared(launch, record(plain), plain, tensors, data)
 

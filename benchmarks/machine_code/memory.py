@@ -64,7 +64,7 @@ def _store(thread: Thread, i: Instruction) -> None:
     thread.stores.append(access)
 
 
-@handles("ATOMG")
+@handles("ATOMG", "ATOM")
 def _count(thread: Thread, i: Instruction) -> None:
     """Add to memory, whose value before is that of the tensor: no other block is there."""
     done, destination, target, _ = i.operands
@@ -111,5 +111,5 @@ def _load_shared(thread: Thread, i: Instruction) -> None:
         thread.set_bits(destination.kind, destination.value + word, *bits)
 
 
-MEMORY = frozenset({"LDG", "LD", "STG", "ST", "ATOMG", "SHFL", "STS", "LDS"})
+MEMORY = frozenset({"LDG", "LD", "STG", "ST", "ATOMG", "ATOM", "SHFL", "STS", "LDS"})
 """The opcodes that may not be executed in doubt."""

@@ -80,7 +80,7 @@ def operand(text: str) -> Operand:
         return Operand("memory", terms=_terms(found[1]), suffix=suffix)
     if found := re.fullmatch(r"B(\d+)", core):
         return Operand("barrier", int(found[1]))
-    if re.fullmatch(r"SRZ|SR_\w+|PR", core):
+    if re.fullmatch(r"SRZ|SR_\w+|U?PR", core):
         return Operand("special", name=core + suffix)
     raise ParseError(f"an operand of unknown form: {text!r}")
 

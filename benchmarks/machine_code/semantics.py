@@ -257,13 +257,13 @@ def _select(thread: Thread, i: Instruction) -> None:
     thread.write(destination, same if chosen is None else (first if chosen else second))
 
 
-@handles("P2R")
+@handles("P2R", "UP2UR")
 def _predicates_to_register(thread: Thread, i: Instruction) -> None:
-    destination, _, source, mask = i.operands
+    destination, predicates, source, mask = i.operands
     bits, unknown = thread.read_bits(source)
     for index in range(7):
         if mask.value >> index & 1:
-            value = thread.predicate(Operand("P", index))
+            value = thread.predicate(Operand(predicates.name.removesuffix("R"), index))
             bits = bits & ~(1 << index) | bool(value) << index
             unknown = unknown & ~(1 << index) | (value is None) << index
     thread.set_bits(destination.kind, destination.value, bits, unknown)
@@ -381,6 +381,21 @@ def _exit(thread: Thread, i: Instruction) -> int:
     return END
 
 
-@handles("NOP", "BAR", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "WARPSYNC", "BREAK", "DEPBAR", "FENCE", "YIELD")
+@handles("BAR")
+def _barrier(thread: Thread, i: Instruction) -> None:
+    """Keep what the thread gives to a vote of the block."""
+    thread.vote = thread.predicate(i.operands[1]) if "RED" in i.modifiers else None
+
+
+@handles("B2R")
+def _result_of_vote(thread: Thread, i: Instruction) -> None:
+    """Take it that all threads of the block gave the same, as they do in blocks that are not the last."""
+    destination, *predicates = i.operands
+    thread.write(destination, None)
+    for predicate in predicates:
+        thread.set_predicate(predicate, thread.vote)
+
+
+@handles("NOP", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "WARPSYNC", "BREAK", "DEPBAR", "FENCE", "YIELD")
 def _nothing(thread: Thread, i: Instruction) -> None:
     """Do nothing: a single thread waits for nobody."""

@@ -85,6 +85,7 @@ class Thread:
         self.first_use: int | None = None  # the number of instructions before the first that needs an element
         self.shared: dict[int, tuple[int, int]] = {}
         self.targets: dict[int, int] = {}  # of convergence barriers
+        self.vote: bool | None = None  # what the thread gave to the block's last vote
         self._registers: dict[tuple[str, int], tuple[int, int]] = {}
         self._predicates: dict[tuple[str, int], bool | None] = {}
         self._loaded: set[tuple[str, int]] = set()  # registers that hold elements as they were loaded

@@ -253,6 +253,21 @@ def test_what_lanes_exchange_is_known_of_oneself():
     assert [found.predicate(operand(name)) for name in ("UP0", "UP1")] == [True, None]
 
 
+def test_a_vote_of_the_block_is_that_of_its_thread():
+    found = after(
+        "BAR.RED.OR.DEFER_BLOCKING 0x0, P0 ; B2R.RESULT R0, P2 ; BAR.RED.OR.DEFER_BLOCKING 0x0, P1 ; B2R.RESULT RZ, P3",
+        P0=True,
+        P1=False,
+    )
+    assert [found.predicate(operand(name)) for name in ("P2", "P3")] == [True, False]
+    assert found.read(operand("R0")) is None
+
+
+def test_uniform_predicates_become_bits():
+    found = after("UP2UR UR4, UPR, URZ, 0x3 ; UP2UR UR5, UPR, URZ, 0x2", UP0=True, UP1=False)
+    assert [found.read(operand(name)) for name in ("UR4", "UR5")] == [1, 0]
+
+
 # ---- Floats ----
 
 

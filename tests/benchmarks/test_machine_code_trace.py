@@ -37,14 +37,16 @@ def traced(prepared, block, number):
 
 
 def variants(noise):
-    """Launches of every variant that has this noise: a large one of each, and small ones of torch's noise."""
+    """Launches of every variant that has this noise, and of both ways to divide them."""
     switches = itertools.product((1, 2, 3), (False, True), (False, True), (0, 2), DTYPES)
     for predictions, extras, original, copies, model in switches:
-        for shape in [(4, 4, 256, 256), (2, 8, 32)] if noise == "torch" else [(4, 4, 96, 96)]:
+        few = [((4, 4, 96, 96), 1024), ((4, 4, 96, 96), 0)]  # a vector a thread, and two where it may have two
+        torches = [((4, 4, 256, 256), 1024), ((2, 8, 32), 1024)]
+        for shape, few_tiles in torches if noise == "torch" else few:
             tensors = {"gradient": extras, "variance": extras, "masked": extras, "original": original, "copies": copies}
             state = torch.bfloat16 if model == torch.bfloat16 else torch.float32
             cursor = model == torch.float16
-            yield Launch("", predictions, noise, state, model, shape, cursor=cursor, **tensors)
+            yield Launch("", predictions, noise, state, model, shape, cursor=cursor, few_tiles=few_tiles, **tensors)
 
 
 def test_every_variant_is_followed_here():
@@ -69,10 +71,9 @@ def test_a_thread_s_accesses_are_those_of_the_same_thread_on_the_host(noise):
     "launch", [launch for launch in HOT if launch.noise != "torch"], ids=lambda launch: launch.label
 )
 def test_a_block_computes_neighbouring_vectors(launch):
-    """Each thread reads of every tensor what it writes, and the block's elements are a tile without gaps."""
+    """Each thread reads of every tensor what it writes, and the block's elements are tiles without gaps."""
     prepared, block, elements = prepare(launch), 12345, Counter()  # of more than 32768
-    lanes = range(32 if launch.cursor else 0, 128)  # the first warp advances the cursor, as its lanes agree to
-    for number in lanes:
+    for number in range(128):
         trace = traced(prepared, block, number)
         places = {}
         for access in (*trace.loads, *trace.stores):
@@ -89,8 +90,7 @@ def test_a_block_computes_neighbouring_vectors(launch):
         elements += places["out"]
     tile = device_code.module().tile
     assert elements == Counter(range(min(elements), min(elements) + len(elements)))
-    if len(lanes) == 128:
-        assert min(elements) % tile == len(elements) % tile == 0
+    assert min(elements) % len(elements) == len(elements) % tile == 0
 
 
 @pytest.mark.parametrize("noise", NOISES)

@@ -38,7 +38,7 @@ def variant(name):
 
 def vectors_of(name):
     """Return how many vectors a thread may have, as parameters.h's Variant says."""
-    predictions, extras, noise, _, _ = variant(name)
+    predictions, extras, _, _, _ = variant(name)
     return 2 if predictions and not extras and "step_kernel" in name else 1
 
 

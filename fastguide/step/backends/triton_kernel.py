@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -11,9 +9,7 @@ from triton.language.extra import libdevice
 from ...solvers.table import ROW_COLUMNS
 from ..cursor import CURSOR_COLUMNS
 from ..noise import SOURCES
-
-# Triton runs this file in its interpreter, on the CPU: it has no libdevice.
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+from .triton_noise import INTERPRETED, counted_place, draw_portable, draw_torch, draw_torch_singly, word64
 
 NUM_COLUMNS = tl.constexpr(len(ROW_COLUMNS))
 X0_SCALE = tl.constexpr(ROW_COLUMNS.index("x0_scale"))
@@ -46,127 +42,9 @@ PORTABLE = tl.constexpr(SOURCES.index("portable"))
 
 
 @triton.jit
-def _add(a, b, PTX: tl.constexpr):
-    """Add with a rounding of its own: ptxas up to 13.0 joins products and sums that LLVM packed in pairs."""
-    if PTX:
-        return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
-    else:
-        return a + b
-
-
-@triton.jit
 def _exp(x):
     """Compute exp to 1 or 2 units in the last place; tl.exp is the hardware's approximation."""
-    return tl.exp(x) if _INTERPRETED else libdevice.exp(x)
-
-
-@triton.jit
-def _torch_normals(a, b):
-    """Apply curand's Box-Muller, sine first; see torch_normal in csrc/maths/philox.h."""
-    u = tl.fma(a.to(tl.float32), 2.3283064e-10, 1.1641532e-10)
-    v = tl.fma(b.to(tl.float32), 1.4629181e-09, 7.3145904e-10)  # 2^-32 of a turn, and half of that
-    if _INTERPRETED:
-        radius = tl.sqrt_rn(-2.0 * tl.log(u))
-        sine, cosine = tl.sin(v), tl.cos(v)
-    else:
-        radius = tl.sqrt_rn(-2.0 * libdevice.log(u))
-        sine, cosine = libdevice.fast_sinf(v), libdevice.fast_cosf(v)
-    return sine * radius, cosine * radius
-
-
-@triton.jit
-def _portable_normals(a, b, PTX: tl.constexpr):
-    """Compute portable_normal of csrc/maths/philox.h: the same bits, as nothing is contracted."""
-    u = _add(a.to(tl.float32) * 2.3283064e-10, 1.1641532e-10, PTX)
-    shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
-    exponent = (shifted >> 23).to(tl.float32)
-    f = _add(((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True), -1.0, PTX)
-    p = _add(f * 0.20164758, -0.32361004, PTX)
-    p = _add(p * f, 0.34486449, PTX)
-    p = _add(p * f, -0.39813766, PTX)
-    p = _add(p * f, 0.49942458, PTX)
-    p = _add(p * f, -0.66669428, PTX)
-    p = _add(p * f, 1.0000064, PTX)
-    radius = tl.sqrt_rn(_add(exponent * -1.3862944, _add(f * -2.0, f * f * p, PTX), PTX))
-    quarter = ((b + 0x20000000) >> 30).to(tl.int32)
-    y = (b.to(tl.int32, bitcast=True) - (quarter << 30)).to(tl.float32) * 1.8626451e-09
-    y2 = y * y
-    sine = _add(y2 * -3.5950452e-05, 0.0024900010, PTX)
-    sine = _add(sine * y2, -0.080745436, PTX)
-    sine = _add(sine * y2, 0.78539819, PTX) * y
-    cosine = _add(y2 * -0.00031902004, 0.015850201, PTX)
-    cosine = _add(cosine * y2, -0.30842441, PTX)
-    cosine = _add(cosine * y2, 1.0, PTX)
-    odd = (quarter & 1) != 0
-    first = tl.where(odd, sine, cosine)
-    second = tl.where(odd, cosine, sine)
-    first = tl.where(((quarter + 1) & 2) != 0, -first, first)
-    second = tl.where((quarter & 2) != 0, -second, second)
-    return radius * first, radius * second
-
-
-@triton.jit
-def _counted(place, channels, size, COUNTED: tl.constexpr):
-    """Return an element's place in a contiguous sample; see StepArguments::channels in csrc/kernels/arguments.h."""
-    if COUNTED:
-        return place
-    return (place % channels) * (size // channels) + place // channels
-
-
-@triton.jit
-def _word64(low, high):
-    """Return 64 bits of two words that came as int32."""
-    return (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.uint64)
-
-
-@triton.jit
-def _draw_portable(
-    seed, step, first, size, channels, COUNTED: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr
-):  # fmt: skip
-    """Draw the values of a tile that begins at the element `first` of its sample."""
-    step = step.to(tl.uint32)
-    zero = step * 0
-    if COUNTED:
-        call = first // 4 + tl.arange(0, BLOCK // 4)
-        words = tl.philox(seed, call.to(tl.uint32), (call.to(tl.int64) >> 32).to(tl.uint32), step, zero, n_rounds=10)
-        z0, z1 = _portable_normals(words[0], words[1], PTX)
-        z2, z3 = _portable_normals(words[2], words[3], PTX)
-        return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-    element = _counted(first + tl.arange(0, BLOCK), channels, size, COUNTED)
-    call = element // 4
-    words = tl.philox(seed, call.to(tl.uint32), (call.to(tl.int64) >> 32).to(tl.uint32), step, zero, n_rounds=10)
-    low = element % 4 < 2
-    z0, z1 = _portable_normals(tl.where(low, words[0], words[2]), tl.where(low, words[1], words[3]), PTX)
-    return tl.where(element % 2 == 0, z0, z1)
-
-
-@triton.jit
-def _torch_call(seed, offset, call, thread):
-    """Return the four words of one call in one thread of torch's kernel."""
-    counter = (offset >> 2) + call
-    zero = thread * 0
-    return tl.philox(
-        seed, zero + counter.to(tl.uint32), zero + (counter >> 32).to(tl.uint32), thread, zero, n_rounds=10
-    )
-
-
-@triton.jit
-def _draw_torch(seed, offset, call, thread):
-    """Return the four values that torch makes of such a call."""
-    words = _torch_call(seed, offset, call, thread)
-    z0, z1 = _torch_normals(words[0], words[1])
-    z2, z3 = _torch_normals(words[2], words[3])
-    return z0, z1, z2, z3
-
-
-@triton.jit
-def _draw_torch_singly(seed, offset, element, threads):
-    """Return the value that torch makes for each element, counted as it lies in memory: one of its call's four."""
-    dealt = element // threads.to(tl.uint32)
-    words = _torch_call(seed, offset, (dealt // 4).to(tl.uint64), element % threads.to(tl.uint32))
-    low = dealt % 4 < 2
-    z0, z1 = _torch_normals(tl.where(low, words[0], words[2]), tl.where(low, words[1], words[3]))
-    return tl.where(dealt % 2 == 0, z0, z1)
+    return tl.exp(x) if INTERPRETED else libdevice.exp(x)
 
 
 @triton.jit
@@ -190,17 +68,17 @@ def _store(pointers, values, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _inpainted(row, result, painted, known, noise, PTX: tl.constexpr):
+def _inpainted(row, result, painted, known, noise):
     """Put the known image, noised to the level of the next sample, where the mask is 0."""
-    level = _add(tl.load(row + KNOWN_SAMPLE) * known, tl.load(row + KNOWN_NOISE) * noise, PTX)
-    blended = _add(painted * result, (1.0 - painted) * level, PTX)
+    level = tl.fma(tl.load(row + KNOWN_SAMPLE), known, tl.load(row + KNOWN_NOISE) * noise)
+    blended = tl.fma(painted, result, (1.0 - painted) * level)
     return tl.where(painted == 1.0, result, tl.where(painted == 0.0, level, blended))
 
 
 @triton.jit
 def _guided(
     predictions, strides, w, sample, first, inside,
-    K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Combine the predictions: m = sum_k w_k p_k, anchored at p_0; column 0 of the weights holds the sum of all w_k."""
     guided = tl.zeros((BLOCK,), tl.float32)
@@ -209,38 +87,39 @@ def _guided(
         guided = tl.load(w) * p0
         for k in tl.static_range(1, K):
             p = _load(_place(predictions[k], strides[k], sample, first, BLOCK), inside, EVEN)
-            guided = _add(guided, tl.load(w + k) * (p - p0), PTX)
+            guided = tl.fma(tl.load(w + k), p - p0, guided)
     return guided
 
 
 @triton.jit
-def _next_sample(r, values, guided, x0, g, v, z, NOISE: tl.constexpr, PTX: tl.constexpr):
+def _next_sample(r, values, guided, x0, g, v, z, NOISE: tl.constexpr):
     """Move from x_0 to the next sample; g is the scaled gradient, v the learned variance: None if there is none."""
-    result = _add(tl.load(r + OUT_X0) * x0, tl.load(r + OUT_SAMPLE) * values, PTX)
+    result = tl.fma(tl.load(r + OUT_X0), x0, tl.load(r + OUT_SAMPLE) * values)
     out_pred = tl.load(r + OUT_PRED)
-    result = _add(result, tl.where(out_pred != 0.0, out_pred * guided, 0.0), PTX)  # guided may have overflowed
+    result = tl.where(out_pred != 0.0, tl.fma(out_pred, guided, result), result)  # guided may have overflowed
     shift, deviation = tl.load(r + OUT_GRAD), tl.load(r + OUT_NOISE)
     if v is not None:
-        log_variance = _add(tl.load(r + LOGVAR_BASE), tl.load(r + LOGVAR_SPAN) * v, PTX)
+        log_variance = tl.fma(tl.load(r + LOGVAR_SPAN), v, tl.load(r + LOGVAR_BASE))
+        # Where the variance has no part in the step, it may be anything.
         if g is not None:
             var_grad = tl.load(r + OUT_VAR_GRAD)
-            by_variance = tl.where(var_grad != 0.0, var_grad * _exp(log_variance), 0.0)
-            result = _add(result, _add(shift, by_variance, PTX) * g, PTX)
+            shift = tl.where(var_grad != 0.0, tl.fma(var_grad, _exp(log_variance), shift), shift)
+            result = tl.fma(shift, g, result)
         if NOISE != NONE:
-            shaken = deviation * _exp(0.5 * log_variance) * z
-            result = _add(result, tl.where(deviation != 0.0, shaken, 0.0), PTX)  # the variance may be anything else
+            shaken = tl.fma(deviation * _exp(0.5 * log_variance), z, result)
+            result = tl.where(deviation != 0.0, shaken, result)
     else:
         if g is not None:
-            result = _add(result, shift * g, PTX)
+            result = tl.fma(shift, g, result)
         if NOISE != NONE:
-            result = _add(result, deviation * z, PTX)
+            result = tl.fma(deviation, z, result)
     return result
 
 
 @triton.jit
 def _step_tile(
     tensors, strides, place, weights_step_stride, weights_batch_stride, copies, batch, z,
-    NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the elements first .. first + BLOCK of a sample as csrc/maths/step.h does; z is noise drawn here."""
     (
@@ -255,17 +134,17 @@ def _step_tile(
     inside = tl.arange(0, BLOCK) < size - first
     values = _load(_place(x, x_stride, sample, first, BLOCK), inside, EVEN)
     w = weights + row * weights_step_stride + sample * weights_batch_stride
-    guided = _guided(predictions, prediction_strides, w, sample, first, inside, K, EVEN, PTX, BLOCK)
+    guided = _guided(predictions, prediction_strides, w, sample, first, inside, K, EVEN, BLOCK)
     if NOISE == GIVEN:
         z = _load(_place(noise, noise_stride, sample, first, BLOCK), inside, EVEN)
 
     r = rows + row * NUM_COLUMNS
-    x0 = _add(tl.load(r + X0_SAMPLE) * values, tl.load(r + X0_PRED) * guided, PTX)
+    x0 = tl.fma(tl.load(r + X0_PRED), guided, tl.load(r + X0_SAMPLE) * values)
     g = None
     if gradient is not None:
         scale = tl.load(w + (K if K > 0 else 1))
         g = scale * _load(_place(gradient, gradient_stride, sample, first, BLOCK), inside, EVEN)
-        x0 = _add(x0, tl.load(r + X0_GRAD) * g, PTX)
+        x0 = tl.fma(tl.load(r + X0_GRAD), g, x0)
     x0 *= tl.load(r + X0_SCALE)  # after the cancellation of sample and prediction, not before
     clip = tl.load(r + CLIP)
     x0 = tl.where(-clip > x0, -clip, x0)  # comparisons in this order let NaN through
@@ -274,12 +153,12 @@ def _step_tile(
     v = None
     if variance is not None:
         v = _load(_place(variance, variance_stride, sample, first, BLOCK), inside, EVEN)
-    result = _next_sample(r, values, guided, x0, g, v, z, NOISE, PTX)
+    result = _next_sample(r, values, guided, x0, g, v, z, NOISE)
     if mask is not None:
         k = _load(_place(known, known_stride, sample, first, BLOCK), inside, EVEN)
         zk = _load(_place(known_noise, known_noise_stride, sample, first, BLOCK), inside, EVEN)
         painted = _load(_place(mask, mask_stride, sample, first, BLOCK), inside, EVEN)
-        result = _inpainted(r, result, painted, k, zk, PTX)
+        result = _inpainted(r, result, painted, k, zk)
     result = tl.where(in_table, result, float("nan"))
     _store(_place(out, out_stride, sample, first, BLOCK), result, inside, EVEN)
     if original is not None:
@@ -315,40 +194,64 @@ def _in_table(row, steps):
 
 
 @triton.jit
-def _advance(cursor, cursor_stride, timestep, timestep_count, rows, steps, batch, SHARE: tl.constexpr):
-    """Advance the cursors and write the timesteps of the next model call, as csrc/kernels/cursor.h does."""
-    cursors = batch
-    if cursor_stride == 0:
-        cursors = 1
-    for begin in range(0, cursors, SHARE):
+def _advance_one(cursor, timestep, timestep_count, rows, steps, SHARE: tl.constexpr):
+    """Advance the cursor of all samples, and write the timesteps of the next model call."""
+    index = tl.load(cursor)
+    live = (index < tl.load(cursor + CURSOR_END)) & (index >= 0) & (index < steps)
+    following = tl.load(rows + index * NUM_COLUMNS + IN_TIMESTEP, mask=live, other=0.0)
+    tl.debug_barrier()  # every thread has read the cursor, which one of them writes
+    if live:
+        if timestep is not None:
+            for first in range(0, timestep_count, SHARE):
+                place = first + tl.arange(0, SHARE)
+                values = tl.zeros((SHARE,), timestep.dtype.element_ty) + following.to(timestep.dtype.element_ty)
+                tl.store(timestep + place, values, mask=place < timestep_count)
+        tl.store(cursor, index + 1)
+
+
+@triton.jit
+def _advance_each(cursor, timestep, timestep_count, rows, steps, batch, SHARE: tl.constexpr):
+    """Advance a cursor for each sample, and write its timesteps of the next model call."""
+    for begin in range(0, batch, SHARE):
         sample = begin + tl.arange(0, SHARE)
-        inside = sample < cursors
+        inside = sample < batch
         index = tl.load(cursor + sample * CURSOR_STRIDE, mask=inside, other=0)
         end = tl.load(cursor + sample * CURSOR_STRIDE + CURSOR_END, mask=inside, other=0)
         live = inside & (index < end) & (index >= 0) & (index < steps)
         following = tl.load(rows + index * NUM_COLUMNS + IN_TIMESTEP, mask=live, other=0.0)
         if timestep is not None:
-            for first in range(0, timestep_count, cursors):
+            for first in range(0, timestep_count, batch):
                 tl.store(timestep + first + sample, following.to(timestep.dtype.element_ty), mask=live)
         tl.store(cursor + sample * CURSOR_STRIDE, index + 1, mask=live)
 
 
 @triton.jit
+def _advance_stream(state, increment):
+    """Advance the offset of torch's stream."""
+    offset = tl.load(state + 1) + increment
+    tl.debug_barrier()  # every thread has read the offset, which one of them writes
+    tl.store(state + 1, offset)
+
+
+@triton.jit
 def _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws):
-    """Advance the cursor and torch's stream, in the program that has read them last."""
+    """Advance the cursor and torch's stream, in the program that has read them last. See csrc/kernels/cursor.h."""
     _, _, _, _, _, rows, _, _, _, _, _, _, state, cursor, timestep, _, _, _ = tensors
     # Every program counts itself after it has read the cursor and the stream; the one that reads last advances them.
     if cursor is not None:
         tl.debug_barrier()
         if tl.atomic_add(cursor + CURSOR_READERS, 1) == tl.num_programs(0) - 1:
-            _advance(cursor, cursor_stride, timestep, timestep_count, rows, steps, batch, 128)
+            if cursor_stride == 0:
+                _advance_one(cursor, timestep, timestep_count, rows, steps, 128)
+            else:
+                _advance_each(cursor, timestep, timestep_count, rows, steps, batch, 128)
             if state is not None and draws:
-                tl.store(state + 1, tl.load(state + 1) + increment)
+                _advance_stream(state, increment)
             tl.store(cursor + CURSOR_READERS, 0)
     elif state is not None:
         tl.debug_barrier()
         if tl.atomic_add(state + 2, 1) == tl.num_programs(0) - 1:
-            tl.store(state + 1, tl.load(state + 1) + increment)
+            _advance_stream(state, increment)
             tl.store(state + 2, 0)
 
 
@@ -384,8 +287,8 @@ def step_kernel(
             here, known_row = _in_table(here, steps)
             draws = going_on & known_row & (tl.load(rows + here * NUM_COLUMNS + OUT_NOISE) != 0.0)
         if state is None:
-            seed = _word64(seed_low, seed_high)
-            offset = _word64(offset_low, offset_high)
+            seed = word64(seed_low, seed_high)
+            offset = word64(offset_low, offset_high)
         else:
             seed = tl.load(state).to(tl.uint64, bitcast=True)
             offset = tl.load(state + 1).to(tl.uint64, bitcast=True)
@@ -395,7 +298,7 @@ def step_kernel(
         call = (tl.program_id(0) // tiles).to(tl.int64)
         first_thread = (tl.program_id(0) % tiles) * BLOCK
         thread = (first_thread + tl.arange(0, BLOCK)).to(tl.uint32)
-        normals = _draw_torch(seed, offset, call.to(tl.uint64), thread)
+        normals = draw_torch(seed, offset, call.to(tl.uint64), thread)
         for value in tl.static_range(4):
             element = (call * 4 + value) * threads + first_thread
             if element < batch * size:
@@ -406,7 +309,7 @@ def step_kernel(
                 if live:
                     _step_tile(
                         tensors, strides, (sample, tl.multiple_of(element % size, BLOCK), size, row, in_table),
-                        weights_step_stride, weights_batch_stride, copies, batch, z, NOISE, K, True, PTX, BLOCK,
+                        weights_step_stride, weights_batch_stride, copies, batch, z, NOISE, K, True, BLOCK,
                     )  # fmt: skip
     else:
         tiles = (size - 1) // BLOCK + 1  # tl.cdiv adds first, which overflows near 2^31
@@ -417,15 +320,15 @@ def step_kernel(
         z = tl.zeros((BLOCK,), tl.float32)
         if NOISE == PORTABLE:
             sample_seed = tl.load(seeds + sample * seeds_stride).to(tl.uint64, bitcast=True)
-            z = _draw_portable(sample_seed, row - start, first, size, channels, COUNTED, BLOCK, PTX)
+            z = draw_portable(sample_seed, row - start, first, size, channels, COUNTED, BLOCK, PTX)
         if NOISE == TORCH_STREAM:
-            counted = _counted(first + tl.arange(0, BLOCK), channels, size, COUNTED)
+            counted = counted_place(first + tl.arange(0, BLOCK), channels, size, COUNTED)
             element = (sample * size).to(tl.uint32) + counted.to(tl.uint32)
-            z = _draw_torch_singly(seed, offset, element, threads).to(x.dtype.element_ty).to(tl.float32)
+            z = draw_torch_singly(seed, offset, element, threads).to(x.dtype.element_ty).to(tl.float32)
         if live:
             _step_tile(
                 tensors, strides, (sample, first, size, row, in_table),
-                weights_step_stride, weights_batch_stride, copies, batch, z, NOISE, K, EVEN, PTX, BLOCK,
+                weights_step_stride, weights_batch_stride, copies, batch, z, NOISE, K, EVEN, BLOCK,
             )  # fmt: skip
 
     _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws)

@@ -63,34 +63,31 @@ def why_not() -> str | None:
 def table(found: dict[str, Figures]) -> str:
     """Return the figures as a table of Markdown, with what is assumed."""
     gpus = [gpu.name for gpu in GPUS]
-    head = ["launch", "registers", "spilled", "blocks", "in flight", "narrowest", "instructions", "issue"]
-    head += [f"{name}: {column}" for name in gpus for column in ("memory", "estimate", "slots")]
+    head = ["launch", "registers", "blocks", "in flight", "instructions", *(f"{name}, estimated" for name in gpus)]
     rows = [head, ["---"] * len(head)]
     for label, f in found.items():
-        row = [label, f"{f.registers}", f"{f.spilled} B", f"{f.blocks}", f"{f.loads} B, {f.in_flight / 1024:.0f} kB"]
-        issue = next(iter(f.estimates.values())).issue
-        row += [f"{f.narrowest} B", f"{f.per_8_elements:.0f}", f"{issue:.0f} µs"]
+        row = [label, f"{f.registers}", f"{f.blocks}", f"{f.in_flight / 1024:.0f} kB", f"{f.per_8_elements:.0f}"]
         for name in gpus:
             e = f.estimates[name]
-            row += [f"{e.memory:.0f} µs", f"{e.time:.0f} µs ({e.bound})", f"{e.issue_share:.0%}"]
+            row.append(f"{e.time:.0f} µs ({e.bound}, {e.issue_share:.0%})")
         rows.append(row)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, "", *_notes()])
+    return "\n".join([*lines, "", *_notes(found)])
 
 
-def _notes() -> list[str]:
+def _notes(found: dict[str, Figures]) -> list[str]:
     copies = " and ".join(f"{gpu.copy / 1e12} of {gpu.peak / 1e12} TB/s ({gpu.name})" for gpu in GPUS)
     issues = f"{MULTIPROCESSORS} multiprocessors, {ISSUES} a cycle, {CLOCK / 1e9} GHz"
+    spilled, narrowest = (f(getattr(x, n) for x in found.values()) for f, n in ((max, "spilled"), (min, "narrowest")))
     return [
         f"ESTIMATES for {LARGE}, of code by {compiler(native.LIBRARY, ARCHITECTURE)}; nothing was measured.",
         "",
-        "- registers, spilled: of a thread. blocks: as many as a multiprocessor has room for.",
-        "- in flight: elements that a thread, or a multiprocessor's threads, load before the first use of any.",
-        "- narrowest: the narrowest access of a thread to elements.",
-        "- instructions: that a thread issues for 8 elements; those with a false guard count, as they take a slot.",
-        f"- memory: all bytes of the tensors at an assumed {copies}.",
-        f"- issue: all instructions at {issues}. Pipes of half the rate are not considered.",
-        "- estimate: the longer of the two. slots: the share of the issue slots that is used then.",
+        f"- registers: of a thread, which spills {spilled} bytes. blocks: of 128 threads, on a multiprocessor.",
+        "- in flight: the elements that a multiprocessor's threads load before the first use of any.",
+        f"- instructions: that a thread issues for 8 elements; its narrowest access to elements has {narrowest} bytes.",
+        f"- estimated: the longer of two times, and which it is. memory: the tensors' bytes at an assumed {copies}.",
+        f"  issue: all instructions at {issues}; pipes of half the rate are not considered.",
+        "- the percentage: the share of the issue slots that is used in that time.",
     ]
 
 

@@ -77,6 +77,13 @@ HOT = (
     Launch("2 predictions, portable noise, float32", noise="portable"),
     Launch("2 predictions, portable noise, float32 state, bfloat16 model", noise="portable", model=BFLOAT16),
     Launch("2 predictions, portable noise, bfloat16", noise="portable", state=BFLOAT16, model=BFLOAT16),
+    Launch(
+        "2 predictions, portable noise, clipped, bfloat16",
+        noise="portable",
+        state=BFLOAT16,
+        model=BFLOAT16,
+        clipped=True,
+    ),
     Launch("2 predictions, torch noise, float32", noise="torch"),
     Launch("2 predictions, torch noise, float32 state, bfloat16 model", noise="torch", model=BFLOAT16),
     Launch("2 predictions, torch noise, bfloat16", noise="torch", state=BFLOAT16, model=BFLOAT16),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,19 @@ def test_hot_launches_spill_nothing_and_access_16_bytes(committed):
 
 def test_what_is_committed_is_of_the_launches_of_today():
     assert list(figures.committed()["launches"]) == [launch.label for launch in HOT]
+
+
+def test_the_documentation_shows_what_is_committed():
+    page = Path(__file__).parents[3] / "docs" / "performance.md"
+    shown = {}
+    for row in re.findall(r"^\| (\d predictions?, .*) \|$", page.read_text(), re.M):
+        label, registers, _, _, instructions, *_ = row.split(" | ")
+        shown[label] = int(registers), int(instructions)
+    counts = figures.committed()["launches"]
+    assert shown == {
+        label: (count["registers"], round(count["instructions"] * 8 / count["elements"]))
+        for label, count in counts.items()
+    }
 
 
 def test_what_is_worse_is_named():

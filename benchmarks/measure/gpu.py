@@ -23,28 +23,39 @@ from .timing import in_a_graph
 LARGE = (64, 4, 512, 512)  # 268 MB of float32: one tensor alone is larger than any cache
 SMALL = [(1, 4, 64, 64), (1, 16, 128, 128)]
 NOISES = ("none", "given", "torch", "portable")
+CURSOR_STEPS = 1000  # of a loop that is not finished while its steps are timed
 
 
 class GpuStep:
     """A guided step on the GPU with classifier-free guidance: DDIM without noise, DDPM with noise."""
 
-    def __init__(self, shape: tuple[int, ...], state: torch.dtype, model: torch.dtype, noise: str) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        state: torch.dtype,
+        model: torch.dtype,
+        noise: str,
+        *,
+        cursor: bool = False,
+        device: str = "cuda",
+    ) -> None:
         solver = fastguide.ddim if noise == "none" else fastguide.ddpm
-        self.table = solver(SCHEDULE, NUM_STEPS).to("cuda")
+        self.table = solver(SCHEDULE, CURSOR_STEPS if cursor else NUM_STEPS).to(device)
         self.noise = noise
-        self.sample = torch.randn(shape, device="cuda").to(state)
-        self.uncond, self.cond = (torch.randn(shape, device="cuda").to(model) for _ in range(2))
-        self.out = torch.empty_like(self.sample)
-        self.index = torch.tensor(STEP, device="cuda")
+        self.sample = torch.randn(shape, device=device).to(state)
+        self.uncond, self.cond = (torch.randn(shape, device=device).to(model) for _ in range(2))
+        self.out = self.sample if cursor else torch.empty_like(self.sample)
+        self.cursor = fastguide.Cursor(device=device).start(self.table) if cursor else None
+        self.index = torch.tensor(STEP, device=device)
         self.guidance = fastguide.ClassifierFree(GUIDANCE_SCALE)
-        self.given = torch.randn(shape, device="cuda").to(state) if noise == "given" else None
-        sources: dict[str, dict[str, Any]] = {
-            "none": {},
-            "given": {"noise": self.given},
-            "torch": {"generator": fastguide.DeviceGenerator(0)},
-            "portable": {"seeds": torch.arange(shape[0], device="cuda")},
-        }
-        self.source = sources[noise]
+        self.given = torch.randn(shape, device=device).to(state) if noise == "given" else None
+        self.source: dict[str, Any] = {}
+        if noise == "given":
+            self.source = {"noise": self.given}
+        elif noise == "torch":
+            self.source = {"generator": fastguide.DeviceGenerator(0)}
+        elif noise == "portable":
+            self.source = {"seeds": torch.arange(shape[0], device=device)}
 
     @property
     def bytes(self) -> int:
@@ -57,7 +68,7 @@ class GpuStep:
         predictions = [self.uncond, self.cond]
         return lambda: fastguide.guided_step(
             self.table,
-            self.index,
+            self.index if self.cursor is None else self.cursor,
             self.sample,
             predictions,
             self.guidance,
@@ -65,6 +76,19 @@ class GpuStep:
             backend=backend,
             **self.source,
         )
+
+    def from_the_start(self, measure: Callable[[Callable[[], object]], float]) -> Callable[..., float]:
+        """Return the measurement of a loop that begins now, and does not come to its end meanwhile."""
+        cursor = self.cursor or fastguide.Cursor(device=self.sample.device)
+
+        def measured(call: Callable[[], object]) -> float:
+            cursor.start(self.table)
+            found = measure(call)
+            if int(cursor.state[0, 0]) >= len(self.table):
+                raise RuntimeError("the loop was finished while its steps were timed; expected more steps in its table")
+            return found
+
+        return measured
 
     def compiled(self) -> Callable[[], object]:
         """Return the formula under torch.compile into ``out``, with torch.randn_like where the step draws its noise."""
@@ -152,6 +176,7 @@ def measure_large() -> Iterator[dict[str, object]]:
             yield {
                 "name": f"large {LARGE}, state {state}, model {model}, noise {noise}",
                 "noise": noise,
+                "state": str(state).removeprefix("torch."),
                 "bytes": s.bytes,
                 "copy_gb_per_s": ceiling,
                 "microseconds": times,
@@ -174,6 +199,22 @@ def measure_small() -> Iterator[dict[str, object]]:
                 "host_microseconds": hosts,
                 "errors": times.errors | {f"{name}, host": error for name, error in hosts.errors.items()},
             }
+
+
+def measure_cursor() -> Iterator[dict[str, object]]:
+    """Yield the same of a small step whose row a cursor on the device gives and advances: the sampler's own step."""
+    for noise in ("none", "torch", "portable"):
+        s = GpuStep(SMALL[0], torch.float32, torch.bfloat16, noise, cursor=True)
+        calls = {name: s.fastguide(name) for name in backends()}
+        times = Times(calls, s.from_the_start(lambda call: gpu_microseconds(call, 50)))
+        hosts = Times(calls, s.from_the_start(host_microseconds))
+        yield {
+            "name": f"small {SMALL[0]}, noise {noise}, cursor",
+            "noise": noise,
+            "gpu_microseconds": times,
+            "host_microseconds": hosts,
+            "errors": times.errors | {f"{name}, host": error for name, error in hosts.errors.items()},
+        }
 
 
 def measure_torch_generator() -> dict[str, float]:

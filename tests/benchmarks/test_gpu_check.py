@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
+from benchmarks.measure import gpu
 
 
 @pytest.fixture
@@ -75,3 +76,42 @@ def test_a_machine_without_a_gpu_is_told_so(capsys):
         pytest.skip("there is a GPU")
     assert gpu_check.main([]) == 2
     assert "expected a GPU that torch sees" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("noise", ["none", "portable"])
+def test_a_loop_s_step_is_timed_from_the_start(noise):
+    """On the CPU: the same calls as on a GPU."""
+    step = gpu.GpuStep((1, 4, 8, 8), torch.float32, torch.bfloat16, noise, cursor=True, device="cpu")
+    call = step.fastguide("reference")
+
+    def timed(count):
+        def measure(call):
+            for _ in range(count):
+                call()
+            return 1.0
+
+        return step.from_the_start(measure)(call)
+
+    for _ in range(2):
+        assert timed(20) == 1.0
+        assert int(step.cursor.state[0, 0]) == 20
+    with pytest.raises(RuntimeError, match="the loop was finished"):
+        timed(gpu.CURSOR_STEPS)
+
+
+def test_what_misses_its_target_is_named():
+    """Large steps are judged by the share of a copy's bandwidth if their state is float32."""
+    large = {"name": "large", "noise": "none", "state": "float32", "share_of_copy": {"native": 0.91}, "errors": {}}
+    large["microseconds"] = {"native": 100.0, "torch.compile": 90.0}
+    small = {"name": "small", "gpu_microseconds": {"triton": 3.1}, "host_microseconds": {"triton": 9.0}}
+    cursor = {"name": "cursor", "gpu_microseconds": {"triton": 2.4}, "host_microseconds": {"triton": 11.0}}
+    assert gpu_check.misses({"large": [large], "small": [small], "cursor": [cursor]}) == [
+        "large: native reaches 91.0% of the copy's bandwidth, expected 92%",
+        "large: native takes 100.00 us, torch.compile 90.00 us",
+        "small: triton gpu 3.1 us, expected 3.0",
+        "cursor: triton host 11.0 us, expected 10.0",
+    ]
+    noisy = large | {"noise": "portable", "microseconds": {}}
+    assert gpu_check.misses({"large": [noisy | {"share_of_copy": {"native": 0.86}}]}) == []
+    assert len(gpu_check.misses({"large": [noisy | {"share_of_copy": {"native": 0.84}}]})) == 1
+    assert gpu_check.misses({"large": [noisy | {"share_of_copy": {"native": 0.5}, "state": "bfloat16"}]}) == []

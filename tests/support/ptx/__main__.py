@@ -1,0 +1,106 @@
+"""Runs GPU kernels' PTX on all cases: the native library's, or what nvcc or Triton compile.
+
+python -m tests.support.ptx [--arch 90] [--triton]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.support import triton_interpreter
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.support.ptx", description=__doc__)
+    parser.add_argument("--arch", type=int, help="compile for this compute capability; else, the library's own PTX")
+    parser.add_argument("--triton", action="store_true", help="Triton's kernel, compiled for --arch (80)")
+    parser.add_argument("--few", action="store_true", help="the cases of CI")
+    parser.add_argument("--count", type=int, default=300, help="how many cases of any kind to draw (%(default)s)")
+    parser.add_argument("--each", type=int, default=8, help="how many cases to draw for each kernel (%(default)s)")
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th case")
+    parser.add_argument("--first", type=int, default=0, help="begin at this case")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    return parser.parse_args()
+
+
+def compiled_ptx(architecture: int) -> str:
+    """Compile the kernels as setup.py does, to PTX."""
+    flags = re.search(r'^CUDA_FLAGS = "([^"]+)"', (ROOT / "setup.py").read_text(), flags=re.M)[1].split()
+    flags = [flag for flag in flags if not flag.startswith(("-Xcompiler", "--threads"))]  # of objects
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else "nvcc"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "step.ptx"
+        source = ROOT / "csrc" / "kernels" / "gpu" / "step.cu"
+        command = [nvcc, *flags, f"-I{ROOT / 'csrc'}", "-ptx", f"-arch=compute_{architecture}", str(source)]
+        subprocess.run([*command, "-o", str(file)], check=True)
+        return file.read_text()
+
+
+def report(what: str, failures: Iterable[str]) -> bool:
+    """Print a case that failed."""
+    texts = list(failures)
+    if texts:
+        print(f"FAIL {what}", *(f"     {text}" for text in texts[:5]), sep="\n", flush=True)
+    return bool(texts)
+
+
+def main(chosen: argparse.Namespace) -> int:
+    """Run, and print a summary; 1 if a case failed."""
+    import torch
+
+    from fastguide.step.backends import native
+    from tests.support.machine_code import cuobjdump
+    from tests.support.ptx import far, listed
+    from tests.support.ptx.step import Comparison, Library
+
+    torch.set_num_threads(1)
+    start, library, kernels, failed = time.monotonic(), None, None, 0
+    if chosen.triton:
+        from tests.support.ptx.triton_step import TritonKernels
+
+        kernels = TritonKernels(chosen.arch or 80)
+        comparison = Comparison(kernels.prepare, host=False)
+    else:
+        library = Library(compiled_ptx(chosen.arch) if chosen.arch else cuobjdump("-ptx", native.LIBRARY))
+        comparison = Comparison(library.prepare)
+    cases = listed.few() if chosen.few else listed.everything(chosen.count, chosen.each, chosen.seed)
+    cases = cases[chosen.first :: chosen.every]
+    for case in cases:
+        failed += report(str(case), comparison.run(case))
+    distant = [] if library is None or chosen.few else list(far.far_cases())[:: chosen.every]
+    for case in distant:
+        failed += report(str(case), far.run_far(comparison.memory, library, case))
+
+    totals = comparison.totals
+    if library is not None:
+        blocks = sum(map(len, totals.kernels.values())), sum(len(library.code(k).blocks) for k in totals.kernels)
+        print(f"{len(totals.kernels)} of {len(library.kernels)} kernels were run,", end=" ")
+        print(f"{blocks[0] / max(blocks[1], 1):.2%} of their basic blocks")
+    else:
+        print(f"{len(totals.kernels)} kernels were compiled and run")
+    print(f"{totals.instructions:.3g} thread instructions, {totals.accesses:.3g} checked accesses to global memory")
+    print(f"{len(distant)} cases far from their tensors' beginning")
+    print(f"{totals.compared_with_host} elements compared to the bit with the same code on the host")
+    print(f"{totals.equal_to_reference} equal to the float32 reference, of {totals.elements}")
+    print(f"worst error {totals.worst:.2f} roundings of the terms, at {totals.worst_case}")
+    seconds = time.monotonic() - start
+    print(f"{len(cases)} cases of {totals.launches} launches, {seconds:.0f} s: {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    given = options()
+    if not given.triton:
+        triton_interpreter.start()
+    sys.exit(main(given))

@@ -1,0 +1,98 @@
+"""Makes Python functions of a kernel's basic blocks.
+
+A function gets the wave and those of its threads that run the block (a slice of all, or an array of their places), and
+returns which of them go on at which block. ``registers[slot]`` is an array over the wave's threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tests.support.ptx import movements, opcodes
+from tests.support.ptx.operands import EVERY_THREAD, Names, Writer
+from tests.support.ptx.parse import COLLECTIVE, ENDS, WARP_COLLECTIVE, Instruction, Kernel, Module, PtxError
+
+HANDLERS = {**opcodes.HANDLERS, **movements.HANDLERS}
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel's functions, one for each basic block."""
+
+    kernel: Kernel
+    blocks: list[Callable]
+    waits: list[str]
+    """For whom a block's threads wait before it: "block", "warp", or "" for nobody."""
+    sizes: list[int]
+    """How many instructions the blocks have."""
+
+
+def code_of(module: Module, name: str) -> Code:
+    """Make the functions of a module's kernel."""
+    kernel = module.parse(name)
+    names = Names(kernel, {"np": np, EVERY_THREAD: slice(None)})
+    lines: list[str] = []
+    for number in range(len(kernel.blocks)):
+        lines += _lines_of_block(names, number)
+    exec(compile("\n".join(lines), name, "exec"), names.values)
+    functions = [names.values[f"block_{number}"] for number in range(len(kernel.blocks))]
+    return Code(kernel, functions, [_waits(block) for block in kernel.blocks], [len(block) for block in kernel.blocks])
+
+
+def _waits(block: list[Instruction]) -> str:
+    if not block or block[0].root not in COLLECTIVE:
+        return ""
+    return "warp" if block[0].root in WARP_COLLECTIVE or block[0].opcode == "bar.warp.sync" else "block"
+
+
+def _lines_of_block(names: Names, number: int) -> list[str]:
+    lines = [f"def block_{number}(wave, threads):", " registers = wave.registers"]
+    block = names.kernel.blocks[number]
+    for instruction in block:
+        if instruction.root in ENDS:
+            return lines + [f" {line}" for line in _end(names, instruction, number + 1)]
+        lines += [f" {line}" for line in _lines_of(names, instruction)]
+    if number + 1 == len(names.kernel.blocks):
+        return [*lines, " return wave.leave(threads)"]
+    return [*lines, f" return (({number + 1}, threads),)"]
+
+
+def _end(names: Names, instruction: Instruction, following: int) -> list[str]:
+    """Write a branch or a return, which end a block."""
+    writer = Writer(names, instruction)
+    predicate = _predicate(writer)
+    if instruction.root != "bra":
+        return [f"return wave.leave(threads, {predicate}, {following})" if predicate else "return wave.leave(threads)"]
+    if instruction.opcode not in ("bra", "bra.uni") or instruction.operands[0] not in names.kernel.labels:
+        raise writer.unknown()
+    target = names.kernel.labels[instruction.operands[0]]
+    if predicate is None:
+        return [f"return (({target}, threads),)"]
+    return [f"return wave.split(threads, {predicate}, {target}, {following})"]
+
+
+def _predicate(writer: Writer) -> str | None:
+    instruction = writer.instruction
+    if instruction.predicate is None:
+        return None
+    value = writer.read_text(instruction.predicate, np.bool_)
+    return f"~{value}" if instruction.negated else value
+
+
+def _lines_of(names: Names, instruction: Instruction) -> list[str]:
+    writer = Writer(names, instruction)
+    handler, predicate = HANDLERS.get(instruction.root), _predicate(writer)
+    if handler is None or (predicate is not None and instruction.root in COLLECTIVE):
+        raise writer.unknown()
+    try:
+        if predicate is None:
+            return handler(writer)
+        lines = handler(replace(writer, threads="some"))
+    except IndexError:  # too few operands or modifiers
+        raise writer.unknown() from None
+    except PtxError:
+        raise
+    return [f"some = wave.where(threads, {predicate})", "if some is not None:", *(f" {line}" for line in lines)]

@@ -1,0 +1,92 @@
+"""Steps a case by the PTX that Triton compiles of its kernel, for a GPU that is not there.
+
+The backend's own code makes the launch's arguments, and Triton's specialises and compiles the kernel for them. Only
+in a process in which Triton does not interpret (TRITON_INTERPRET=0).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+
+from fastguide.step.backends import triton as backend
+from fastguide.step.operator import StepArguments
+from tests.support.ptx.generate import Code, code_of
+from tests.support.ptx.parse import Module, PtxError
+from tests.support.ptx.step import Prepared
+
+LANES = 32
+
+
+class _NoDriver:
+    """Stands in for CUDA's driver, as far as a compilation asks."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, LANES)
+
+
+class TritonKernels:
+    """The kernels that cases have asked for so far, and the launches of them."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.runtime.driver import driver
+
+        if backend.INTERPRETED:
+            raise PtxError("Triton interprets in this process: it compiles nothing")
+        driver.set_active(_NoDriver(architecture))
+        backend._compile_and_launch = self._compile
+        self._codes: dict[str, tuple[str, Code]] = {}
+        self._prepared: Prepared | None = None
+
+    def prepare(self, a: StepArguments) -> Prepared:
+        """Return the launch that the backend makes."""
+        backend.guided_step(*a)
+        assert self._prepared is not None
+        return self._prepared
+
+    def _compile(self, programs: int, arguments: tuple) -> None:
+        from fastguide.step.backends import triton_kernel as kernels
+
+        flat = backend._flat(arguments)
+        warps = arguments[-1][-1] * backend.WARPS // backend.BLOCK
+        compiled = kernels.step_kernel.warmup(*flat, grid=(programs, 1, 1), num_warps=warps, **backend.OPTIONS)
+        text = compiled.asm["ptx"]
+        if text not in self._codes:
+            module = Module(text)
+            (name,) = module.sources
+            self._codes[text] = f"{name} {len(self._codes)}", code_of(module, name)
+        name, code = self._codes[text]
+        values = list(_values(tuple(compiled.src.signature.values()), flat))
+        shared = compiled.metadata.shared
+        self._prepared = Prepared(name, code, programs, LANES * warps, _parameters(code, values), shared)
+
+
+def _values(kind: Any, value: Any) -> Any:
+    """Yield the numbers and addresses of an argument; a tuple's are those of its parts, and a constant has none."""
+    if isinstance(kind, tuple):
+        for each, part in zip(kind, value, strict=True):
+            yield from _values(each, part)
+    elif kind != "constexpr":
+        yield value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+
+def _parameters(code: Code, values: list[int]) -> bytes:
+    """Lay out the kernel's parameters: the arguments, and two addresses of memory that it does not use."""
+    places = code.kernel.parameter_sizes
+    raw = bytearray(code.kernel.parameter_bytes)
+    for (place, size), value in zip(places, [*values, 0, 0], strict=True):
+        raw[place : place + size] = struct.pack({4: "<I", 8: "<Q"}[size], value % 2 ** (8 * size))
+    return bytes(raw)

@@ -74,7 +74,8 @@ def main(chosen: argparse.Namespace) -> int:
     else:
         library = Library(compiled_ptx(chosen.arch) if chosen.arch else cuobjdump("-ptx", native.LIBRARY))
         comparison = Comparison(library.prepare)
-    cases = listed.few() if chosen.few else listed.everything(chosen.count, chosen.each, chosen.seed)
+    few = list(listed.chosen_layouts()) if chosen.triton else listed.few()
+    cases = few if chosen.few else listed.everything(chosen.count, chosen.each, chosen.seed)
     cases = cases[chosen.first :: chosen.every]
     for case in cases:
         failed += report(str(case), comparison.run(case))

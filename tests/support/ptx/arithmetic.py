@@ -46,6 +46,9 @@ def fma(a: Array, b: Array, c: Array, mode: str = "rn") -> Array:
     total = product + addend
     of_addend = total - product
     error = (product - (total - of_addend)) + (addend - of_addend)
+    if mode == "rm":  # a sum that is 0, of terms that are not both 0 of one sign, is -0 when rounded down
+        opposite = np.signbit(product) != np.signbit(addend)
+        total = np.where((total == 0) & opposite, -0.0, total)
     return _rounded_to_float32(_rounded_to_odd(total, error), mode)
 
 

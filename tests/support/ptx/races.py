@@ -42,7 +42,7 @@ def races(launch: Launch, limit: int = 5) -> list[str]:
 
 def _conflicting(accesses: list[Access]) -> Iterator[tuple[int, list[Found]]]:
     """Yield places that one thread writes and another accesses, or a constant read reads, each group of them once."""
-    if not any(access.kind in ("write", "atomic") for access in accesses):
+    if not any(access.kind in ("write", "atomic") and len(access.places) for access in accesses):
         return
     columns: tuple[list, ...] = ([], [], [], [])
     for sequence, kind, places, size, threads in accesses:

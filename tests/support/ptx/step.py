@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -98,11 +97,8 @@ class Comparison:
 
     prepare: Callable[[StepArguments], Prepared]
     host: bool = True
+    memory: Memory = field(default_factory=Memory)
     totals: Totals = field(default_factory=Totals)
-
-    @cached_property
-    def memory(self) -> Memory:
-        return Memory()
 
     def run(self, case: Case) -> list[str]:
         """Step a case as often as it says, and return what was wrong."""

@@ -1,0 +1,97 @@
+"""The native library's GPU kernels, interpreted from their PTX: right to the bit, and without races.
+
+A subset of all cases, which ``python -m tests.support.ptx`` runs.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from fastguide.step.backends import native
+from tests.support import device_code
+from tests.support.machine_code import cuobjdump
+from tests.support.ptx import listed
+from tests.support.ptx.cases import NOISES
+from tests.support.ptx.far import FarCase, run_far
+from tests.support.ptx.faults import FAULTS
+from tests.support.ptx.memory import Memory
+from tests.support.ptx.placement import Placement
+from tests.support.ptx.step import Comparison, Library
+
+pytestmark = [
+    pytest.mark.xdist_group("ptx"),  # one process reads the PTX
+    pytest.mark.skipif(device_code.why_not() is not None, reason=f"no GPU code: {device_code.why_not()}"),
+]
+FEW = listed.few()
+
+
+@pytest.fixture(scope="module")
+def library():
+    if not native.LIBRARY.exists():
+        pytest.skip("the native library is not built; fastguide info says why")
+    if "PTX" not in native.cuda_code():
+        pytest.skip(f"the native library holds no PTX: {native.cuda_code()}")
+    return Library(cuobjdump("-ptx", native.LIBRARY))
+
+
+@pytest.fixture(scope="module")
+def memory():
+    return Memory()
+
+
+def failures(comparison: Comparison) -> str:
+    return "\n".join(f"{case}\n    {wrong[0]}" for case, wrong in comparison.totals.failures)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_steps_are_right(library, memory, noise):
+    comparison = Comparison(library.prepare, memory=memory)
+    for case in FEW:
+        if case.noise == noise and case.cursor != "per sample":
+            comparison.run(case)
+    assert not comparison.totals.failures, failures(comparison)
+    assert comparison.totals.compared_with_host > 0 or noise == "torch"
+
+
+def test_steps_with_a_cursor_of_each_sample_are_right(library, memory):
+    comparison = Comparison(library.prepare, memory=memory)
+    for case in FEW:
+        if case.cursor == "per sample":
+            comparison.run(case)
+    assert not comparison.totals.failures, failures(comparison)
+
+
+def test_these_cases_run_every_kernel(library, memory):
+    assert {library.prepare(Placement(memory, case).arguments).name for case in FEW} == library.kernels
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        FarCase(2**32 + 1029),
+        FarCase(1029, 3, 2**30 + 5, "given"),
+        FarCase(2**34 + 4104, noise="portable", channels=8),
+        FarCase(2**31 - 8, noise="torch"),
+        FarCase(2**31 + 2056, noise="torch"),
+    ],
+    ids=str,
+)
+def test_elements_far_from_the_beginning(library, memory, case):
+    assert run_far(memory, library, case) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_a_fault_is_found(library, memory, fault):
+    """The case is right without it."""
+    comparison = Comparison(library.prepare, memory=memory)
+    assert comparison.run(fault.case) == []
+    kernel = library.prepare(Placement(memory, fault.case).arguments).name
+    wrong = Comparison(library.changed(kernel, fault.change).prepare, memory=memory).run(fault.case)
+    assert wrong
+    assert any(fault.found in text for text in wrong), wrong
+    assert not any(text.startswith("error") for text in wrong), wrong
+
+
+def test_a_fault_that_cannot_be_planted_is_an_error():
+    with pytest.raises(ValueError, match="the PTX has no"):
+        FAULTS[0].change(".visible .entry kernel() { ret; }")

@@ -56,7 +56,7 @@ def _checked(wave: Wave, address: Array, size: int, need: int, what: str, thread
     fine = inside & aligned & ((flags & need) == need).all(1)
     wrong = ~fine
     for begin, end in memory.unplaced:
-        wrong &= (address < np.uint64(begin)) | (address > np.uint64(end - size))
+        wrong &= (address < np.uint64(begin)) | (address >= np.uint64(end))
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         if inside[first] and not aligned[first]:

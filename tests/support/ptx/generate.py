@@ -7,7 +7,7 @@ returns which of them go on at which block. ``registers[slot]`` is an array over
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,28 +18,31 @@ from tests.support.ptx.parse import COLLECTIVE, ENDS, WARP_COLLECTIVE, Instructi
 HANDLERS = {**opcodes.HANDLERS, **movements.HANDLERS}
 
 
-@dataclass(frozen=True)
 class Code:
-    """A kernel's functions, one for each basic block."""
+    """A kernel's functions, one for each basic block. Each is compiled when it is run first."""
 
-    kernel: Kernel
-    blocks: list[Callable]
-    waits: list[str]
-    """For whom a block's threads wait before it: "block", "warp", or "" for nobody."""
-    sizes: list[int]
-    """How many instructions the blocks have."""
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.waits = [_waits(block) for block in kernel.blocks]
+        """For whom a block's threads wait before it: "block", "warp", or "" for nobody."""
+        self.sizes = [len(block) for block in kernel.blocks]
+        """How many instructions the blocks have."""
+        self._names = Names(kernel, {"np": np, EVERY_THREAD: slice(None)})
+        self._texts = ["\n".join(_lines_of_block(self._names, number)) for number in range(len(kernel.blocks))]
+        self._functions: dict[int, Callable] = {}
+
+    def block(self, number: int) -> Callable:
+        """Return a basic block's function."""
+        if number not in self._functions:
+            values = self._names.values
+            exec(compile(self._texts[number], f"{self.kernel.name}, block {number}", "exec"), values)
+            self._functions[number] = values[f"block_{number}"]
+        return self._functions[number]
 
 
 def code_of(module: Module, name: str) -> Code:
     """Make the functions of a module's kernel."""
-    kernel = module.parse(name)
-    names = Names(kernel, {"np": np, EVERY_THREAD: slice(None)})
-    lines: list[str] = []
-    for number in range(len(kernel.blocks)):
-        lines += _lines_of_block(names, number)
-    exec(compile("\n".join(lines), name, "exec"), names.values)
-    functions = [names.values[f"block_{number}"] for number in range(len(kernel.blocks))]
-    return Code(kernel, functions, [_waits(block) for block in kernel.blocks], [len(block) for block in kernel.blocks])
+    return Code(module.parse(name))
 
 
 def _waits(block: list[Instruction]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -33,11 +34,11 @@ class Instruction:
     negated: bool
     text: str
 
-    @property
+    @cached_property
     def root(self) -> str:
         return self.opcode.split(".")[0]
 
-    @property
+    @cached_property
     def modifiers(self) -> list[str]:
         return self.opcode.split(".")[1:]
 
@@ -78,6 +79,8 @@ class Module:
 
 def split_operands(text: str) -> tuple[str, ...]:
     """Split at commas that are in no bracket."""
+    if not any(bracket in text for bracket in "[{("):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     parts, depth, begin = [], 0, 0
     for place, character in enumerate(text):
         depth += (character in "[{(") - (character in "]})")

@@ -97,7 +97,7 @@ class Wave:
 
     def _step(self, number: int, threads: Threads) -> None:
         self.launch.executed[number] += self.count(threads)
-        for successor, group in self.launch.code.blocks[number](self, threads):
+        for successor, group in self.launch.code.block(number)(self, threads):
             self._make_ready(successor, group)
 
     def _release(self) -> bool:

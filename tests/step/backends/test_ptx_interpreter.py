@@ -27,14 +27,15 @@ ROUNDING = {  # of fesetround: to nearest, down, up, to zero
 
 
 def triples(count: int) -> list[tuple[np.ndarray, ...]]:
-    """Draw any bits, common values, sums that nearly cancel, and subnormal ones."""
+    """Draw any bits, common values, sums that nearly cancel, that are subnormal, and that are 0."""
     generator = np.random.default_rng(0)
     any_bits = generator.integers(0, 2**32, (3, count), dtype=np.uint64).astype(np.uint32).view(np.float32)
     common = generator.standard_normal((3, count)).astype(np.float32)
     a, b, c = common
     tiny = np.float32(1e-22)
     nearly = -(a * b) + np.float32(1e-9) * c
-    return [tuple(any_bits), (a, b, c), (a, b, -(a * b)), (a, b, nearly), (a * tiny, b * tiny, c * np.float32(1e-44))]
+    found = [tuple(any_bits), (a, b, c), (a, b, -(a * b)), (a, b, nearly)]
+    return [*found, (a * tiny, b * tiny, c * np.float32(1e-44)), (np.rint(a), np.rint(b), -(np.rint(a) * np.rint(b)))]
 
 
 @pytest.mark.skipif(platform.machine() not in ROUNDING, reason="the rounding modes' numbers are not known")
@@ -118,8 +119,10 @@ def test_bits():
 
 
 def test_conversions_are_those_of_torch():
-    (bits, *_), *_ = triples(20000)
-    values = torch.from_numpy(bits.copy())
+    drawn = triples(20000)[0][0].view(np.uint32)
+    halves = [drawn >> n << n | 1 << n - 1 for n in (16, 13)]  # between two values of bfloat16, and of float16
+    bits = np.concatenate([drawn, *halves]).astype(np.uint32).view(np.float32)
+    values = torch.from_numpy(bits)
     with np.errstate(all="ignore"):
         for dtype, to, back in (
             (torch.bfloat16, arithmetic.to_bfloat16, arithmetic.from_bfloat16),
@@ -131,11 +134,11 @@ def test_conversions_are_those_of_torch():
             assert np.array_equal(got[numbers], want.view(torch.int16).numpy().view(np.uint16)[numbers])
             assert np.array_equal(np.isnan(back(got)), ~numbers)
             assert np.array_equal(back(got)[numbers], want.float().numpy()[numbers])
-        halves = np.array([2.5, -2.5, 3.5, 3e38, -3e38, np.nan], np.float32)
+        some = np.array([2.5, -2.5, 3.5, 3e38, -3e38, np.nan], np.float32)
         for mode, want in {"rni": [2, -2, 4], "rzi": [2, -2, 3], "rmi": [2, -3, 3], "rpi": [3, -2, 4]}.items():
-            got = arithmetic.float_to_integer(halves, np.int32, mode).tolist()
+            got = arithmetic.float_to_integer(some, np.int32, mode).tolist()
             assert got == [*want, 2**31 - 1, -(2**31), 0]
-        assert arithmetic.float_to_integer(halves, np.int64, "rzi").tolist()[3:] == [2**63 - 1, -(2**63), -(2**63)]
+        assert arithmetic.float_to_integer(some, np.int64, "rzi").tolist()[3:] == [2**63 - 1, -(2**63), -(2**63)]
 
 
 def test_least_and_greatest():
@@ -169,13 +172,15 @@ ret;
 FIRST_BLOCK = "setp.ne.s32 %p1, %r2, 0; @%p1 ret;"
 
 
-def run(body: str, flags: int = READ | WRITE | INITIALISED, classes: int = 1) -> tuple[list[str], list[int]]:
+def run(
+    body: str, flags: int = READ | WRITE | INITIALISED, classes: int = 1, blocks: int = 2
+) -> tuple[list[str], list[int]]:
     """Return what was wrong, and the words."""
     memory = Memory(1 << 16)
     place = memory.allocate(256, "words")
     memory.allow(place, 256, flags)
     code = code_of(Module(TEXT.replace("BODY", body)), "kernel")
-    launch = Launch(memory, code, 2, 64, (memory.base + place).to_bytes(8, "little")).run(classes=classes)
+    launch = Launch(memory, code, blocks, 64, (memory.base + place).to_bytes(8, "little")).run(classes=classes)
     return launch.findings + races(launch), memory.bytes[place : place + 256].view(np.uint32).tolist()
 
 
@@ -193,7 +198,8 @@ def test_threads_write_their_own_words():
         ("ld.global.u64 %rd4, [%rd3];", "misaligned, read"),
         ("ld.global.u32 %r3, [%rd2];", "out of bounds, read: 4 bytes at address"),
         ("ld.param.u64 %rd4, [kernel_param_0+8];", "parameters"),
-        ("mov.u32 %r3, words; ld.shared.u32 %r4, [%r3+256];", "shared memory"),
+        ("mov.u32 %r3, words; st.shared.u32 [%r3+256], %r1;", "shared memory: 4 bytes at byte 256 of 256"),
+        ("mov.u32 %r3, words; st.shared.u32 [%r3+2], %r1;", "shared memory: 4 bytes at byte 2 of 256"),
         ("mov.u32 %r3, words; ld.shared.u32 %r4, [%r3];", "not initialised"),
     ],
 )
@@ -233,7 +239,8 @@ def test_a_warp_is_not_a_block():
     """Threads of different warps are ordered by a barrier of the block, and by none of warps."""
     far = SWAP.replace("%r4, 4;", "%r4, 128;")
     assert "race" in run(f"{far} bar.warp.sync -1; ld.shared.u32 %r6, [%r5];")[0][0]
-    assert run(f"{far} bar.sync 0; ld.shared.u32 %r6, [%r5];")[0] == []
+    for classes in (1, 16):  # the warps come together, or one after the other
+        assert run(f"{far} bar.sync 0; ld.shared.u32 %r6, [%r5];", classes=classes)[0] == []
 
 
 def test_races_in_global_memory():
@@ -361,6 +368,23 @@ def test_a_barrier_passes_on_what_others_of_the_block_did():
     assert last_reads("bar.sync 0;", **fences) == []
     assert "race" in last_reads("bar.warp.sync -1;", **fences)[0]
     assert last_reads("bar.warp.sync -1;", **fences | {"writer": 5}) == []
+
+
+def test_a_barrier_passes_on_what_the_counting_thread_learns():
+    """Thread 0 tells the others in shared memory, as Triton's code does."""
+    told = "mov.u32 %r6, words; @!%p1 st.shared.u32 [%r6], %r4; bar.sync 0; ld.shared.u32 %r4, [%r6];"
+    acquire = {"count": "atom.acq_rel.gpu.global.add.u32", "reader": 40}
+    assert last_reads("", shared=told, **acquire) == []
+    assert last_reads("membar.gl;", shared=told, reader=40) != []
+    assert last_reads("", shared=told.replace("bar.sync 0;", "bar.warp.sync -1;"), **acquire) != []
+
+
+def test_counts_in_between_pass_on_what_came_before():
+    one = "setp.ne.s32 %p1, %r1, 0; @%p1 ret; mul.wide.u32 %rd4, %r2, 8; add.s64 %rd4, %rd4, %rd1;"
+    count = "st.global.u32 [%rd4+8], 7; membar.gl; atom.global.add.u32 %r4, [%rd1], 1; membar.gl;"
+    last = "setp.ne.s32 %p2, %r4, 3; @%p2 ret;"
+    read = "".join(f"ld.global.u32 %r5, [%rd1+{8 * block + 8}];" for block in range(4))
+    assert run(one + count + last + read, blocks=4)[0] == []
 
 
 @pytest.mark.parametrize(("behind", "raced"), [("membar.gl;", True), ("membar.gl; bar.warp.sync -1;", False)])

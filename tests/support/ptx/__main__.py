@@ -85,7 +85,7 @@ def main(chosen: argparse.Namespace) -> int:
 
     totals = comparison.totals
     if library is not None:
-        blocks = sum(map(len, totals.kernels.values())), sum(len(library.code(k).blocks) for k in totals.kernels)
+        blocks = sum(map(len, totals.kernels.values())), sum(len(library.code(k).sizes) for k in totals.kernels)
         print(f"{len(totals.kernels)} of {len(library.kernels)} kernels were run,", end=" ")
         print(f"{blocks[0] / max(blocks[1], 1):.2%} of their basic blocks")
     else:

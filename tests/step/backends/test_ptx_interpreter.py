@@ -259,8 +259,9 @@ def test_memory_that_is_read_as_constant_must_not_be_written():
     assert "constant read" in run(f"{FIRST_BLOCK}{constant} st.global.u32 [%rd3], %r3;")[0][0]
 
 
-def test_a_barrier_that_some_never_reach_is_a_deadlock():
-    some = "setp.lt.u32 %p1, %r1, 5; @%p1 bra OTHER; bar.sync 0; OTHER: bar.sync 0;"
+@pytest.mark.parametrize("others", [5, 32])
+def test_a_barrier_that_some_never_reach_is_a_deadlock(others):
+    some = f"setp.lt.u32 %p1, %r1, {others}; @%p1 bra OTHER; bar.sync 0; OTHER: bar.sync 0;"
     assert "deadlock" in run(some)[0][0]
 
 
@@ -399,6 +400,24 @@ def test_who_has_observed_a_count_may_reset_it():
     one = "setp.ne.s32 %p1, %r1, 0; @%p1 ret;"
     assert run(one + last)[0] == []
     assert "atomic" in run(one + last.replace("@%p2 ret;", ""))[0][0]
+
+
+@pytest.mark.parametrize(("barrier", "raced"), [("bar.sync 0;", False), ("bar.warp.sync -1;", True)])
+def test_who_waits_for_one_who_has_observed_a_count_may_reset_it(barrier, raced):
+    count = "setp.ne.s32 %p1, %r1, 0; @%p1 bra A; atom.global.add.u32 %r4, [%rd1], 1; A: mov.u32 %r6, words;"
+    told = f"@!%p1 st.shared.u32 [%r6], %r4; {barrier} ld.shared.u32 %r4, [%r6];"
+    reset = "setp.ne.s32 %p2, %r4, 1; setp.ne.or.s32 %p2, %r1, 40, %p2; @%p2 ret; st.global.u32 [%rd1], 0;"
+    assert any("atomic" in text for text in run(count + told + reset)[0]) == raced
+
+
+@pytest.mark.parametrize(("fence", "raced"), [("membar.gl;", False), ("", True)])
+def test_what_is_learned_from_one_count_is_passed_on_by_another(fence, raced):
+    """Block 0 writes, block 1 learns of it, and block 2 of that."""
+    one = "setp.ne.s32 %p1, %r1, 0; @%p1 ret; setp.eq.s32 %p1, %r2, 1; setp.eq.s32 %p2, %r2, 2; @%p1 bra B; @%p2 bra C;"
+    first = "st.global.u32 [%rd1+8], 7; membar.gl; atom.global.add.u32 %r4, [%rd1], 1; ret;"
+    second = f"B: atom.global.add.u32 %r4, [%rd1], 1; {fence} atom.global.add.u32 %r4, [%rd1+4], 1; ret;"
+    third = "C: atom.global.add.u32 %r4, [%rd1+4], 1; membar.gl; ld.global.u32 %r5, [%rd1+8];"
+    assert bool(run(one + first + second + third, blocks=3)[0]) == raced
 
 
 # ---- What is not known ----

@@ -26,7 +26,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--triton", action="store_true", help="Triton's kernel, compiled for --arch (80)")
     parser.add_argument("--few", action="store_true", help="the cases of CI")
     parser.add_argument("--count", type=int, default=300, help="how many cases of any kind to draw (%(default)s)")
-    parser.add_argument("--each", type=int, default=8, help="how many cases to draw for each kernel (%(default)s)")
+    parser.add_argument("--each", type=int, default=12, help="how many cases to draw for each kernel (%(default)s)")
     parser.add_argument("--every", type=int, default=1, help="only every so many-th case")
     parser.add_argument("--first", type=int, default=0, help="begin at this case")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
@@ -85,9 +85,10 @@ def main(chosen: argparse.Namespace) -> int:
 
     totals = comparison.totals
     if library is not None:
-        blocks = sum(map(len, totals.kernels.values())), sum(len(library.code(k).sizes) for k in totals.kernels)
+        sizes = {name: library.code(name).sizes for name in totals.kernels}
+        executed = sum(sizes[name][block] for name, blocks in totals.kernels.items() for block in blocks)
         print(f"{len(totals.kernels)} of {len(library.kernels)} kernels were run,", end=" ")
-        print(f"{blocks[0] / max(blocks[1], 1):.2%} of their basic blocks")
+        print(f"{executed / max(sum(map(sum, sizes.values())), 1):.2%} of their instructions")
     else:
         print(f"{len(totals.kernels)} kernels were compiled and run")
     print(f"{totals.instructions:.3g} thread instructions, {totals.accesses:.3g} checked accesses to global memory")

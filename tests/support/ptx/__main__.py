@@ -12,10 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.support import triton_interpreter
+
+if TYPE_CHECKING:
+    from tests.support.ptx.step import Library, Totals
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -47,14 +50,6 @@ def compiled_ptx(architecture: int) -> str:
         return file.read_text()
 
 
-def report(what: str, failures: Iterable[str]) -> bool:
-    """Print a case that failed."""
-    texts = list(failures)
-    if texts:
-        print(f"FAIL {what}", *(f"     {text}" for text in texts[:5]), sep="\n", flush=True)
-    return bool(texts)
-
-
 def main(chosen: argparse.Namespace) -> int:
     """Run, and print a summary; 1 if a case failed."""
     import torch
@@ -65,40 +60,50 @@ def main(chosen: argparse.Namespace) -> int:
     from tests.support.ptx.step import Comparison, Library
 
     torch.set_num_threads(1)
-    start, library, kernels, failed = time.monotonic(), None, None, 0
+    start, library, distant = time.monotonic(), None, []
     if chosen.triton:
         from tests.support.ptx.triton_step import TritonKernels
 
-        kernels = TritonKernels(chosen.arch or 80)
-        comparison = Comparison(kernels.prepare, host=False)
+        comparison = Comparison(TritonKernels(chosen.arch or 80).prepare, host=False)
     else:
         library = Library(compiled_ptx(chosen.arch) if chosen.arch else cuobjdump("-ptx", native.LIBRARY))
         comparison = Comparison(library.prepare)
-    few = list(listed.chosen_layouts()) if chosen.triton else listed.few()
-    cases = few if chosen.few else listed.everything(chosen.count, chosen.each, chosen.seed)
+    if chosen.few:
+        cases = list(listed.chosen_layouts()) if chosen.triton else listed.few()
+    else:
+        cases = listed.everything(chosen.count, chosen.each, chosen.seed)
+        distant = list(far.far_cases())[:: chosen.every] if library is not None else []
     cases = cases[chosen.first :: chosen.every]
-    for case in cases:
-        failed += report(str(case), comparison.run(case))
-    distant = [] if library is None or chosen.few else list(far.far_cases())[:: chosen.every]
-    for case in distant:
-        failed += report(str(case), far.run_far(comparison.memory, library, case))
+    failed = sum(report(case, comparison.run(case)) for case in cases)
+    failed += sum(report(case, far.run_far(comparison.memory, library, case)) for case in distant)
 
-    totals = comparison.totals
-    if library is not None:
+    summarize(comparison.totals, library)
+    print(f"{len(distant)} cases far from their tensors' beginning")
+    seconds = time.monotonic() - start
+    print(f"{len(cases)} cases of {comparison.totals.launches} launches, {seconds:.0f} s: {failed} failed")
+    return 1 if failed else 0
+
+
+def report(case: object, wrong: list[str]) -> bool:
+    """Print a case that failed, and return whether it did."""
+    if wrong:
+        print(f"FAIL {case}", *(f"     {text}" for text in wrong[:5]), sep="\n", flush=True)
+    return bool(wrong)
+
+
+def summarize(totals: Totals, library: Library | None) -> None:
+    """Print what was run and compared."""
+    if library is None:
+        print(f"{len(totals.kernels)} kernels were compiled and run")
+    else:
         sizes = {name: library.code(name).sizes for name in totals.kernels}
         executed = sum(sizes[name][block] for name, blocks in totals.kernels.items() for block in blocks)
         print(f"{len(totals.kernels)} of {len(library.kernels)} kernels were run,", end=" ")
         print(f"{executed / max(sum(map(sum, sizes.values())), 1):.2%} of their instructions")
-    else:
-        print(f"{len(totals.kernels)} kernels were compiled and run")
     print(f"{totals.instructions:.3g} thread instructions, {totals.accesses:.3g} checked accesses to global memory")
-    print(f"{len(distant)} cases far from their tensors' beginning")
     print(f"{totals.compared_with_host} elements compared to the bit with the same code on the host")
     print(f"{totals.equal_to_reference} equal to the float32 reference, of {totals.elements}")
     print(f"worst error {totals.worst:.2f} roundings of the terms, at {totals.worst_case}")
-    seconds = time.monotonic() - start
-    print(f"{len(cases)} cases of {totals.launches} launches, {seconds:.0f} s: {failed} failed")
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":

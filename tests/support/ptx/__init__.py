@@ -9,5 +9,6 @@ and wave.py run them; accesses.py, warps.py, arithmetic.py and memory.py are wha
 races.py judge the order of accesses.
 
 cases.py, placement.py, expected.py and step.py step tensors in it and compare, far.py and triton_step.py in other ways;
-listed.py has the cases, and faults.py what must be found. ``python -m tests.support.ptx`` runs everything.
+listed.py has the cases, and faults.py what must be found. tiny.py runs kernels of a few lines.
+``python -m tests.support.ptx`` runs everything.
 """

@@ -5,6 +5,8 @@ A subset of all cases, which ``python -m tests.support.ptx`` runs.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fastguide.step.backends import native
@@ -12,7 +14,7 @@ from tests.support import device_code
 from tests.support.machine_code import cuobjdump
 from tests.support.ptx import listed
 from tests.support.ptx.cases import NOISES
-from tests.support.ptx.far import FarCase, run_far
+from tests.support.ptx.far import FarCase, FarStep, run_far
 from tests.support.ptx.faults import FAULTS
 from tests.support.ptx.memory import Memory
 from tests.support.ptx.placement import Placement
@@ -78,6 +80,17 @@ def test_these_cases_run_every_kernel(library, memory):
 )
 def test_elements_far_from_the_beginning(library, memory, case):
     assert run_far(memory, library, case) == []
+
+
+def test_a_product_of_32_bits_is_found(library, memory):
+    """Where a tile begins is more than 32 bits count."""
+    case = FarCase(2**32 + 1029)
+    kernel = device_code.record(FarStep(memory, case).plain).kernel
+    narrow = r"{ .reg .b32 %narrow; mul.lo.u32 %narrow, \2, \3; cvt.u64.u32 \1, %narrow; }"
+    product = re.compile(r"mul\.wide\.u32 (%rd\d+), (%r\d+), (\d{4});")
+    assert product.search(library.module.sources[library.mangled[kernel]])
+    changed = library.changed(kernel, lambda text: product.sub(narrow, text))
+    assert "written 0 to 1 times" in run_far(memory, changed, case)[0]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)

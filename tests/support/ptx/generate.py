@@ -13,7 +13,7 @@ import numpy as np
 
 from tests.support.ptx import movements, opcodes
 from tests.support.ptx.operands import EVERY_THREAD, Names, Writer
-from tests.support.ptx.parse import COLLECTIVE, ENDS, WARP_COLLECTIVE, Instruction, Kernel, Module, PtxError
+from tests.support.ptx.parse import COLLECTIVE, ENDS, WARP_COLLECTIVE, Instruction, Kernel, Module
 
 HANDLERS = {**opcodes.HANDLERS, **movements.HANDLERS}
 
@@ -96,6 +96,4 @@ def _lines_of(names: Names, instruction: Instruction) -> list[str]:
         lines = handler(replace(writer, threads="some"))
     except IndexError:  # too few operands or modifiers
         raise writer.unknown() from None
-    except PtxError:
-        raise
     return [f"some = wave.where(threads, {predicate})", "if some is not None:", *(f" {line}" for line in lines)]

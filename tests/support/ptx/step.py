@@ -18,7 +18,7 @@ from fastguide.step.operator import StepArguments
 from tests.support import device_code
 from tests.support.machine_code import demangled
 from tests.support.ptx.cases import Case
-from tests.support.ptx.expected import OUTPUTS, Expected, equal, errors, expected
+from tests.support.ptx.expected import OUTPUTS, Expected, Wanted, equal, errors, expected
 from tests.support.ptx.generate import Code, code_of
 from tests.support.ptx.launch import Launch
 from tests.support.ptx.memory import GRANULE, WRITE, Memory
@@ -129,7 +129,7 @@ class Comparison:
         wrong += [f"changed what is no output: {memory.name_of(int(place))}" for place in changed[:1]]
         wrong += self._written_once(launch, a, wanted)
         for name, output in wanted.outputs.items():
-            wrong += self._compare(name, getattr(a, name), output, wanted, on_host.get(name), case)
+            wrong += self._compare(name, getattr(a, name), output, wanted.live, on_host.get(name), case)
         return wrong + _wrong_positions(a, wanted)
 
     def _on_host(self, a: StepArguments) -> dict[str, Tensor]:
@@ -161,9 +161,11 @@ class Comparison:
                 wrong.append(f"{name}: sample {sample} has its element at {place // granules} written {count}")
         return wrong
 
-    def _compare(self, name: str, got: Tensor, wanted, every: Expected, host: Tensor | None, case: Case) -> list[str]:
+    def _compare(
+        self, name: str, got: Tensor, wanted: Wanted, live: Tensor, host: Tensor | None, case: Case
+    ) -> list[str]:
         wrong, totals = [], self.totals
-        live = every.live.repeat(len(got) // case.batch).view(-1, *[1] * (got.dim() - 1)).expand(got.shape)
+        live = live.repeat(len(got) // case.batch).view(-1, *[1] * (got.dim() - 1)).expand(got.shape)
         same = equal(got, wanted.rounded)
         totals.elements += got.numel()
         totals.equal_to_reference += int(same.sum())

@@ -38,6 +38,7 @@ def last_reads(
         ("fence.acq_rel.gpu;", "atom.acquire.gpu.global.add.u32", ""),
         ("", "atom.release.gpu.global.add.u32", "membar.gl;"),
         ("", "atom.acq_rel.gpu.global.add.u32", ""),
+        ("", "atom.add.release.gpu.u32", "fence.acq_rel.gpu;"),  # as libcu++ writes it
     ],
 )
 def test_a_release_and_an_acquire_order_two_blocks(before, count, behind):

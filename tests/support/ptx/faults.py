@@ -58,7 +58,7 @@ OF_ORDER = (
     Fault("no barrier before a block counts itself", CURSOR, r"\b(bar|barrier)\.sync\s+0;", "", 1, "race"),
     Fault("nothing orders what a block read before its count", CURSOR, RELEASE, "", 1, "race"),
     Fault("nothing orders the count before the writes", CURSOR, rf"(?s)^(.*){ACQUIRE}", r"\1", 1, "race"),
-    Fault("a block counts twice", CURSOR, r"(atom\.\S*add\.u32 [^;]*), 1;", r"\1, 2;", found="cursor"),
+    Fault("a block counts twice", CURSOR, r"(atom\.\S*add\S* [^;]*),\s*(?:1|%r\d+);", r"\1, 2;", found="cursor"),
     Fault(
         "a thread that does not know the count is asked",
         CURSOR,

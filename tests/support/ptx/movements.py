@@ -118,7 +118,7 @@ def _atomic(w: Writer) -> list[str]:
     """``atom`` and ``red``; without a word about its order it is relaxed, and of the GPU's scope."""
     operation = next((modifier for modifier in w.modifiers if modifier in accesses.UPDATES), None)
     w.only("global", "relaxed", "acquire", "release", "acq_rel", "gpu", operation or "")
-    if operation is None or w.dtype not in (np.uint32, np.int32, np.uint64, np.int64) or "global" not in w.modifiers:
+    if operation is None or w.dtype not in (np.uint32, np.int32, np.uint64, np.int64):
         raise w.unknown()
     acquires, releases = (not {order, "acq_rel"}.isdisjoint(w.modifiers) for order in ("acquire", "release"))
     place, value = (1, 2) if w.instruction.root == "atom" else (0, 1)

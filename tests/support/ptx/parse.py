@@ -127,7 +127,7 @@ class _Parser:
         return self.kernel
 
     def _parameters(self) -> None:
-        pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
+        pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.(?!align)\w+\s+)?(?:\.align\s+\d+\s+)?)?"
         for align, kind, name, count in re.findall(pattern + r"([\w$]+)(?:\[(\d+)\])?", self.head):
             size = np.dtype(DTYPES[kind]).itemsize
             place = _rounded_up(self.kernel.parameter_bytes, int(align or size))

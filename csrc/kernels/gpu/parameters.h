@@ -40,7 +40,7 @@ struct Launch {
   Divisor units_per_call;       // where torch's stream is drawn in vectors: see tiles.h
   Divisor elements_per_sample;  // likewise
   uint32_t vector_tiles;        // of a sample
-  int vectors;                  // of a thread, at most those of its variant
+  uint32_t vectors;             // of a thread, at most those of its variant
   bool aligned;                 // every sample of every tensor begins at a multiple of 16 bytes
   bool per_sample;              // samples differ in their row or weights
 };

@@ -68,8 +68,9 @@ __device__ void advance_if(bool last, const StepArguments& a) {
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) step_kernel(const __grid_constant__ Launch launch) {
-  const Position position = position_of(launch.a, sample_of(launch, blockIdx.x));
-  const Vectors<V> vectors = load_vectors<V>(launch, blockIdx.x, threadIdx.x);
+  const uint32_t sample = sample_of(launch, blockIdx.x);
+  const Position position = position_of(launch.a, sample);
+  const Vectors<V> vectors = load_vectors<V>(launch, sample, blockIdx.x, threadIdx.x);
   const bool last = reads_last(launch.a, position, 0);
   step_tile<V>(launch, vectors, position, threadIdx.x);
   advance_if(last, launch.a);
@@ -77,9 +78,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step_kernel(const __grid_co
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) torch_single_kernel(const __grid_constant__ Launch launch) {
-  const Position position = position_of(launch.a, sample_of(launch, blockIdx.x));
+  const uint32_t sample = sample_of(launch, blockIdx.x);
+  const Position position = position_of(launch.a, sample);
   const TorchStream stream = read_torch_stream(launch.a);
-  const Single single = load_torch_single<V>(launch, blockIdx.x, threadIdx.x);
+  const Single single = load_torch_single<V>(launch, sample, blockIdx.x, threadIdx.x);
   const bool last = reads_last(launch.a, position, stream.offset);
   step_torch_single<V>(launch, single, stream, position);
   advance_if(last, launch.a);

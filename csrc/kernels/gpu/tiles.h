@@ -58,7 +58,9 @@ FASTGUIDE_INLINE int vector_start(const Launch& launch, int64_t sample) {
 }
 
 FASTGUIDE_INLINE uint32_t sample_of(const Launch& launch, uint32_t tile) {
-  return quotient(tile, launch.tiles_per_sample);
+  uint32_t sample = quotient(tile, launch.tiles_per_sample);
+  FASTGUIDE_KEEP_VALUE(sample);
+  return sample;
 }
 
 // A thread's vectors, loaded.
@@ -71,22 +73,22 @@ struct Vectors {
   RawInputs raw[V::vectors];
 };
 
-// Reads nothing but a step's tensors, so that the position is not waited for.
+// Reads nothing but a step's tensors, so that the position is not waited for. sample is the tile's.
 template <typename V>
-FASTGUIDE_INLINE Vectors<V> load_vectors(const Launch& launch, uint32_t tile, int thread) {
+FASTGUIDE_INLINE Vectors<V> load_vectors(const Launch& launch, uint32_t sample, uint32_t tile, int thread) {
   Vectors<V> vectors;
-  vectors.sample = sample_of(launch, tile);
-  vectors.chunk = tile - vectors.sample * launch.tiles_per_sample.divisor;
-  FASTGUIDE_KEEP_VALUE(vectors.sample);
+  vectors.sample = sample;
+  vectors.chunk = tile - sample * launch.tiles_per_sample.divisor;
   FASTGUIDE_KEEP_VALUE(vectors.chunk);
-  vectors.start = vector_start(launch, vectors.sample);
-  const int64_t first = vectors.start + int64_t(vectors.chunk) * (launch.vectors * kTile) + thread * kVector;
+  vectors.start = vector_start(launch, sample);
+  const int64_t begin = int64_t(uint64_t(vectors.chunk) * (launch.vectors * kTile));
+  const int64_t first = begin + vectors.start + thread * kVector;
   FASTGUIDE_UNROLL
   for (int k = 0; k < V::vectors; ++k) {
     vectors.place[k] = first + k * kTile;
-    vectors.whole[k] =
-        vectors.start >= 0 && k < launch.vectors && vectors.place[k] + kVector <= launch.a.elements_per_sample;
-    if (vectors.whole[k]) vectors.raw[k] = load_inputs<V>(launch, vectors.sample, vectors.place[k]);
+    vectors.whole[k] = vectors.start >= 0 && (k == 0 || k < launch.vectors) &&
+                       vectors.place[k] + kVector <= launch.a.elements_per_sample;
+    if (vectors.whole[k]) vectors.raw[k] = load_inputs<V>(launch, sample, vectors.place[k]);
   }
   return vectors;
 }
@@ -134,11 +136,11 @@ struct Single {
 };
 
 template <typename V>
-FASTGUIDE_INLINE Single load_torch_single(const Launch& launch, uint32_t tile, int thread) {
+FASTGUIDE_INLINE Single load_torch_single(const Launch& launch, uint32_t sample, uint32_t tile, int thread) {
   Single single{};
-  single.sample = sample_of(launch, tile);
-  single.place = int64_t(tile - single.sample * launch.tiles_per_sample.divisor) * kThreads + thread;
-  if (single.place < launch.a.elements_per_sample) single.bits = load_single<V>(launch, single.sample, single.place);
+  single.sample = sample;
+  single.place = int64_t(tile - sample * launch.tiles_per_sample.divisor) * kThreads + thread;
+  if (single.place < launch.a.elements_per_sample) single.bits = load_single<V>(launch, sample, single.place);
   return single;
 }
 

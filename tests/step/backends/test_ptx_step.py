@@ -64,7 +64,7 @@ def test_steps_with_a_cursor_of_each_sample_are_right(library, memory):
 
 
 def test_these_cases_run_every_kernel(library, memory):
-    assert {library.prepare(Placement(memory, case).arguments).name for case in FEW} == library.kernels
+    assert {library.prepare(Placement(memory, case).arguments, case).name for case in FEW} == library.kernels
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_a_product_of_32_bits_is_found(library, memory):
     """Where a tile begins is more than 32 bits count."""
     case = FarCase(2**32 + 1029)
     kernel = device_code.record(FarStep(memory, case).plain).kernel
-    narrow = r"{ .reg .b32 %narrow; mul.lo.u32 %narrow, \2, \3; cvt.u64.u32 \1, %narrow; }"
-    product = re.compile(r"mul\.wide\.u32 (%rd\d+), (%r\d+), (\d{4});")
+    narrow = r"\1{ .reg .b32 %narrow; mul.lo.u32 %narrow, \3, \4; cvt.u64.u32 \2, %narrow; }"
+    product = re.compile(r"(shl\.b32 %r\d+, %r\d+, 10;\s+)mul\.wide\.u32 (%rd\d+), (%r\d+), (%r\d+);")
     assert product.search(library.module.sources[library.mangled[kernel]])
     changed = library.changed(kernel, lambda text: product.sub(narrow, text))
     assert "written 0 to 1 times" in run_far(memory, changed, case)[0]
@@ -98,7 +98,7 @@ def test_a_fault_is_found(library, memory, fault):
     """The case is right without it."""
     comparison = Comparison(library.prepare, memory=memory)
     assert comparison.run(fault.case) == []
-    kernel = library.prepare(Placement(memory, fault.case).arguments).name
+    kernel = library.prepare(Placement(memory, fault.case).arguments, fault.case).name
     wrong = Comparison(library.changed(kernel, fault.change).prepare, memory=memory).run(fault.case)
     assert wrong
     assert any(fault.found in text for text in wrong), wrong

@@ -28,18 +28,16 @@ SHARED_SPAN = 1 << 24
 """The places of blocks' shared memory in the trace are so far apart."""
 
 
-def load_parameter(wave: Wave, address: Array, dtype: type[np.generic], threads: Threads) -> Array:
-    """Read the kernel's parameters, at one address or at one for each thread."""
-    size = np.dtype(dtype).itemsize
+def load_parameters(wave: Wave, address: Array, dtype: type[np.generic], count: int) -> Array:
+    """Read so many values of the kernel's parameters, at one address or at one for each thread."""
+    size = np.dtype(dtype).itemsize * count
     places = np.asarray(address, np.uint64) - np.uint64(PARAMETERS)
     parameters = wave.launch.parameters
     wrong = (places > np.uint64(len(parameters) - size)) | (places % np.uint64(size) != 0)
     if np.any(wrong):
         wave.find("parameters", f"{size} bytes at byte {int(np.max(places))} of {len(parameters)}")
         places = np.where(wrong, np.uint64(0), places)
-    if places.ndim == 0:
-        return parameters[int(places) : int(places) + size].view(dtype)[0]
-    return parameters[places.astype(np.int64)[:, None] + np.arange(size)].view(dtype)[:, 0]
+    return parameters[places.astype(np.int64)[..., None] + np.arange(size)].view(dtype)
 
 
 # ---- Global memory ----

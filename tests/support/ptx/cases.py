@@ -42,6 +42,7 @@ class Case:
     bad: bool = False  # indices that are in no table
     one_seed: bool = False
     launches: int = 1  # one after the other
+    few_tiles: int = 0  # launches of more have two vectors a thread, if their kernel has
     waves: str = "together"  # one by one, mixed
     seed: int = 0
 

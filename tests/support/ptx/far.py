@@ -15,7 +15,7 @@ from fastguide.step.backends import reference
 from fastguide.step.noise import _normals, _philox
 from tests.support import device_code
 from tests.support.ptx.cases import STEPS
-from tests.support.ptx.expected import equal, torch_noise
+from tests.support.ptx.expected import torch_noise
 from tests.support.ptx.launch import Launch
 from tests.support.ptx.memory import INPUT, WRITE, Memory
 from tests.support.ptx.parse import PtxError
@@ -147,11 +147,7 @@ class FarStep:
         step = (sample, [first, second], self.rows, self.weights, 1, None, None, None, noise)
         reference.guided_step(wanted, None, None, *step)
         wanted, got = wanted[0][computed], self.tensors["out"][computed]
-        tolerance = TOLERANCES[self.case.dtype] * (1 + wanted.abs())
-        if self.case.noise == "torch":  # its sines and cosines are approximations
-            fine = (got.float() - wanted).abs() <= tolerance
-        else:
-            fine = equal(got, wanted.to(got.dtype))
+        fine = (got.float() - wanted).abs() <= TOLERANCES[self.case.dtype] * (1 + wanted.abs())
         return [] if fine.all() else [f"{int((~fine).sum())} of {len(fine)} elements differ from the reference"]
 
 

@@ -69,12 +69,12 @@ def _case_of_kernel(draw: random.Random, noise: str, extras: bool, count: int, o
     gradient, variance, masked = (
         draw.choice([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1)]) if extras else (0, 0, 0)
     )
-    size = draw.choice([264, 520, 1032]) if aligned else draw.choice([37, 261, 1029])
+    size = draw.choice([264, 520, 2056]) if aligned else draw.choice([37, 261, 2053])
     stride = size if aligned or draw.random() < 0.7 else None
     launches = draw.choice([1, 1, 3]) if cursor else 1
     channels = 3 if noise == "portable" and draw.random() < 0.2 else 1
     if channels > 1:
-        size, stride = 3 * 88, None
+        size, stride = 3 * draw.choice([88, 89]), None
     values = draw.choice(["normal", "normal", "whole", "normal" if variance or noise == "torch" else "special"])
     return Case(
         batch=draw.choice([1, 2, 3]),
@@ -100,6 +100,7 @@ def _case_of_kernel(draw: random.Random, noise: str, extras: bool, count: int, o
         values=values,
         one_seed=draw.random() < 0.2,
         launches=launches,
+        few_tiles=draw.choice([0, 0, 1024]),
         waves=draw.choice(["together", "mixed", "one by one"]),
         seed=draw.randrange(2**31),
     )
@@ -222,6 +223,7 @@ def _drawn(count: int, seed: int) -> Iterator[Case]:
             threads=draw.choice([256, 512, 1024]),
             values=draw.choice(["whole", "normal", "normal"]),
             one_seed=draw.random() < 0.2,
+            few_tiles=draw.choice([0, 1024]),
             waves=draw.choice(["together", "mixed", "one by one"]),
             seed=draw.randrange(2**31),
         )

@@ -89,10 +89,8 @@ def _load(w: Writer) -> list[str]:
         raise w.unknown()
     dtype = w.constant(w.dtype)
     if space == "param":
-        if count > 1:
-            raise w.unknown()
-        call = w.call(accesses.load_parameter, "wave", address, dtype, w.threads)
-        return [w.write_text(names[0], call, w.dtype, widen=True)]
+        lines = [f"values = {w.call(accesses.load_parameters, 'wave', address, dtype, count)}"]
+        return lines + [w.write_text(name, f"values[..., {k}]", w.dtype, widen=True) for k, name in enumerate(names)]
     if space == "shared":
         call = w.call(accesses.load_shared, "wave", address, dtype, count, w.threads)
     elif named != "any":

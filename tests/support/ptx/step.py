@@ -66,8 +66,8 @@ class Library:
             self._codes[name] = code_of(self.module, self.mangled[name])
         return self._codes[name]
 
-    def prepare(self, a: StepArguments) -> Prepared:
-        recorded = device_code.record(device_code.arguments_of(*a))
+    def prepare(self, a: StepArguments, case: Case) -> Prepared:
+        recorded = device_code.record(plain_arguments(a, case))
         return Prepared(
             recorded.kernel, self.code(recorded.kernel), recorded.blocks, recorded.threads, recorded.parameters
         )
@@ -93,9 +93,9 @@ class Totals:
 
 @dataclass
 class Comparison:
-    """Runs cases. ``prepare`` makes a launch of a step's arguments; ``host``: the code is compiled for the host too."""
+    """Runs cases. ``prepare`` makes a launch of a case's arguments; ``host``: the code is compiled for the host too."""
 
-    prepare: Callable[[StepArguments], Prepared]
+    prepare: Callable[[StepArguments, Case], Prepared]
     host: bool = True
     memory: Memory = field(default_factory=Memory)
     totals: Totals = field(default_factory=Totals)
@@ -117,9 +117,9 @@ class Comparison:
         case, a, memory = placement.case, placement.arguments, self.memory
         wanted = expected(placement)
         before = memory.bytes[: memory.used].copy()
-        on_host = self._on_host(a) if self.host else {}
+        on_host = self._on_host(a, case) if self.host else {}
         memory.bytes[: memory.used] = before
-        prepared = self.prepare(a)
+        prepared = self.prepare(a, case)
         launch = Launch(memory, *prepared[1:])
         launch.run(waves_of(case, prepared.blocks), 3 if case.waves == "mixed" else 1)
         self._count(prepared, launch)
@@ -132,9 +132,9 @@ class Comparison:
             wrong += self._compare(name, getattr(a, name), output, wanted.live, on_host.get(name), case)
         return wrong + _wrong_positions(a, wanted)
 
-    def _on_host(self, a: StepArguments) -> dict[str, Tensor]:
+    def _on_host(self, a: StepArguments, case: Case) -> dict[str, Tensor]:
         """Return what the code makes of it that is compiled for the host and runs in a loop over threads."""
-        device_code.module().launch(device_code.arguments_of(*a), 1, None)
+        device_code.module().launch(plain_arguments(a, case), 1, None)
         return {name: getattr(a, name).clone() for name in OUTPUTS if getattr(a, name) is not None}
 
     def _count(self, prepared: Prepared, launch: Launch) -> None:
@@ -182,6 +182,11 @@ class Comparison:
             if worst > totals.worst:
                 totals.worst, totals.worst_case = worst, str(case)
         return wrong
+
+
+def plain_arguments(a: StepArguments, case: Case) -> dict:
+    """Return a step's arguments as the launch takes them."""
+    return {**device_code.arguments_of(*a), "few_tiles": case.few_tiles}
 
 
 def waves_of(case: Case, blocks: int) -> list[list[int]] | None:

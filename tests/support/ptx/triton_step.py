@@ -51,7 +51,7 @@ class TritonKernels:
         self._codes: dict[str, tuple[str, Code]] = {}
         self._prepared: Prepared | None = None
 
-    def prepare(self, a: StepArguments) -> Prepared:
+    def prepare(self, a: StepArguments, case: Case) -> Prepared:
         """Return the launch that the backend makes."""
         backend.guided_step(*a)
         assert self._prepared is not None

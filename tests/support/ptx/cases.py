@@ -56,6 +56,12 @@ class Case:
         """Whether compiled code must agree to the bit: exponentials and torch's stream may err in their last bits."""
         return self.noise != "torch" and (not self.variance or self.variance_is_unused)
 
+    @property
+    def equals_reference(self) -> bool:
+        """Whether no order of operations rounds: of noise alone, and of whole numbers, to which one step adds noise."""
+        whole = self.values == "whole" and (self.noise != "portable" or self.launches == 1)
+        return self.exact and (whole or self.values == "pure")
+
     def __str__(self) -> str:
         changed = (f for f in fields(self) if getattr(self, f.name) != f.default or f.name in ("batch", "size"))
         return f"Case({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})".replace("torch.", "")

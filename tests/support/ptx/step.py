@@ -172,7 +172,7 @@ class Comparison:
         if host is not None and case.exact:
             totals.compared_with_host += got.numel()
             wrong += _differences(name, got, host, equal(got, host), "the same code on the host")
-        if case.values in ("whole", "pure") and case.exact:
+        if case.equals_reference:
             wrong += _differences(name, got, wanted.rounded, same, "the reference, exactly")
         fine, units = errors(got, wanted, case)
         fine = torch.where(live, fine, same)

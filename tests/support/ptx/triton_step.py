@@ -13,6 +13,7 @@ import torch
 
 from fastguide.step.backends import triton as backend
 from fastguide.step.operator import StepArguments
+from tests.support.ptx.cases import Case
 from tests.support.ptx.generate import Code, code_of
 from tests.support.ptx.parse import Module, PtxError
 from tests.support.ptx.step import Prepared

@@ -63,6 +63,7 @@ OF_ORDER = (
 OF_PLACES = (
     Fault("threads count within their warp", VECTORS, r"%tid\.x", "%laneid", found="times"),
     Fault("blocks count threads", VECTORS, r"%ctaid\.x", "%tid.x"),
+    Fault("a tile takes the next sample", VECTORS, r"(shr\.u64 (%rd\d+), %rd\d+, %r\d+;)", r"\1 add.s64 \2, \2, 1;"),
     Fault("one more element behind the last", RAGGED, r"setp\.lt\.s64", "setp.le.s64"),
     Fault("one element less behind the vectors", RAGGED, r"setp\.ge\.s64", "setp.gt.s64", found="times"),
     Fault("single elements are not written", RAGGED, r"st\.global\S*\.f32 [^;]*;", "", found="times"),
@@ -82,6 +83,7 @@ OF_VALUES = (
     Fault("a value is clipped on the wrong side", VECTORS, r"\bmin(\S*\.f32)", r"max\1"),
     Fault("bfloat16 is rounded as float16", BFLOAT16, r"cvt\.rn\.bf16", "cvt.rn.f16"),
     Fault("another multiplier of Philox", PORTABLE, r"-766435501\b", "-766435503"),
+    Fault("Philox counts every other element", PORTABLE, r"shr\.u64 (%rd\d+), (%rd\d+), 2;", r"shr.u64 \1, \2, 1;"),
     Fault("another key of Philox", PORTABLE, r"-1640531527\b", "-1640531529"),
     Fault("another multiplier of torch's Philox", TORCH_SINGLE, r"-845247145\b", "-845247147"),
 )

@@ -85,10 +85,22 @@ def test_counts_in_between_pass_on_what_came_before():
 
 
 @pytest.mark.parametrize(("behind", "raced"), [("membar.gl;", True), ("membar.gl; bar.warp.sync -1;", False)])
-def test_a_shuffle_orders_nothing(behind, raced):
+def test_a_shuffle_passes_on_no_acquire(behind, raced):
     """Lane 1 learns of the count by a shuffle. Its own fence is no acquire: it has read nothing."""
     told = "shfl.sync.idx.b32 %r4, %r4, 0, 31, -1;"
     assert bool(last_reads("membar.gl;", behind=behind, reader=1, shared=told)) == raced
+
+
+@pytest.mark.parametrize(
+    ("read_first", "shuffle", "raced"), [(True, True, False), (True, False, True), (False, True, True)]
+)
+def test_a_shuffle_passes_on_what_was_read(read_first, shuffle, raced):
+    """Lane 0 reads what lane 1 then overwrites: the value goes from one to the other; or the other way round."""
+    one = "setp.ne.s32 %p1, %r1, 0; setp.ne.s32 %p2, %r1, 1; mov.u32 %r4, 7;"
+    read, write = "@!%p1 ld.global.u32 %r4, [%rd1];", "@!%p2 st.global.u32 [%rd1], %r4;"
+    told = "shfl.sync.idx.b32 %r4, %r4, 0, 31, -1;" if shuffle else ""
+    steps = (read, told, write) if read_first else (write, told, read)
+    assert bool(run(one + "".join(steps), blocks=1)[0]) == raced
 
 
 def test_who_has_observed_a_count_may_reset_it():

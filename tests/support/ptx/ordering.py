@@ -2,7 +2,8 @@
 
 Program order, barriers, and synchronisation do that: a release (a fence, then a strong write) before an acquire (a
 strong read, then a fence) that observes it, also through updates in between. A strong access happens before all that
-follows an access that has observed it. A shuffle orders nothing.
+follows an access that has observed it. A shuffle orders nothing but a read ahead of it and a write behind it, as a lane
+has read what it passes on to another that stores it. (Whether a shuffle passes on just that value is not followed.)
 
 Two tables for each thread hold points in its program: ``ways_in``, where what it did so far is passed on (barriers,
 releases), and ``ways_out``, where it learns what others did (barriers, acquires). Points are nodes of a graph, and an
@@ -39,6 +40,7 @@ class Ordering:
         self._ways_in: dict[int, list[Point]] = defaultdict(list)
         self._ways_out: dict[int, list[Point]] = defaultdict(list)
         self._fences: dict[int, list[int]] = defaultdict(list)
+        self._shuffles: dict[int, list[int]] = defaultdict(list)
         self._strong: dict[int, list[Point]] = defaultdict(list)
         self._edges: dict[Node, set[Node]] = defaultdict(set)
         for order in trace.orders:
@@ -67,10 +69,18 @@ class Ordering:
                 ends |= {other.node for other in observed if other.sequence < sequence}
         return any(not ends.isdisjoint(self._reached(start)) for start in starts)
 
+    def passed_on(self, read: tuple[int, int], write: tuple[int, int]) -> bool:
+        """Whether a shuffle of one warp lies behind a read of one of its threads, and ahead of a write of another."""
+        (begin, reader), (end, writer) = read, write
+        common = set(self._shuffles[reader]) & set(self._shuffles[writer])
+        return reader // LANES == writer // LANES and any(begin < sequence < end for sequence in common)
+
     def _add_order(self, order: Order) -> None:
         for thread in order.threads.tolist():
             if order.kind == "fence":
                 self._fences[thread].append(order.sequence)
+            elif order.kind == "shuffle":
+                self._shuffles[thread].append(order.sequence)
             else:
                 point = Point(order.sequence, (order.kind, order.sequence, thread // self._units[order.kind]))
                 self._ways_in[thread].append(point)

@@ -93,4 +93,6 @@ def _in_order(writer: Found, other: Found, ordering: Callable[[], Ordering]) -> 
     if other[2] == WRITE and other < writer:  # found from the other side
         return True
     first, second = sorted((writer[:2], other[:2]))
-    return ordering().before(first, second)
+    if ordering().before(first, second):
+        return True
+    return other[2] == READ and writer[2] == WRITE and ordering().passed_on(other[:2], writer[:2])

@@ -21,8 +21,9 @@ def shuffle(
 ) -> tuple[Array, Array]:
     """Return the values of other lanes, or each lane's own where there is none, and where there is one.
 
-    ``every`` has the values of all threads of the wave. As PTX describes ``shfl``; it gives no order to memory.
+    ``every`` has the values of all threads of the wave. As PTX describes ``shfl``.
     """
+    wave.order("shuffle", threads)
     index = wave.members(threads)
     every = np.broadcast_to(every, wave.size)
     present = np.zeros(wave.size, np.bool_)

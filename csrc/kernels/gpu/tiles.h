@@ -86,7 +86,7 @@ FASTGUIDE_INLINE Vectors<V> load_vectors(const Launch& launch, uint32_t sample, 
   FASTGUIDE_UNROLL
   for (int k = 0; k < V::vectors; ++k) {
     vectors.place[k] = first + k * kTile;
-    vectors.whole[k] = vectors.start >= 0 && (k == 0 || k < launch.vectors) &&
+    vectors.whole[k] = vectors.start >= 0 && (k == 0 || uint32_t(k) < launch.vectors) &&
                        vectors.place[k] + kVector <= launch.a.elements_per_sample;
     if (vectors.whole[k]) vectors.raw[k] = load_inputs<V>(launch, sample, vectors.place[k]);
   }

@@ -31,8 +31,10 @@ except ImportError:
     raise SystemExit('fastguide: building needs a newer setuptools: pip install "setuptools>=77"') from None
 
 TORCH_FLOOR = runpy.run_path(str(Path(__file__).resolve().parent / "fastguide" / "_version.py"))["TORCH_FLOOR"]
+# -ffp-contract=off, -fmad=false: the formulas say where a product and a sum are joined, or an element's bits would
+# depend on its place, and the portable noise on the device.
 FLAGS = (
-    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
+    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math "
     "-Wall -Wextra -Werror=switch"  # a dtype that a switch forgets does not compile
 )
 INSTRUCTION_SETS = {"baseline": ""}
@@ -41,7 +43,6 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 
 CUDA_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # the PTX serves every other GPU from 8.0 on
-# -fmad=false: the formulas say where a product and a sum are joined, or an element's bits would depend on its place.
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wswitch,-Werror=switch --threads=2"
 
 
@@ -255,12 +256,11 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: compile {escape(source / 'binding' / f'{name}.cpp')}", f"  extra = {extra}"]
     for name, flags in INSTRUCTION_SETS.items():
-        # The portable noise stream is the same everywhere only if nothing is contracted: csrc/maths/philox.h.
-        for file, more in (("step", ""), ("noise", "-ffp-contract=off")):
+        for file in ("step", "noise"):
             objects.append(f"{file}_{name}.o")
             lines += [
                 f"build {file}_{name}.o: compile {escape(source / 'kernels' / 'cpu' / f'{file}.cpp')}",
-                f"  extra = -DFASTGUIDE_ISA={name} {flags} {more}",
+                f"  extra = -DFASTGUIDE_ISA={name} {flags}",
             ]
     libraries = f"{keep}-ltorch"
     if nvcc is not None:

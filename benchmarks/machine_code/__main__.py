@@ -21,6 +21,9 @@ from .figures import ARCHITECTURE, COMMITTED, Figures, measure, record, write
 from .launches import LARGE
 from .sass import compiler
 
+LATENCY = 5.0
+"""Microseconds below which a roofline says nothing: a launch alone takes about as long."""
+
 
 def main() -> int:
     """Print the table, or write the figures that a test compares with."""
@@ -69,7 +72,8 @@ def table(found: dict[str, Figures]) -> str:
         row = [label, f"{f.registers}", f"{f.blocks}", f"{f.in_flight / 1024:.0f} kB", f"{f.per_8_elements:.0f}"]
         for name in gpus:
             e = f.estimates[name]
-            row.append(f"{e.time:.0f} µs ({e.bound}, {e.issue_share:.0%})")
+            bound = f"{e.time:.0f} µs ({e.bound}, {e.issue_share:.0%})"
+            row.append(bound if e.time > LATENCY else "latency")
         rows.append(row)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([*lines, "", *_notes(found)])

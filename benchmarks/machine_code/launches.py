@@ -15,7 +15,7 @@ from tests.support.device_code import NAMES, Recorded, arguments_of, record
 from ..workloads import SCHEDULE
 from .thread import Constants, Memory, Region
 
-LARGE = (64, 4, 512, 512)
+LARGE, SMALL = (64, 4, 512, 512), (1, 4, 64, 64)
 STEPS, STEP = 50, 7
 MULTIPROCESSORS, THREADS = 132, 2048  # of an H100 and an H200, whose number decides how torch draws its noise
 
@@ -91,6 +91,8 @@ HOT = (
     Launch(
         "2 predictions, torch noise, cursor, float32 state, bfloat16 model", noise="torch", model=BFLOAT16, cursor=True
     ),
+    Launch("small, 2 predictions, no noise, float32", shape=SMALL),
+    Launch("small, 2 predictions, no noise, cursor, bfloat16 model", model=BFLOAT16, cursor=True, shape=SMALL),
     Launch("1 prediction, no noise, float32", predictions=1),
     Launch("1 prediction, no noise, bfloat16", predictions=1, state=BFLOAT16, model=BFLOAT16),
 )

@@ -23,6 +23,7 @@ from .timing import in_a_graph
 LARGE = (64, 4, 512, 512)  # 268 MB of float32: one tensor alone is larger than any cache
 SMALL = [(1, 4, 64, 64), (1, 16, 128, 128)]
 NOISES = ("none", "given", "torch", "portable")
+SMALL_REPEATS = 50  # of a small step in a graph
 CURSOR_STEPS = 1000  # of a loop that is not finished while its steps are timed
 
 
@@ -191,7 +192,10 @@ def measure_small() -> Iterator[dict[str, object]]:
         for noise in NOISES:
             s = GpuStep(shape, torch.float32, torch.bfloat16, noise)
             calls = contenders(s)
-            times, hosts = Times(calls, lambda call: gpu_microseconds(call, 50)), Times(calls, host_microseconds)
+            times, hosts = (
+                Times(calls, lambda call: gpu_microseconds(call, SMALL_REPEATS)),
+                Times(calls, host_microseconds),
+            )
             yield {
                 "name": f"small {shape}, noise {noise}",
                 "noise": noise,
@@ -206,7 +210,7 @@ def measure_cursor() -> Iterator[dict[str, object]]:
     for noise in ("none", "torch", "portable"):
         s = GpuStep(SMALL[0], torch.float32, torch.bfloat16, noise, cursor=True)
         calls = {name: s.fastguide(name) for name in backends()}
-        times = Times(calls, s.from_the_start(lambda call: gpu_microseconds(call, 50)))
+        times = Times(calls, s.from_the_start(lambda call: gpu_microseconds(call, SMALL_REPEATS)))
         hosts = Times(calls, s.from_the_start(host_microseconds))
         yield {
             "name": f"small {SMALL[0]}, noise {noise}, cursor",

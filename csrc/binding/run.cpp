@@ -30,7 +30,7 @@ void check_position(const StepArguments& a, bool is_cpu) {
   const bool varied = a.indices_stride != 0 || a.cursor_stride != 0;
   for (int64_t b = 0; on_host && b < (varied ? a.batch : 1); ++b) {
     const Position position = position_of(a, b);
-    STD_TORCH_CHECK(!is_live(position) || in_table(a, position), "index: expected values from 0 to ", a.steps - 1,
+    STD_TORCH_CHECK(!is_live(a, position) || in_table(a, position), "index: expected values from 0 to ", a.steps - 1,
                     ", got ", position.index);
   }
 }

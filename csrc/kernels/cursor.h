@@ -16,13 +16,16 @@ namespace fastguide {
 constexpr int kCursorColumns = 4, kCursorReaders = 3;
 
 struct Position {
-  int64_t index, first, end;
+  int64_t index, first, end;  // of a cursor; otherwise first and end are 0
 };
 
-FASTGUIDE_INLINE bool is_live(const Position& position) { return position.index < position.end; }  // not finished
+// Whether the sample is not finished.
+FASTGUIDE_INLINE bool is_live(const StepArguments& a, const Position& position) {
+  return a.cursor == nullptr || position.index < position.end;
+}
 
 FASTGUIDE_INLINE Position position_of(const StepArguments& a, int64_t sample) {
-  if (a.cursor == nullptr) return {a.indices != nullptr ? a.indices[sample * a.indices_stride] : a.index, 0, INT64_MAX};
+  if (a.cursor == nullptr) return {a.indices != nullptr ? a.indices[sample * a.indices_stride] : a.index, 0, 0};
   const int64_t* cursor = a.cursor + sample * a.cursor_stride;
   return {cursor[0], cursor[2], cursor[1]};
 }
@@ -54,14 +57,14 @@ FASTGUIDE_INLINE void write_timestep(const StepArguments& a, int64_t place, int6
 // share of the work, of `shares`. common is the position of a cursor that all samples have in common.
 FASTGUIDE_INLINE void advance(const StepArguments& a, const Position& common, int64_t share, int64_t shares) {
   if (a.cursor_stride == 0) {
-    if (!is_live(common) || !in_table(a, common)) return;
+    if (!is_live(a, common) || !in_table(a, common)) return;
     for (int64_t place = share; place < a.timestep_count; place += shares) write_timestep(a, place, common.index);
     if (share == 0) a.cursor[0] = common.index + 1;
     return;
   }
   for (int64_t sample = share; sample < a.batch; sample += shares) {
     const Position position = position_of(a, sample);
-    if (!is_live(position) || !in_table(a, position)) continue;
+    if (!is_live(a, position) || !in_table(a, position)) continue;
     for (int64_t place = sample; place < a.timestep_count; place += a.batch) write_timestep(a, place, position.index);
     a.cursor[sample * a.cursor_stride] = position.index + 1;
   }
@@ -70,7 +73,7 @@ FASTGUIDE_INLINE void advance(const StepArguments& a, const Position& common, in
 // Whether torch's stream advances: a finished sample draws nothing, nor does a step of a loop that adds no noise.
 FASTGUIDE_INLINE bool draws_from(const StepArguments& a, const Position& position) {
   if (a.cursor == nullptr) return true;
-  if (!is_live(position) || !in_table(a, position)) return false;
+  if (!is_live(a, position) || !in_table(a, position)) return false;
   return a.double_precision ? row_at<double>(a, position.index).out_noise != 0.0
                             : row_at<float>(a, position.index).out_noise != 0.0f;
 }

@@ -3,8 +3,8 @@
 // The torch stream has the values of torch.randn on a GPU, whose kernel distributes them over its own grid. The
 // portable stream is keyed by a sample's seed and counted by step and element. It has the same bits everywhere, because
 // it is made of integer operations and of single float operations that every device rounds alike. Therefore
-//   - no product that is rounded may be contracted with a sum: files for the host that use the portable stream are
-//     compiled with -ffp-contract=off, and on a device the intrinsics forbid it;
+//   - no product that is rounded may be contracted with a sum: setup.py's flags forbid it on the host, and the
+//     intrinsics on a device;
 //   - fastguide/step/noise.py and fastguide/step/backends/triton_noise.py have the same operations in the same order.
 #pragma once
 

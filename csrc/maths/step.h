@@ -98,16 +98,16 @@ FASTGUIDE_INLINE float exponential(float x) {
   return expf(x);
 #else
   const float bounded = x > 89.0f ? 89.0f : (x < -104.0f ? -104.0f : x);
-  const float shifted = bounded * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const float shifted = fused(bounded, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23: rounds to an integer
   const float n = shifted - 12582912.0f;
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, bounded));
   float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = fused(p, r, 1.3981999507e-3f);
+  p = fused(p, r, 8.3334519073e-3f);
+  p = fused(p, r, 4.1665795894e-2f);
+  p = fused(p, r, 1.6666665459e-1f);
+  p = fused(p, r, 5.0000001201e-1f);
+  p = fused(p * r, r, r) + 1.0f;
   uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   const int32_t exponent = int32_t(bits - 0x4B400000u);  // the integer n; of NaN, any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.measure import gpu
+from benchmarks.measure import gpu, timing
 
 
 @pytest.fixture
@@ -99,17 +100,24 @@ def test_a_loop_s_step_is_timed_from_the_start(noise):
         timed(gpu.CURSOR_STEPS)
 
 
+def test_a_loop_is_long_enough_for_what_is_timed():
+    replays = inspect.signature(timing.in_a_graph).parameters["replays"].default
+    host_calls = inspect.signature(gpu.host_microseconds).parameters["calls"].default
+    assert timing._WARM_UPS + replays * gpu.SMALL_REPEATS < gpu.CURSOR_STEPS
+    assert host_calls < gpu.CURSOR_STEPS
+
+
 def test_what_misses_its_target_is_named():
     """Large steps are judged by the share of a copy's bandwidth if their state is float32."""
     large = {"name": "large", "noise": "none", "state": "float32", "share_of_copy": {"native": 0.91}, "errors": {}}
     large["microseconds"] = {"native": 100.0, "torch.compile": 90.0}
     small = {"name": "small", "gpu_microseconds": {"triton": 3.1}, "host_microseconds": {"triton": 9.0}}
-    cursor = {"name": "cursor", "gpu_microseconds": {"triton": 2.4}, "host_microseconds": {"triton": 11.0}}
+    cursor = {"name": "cursor", "gpu_microseconds": {"triton": 2.4}, "host_microseconds": {"triton": 21.0}}
     assert gpu_check.misses({"large": [large], "small": [small], "cursor": [cursor]}) == [
         "large: native reaches 91.0% of the copy's bandwidth, expected 92%",
         "large: native takes 100.00 us, torch.compile 90.00 us",
         "small: triton gpu 3.1 us, expected 3.0",
-        "cursor: triton host 11.0 us, expected 10.0",
+        "cursor: triton host 21.0 us, expected 20.0",
     ]
     noisy = large | {"noise": "portable", "microseconds": {}}
     assert gpu_check.misses({"large": [noisy | {"share_of_copy": {"native": 0.86}}]}) == []

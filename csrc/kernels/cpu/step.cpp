@@ -343,7 +343,7 @@ bool is_in_place(const StepArguments& a) {
 template <typename T>
 void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t end) {
   const Position position = position_of(a, sample);
-  if (!is_live(position)) return;
+  if (!is_live(a, position)) return;
   const T* weights =
       static_cast<const T*>(a.weights) + position.index * a.weights_step_stride + sample * a.weights_batch_stride;
   const Row<T> row = with_gradient_scale(row_at<T>(a, position.index), gradient_scale(weights, a.num_predictions));

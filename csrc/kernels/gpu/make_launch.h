@@ -17,7 +17,8 @@ FASTGUIDE_INLINE bool begins_aligned(const void* data, int64_t batch, int64_t ba
   return reinterpret_cast<int64_t>(data) % 16 == 0 && (batch <= 1 || batch_stride * element_bytes(element) % 16 == 0);
 }
 
-// A launch of at most so many tiles has a vector a thread: it is done sooner where more of the GPU takes part.
+// A launch of at most so many tiles has a vector a thread, so that more of the GPU takes part. The number is an
+// assumption, of about what the largest GPUs run at once: it was not measured.
 #if !defined(FASTGUIDE_FEW_TILES)  // the tests choose it
 #define FASTGUIDE_FEW_TILES 1024
 #endif
@@ -25,8 +26,8 @@ FASTGUIDE_INLINE bool begins_aligned(const void* data, int64_t batch, int64_t ba
 FASTGUIDE_INLINE void set_tiles(Launch& launch) {
   const StepArguments& a = launch.a;
   const int64_t size = a.elements_per_sample, single_tiles = (size + kTile - 1) / kTile;
-  const bool has_two = (a.num_predictions == 1 || a.num_predictions == 2) && !has_extras(a);
-  launch.vectors = has_two && a.batch * single_tiles > FASTGUIDE_FEW_TILES ? kMaxVectors : 1;
+  const int most = single_tiles > 1 ? most_vectors(a.num_predictions, has_extras(a)) : 1;
+  launch.vectors = a.batch * single_tiles > FASTGUIDE_FEW_TILES ? most : 1;
   const int64_t vector_tiles = (single_tiles + launch.vectors - 1) / launch.vectors;
   const int64_t tiles_per_sample = vector_tiles + (!launch.aligned || size % kVector != 0);
   launch.vector_tiles = uint32_t(vector_tiles);

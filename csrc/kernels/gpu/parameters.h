@@ -45,6 +45,12 @@ struct Launch {
   bool per_sample;              // samples differ in their row or weights
 };
 
+// The most vectors of a thread. Two share what a thread does once; those of other kernels would need too many
+// registers.
+FASTGUIDE_INLINE constexpr int most_vectors(int predictions, bool extras) {
+  return (predictions == 1 || predictions == 2) && !extras ? kMaxVectors : 1;
+}
+
 // What a kernel is compiled for. predictions: 1, 2, or 0 for a number known at run time. extras: any of gradient,
 // learned variance and mask, see has_extras; kernels with extras take Noise::given also for a step without noise.
 template <int predictions_, bool extras_, Noise noise_, bool original_, bool staged_>
@@ -53,8 +59,7 @@ struct Variant {
   static constexpr bool extras = extras_, original = original_, staged = staged_;
   static constexpr Noise noise = noise_;
   static constexpr bool draws = noise == Noise::torch_stream || noise == Noise::portable;
-  // Two hide more latency, and share what a thread does once. Those of other variants need too many registers.
-  static constexpr int vectors = predictions > 0 && !extras ? kMaxVectors : 1;
+  static constexpr int vectors = most_vectors(predictions, extras);
 };
 
 // Whether the step has a tensor that only kernels with extras read.

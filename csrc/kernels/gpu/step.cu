@@ -1,4 +1,4 @@
-// The CUDA kernels: a grid of thread.h's threads, one kernel for each variant, and the launch. Raw pointers only.
+// The CUDA kernels: a grid of tiles.h's threads, one kernel for each variant, and the launch. Raw pointers only.
 #include <cuda_runtime.h>
 
 #include "kernels/gpu/launch.h"
@@ -34,7 +34,10 @@ __device__ int64_t* readers_of(const StepArguments& a) {
 __device__ unsigned count_released(unsigned* number) {
 #if defined(__CUDA_ARCH__)
   unsigned before;
-  asm volatile("atom.add.release.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(number) : "memory");
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(number))
+               : "memory");
   return before;
 #else
   return atomicAdd(number, 1u);
@@ -46,7 +49,7 @@ __device__ unsigned count_released(unsigned* number) {
 __device__ bool reads_last(const StepArguments& a, const Position& position, uint64_t offset) {
   int64_t* readers = readers_of(a);
   if (readers == nullptr) return false;
-  __syncthreads_or(int(position.index + position.first + position.end + int64_t(offset)));
+  __syncthreads_or(int(uint64_t(position.index) + uint64_t(position.first) + uint64_t(position.end) + offset));
   if (threadIdx.x != 0) return false;
   return count_released(reinterpret_cast<unsigned*>(readers)) == gridDim.x - 1;
 }

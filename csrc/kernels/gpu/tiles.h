@@ -116,7 +116,7 @@ FASTGUIDE_INLINE void step_singles(const Launch& launch, const SampleRow& r, con
 // position is that of the tile's sample.
 template <typename V>
 FASTGUIDE_INLINE void step_tile(const Launch& launch, const Vectors<V>& vectors, const Position& position, int thread) {
-  if (!is_live(position)) return;
+  if (!is_live(launch.a, position)) return;
   const SampleRow r = row_of<V>(launch, vectors.sample, position);
   FASTGUIDE_UNROLL
   for (int k = 0; k < V::vectors; ++k) {
@@ -147,7 +147,7 @@ FASTGUIDE_INLINE Single load_torch_single(const Launch& launch, uint32_t sample,
 template <typename V>
 FASTGUIDE_INLINE void step_torch_single(const Launch& launch, const Single& single, const TorchStream& stream,
                                         const Position& position) {
-  if (!is_live(position) || single.place >= launch.a.elements_per_sample) return;
+  if (!is_live(launch.a, position) || single.place >= launch.a.elements_per_sample) return;
   const SampleRow r = row_of<V>(launch, single.sample, position);
   step_single<V>(launch, r, single.bits, stream, single.sample, single.place);
 }
@@ -170,7 +170,7 @@ FASTGUIDE_INLINE uint32_t torch_units(const StepArguments& a) {  // the number o
 template <typename V>
 FASTGUIDE_INLINE void torch_vector_tile(const Launch& launch, const TorchStream& stream, const Position& position,
                                         uint32_t tile, int thread, float* shared) {
-  if (!is_live(position)) return;
+  if (!is_live(launch.a, position)) return;
   const StepArguments& a = launch.a;
   const uint32_t unit = tile * kThreads + thread, call = quotient(unit, launch.units_per_call);
   const uint32_t torch_thread = (unit - call * launch.units_per_call.divisor) * kVector;

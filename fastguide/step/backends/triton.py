@@ -41,8 +41,8 @@ _NONE, _GIVEN = SOURCES.index("none"), SOURCES.index("given")
 _TORCH_STREAM, _PORTABLE = SOURCES.index("torch_stream"), SOURCES.index("portable")
 
 OPTIONS = {"enable_fp_fusion": False}
-"""Options of every compilation: products and sums are not joined, so that a step's bits do not depend on its variant,
-nor the portable stream's on the device."""
+"""Options of every compilation: products and sums are joined where the kernel says so, and nowhere else, so that a
+step's bits do not depend on its variant, nor the portable stream's on the device."""
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 """Kernels by what each was compiled for. Triton would find them too, but takes longer than a small step."""

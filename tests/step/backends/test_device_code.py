@@ -102,7 +102,7 @@ def test_an_index_outside_of_the_table_makes_its_sample_nan(noise, size):
     """No memory is read at the index: the last of these would lead to addresses that do not exist."""
     for scales in ("one", "both"):
         case = Case(6, size, noise, 2, True, True, False, True, 2, False, scales=scales, indices="per sample")
-        case.bad_indices = {1: -1, 2: STEPS, 4: 2**40, 5: -(2**40)}
+        case.bad_indices = {1: -1, 2: STEPS, 3: 2**63 - 1, 4: 2**40, 5: -(2**40)}
         case.run()
 
 
@@ -139,7 +139,7 @@ def test_tiles_of_a_launch(size, address, stride, tiles):
 
 
 def test_vectors_of_a_thread():
-    """Two, in launches of more tiles than a GPU runs at once, and of kernels that have registers for them."""
+    """Two, in launches of many tiles, of samples of more than one, and of kernels that have registers for them."""
 
     def vectors(batch, **more):
         grid = device_code.module().grid({**plain_tensors(2048, 4096, 2048, batch), **more})
@@ -149,6 +149,8 @@ def test_vectors_of_a_thread():
     for predictions in (one, two):
         assert vectors(512, **predictions) == (1, 1024)
         assert vectors(513, **predictions) == (2, 513)
+    grid = device_code.module().grid(plain_tensors(1024, 4096, 1024, 2000, **two))
+    assert (grid["vectors"], grid["tiles"]) == (1, 2000)
     assert vectors(513, gradient=(4096, 2048, 0), **one) == (1, 1026)
     assert vectors(513) == vectors(513, predictions=[(4096, 2048, 0)] * 3) == (1, 1026)
 

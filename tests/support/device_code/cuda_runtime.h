@@ -1,7 +1,8 @@
 // Replaces CUDA's header of this name, so that a host compiler compiles csrc/kernels/gpu/step.cu unchanged.
 //
 // A launch is a loop over blocks and threads (in device_code.cpp). Thread 0 runs last in its block: what it does behind
-// a barrier then comes after what the others do before it, and the kernels need the barrier for nothing else.
+// a barrier then comes after what the others do before it. That a vote waits for what it is given, that the last block
+// has read before it writes, and that its threads share its work: all this is left to the interpreter of PTX.
 #pragma once
 
 #include <cstddef>

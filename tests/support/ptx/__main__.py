@@ -6,6 +6,7 @@ python -m tests.support.ptx [--arch 90] [--triton]
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -50,6 +51,21 @@ def compiled_ptx(architecture: int) -> str:
         return file.read_text()
 
 
+def why_not(chosen: argparse.Namespace) -> str | None:
+    """Name what is missing."""
+    from fastguide.step.backends import native
+    from tests.support import device_code
+    from tests.support.machine_code import tool
+
+    if chosen.triton:
+        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    if chosen.arch is None and (not native.LIBRARY.exists() or "PTX" not in native.cuda_code()):
+        return "the native library is not built, or holds no PTX; fastguide info says why"
+    if chosen.arch is None and tool() is None:
+        return "there is no cuobjdump: neither Triton nor a CUDA toolkit that has it is installed"
+    return device_code.why_not()
+
+
 def main(chosen: argparse.Namespace) -> int:
     """Run, and print a summary; 1 if a case failed."""
     import torch
@@ -59,6 +75,10 @@ def main(chosen: argparse.Namespace) -> int:
     from tests.support.ptx import far, listed
     from tests.support.ptx.step import Comparison, Library
 
+    reason = why_not(chosen)
+    if reason is not None:
+        print(f"not run: {reason}", file=sys.stderr)
+        return 1
     torch.set_num_threads(1)
     start, library, distant = time.monotonic(), None, []
     if chosen.triton:

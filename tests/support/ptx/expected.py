@@ -17,7 +17,7 @@ from tests.support.ptx.placement import Placement
 from tests.support.torch_randn import curand_box_muller
 
 HALF_UNIT = 2.0**-24  # of float32's rounding, relatively
-OPERATIONS = 16  # so many roundings of a sum's terms
+OPERATIONS = 4  # so many roundings of a sum's terms; 2.4 were seen
 NEAR_OVERFLOW = 2.0**118  # factors of a thousand from float32's greatest value
 PORTABLE_LIMIT = 7.0  # the portable stream has no greater values
 OUTPUTS = ("out", "original", "staged")

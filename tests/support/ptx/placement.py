@@ -14,7 +14,7 @@ from tests.support.ptx.cases import DTYPES, STEPS, Case
 from tests.support.ptx.memory import INITIALISED, INPUT, READ, WRITE, Memory
 
 SPECIAL_VALUES = (torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-40, 6e-8, 65504.0, 3e38, -3e38, 1e-7)
-BAD_INDICES = {0: -1, 2: STEPS, 3: 2**40, 5: -(2**40)}  # by sample
+BAD_INDICES = {0: -1, 2: STEPS, 3: 2**40, 4: 2**63 - 1, 5: -(2**40)}  # by sample
 CHANGED = READ | WRITE | INITIALISED
 
 

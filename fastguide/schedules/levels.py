@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -28,9 +29,24 @@ class Levels(NamedTuple):
         """Return the levels (sqrt(abar), sqrt(1 - abar))."""
         return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
 
+    @classmethod
+    def flow_matching(cls, sigmas: Tensor) -> Levels:
+        """Return the levels (1 - sigma, sigma) of the straight path (Lipman et al. 2023; Liu et al. 2023)."""
+        return cls(1 - sigmas, sigmas)
+
+    @classmethod
+    def variance_exploding(cls, sigmas: Tensor) -> Levels:
+        """Return the levels (1, sigma) of an unscaled sample (Song et al. 2021, section 3.4; Karras et al. 2022)."""
+        return cls(torch.ones_like(sigmas), sigmas)
+
     def at(self, places: Tensor | slice) -> Levels:
         """Return the levels at these indices."""
         return Levels(self.alpha[places], self.sigma[places])
+
+    @property
+    def is_flow_matching(self) -> bool:
+        """Whether alpha = 1 - sigma at every level, as ``flow_prediction`` needs it."""
+        return not bool(((self.alpha + self.sigma - 1).abs() > 1e-6).any())
 
     @property
     def radius(self) -> Tensor:

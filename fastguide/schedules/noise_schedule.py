@@ -115,6 +115,25 @@ class NoiseSchedule:
             raise ValueError("rescale_zero_terminal_snr: expected a schedule that falls, got a constant one")
         return self.from_alphas_cumprod(((roots - last) * (first / (first - last))).square())
 
+    def shift_snr(self, scale: float) -> NoiseSchedule:
+        """Return this schedule with its signal-to-noise ratio divided by ``scale``, as CogVideoX trains (scale 3).
+
+        ``abar / (scale + (1 - scale) * abar)`` (Yang et al. 2024, diffusers' ``snr_shift_scale``; Hoogeboom et al. 2023
+        for the idea).
+        """
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"scale: expected a positive number, got {scale!r}")
+        return self.from_alphas_cumprod(self.alphas_cumprod / (scale + (1 - scale) * self.alphas_cumprod))
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The sigma of each training timestep of the unscaled sample ``x_0 + sigma * epsilon``: sqrt(1/abar - 1).
+
+        Where abar is 0, it is that of abar = 2^-24, 4096, as in diffusers: no sample is infinite.
+        """
+        abar = torch.where(self.alphas_cumprod == 0, 2.0**-24, self.alphas_cumprod)
+        return ((1 - abar) / abar).sqrt()
+
     @property
     def levels(self) -> Levels:
         """The levels (alpha, sigma) = (sqrt(abar), sqrt(1 - abar)) of all training timesteps."""

@@ -1,0 +1,112 @@
+"""diffusers' own schedulers in float64, and whole loops over one beside a step table of ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import fastguide
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is the specification, and is not installed")
+
+SHAPE = (2, 3, 6, 5)
+SCALE = 3.0
+TOLERANCE = 1e-10
+
+
+class _InFloat64:
+    """A module in whose names float32 is float64."""
+
+    def __init__(self, module, wide):
+        self._module = module
+        self.float32 = wide
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
+@contextmanager
+def in_float64(scheduler_class: type) -> Iterator[None]:
+    """Let a scheduler's module compute in float64: its torch.float32 and np.float32, and torch's default dtype."""
+    module, default = sys.modules[scheduler_class.__module__], torch.get_default_dtype()
+    names = {"torch": _InFloat64(torch, torch.float64), "np": _InFloat64(np, np.float64)}
+    before = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    for name in before:
+        setattr(module, name, names[name])
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def model(x, t, condition):
+    """A fixed nonlinear model of sample, timestep and condition."""
+    return torch.tanh(0.7 * x + 0.3 * condition + torch.sin(torch.as_tensor(t, dtype=torch.float64) / 50)) - 0.2 * x
+
+
+def relative(ours, theirs):
+    """The relative error in the L2 norm."""
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-300)).item()
+
+
+def largest_error(table, name, config, set_timesteps, *, step=None, begin=0, draws_at_the_end=False):
+    """Run the scheduler of that name and our table over the same model, noise and guidance; compare all that both see.
+
+    Every model input, every timestep and every sample; the first sample is ``init_noise_sigma`` times a standard
+    normal one, or, from ``begin`` on, an arbitrary one. ``draws_at_the_end``: the last call draws noise, multiplies it
+    by 0, and so leaves the generator further on than a table does, whose last row adds none.
+    """
+    scheduler_class = getattr(diffusers, name)
+    ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
+    noise = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with in_float64(scheduler_class):
+        scheduler = scheduler_class(**config)
+        scheduler.set_timesteps(**set_timesteps)
+        if begin:
+            scheduler.set_begin_index(begin)
+        start = float(getattr(scheduler, "init_noise_sigma", 1.0))
+        reference = _run_theirs(scheduler, start * noise, begin, theirs, step or {})
+    assert table.init_noise_sigma == pytest.approx(start, rel=1e-12)
+    assert len(table) == len(scheduler.timesteps)
+    mine = _run_ours(table[begin:], table.init_noise_sigma * noise, ours)
+    if draws_at_the_end:
+        torch.randn(SHAPE, dtype=torch.float64, generator=ours)
+    assert torch.equal(ours.get_state(), theirs.get_state()), "the generators are not at the same place"
+    assert len(mine) == len(reference)
+    return max(
+        relative(a, b) for row, other in zip(mine, reference, strict=True) for a, b in zip(row, other, strict=True)
+    )
+
+
+def _run_theirs(scheduler, x, begin, generator, options):
+    seen = []
+    takes_generator = "generator" in scheduler.step.__code__.co_varnames
+    for t in scheduler.timesteps[begin:]:
+        given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        uncond, cond = model(given, t, 0.0), model(given, t, 1.0)
+        prediction = uncond + SCALE * (cond - uncond)
+        more = {"generator": generator} if takes_generator else {}
+        x = scheduler.step(prediction, t, x, **more, **options).prev_sample
+        seen.append((given, torch.as_tensor(t, dtype=torch.float64), x))
+    return seen
+
+
+def _run_ours(table, x, generator):
+    seen, given = [], table.first_in_scale * x
+    guidance = fastguide.ClassifierFree(SCALE)
+    for call, t in enumerate(table.host_timesteps):
+        predictions, staged = [model(given, t, 0.0), model(given, t, 1.0)], torch.empty_like(x)
+        x = fastguide.guided_step(
+            table, call, x, predictions, guidance, generator=generator, staged=staged, backend="reference"
+        )
+        seen.append((given, torch.tensor(t, dtype=torch.float64), x))
+        given = staged
+    return seen

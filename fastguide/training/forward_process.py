@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._counts import is_integer
+from ..schedules.flow import FlowSchedule
 from ..schedules.noise_schedule import NoiseSchedule
 from ..schedules.predictions import PredictionType, check_prediction_type
 from ..solvers.noising import conversion_table, noising_table, target_table
@@ -16,7 +17,7 @@ from ..step.guided_step import guided_step
 
 
 def add_noise(
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | FlowSchedule,
     original: Tensor,
     timestep: int | Tensor,
     noise: Tensor | None = None,
@@ -27,8 +28,10 @@ def add_noise(
 ) -> Tensor:
     """Return x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * noise (Ho et al. 2020, eq. 4).
 
+    Of a ``FlowSchedule``, (1 - sigma) * x_0 + sigma * noise (Lipman et al. 2023), at index i of its ``train_sigmas``.
+
     Args:
-        schedule: the noise schedule.
+        schedule: the noise schedule, or the flow's.
         original: x_0, shape (batch, ...).
         timestep: a training timestep, an int or an int64 tensor of shape () or (batch,) on the sample's device.
         noise: standard normal values of the shape of ``original``; or ``generator`` draws them, as in ``guided_step``.
@@ -45,7 +48,7 @@ def add_noise(
 
 
 def convert_prediction(
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | FlowSchedule,
     sample: Tensor,
     timestep: int | Tensor,
     prediction: Tensor,
@@ -58,19 +61,21 @@ def convert_prediction(
     """Return what a model would predict as ``target``, from what it predicts as ``source`` at the same noisy sample.
 
     ``epsilon``, ``sample`` (x_0), ``v_prediction`` and ``score`` = -epsilon / sqrt(1 - abar_t) are each linear in x_t
-    and any other (``fastguide.schedules.predictions`` cites the formulas).
+    and any other (``fastguide.schedules.predictions`` cites the formulas); and so, with a ``FlowSchedule``, is
+    ``flow_prediction`` = epsilon - x_0.
 
     Args:
-        schedule: the noise schedule.
+        schedule: the noise schedule, or the flow's.
         sample: x_t, shape (batch, ...).
         timestep: a training timestep, an int or an int64 tensor of shape () or (batch,) on the sample's device.
         prediction: shape of the sample.
-        source, target: ``"epsilon"``, ``"sample"``, ``"v_prediction"`` or ``"score"``.
+        source, target: ``"epsilon"``, ``"sample"``, ``"v_prediction"``, ``"score"`` or ``"flow_prediction"``.
         out, backend: as in ``guided_step``.
 
     Raises:
-        ValueError: the timestep has zero signal, where ``source`` does not determine ``target``; a timestep on another
-            device than the CPU is not looked at, and gives infinite or NaN values there.
+        ValueError: ``flow_prediction`` without a ``FlowSchedule``; or the timestep has zero signal, where ``source``
+            does not determine ``target``; a timestep on another device than the CPU is not looked at, and gives
+            infinite or NaN values there.
 
     >>> schedule, x, epsilon = NoiseSchedule.cosine(), torch.randn(2, 3), torch.randn(2, 3)
     >>> v = convert_prediction(schedule, x, 500, epsilon, "epsilon", "v_prediction")
@@ -85,7 +90,7 @@ def convert_prediction(
 
 
 def training_target(
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | FlowSchedule,
     original: Tensor,
     timestep: int | Tensor,
     noise: Tensor,
@@ -97,7 +102,8 @@ def training_target(
     """Return what a model is trained to predict at x_t = ``add_noise(schedule, original, timestep, noise)``.
 
     Computed from x_0 and the noise themselves, so that nothing is lost to the rounding of x_t, and defined where the
-    schedule has no signal. Arguments as in ``add_noise``; only ``"score"`` of abar = 1 would not be finite.
+    schedule has no signal; a flow's velocity is noise - x_0. Arguments as in ``add_noise``; only ``"score"`` of
+    abar = 1 would not be finite.
 
     >>> x, z = torch.randn(2, 3), torch.randn(2, 3)
     >>> torch.equal(training_target(NoiseSchedule.linear(), x, 7, z, "epsilon"), z)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..schedules.flow import FlowSchedule
 from ..schedules.noise_schedule import NoiseSchedule
 from ..schedules.predictions import PredictionType
 from .forward_process import add_noise, training_target
@@ -14,7 +15,7 @@ from .forward_process import add_noise, training_target
 
 def denoising_loss(
     model: Callable[[Tensor, Tensor], Tensor],
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | FlowSchedule,
     original: Tensor,
     *,
     prediction_type: PredictionType = "epsilon",
@@ -24,19 +25,19 @@ def denoising_loss(
 
     Args:
         model: ``model(x_t, t)`` for int64 t of shape (batch,); close over the conditions (and drop some of them).
-        schedule: the noise schedule.
+        schedule: the noise schedule; or a flow's, whose ``train_timesteps``, real numbers, t then is.
         original: clean data, shape (batch, ...).
         prediction_type: what the model predicts.
         generator: draws timesteps and noise; ``None``: torch's global generator.
     """
     noisy, timestep, noise = _noised(schedule, original, generator)
     target = training_target(schedule, original, timestep, noise, prediction_type)
-    return nn.functional.mse_loss(model(noisy, timestep), target)
+    return nn.functional.mse_loss(model(noisy, _told(schedule, timestep)), target)
 
 
 def classifier_loss(
     classifier: Callable[[Tensor, Tensor], Tensor],
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | FlowSchedule,
     original: Tensor,
     labels: Tensor,
     *,
@@ -46,19 +47,26 @@ def classifier_loss(
 
     Args:
         classifier: ``classifier(x_t, t) -> logits`` of shape (batch, classes), for int64 t of shape (batch,).
-        schedule: the noise schedule.
+        schedule: the noise schedule; or a flow's, whose ``train_timesteps``, real numbers, t then is.
         original: clean data, shape (batch, ...).
         labels: int64 of shape (batch,).
         generator: draws timesteps and noise; ``None``: torch's global generator.
     """
     noisy, timestep, _ = _noised(schedule, original, generator)
-    return nn.functional.cross_entropy(classifier(noisy, timestep), labels)
+    return nn.functional.cross_entropy(classifier(noisy, _told(schedule, timestep)), labels)
 
 
 def _noised(
-    schedule: NoiseSchedule, original: Tensor, generator: torch.Generator | None
+    schedule: NoiseSchedule | FlowSchedule, original: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = original.device
     timestep = torch.randint(len(schedule), original.shape[:1], device=device, generator=generator)
     noise = torch.randn(original.shape, dtype=original.dtype, device=device, generator=generator)
     return add_noise(schedule, original, timestep, noise), timestep, noise
+
+
+def _told(schedule: NoiseSchedule | FlowSchedule, timestep: Tensor) -> Tensor:
+    """Return what the model is told of a training timestep's index: float32 for a flow."""
+    if isinstance(schedule, NoiseSchedule):
+        return timestep
+    return schedule.train_timesteps.to(timestep.device, torch.float32)[timestep]

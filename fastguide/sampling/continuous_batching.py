@@ -105,7 +105,7 @@ class Slots:
         """Take in a request between two steps; nothing waits for the device, and nothing is captured again.
 
         Args:
-            x_T: its starting noise, shape (1, ...): of the shape, dtype and device of the first request's.
+            x_T: as in ``Sampler``, shape (1, ...): of the shape, dtype and device of the first request's.
             cond, uncond, labels: as in ``Sampler``, for a batch of one; of the first request's shapes.
             seed: of its noise, if its table adds any: the portable stream's.
             table: its model calls; by default the sampler's. A slice of a table starts in its middle.

@@ -20,7 +20,7 @@ def first_sample(
             if value is not None:
                 raise ValueError(f"{name}: expected image= with it, got None")
         check_defined(table, 0)
-        return x_T, 0, None
+        return _scaled(x_T, table.init_noise_sigma), 0, None
     _check_image(image, x_T)
     if strength is None and mask is None:
         raise ValueError("strength: expected a number from 0 to 1 with image=, or mask=, got None")
@@ -38,8 +38,15 @@ def first_sample(
     wide = torch.promote_types(x_T.dtype, torch.float32)
     if begin == 0 and mask is not None:  # from noise alone, as large as the samples of that level
         radius = math.hypot(alpha, sigma)
-        return x_T if math.isclose(radius, 1.0) else radius * x_T.to(wide), 0, mask
+        return _scaled(x_T, radius if table.init_noise_sigma == 1 else table.init_noise_sigma), 0, mask
     return alpha * image.to(wide) + sigma * x_T.to(wide), begin, mask
+
+
+def _scaled(x_T: Tensor, deviation: float) -> Tensor:
+    """Return noise of this standard deviation: x_T itself where that is 1."""
+    if math.isclose(deviation, 1.0):
+        return x_T
+    return deviation * x_T.to(torch.promote_types(x_T.dtype, torch.float32))
 
 
 def _first_call(table: StepTable, strength: float) -> int:

@@ -36,7 +36,7 @@ class Sampler:
             arguments. Returns a tensor of x's shape, or, with a learned variance, of twice its channels: prediction,
             then variance. It must neither write to x, t and the condition nor store them: the next step overwrites
             them.
-        table: from ``ddpm`` or ``ddim``; ``table[k:]`` starts at model call k. It may be replaced between calls.
+        table: from a solver such as ``ddim``; ``table[k:]`` starts at model call k. It may be replaced between calls.
         guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, ``Guidance.from_predictions``, or
             ``None``. It may be replaced between calls.
         dtype: what x is cast to for the model, such as ``torch.bfloat16``; ``None``: the sample's own. The sample has
@@ -154,8 +154,10 @@ class Sampler:
         """Sample from ``x_T``, which is left as it is, to x_0.
 
         Args:
-            x_T: the starting noise, shape (batch, ...), of the dtype that the sample shall have (float32). The model's
-                first input is ``table.first_in_scale * x_T``. With ``image``, standard normal values.
+            x_T: the starting noise, shape (batch, ...), of the dtype that the sample shall have (float32). Standard
+                normal values: the first sample is ``table.init_noise_sigma * x_T``, and the model's first input
+                ``table.first_in_scale`` times that. Both factors are 1 for DDPM and DDIM. Of a slice that begins
+                later, without ``image``: the sample at its level.
             cond: the condition, with the batch in front; with ``Composed``, a sequence of them, one for each scale.
             uncond: the null condition, or a negative one. Required where the guidance weighs an unconditional
                 prediction.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
@@ -63,6 +64,9 @@ class StepTable:
     """The level of each model call's sample, for image-to-image; ``None``: not known."""
     first_in_scale: float = 1.0
     """What the first sample is multiplied by to be the model's input; a row's ``in_scale`` is for the call after it."""
+    init_noise_sigma: float = 1.0
+    """The standard deviation of the first sample where it is noise alone: ``Sampler`` multiplies ``x_T`` by it. 1 in a
+    slice that begins later: that takes a sample at the level of its first call."""
     completes_step: tuple[bool, ...] = ()
     """For each model call, whether it completes a step of the solver; by default, each does."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -112,6 +116,7 @@ class StepTable:
         undefined: str | None = None,
         levels: Levels | None = None,
         first_in_scale: float = 1.0,
+        init_noise_sigma: float = 1.0,
         completes_step: Sequence[bool] | None = None,
         name: str = "step table",
     ) -> StepTable:
@@ -126,6 +131,7 @@ class StepTable:
             undefined: why some rows may be infinite; ``None``: all must be finite.
             levels: the level of each call's sample, two tensors of shape ``(calls,)``; ``None``: not known.
             first_in_scale: what the first sample is multiplied by to be the model's input.
+            init_noise_sigma: the standard deviation of the first sample where it is noise alone, positive.
             completes_step: for each call, whether it completes a step of the solver; ``None``: each does.
             name: for messages.
 
@@ -140,6 +146,8 @@ class StepTable:
         completes_step = (True,) * len(timesteps) if completes_step is None else tuple(completes_step)
         if len(completes_step) != len(timesteps):
             raise ValueError(f"completes_step: expected {len(timesteps)}, one a call, got {len(completes_step)}")
+        if not 0 < init_noise_sigma < math.inf:
+            raise ValueError(f"init_noise_sigma: expected a positive number, got {init_noise_sigma!r}")
         rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64, device="cpu")
         rows[:, _CLIP] = torch.inf
         rows[:, _IN_SCALE] = 1.0
@@ -154,7 +162,16 @@ class StepTable:
             if len(bad):
                 raise ValueError(f"columns: expected finite rows, got others at timestep {bad[0].item()}")
         return cls(
-            name, timesteps, rows, forms, learned_variance, undefined, levels, float(first_in_scale), completes_step
+            name,
+            timesteps,
+            rows,
+            forms,
+            learned_variance,
+            undefined,
+            levels,
+            float(first_in_scale),
+            float(init_noise_sigma),
+            completes_step,
         )
 
     @property
@@ -186,6 +203,7 @@ class StepTable:
             forms={form: values if isinstance(values, str) else values[part] for form, values in self.forms.items()},
             levels=None if self.levels is None else self.levels.at(part),
             first_in_scale=self.in_scales[start],
+            init_noise_sigma=self.init_noise_sigma if start == 0 else 1.0,
             completes_step=self.completes_step[part],
         )
 

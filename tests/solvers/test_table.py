@@ -38,6 +38,16 @@ def test_a_slice_begins_with_the_scale_of_the_row_before_it():
     assert not ddim(SCHEDULE, 5).scales_inputs
 
 
+def test_noise_alone_has_a_standard_deviation_where_the_table_begins():
+    table = flow_table(init_noise_sigma=14.6)
+    assert [table[k:].init_noise_sigma for k in range(3)] == [14.6, 1.0, 1.0]
+    assert table[:2].to("meta").init_noise_sigma == 14.6
+    assert ddim(SCHEDULE, 5).init_noise_sigma == 1.0
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="init_noise_sigma: expected a positive number"):
+            flow_table(init_noise_sigma=value)
+
+
 def test_levels_are_sliced_and_moved_with_the_rows():
     table = flow_table()[1:].to("meta")
     assert table.levels.alpha.tolist() == [0.5, 0.75]

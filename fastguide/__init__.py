@@ -5,8 +5,14 @@ from ._version import __version__ as __version__
 from .guidance import Classifier, ClassifierFree, Composed, Guidance
 from .sampling.sampler import Sampler
 from .sampling.trajectory import Trajectory
-from .schedules import NoiseSchedule
-from .solvers import ROW_COLUMNS, StepTable, ddim, ddpm
+from .schedules import FlowSchedule, NoiseSchedule, linear_quadratic_sigmas
+from .solvers import (
+    ROW_COLUMNS,
+    StepTable,
+    ddim,
+    ddpm,
+    flow_match_euler,
+)
 from .step.cursor import Cursor
 from .step.guided_step import guided_step
 from .step.inpainting import Inpainting
@@ -29,6 +35,7 @@ __all__ = [
     "ConditionDropout",
     "Cursor",
     "DeviceGenerator",
+    "FlowSchedule",
     "Guidance",
     "Inpainting",
     "NoiseSchedule",
@@ -42,7 +49,9 @@ __all__ = [
     "ddpm",
     "denoising_loss",
     "drop_condition",
+    "flow_match_euler",
     "guided_step",
+    "linear_quadratic_sigmas",
     "portable_noise",
     "training_target",
 ]

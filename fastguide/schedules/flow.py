@@ -150,8 +150,8 @@ class FlowSchedule:
         timesteps: Tensor | Sequence[float] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return where the steps begin, before any shift, and the timesteps that the caller gives."""
-        told = None if timesteps is None else given_sigmas("timesteps", timesteps, final=False)
-        begins = None if sigmas is None else given_sigmas("sigmas", sigmas, final=False)
+        told = None if timesteps is None else given_sigmas("timesteps", timesteps)
+        begins = None if sigmas is None else given_sigmas("sigmas", sigmas)
         if begins is None and told is not None:
             begins = told / len(self)
         if begins is None:

@@ -116,13 +116,14 @@ def timesteps_at(table: Tensor, sigmas: Tensor) -> Tensor:
     return (1 - weight) * low + weight * (low + 1)
 
 
-def given_sigmas(name: str, values: Tensor | Sequence[float], *, final: bool) -> Tensor:
-    """Return sigmas of a caller as float64 on the CPU; refuse them unless they fall strictly and are positive.
+def given_sigmas(name: str, values: Tensor | Sequence[float], *, least: int = 1, zero_last: bool = False) -> Tensor:
+    """Return a caller's sigmas (or timesteps) as float64 on the CPU; refuse them unless they fall and are positive.
 
     Args:
         name: of the argument, for messages.
-        values: the sigmas.
-        final: whether the last is the level that the last step leads to, which may be 0; then there are two or more.
+        values: the sigmas, strictly falling.
+        least: how many there have to be.
+        zero_last: whether the last may be 0.
     """
     try:
         dtype = torch.as_tensor(values).dtype
@@ -131,10 +132,9 @@ def given_sigmas(name: str, values: Tensor | Sequence[float], *, final: bool) ->
         raise TypeError(f"{name}: expected a tensor or a sequence of numbers, got {values!r}") from error
     if dtype == torch.bool or dtype.is_complex:
         raise TypeError(f"{name}: expected real numbers, got {dtype}")
-    least = 2 if final else 1
     if sigmas.dim() != 1 or len(sigmas) < least:
         raise ValueError(f"{name}: expected one dimension and at least {least} values, got {tuple(sigmas.shape)}")
-    positive = sigmas[:-1] if final else sigmas
+    positive = sigmas[:-1] if zero_last else sigmas
     if not bool(sigmas.isfinite().all()) or not bool((positive > 0).all()) or bool(sigmas[-1] < 0):
         raise ValueError(f"{name}: expected finite positive values, got {sigmas.tolist()}")
     if bool((sigmas.diff() >= 0).any()):

@@ -2,6 +2,14 @@
 
 from .ddim import ddim
 from .ddpm import VarianceType, ddpm
+from .flow_match_euler import flow_match_euler
 from .table import ROW_COLUMNS, StepTable
 
-__all__ = ["ROW_COLUMNS", "StepTable", "VarianceType", "ddim", "ddpm"]
+__all__ = [
+    "ROW_COLUMNS",
+    "StepTable",
+    "VarianceType",
+    "ddim",
+    "ddpm",
+    "flow_match_euler",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -42,6 +43,40 @@ def inpainting_columns(levels: Levels) -> dict[str, Tensor]:
 def x0_shift(levels: Levels) -> Tensor:
     """Return how far x_0 moves for s*g = 1, when epsilon moves by -sigma (Dhariwal & Nichol 2021, algorithm 2)."""
     return levels.sigma.square() / levels.alpha
+
+
+def gradient_forms(
+    columns: Mapping[str, Tensor], shift: Tensor, direct: Tensor, timesteps: Tensor, variance: Tensor | str
+) -> dict[str, Mapping[str, Tensor] | str]:
+    """Return a gradient's columns in each form, or the reason why it has none.
+
+    Args:
+        columns: the row's own.
+        shift: how far x_0 moves for s*g = 1, as epsilon moves by -sigma (``x0_shift``).
+        direct: how far the next sample moves besides: by the epsilon or velocity that the row takes itself.
+        timesteps: of the rows, for messages.
+        variance: of the step, by which the gradient moves its mean; or why there is none.
+    """
+    one, zero = torch.ones_like(shift), torch.zeros_like(shift)
+    before = {"x0_grad": shift / columns.get("x0_scale", one), "out_grad": direct}
+    after = {"out_grad": torch.where(columns.get("out_x0", zero) != 0, columns.get("out_x0", zero) * shift, 0) + direct}
+    return {
+        "epsilon": finite_or_reason(before, one, one, timesteps),
+        "epsilon_after_clip": finite_or_reason(after, one, one, timesteps),
+        "mean": variance if isinstance(variance, str) else {"out_grad": variance},
+    }
+
+
+def check_range(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    """Refuse what is not a number from ``low`` to ``high``; ``above``: or is ``low`` itself."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (above and value == low):
+        begin = f"above {low:g}" if above else f"from {low:g}"
+        end = " on" if high == math.inf and not above else "" if high == math.inf else f" to {high:g}"
+        raise ValueError(f"{name}: expected a number {begin}{end}, got {value!r}")
+
+
+NO_VARIANCE = "its steps have no variance to shift the mean by; use form='epsilon'"
 
 
 def finite_or_reason(

@@ -11,6 +11,9 @@ from .solvers import (
     StepTable,
     ddim,
     ddpm,
+    edm_euler,
+    euler,
+    euler_ancestral,
     flow_match_euler,
 )
 from .step.cursor import Cursor
@@ -49,6 +52,9 @@ __all__ = [
     "ddpm",
     "denoising_loss",
     "drop_condition",
+    "edm_euler",
+    "euler",
+    "euler_ancestral",
     "flow_match_euler",
     "guided_step",
     "linear_quadratic_sigmas",

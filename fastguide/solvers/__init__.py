@@ -2,6 +2,9 @@
 
 from .ddim import ddim
 from .ddpm import VarianceType, ddpm
+from .edm_euler import edm_euler
+from .euler import euler
+from .euler_ancestral import euler_ancestral
 from .flow_match_euler import flow_match_euler
 from .table import ROW_COLUMNS, StepTable
 
@@ -11,5 +14,8 @@ __all__ = [
     "VarianceType",
     "ddim",
     "ddpm",
+    "edm_euler",
+    "euler",
+    "euler_ancestral",
     "flow_match_euler",
 ]

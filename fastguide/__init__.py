@@ -9,12 +9,15 @@ from .schedules import FlowSchedule, NoiseSchedule, linear_quadratic_sigmas
 from .solvers import (
     ROW_COLUMNS,
     StepTable,
+    consistency,
     ddim,
     ddpm,
     edm_euler,
     euler,
     euler_ancestral,
     flow_match_euler,
+    lcm,
+    tcd,
 )
 from .step.cursor import Cursor
 from .step.guided_step import guided_step
@@ -47,6 +50,7 @@ __all__ = [
     "Trajectory",
     "add_noise",
     "classifier_loss",
+    "consistency",
     "convert_prediction",
     "ddim",
     "ddpm",
@@ -57,7 +61,9 @@ __all__ = [
     "euler_ancestral",
     "flow_match_euler",
     "guided_step",
+    "lcm",
     "linear_quadratic_sigmas",
     "portable_noise",
+    "tcd",
     "training_target",
 ]

@@ -9,6 +9,7 @@ from .schedules import FlowSchedule, NoiseSchedule, linear_quadratic_sigmas
 from .solvers import (
     ROW_COLUMNS,
     StepTable,
+    cogvideox_ddim,
     consistency,
     ddim,
     ddpm,
@@ -50,6 +51,7 @@ __all__ = [
     "Trajectory",
     "add_noise",
     "classifier_loss",
+    "cogvideox_ddim",
     "consistency",
     "convert_prediction",
     "ddim",

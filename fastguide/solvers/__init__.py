@@ -1,5 +1,6 @@
 """Solvers: each is a function that returns a step table, one file a family, the formula with its paper."""
 
+from .cogvideox_ddim import cogvideox_ddim
 from .consistency import consistency
 from .ddim import ddim
 from .ddpm import VarianceType, ddpm
@@ -15,6 +16,7 @@ __all__ = [
     "ROW_COLUMNS",
     "StepTable",
     "VarianceType",
+    "cogvideox_ddim",
     "consistency",
     "ddim",
     "ddpm",

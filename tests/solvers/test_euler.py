@@ -90,7 +90,7 @@ def test_a_schedule_without_signal_at_its_end_begins_at_a_finite_sigma():
         assert table.levels.sigma[0].item() == pytest.approx(4096, rel=1e-6)
         config = {**BETAS, **options, "rescale_betas_zero_snr": True}
         ancestral = solver is fastguide.euler_ancestral
-        assert largest_error(table, f"{name}Scheduler", config, STEPS, draws_at_the_end=ancestral) <= 1e-8
+        assert largest_error(table, f"{name}Scheduler", config, STEPS, draws_at_the_end=ancestral) <= TOLERANCE
 
 
 @pytest.mark.parametrize("begin", [1, 7, 19])

@@ -22,6 +22,7 @@ from .solvers import (
 )
 from .step.cursor import Cursor
 from .step.guided_step import guided_step
+from .step.history import History
 from .step.inpainting import Inpainting
 from .step.noise import DeviceGenerator, portable_noise
 from .training import (
@@ -44,6 +45,7 @@ __all__ = [
     "DeviceGenerator",
     "FlowSchedule",
     "Guidance",
+    "History",
     "Inpainting",
     "NoiseSchedule",
     "Sampler",

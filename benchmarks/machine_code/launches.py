@@ -37,6 +37,7 @@ class Launch:
     gradient: bool = False
     variance: bool = False
     masked: bool = False
+    history: bool = False
     few_tiles: int = 1024  # a launch of more has two vectors a thread, where its variant may
     offset: int = 0  # elements between a multiple of 16 bytes and each tensor
 
@@ -146,6 +147,8 @@ def elements(launch: Launch) -> tuple[dict[str, Tensor], list[Tensor]]:
         tensors["variance"] = make(launch.shape, launch.model)
     if launch.copies:
         tensors["staged"] = make(copies, launch.model)
+    if launch.history:
+        tensors["history"] = make((3 * launch.shape[0], *launch.shape[1:]), torch.float32)
     return tensors, [make(launch.shape, launch.model) for _ in range(launch.predictions)]
 
 

@@ -13,7 +13,7 @@
 
 namespace fastguide {
 
-constexpr int kAllArguments = static_cast<int>(Argument::known_noise) + 1;
+constexpr int kAllArguments = static_cast<int>(Argument::history) + 1;
 // Below this may lie a view of freed memory, which points as far from null as it begins.
 constexpr uint64_t kLeastAddress = uint64_t{1} << 44;
 

@@ -70,7 +70,8 @@ void read_tensors(const Operands& operands, const Layout& layout, StepArguments*
   a->batch = layout.batch;
   a->elements_per_sample = layout.elements_per_sample;
   for_each_output(*a, [&](Argument name, Output& output, int) {
-    const Tensor* tensor = name == Argument::staged ? nullptr : tensor_of(operands, name);  // see read_staged
+    const bool repeats = name == Argument::staged || name == Argument::history;  // see read_copies
+    const Tensor* tensor = repeats ? nullptr : tensor_of(operands, name);
     if (tensor != nullptr) output = output_of(name_of(name), *tensor, layout);
   });
   for_each_input(*a, [&](Argument name, Input& input) {
@@ -208,17 +209,26 @@ void read_noise(const Operands& operands, const Layout& layout, StepArguments* a
   }
 }
 
-void read_staged(const Tensor& staged, const Layout& layout, StepArguments* a) {
-  const int64_t samples = staged.dim() > 0 ? staged.sizes()[0] : 0;
-  STD_TORCH_CHECK(layout.batch > 0 ? samples > 0 && samples % layout.batch == 0 : samples == 0,
-                  "staged: expected a multiple of ", layout.batch, " samples, got ", samples);
-  a->staged_copies = layout.batch > 0 ? static_cast<int>(samples / layout.batch) : 0;
-  a->staged.batch_stride = check_layout("staged", staged, layout, samples);
-  STD_TORCH_CHECK(samples <= 1 || a->staged.batch_stride >= layout.elements_per_sample,
-                  "staged: expected samples that do not overlap");
-  a->staged.data = staged.mutable_data_ptr();
-  check_storage("staged", staged, layout);
-  a->staged.element = element_of("staged", staged);
+// Reads a tensor that holds the batch several times, and returns how often.
+int read_copies(const char* name, const Tensor& tensor, const Layout& layout, Output* output) {
+  const int64_t samples = tensor.dim() > 0 ? tensor.sizes()[0] : 0;
+  STD_TORCH_CHECK(layout.batch > 0 ? samples > 0 && samples % layout.batch == 0 : samples == 0, name,
+                  ": expected a multiple of ", layout.batch, " samples, got ", samples);
+  output->batch_stride = check_layout(name, tensor, layout, samples);
+  STD_TORCH_CHECK(samples <= 1 || output->batch_stride >= layout.elements_per_sample, name,
+                  ": expected samples that do not overlap");
+  output->data = tensor.mutable_data_ptr();
+  check_storage(name, tensor, layout);
+  output->element = element_of(name, tensor);
+  return layout.batch > 0 ? static_cast<int>(samples / layout.batch) : 0;
+}
+
+void read_history(const Tensor& history, const Layout& layout, StepArguments* a) {
+  a->history_slots = read_copies("history", history, layout, &a->history);
+  STD_TORCH_CHECK(a->history_slots <= kMaxSlots, "history: expected at most ", kMaxSlots, " slots, got ",
+                  a->history_slots);
+  STD_TORCH_CHECK(a->history.element == (a->double_precision ? Element::float64 : Element::float32),
+                  "history: expected the dtype of rows");
 }
 
 // ---- The operators ----
@@ -231,7 +241,8 @@ void read(const Operands& operands, const Layout& layout, std::vector<Input>* pr
   read_weights(operands.weights, layout, a);
   read_position(operands, layout, a);
   read_noise(operands, layout, a);
-  if (operands.staged.has_value()) read_staged(*operands.staged, layout, a);
+  if (operands.staged.has_value()) a->staged_copies = read_copies("staged", *operands.staged, layout, &a->staged);
+  if (operands.history.has_value()) read_history(*operands.history, layout, a);
 }
 
 // The boxed function of the operator: its arguments are the stack's entries.

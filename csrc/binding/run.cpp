@@ -39,8 +39,8 @@ void check_memory(const StepArguments& a) {
   const Extent layout{a.batch, a.elements_per_sample};
   for_each_output(a, [&](Argument output_name, const Output& output, int copies) {
     if (output.data == nullptr) return;
-    // A staged sample is written while the inputs of others are still to be read.
-    const bool never_shared = output_name == Argument::staged;
+    // A staged sample is written while the inputs of others are still to be read; the history is read as well.
+    const bool never_shared = output_name == Argument::staged || output_name == Argument::history;
     for_each_input(a, a.predictions, [&](Argument name, const Input& input) {
       if (never_shared || !may_be_output(name)) {
         check_apart(name_of(output_name), output, copies * layout.batch, name_of(name), input, layout);
@@ -49,11 +49,12 @@ void check_memory(const StepArguments& a) {
       }
     });
     if (never_shared) {
-      check_apart("staged", output, copies * layout.batch, "out", as_input(a.out), layout);
-      check_apart("staged", output, copies * layout.batch, "original", as_input(a.original), layout);
-      check_apart("staged", output, copies * layout.batch, "index", integers(a.indices, a.indices_stride),
-                  {a.batch, 1});
-      check_apart("staged", output, copies * layout.batch, "seeds", integers(a.seeds, a.seeds_stride), {a.batch, 1});
+      const char* name = name_of(output_name);
+      const int64_t samples = copies * layout.batch;
+      check_apart(name, output, samples, "out", as_input(a.out), layout);
+      check_apart(name, output, samples, "original", as_input(a.original), layout);
+      check_apart(name, output, samples, "index", integers(a.indices, a.indices_stride), {a.batch, 1});
+      check_apart(name, output, samples, "seeds", integers(a.seeds, a.seeds_stride), {a.batch, 1});
     }
   });
   check_overlap("out", a.out, "original", as_input(a.original), layout);

@@ -32,7 +32,9 @@ namespace fastguide {
   X(OptionalTensor, timestep) \
   X(OptionalTensor, mask) \
   X(OptionalTensor, known) \
-  X(OptionalTensor, known_noise)
+  X(OptionalTensor, known_noise) \
+  X(OptionalTensor, anchor) \
+  X(OptionalTensor, history)
 
 enum class Argument : int {
 #define FASTGUIDE_ENUMERATOR(type, name) name,
@@ -90,6 +92,8 @@ struct StepArguments {
   Output out, original;
   Output staged;  // the next model input: staged_copies times the batch, one after the other
   int staged_copies;
+  Output history;  // read too: history_slots times the batch, in the arithmetic's dtype
+  int history_slots;
   Input sample, gradient, variance;
   const Input* predictions;
   int num_predictions;
@@ -116,6 +120,7 @@ struct StepArguments {
   TorchStream torch_stream;
   // Where mask is 0, the next sample is `known`, noised by known_noise to its level.
   Input mask, known, known_noise;
+  Input anchor;  // what the last step wrote, where it is not the sample any more
   // Streams count elements in the order of a contiguous sample. A sample that is (inner, channels) in memory is counted
   // as (channels, inner); 1: contiguous.
   int64_t channels;
@@ -131,6 +136,7 @@ FASTGUIDE_INLINE void for_each_input(Arguments& a, const F& f) {
   f(Argument::mask, a.mask);
   f(Argument::known, a.known);
   f(Argument::known_noise, a.known_noise);
+  f(Argument::anchor, a.anchor);
 }
 
 // The same with predictions, which a GPU's launch has in another place.
@@ -148,6 +154,7 @@ FASTGUIDE_INLINE void for_each_output(Arguments& a, const F& f) {
   f(Argument::out, a.out, 1);
   f(Argument::original, a.original, 1);
   f(Argument::staged, a.staged, a.staged_copies);
+  f(Argument::history, a.history, a.history_slots);
 }
 
 // Whether out and original may be this input, element for element. The others are read after an output is written.

@@ -4,6 +4,8 @@
 //   x0  = clip(x0_scale*(x0_sample*x + x0_pred*m + x0_grad*s*g))    predicted original sample
 //   x'  = out_x0*x0 + out_sample*x + out_pred*m
 //       + (out_grad + out_var_grad*sigma^2)*s*g + out_noise*sigma*z
+//         + out_anchor*x_a + sum_h out_hist_h*H_h                   x_a: what x was before the caller changed it
+//   H[hist_slot] = hist_x0*x0 + hist_sample*x                       after the step has read the history
 //   sigma = exp((logvar_base + logvar_span*v) / 2) with a learned variance v, else 1
 //   x'  = mask*x' + (1-mask)*(known_sample*k + known_noise*z_k)     where a part k of x_0 is known, noised to x's level
 //   in_scale*x' is the input of the next model call
@@ -35,7 +37,15 @@ namespace fastguide {
   X(in_scale) \
   X(in_timestep) \
   X(known_sample) \
-  X(known_noise)
+  X(known_noise) \
+  X(out_anchor) \
+  X(out_hist_0) \
+  X(out_hist_1) \
+  X(out_hist_2) \
+  X(hist_slot) \
+  X(hist_x0) \
+  X(hist_sample) \
+  X(x0_noise)
 
 // The coefficients of one step, as they are in memory.
 template <typename T>
@@ -175,6 +185,26 @@ FASTGUIDE_INLINE T next_sample(const Row<T>& c, T x0, T x, T m, T g, T v, T z) {
     if constexpr (has_noise) next = fused(c.out_noise, z, next);
   }
   return next;
+}
+
+// The most slots of a history.
+constexpr int kMaxSlots = 3;
+
+template <typename T>
+FASTGUIDE_INLINE T history_factor(const Row<T>& c, int slot) {
+  return slot == 0 ? c.out_hist_0 : slot == 1 ? c.out_hist_1 : c.out_hist_2;
+}
+
+// Whether a step leaves something in one of the history's slots.
+template <typename T>
+FASTGUIDE_INLINE bool writes_history(const Row<T>& c, int slots) {
+  return c.hist_slot >= T(0) && c.hist_slot < T(slots);
+}
+
+// What a step leaves in the history for later ones.
+template <typename T>
+FASTGUIDE_INLINE T history_entry(const Row<T>& c, T x0, T x) {
+  return c.hist_sample != T(0) ? fused(c.hist_sample, x, c.hist_x0 * x0) : c.hist_x0 * x0;
 }
 
 // Puts the known part into the next sample. Where the mask is 0 or 1, only one of the two counts, even if the other is

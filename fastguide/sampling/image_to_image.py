@@ -33,6 +33,11 @@ def first_sample(
     begin = _first_call(table, 1.0 if strength is None else strength)
     if begin == len(table):
         return image, begin, mask
+    if begin and table.history_slots:
+        raise ValueError(
+            f"strength: expected 1 or 0, as {table.name} goes on from earlier calls; or a table that its solver makes "
+            f"with begin={begin}, and no strength"
+        )
     check_defined(table, begin)
     alpha, sigma = (float(values[begin]) for values in table.levels)
     wide = torch.promote_types(x_T.dtype, torch.float32)

@@ -68,6 +68,7 @@ class StateKey(NamedTuple):
     staged: bool  # whether the model's input is another tensor than the sample
     noise: str  # one of fastguide.step.noise.SOURCES
     inpainting: bool
+    history_slots: int  # of what calls leave for later ones
     originals: bool
     capacity: int  # rows
     calls_per_sample: bool  # whether each sample is at a model call of its own
@@ -118,6 +119,7 @@ class StateKey(NamedTuple):
             staged=copies > 1 or model_dtype != x.dtype or table.scales_inputs,
             noise=request.noise.source if slots is None else "portable",
             inpainting=request.inpainting is not None,
+            history_slots=table.history_slots,
             originals=originals,
             capacity=max(_SMALLEST_CAPACITY, 2 ** (capacity - 1).bit_length()),
             calls_per_sample=slots is not None,
@@ -176,16 +178,25 @@ class SamplerState:
         self.sample = empty_like(like).zero_()
         self.original = empty_like(like).zero_() if key.originals else None
         self.inpainting = [empty_like(like).zero_() for _ in range(3)] if key.inpainting else None
+        self.history = self._many(key.history_slots, self.rows_dtype) if key.history_slots else None
         self.staged: Tensor | None = None
         if key.staged:
-            copies = key.predictions if key.batched else 1
-            strides = (self.sample.numel() // max(self.batch, 1), *self.sample.stride()[1:])
-            shape = (copies * self.batch, *key.shape[1:])
-            self.staged = empty_strided(shape, strides, key.model_dtype, key.device).zero_()
+            self.staged = self._many(key.predictions if key.batched else 1, key.model_dtype)
+
+    def _many(self, copies: int, dtype: torch.dtype) -> Tensor:
+        """Return a tensor of the batch several times, in the sample's layout."""
+        strides = (self.sample.numel() // max(self.batch, 1), *self.sample.stride()[1:])
+        shape = (copies * self.batch, *self.key.shape[1:])
+        return empty_strided(shape, strides, dtype, self.key.device).zero_()
+
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        """The precision of the arithmetic."""
+        return torch.float64 if self.key.dtype == torch.float64 else torch.float32
 
     def _make_table_buffers(self) -> None:
         key = self.key
-        arithmetic = torch.float64 if key.dtype == torch.float64 else torch.float32
+        arithmetic = self.rows_dtype
         scales = self.batch if key.scales_per_sample else 1
         shape = (key.capacity, scales, key.predictions + 1)
         self.rows = torch.zeros(key.capacity, len(ROW_COLUMNS), dtype=arithmetic, device=key.device)
@@ -218,6 +229,7 @@ class SamplerState:
             mask=inpainting[0],
             known=inpainting[1],
             known_noise=inpainting[2],
+            history=self.history,
         )
 
     # ---- Between steps ----

@@ -32,11 +32,23 @@ ROW_COLUMNS = (
     "in_timestep",  # and this its timestep
     "known_sample",  # known_sample * x_0 + known_noise * z is a known image at the level of x'
     "known_noise",
+    "out_anchor",  # x' += out_anchor * xa + out_hist_0 * H_0 + ..., of the history's slots; xa is x, or what x was
+    "out_hist_0",  # before the caller changed it
+    "out_hist_1",
+    "out_hist_2",
+    "hist_slot",  # H[hist_slot] = hist_x0 * x0 + hist_sample * x, after the step has read it; -1: nothing is written
+    "hist_x0",
+    "hist_sample",
+    "x0_noise",  # x0_noise * z is added to the x0 that is returned, and not to the one that the step goes on with
 )
 """The names of a row's coefficients, in the order in which every kernel reads them (csrc/maths/step.h repeats it)."""
 
 _GRADIENT_COLUMNS = ("x0_grad", "out_grad", "out_var_grad")
 _CLIP, _IN_SCALE, _IN_TIMESTEP = (ROW_COLUMNS.index(name) for name in ("clip", "in_scale", "in_timestep"))
+_SLOT, _ANCHOR = ROW_COLUMNS.index("hist_slot"), ROW_COLUMNS.index("out_anchor")
+_OUT_HISTORY = tuple(ROW_COLUMNS.index(f"out_hist_{slot}") for slot in range(3))
+MAX_SLOTS = len(_OUT_HISTORY)
+"""The most slots of a history."""
 
 
 @dataclass(eq=False, repr=False)
@@ -77,6 +89,8 @@ class StepTable:
     adds_noise_anywhere: bool = field(init=False)
     undefined_rows: frozenset[int] = field(init=False)
     takes_predictions: bool = field(init=False)
+    history_slots: int = field(init=False)
+    """How many tensors of the sample's shape earlier calls leave for later ones: 0 to 3."""
     in_scales: tuple[float, ...] = field(init=False)
     """What the sample is multiplied by to be the input of each model call, and of one more after the last."""
     _token: object = field(init=False)
@@ -93,16 +107,18 @@ class StepTable:
         self.adds_noise = tuple((self.rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
         self.adds_noise_anywhere = any(self.adds_noise)
         self.undefined_rows = frozenset((~_finite_rows(self.rows)).nonzero().flatten().tolist())
+        self.history_slots = _slots(self.rows)
         self.in_scales = (self.first_in_scale, *self.rows[:, _IN_SCALE].tolist())
         self.scales_inputs = any(scale != 1 for scale in self.in_scales)
         of_prediction = [ROW_COLUMNS.index(name) for name in ("x0_pred", "out_pred")]
         self.takes_predictions = bool((self.rows[:, of_prediction] != 0).any())
         dtypes = (torch.float32, torch.float64) if self.device.type == "cpu" else (torch.float32,)
         self._device_rows = {
-            (form, dtype): values.to(self.device, dtype)
+            (form, dtype, anchored): (values if anchored else _without_anchor(values)).to(self.device, dtype)
             for form, values in [(None, self.rows), *self.forms.items()]
             if isinstance(values, Tensor)
             for dtype in dtypes
+            for anchored in ((False, True) if bool((values[:, _ANCHOR] != 0).any()) else (False,))
         }
 
     @classmethod
@@ -125,7 +141,7 @@ class StepTable:
         Args:
             timesteps: int64 or floating-point, of shape ``(calls,)``.
             columns: names of ``ROW_COLUMNS`` to float64 tensors of shape ``(calls,)``; absent: 0, no clip, in_scale 1,
-                in_timestep the timestep of the next row.
+                in_timestep the timestep of the next row, hist_slot -1.
             gradients: each ``GradientForm`` to its gradient columns, or to the reason why it has none.
             learned_variance: whether a step takes the model's variance output.
             undefined: why some rows may be infinite; ``None``: all must be finite.
@@ -152,9 +168,12 @@ class StepTable:
         rows[:, _CLIP] = torch.inf
         rows[:, _IN_SCALE] = 1.0
         rows[:-1, _IN_TIMESTEP] = timesteps[1:].to(rows.dtype)
+        rows[:, _SLOT] = -1.0
         _set_columns(rows, columns, ROW_COLUMNS)
         if not bool((rows[:, _CLIP] > 0).all()):
             raise ValueError("columns: expected positive values in 'clip'")
+        if not set(rows[:, _SLOT].tolist()) <= {-1.0, *map(float, range(MAX_SLOTS))}:
+            raise ValueError(f"columns: expected -1 or a slot from 0 to {MAX_SLOTS - 1} in 'hist_slot'")
         forms = {form: _with_gradient(rows, form, gradient) for form, gradient in (gradients or {}).items()}
         if undefined is None:
             finite = [_finite_rows(values) for values in (rows, *forms.values()) if isinstance(values, Tensor)]
@@ -195,6 +214,11 @@ class StepTable:
             raise ValueError(f"table: a row leads to the next timestep, so slices have step 1; got {calls!r}")
         if start >= stop:
             raise ValueError(f"table: the slice {start}:{stop} of {len(self)} steps is empty")
+        if start > 0 and self.history_slots:
+            raise ValueError(
+                f"table: {self.name} goes on from earlier calls, which a slice from {start} on would lack; expected a "
+                f"table that its solver makes with begin={start}"
+            )
         part = slice(start, stop)
         return replace(
             self,
@@ -235,15 +259,19 @@ class StepTable:
         """Forms in which a gradient has no use, each with the reason."""
         return {form: reason for form, reason in self.forms.items() if isinstance(reason, str)}
 
-    def device_rows(self, form: GradientForm | None, dtype: torch.dtype) -> Tensor:
+    def device_rows(self, form: GradientForm | None, dtype: torch.dtype, anchored: bool = False) -> Tensor:
         """Return the rows that a kernel reads: shape ``(calls, len(ROW_COLUMNS))``, on the table's device.
 
         Args:
             form: how a gradient enters; ``None``: there is no gradient.
             dtype: float32 or float64, the precision of the arithmetic.
+            anchored: whether the step has an anchor of its own; else the sample takes the anchor's part.
         """
-        rows = self._device_rows.get((form, dtype))
-        return rows if rows is not None else self._form(form).to(self.device, dtype)
+        rows = self._device_rows.get((form, dtype, anchored))
+        if rows is None:
+            values = self._form(form)
+            rows = (values if anchored else _without_anchor(values)).to(self.device, dtype)
+        return rows
 
     def _form(self, form: str | None) -> Tensor:
         values = self.forms.get(form) if form is not None else self.rows
@@ -280,6 +308,20 @@ def _set_columns(rows: Tensor, columns: Mapping[str, Tensor], allowed: tuple[str
         if column not in allowed:
             raise ValueError(f"columns: expected some of {allowed}, got {column!r}")
         rows[:, ROW_COLUMNS.index(column)] = values
+
+
+def _without_anchor(rows: Tensor) -> Tensor:
+    """Return the rows of steps whose anchor is the sample."""
+    rows = rows.clone()
+    rows[:, ROW_COLUMNS.index("out_sample")] += rows[:, _ANCHOR]
+    rows[:, _ANCHOR] = 0
+    return rows
+
+
+def _slots(rows: Tensor) -> int:
+    """Return how many slots the rows read or write."""
+    read = [slot + 1 for slot, column in enumerate(_OUT_HISTORY) if bool((rows[:, column] != 0).any())]
+    return max(0, *read, int(rows[:, _SLOT].max()) + 1)
 
 
 def _finite_rows(rows: Tensor) -> Tensor:

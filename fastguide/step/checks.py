@@ -15,6 +15,7 @@ from ..guidance import Guidance
 from ..solvers.table import StepTable
 from .backends.registry import Backend
 from .cursor import CURSOR_COLUMNS, Cursor
+from .history import History, check_history
 from .inpainting import Inpainting
 from .memory import DTYPES, counted_layout, dense_within_sample, empty_like, same_layout
 from .noise import DeviceGenerator
@@ -39,6 +40,8 @@ def validate(
     generator: Generator | None,
     seeds: Tensor | None,
     inpainting: Inpainting | None,
+    history: History | None,
+    anchor: Tensor | None,
     original: Tensor | None,
     out: Tensor | None,
     staged: Tensor | None,
@@ -61,6 +64,8 @@ def validate(
         _check_noise(sample, noise, generator, seeds, adds_noise)
     if inpainting is not None:
         _check_inpainting(inpainting)
+    if history is not None or table.history_slots:
+        check_history(history, table, index, sample)
     if not adds_noise:
         if noise is not None:
             _check_operand("noise", noise, sample, torch.is_grad_enabled())
@@ -71,17 +76,18 @@ def validate(
     mask, known, known_noise = _NOT_INPAINTING if inpainting is None else inpainting
     arguments = StepArguments._make((  # half the time of a call by position
         empty_like(sample) if out is None else out, original, staged, sample, inputs,
-        table.device_rows(guidance.form, dtype), guidance.weights(sample.device, dtype), row or 0, indices,
-        *optional_inputs, noise, seeds, None, 0, state, timestep, mask, known, known_noise,
+        table.device_rows(guidance.form, dtype, anchor is not None), guidance.weights(sample.device, dtype), row or 0,
+        indices, *optional_inputs, noise, seeds, None, 0, state, timestep, mask, known, known_noise,
+        anchor, history.entries if history is not None and history.slots else None,
     ))  # fmt: skip
     _check_layouts(arguments, stacked, out)
     if guidance.weights_from is not None:
         arguments = arguments._replace(weights=guidance.weights_for(inputs, sample.device, dtype))
     if generator is not None:
         _check_that_it_can_draw(generator, backend, sample, cursor)
-    if (staged is not None or generator is not None or not backend.checks_overlap) and not (
-        (out is None and original is None and staged is None) or torch.compiler.is_compiling()
-    ):
+    writes = out is not None or original is not None or staged is not None or history is not None
+    explained = staged is not None or history is not None or generator is not None or not backend.checks_overlap
+    if writes and explained and not torch.compiler.is_compiling():
         check_memory(arguments)
     return arguments, generator
 

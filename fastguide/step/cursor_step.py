@@ -34,7 +34,8 @@ class CursorStep:
         a = arguments
         self._inpainting = None if a.mask is None else Inpainting._make((a.mask, a.known, a.known_noise))
         backend = next((each for each in BACKENDS.values() if each.step is step), None)
-        self._backend = backend if backend is not None and backend.repeats and a.philox is None else None
+        can_repeat = backend is not None and backend.repeats and a.philox is None and a.history is None
+        self._backend = backend if can_repeat else None
         self._made = 0
         """Steps that the operator has made."""
         self._kinds: Kinds = (_ROWS,)

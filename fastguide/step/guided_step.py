@@ -15,6 +15,7 @@ from . import checks
 from .backends.registry import backend_for
 from .call import Call
 from .cursor import Cursor
+from .history import History
 from .inpainting import Inpainting
 from .noise import DeviceGenerator, draw
 from .overlaps import check_memory
@@ -34,6 +35,8 @@ def guided_step(
     generator: torch.Generator | DeviceGenerator | None = None,
     seeds: Tensor | None = None,
     inpainting: Inpainting | None = None,
+    history: History | None = None,
+    anchor: Tensor | None = None,
     original: Tensor | None = None,
     out: Tensor | None = None,
     staged: Tensor | None = None,
@@ -68,6 +71,11 @@ def guided_step(
             (batch,). The values of ``portable_noise(seeds, sample.shape, step=index)``, the same to the bit on every
             device and in every batch. The sample is contiguous or channels_last.
         inpainting: a known image: its part of the next sample is replaced by it, noised to that level.
+        history: what earlier steps of the loop left for later ones, for tables with ``history_slots``: a ``History`` of
+            the loop's own, which the step reads and writes. With an index on the host, its steps are checked to follow
+            each other.
+        anchor: what the last step wrote, where the caller has changed the sample since: solvers that go back to the
+            sample of an earlier call then go back to that. ``None``: the sample itself.
         original: where to write the predicted (clipped) original sample x_0 as well: a tensor of the sample's shape
             and layout within a sample, of any of its dtypes; ``None``: it is not written.
         out: where to write the next sample; it may be one of the inputs, whole. Otherwise a new tensor like the sample.
@@ -97,7 +105,8 @@ def guided_step(
         original, out, staged, backend,
     )  # fmt: skip
     kinds = None
-    if type(table) is StepTable and not is_dynamo_compiling():
+    goes_on = history is not None or anchor is not None
+    if type(table) is StepTable and not (goes_on or is_dynamo_compiling()):
         kinds = kinds_of.get(table._token)
     if kinds is not None:
         done = repeat(kinds, *call)
@@ -118,6 +127,8 @@ def guided_step(
         generator,
         seeds,
         inpainting,
+        history,
+        anchor,
         original,
         out,
         staged,
@@ -137,7 +148,10 @@ def guided_step(
         raise
     if increment and isinstance(generator, torch.Generator):
         generator.set_offset(generator.get_offset() + increment)
-    remember(table, guidance, Call(*call), chosen, arguments)
+    if history is not None:
+        history.note(index)
+    if not goes_on:
+        remember(table, guidance, Call(*call), chosen, arguments)
     return arguments.out
 
 

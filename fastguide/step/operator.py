@@ -51,6 +51,10 @@ class StepArguments(NamedTuple):
     """``Inpainting.mask``: 0 where the next sample is ``known``, noised by ``known_noise`` to its level."""
     known: Tensor | None = None
     known_noise: Tensor | None = None
+    anchor: Tensor | None = None
+    """What the last call wrote, where the caller has changed it since: the sample itself unless it is given."""
+    history: Tensor | None = None
+    """``History.entries``: slots of a sample each, one after the other along the batch, in the arithmetic's dtype."""
 
     def named_inputs(self) -> list[tuple[str, Tensor]]:
         """Return the tensors that are read element by element, each with its name in messages."""
@@ -66,12 +70,14 @@ class StepArguments(NamedTuple):
 
 def elementwise(a: StepArguments) -> tuple[Tensor | None, ...]:
     """Return the fields that have an element for each of the sample's; None where one is absent."""
-    return a.out, a.original, a.sample, a.gradient, a.variance, a.noise, a.mask, a.known, a.known_noise
+    return (
+        a.out, a.original, a.sample, a.gradient, a.variance, a.noise, a.mask, a.known, a.known_noise, a.anchor,
+    )  # fmt: skip
 
 
 ELEMENTWISE: tuple[str, ...] = elementwise(StepArguments._make(StepArguments._fields))  # type: ignore[assignment]
 """The names of those fields."""
-WRITTEN = ("out", "original", "staged", "philox", "cursor", "timestep")
+WRITTEN = ("out", "original", "staged", "philox", "cursor", "timestep", "history")
 """Fields that the step writes."""
 INPUTS = tuple(name for name in ELEMENTWISE if name not in WRITTEN)
 MAY_BE_OUTPUT = ("sample", "predictions", "gradient", "variance", "noise")

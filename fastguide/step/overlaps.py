@@ -22,6 +22,9 @@ def check_memory(arguments: StepArguments) -> None:
         ):
             raise ValueError("original: expected memory apart from out, got an overlap")
         others.append(("original", arguments.original))
+    if arguments.history is not None:  # it is read as well
+        _check_apart("history", arguments.history, others)
+        others.append(("history", arguments.history))
     if arguments.staged is not None:  # its samples are written while others' inputs are still to be read
         _check_apart("staged", arguments.staged, others)
 

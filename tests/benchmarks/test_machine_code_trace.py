@@ -38,12 +38,13 @@ def traced(prepared, block, number):
 
 def variants(noise):
     """Launches of every variant that has this noise, and of both ways to divide them."""
-    switches = itertools.product((1, 2, 3), (False, True), (False, True), (0, 2), DTYPES)
-    for predictions, extras, original, copies, model in switches:
+    switches = itertools.product((1, 2, 3), (False, True), (False, True), (False, True), (0, 2), DTYPES)
+    for predictions, extras, history, original, copies, model in switches:
         few = [((4, 4, 96, 96), 1024), ((4, 4, 96, 96), 0)]  # a vector a thread, and two where it may have two
         torches = [((4, 4, 256, 256), 1024), ((2, 8, 32), 1024)]
         for shape, few_tiles in torches if noise == "torch" else few:
             tensors = {"gradient": extras, "variance": extras, "masked": extras, "original": original, "copies": copies}
+            tensors["history"] = history
             state = torch.bfloat16 if model == torch.bfloat16 else torch.float32
             cursor = model == torch.float16
             yield Launch("", predictions, noise, state, model, shape, cursor=cursor, few_tiles=few_tiles, **tensors)
@@ -64,7 +65,8 @@ def test_a_thread_s_accesses_are_those_of_the_same_thread_on_the_host(noise):
         found = [access.address for access in (*trace.loads, *trace.stores) if access.data and access.size == 16]
         host = device_code.module().accesses_of(prepared.plain, block, 77)
         assert sorted(found) == sorted(host), launch
-        assert found or (noise == "torch" and launch.shape == (2, 8, 32)), launch
+        singly = launch.gradient + launch.history + (launch.predictions == 3) >= 2  # too many registers in vectors
+        assert found or (noise == "torch" and (singly or launch.shape == (2, 8, 32))), launch
 
 
 @pytest.mark.parametrize(

@@ -284,8 +284,8 @@ def test_default_implementation_serves_devices_without_a_backend(generator):
         ({"out": torch.empty(1, 3, 5).expand(2, 3, 5)}, "out: expected samples that do not overlap"),
         ({"sample": torch.empty(2, 3, 5, dtype=torch.int32)}, "sample: expected float32, bfloat16, float16 or float64"),
         ({"predictions": [torch.empty(2, 3, 5)] * 3}, "weights: expected 4 columns for 3 predictions, got 3"),
-        ({"rows": torch.empty(10, 5)}, r"rows: expected shape \(steps, 17\)"),
-        ({"rows": torch.empty(10, 17, dtype=torch.float64)}, "rows, weights: expected both float32 or both float64"),
+        ({"rows": torch.empty(10, 5)}, r"rows: expected shape \(steps, 25\)"),
+        ({"rows": torch.empty(10, 25, dtype=torch.float64)}, "rows, weights: expected both float32 or both float64"),
         ({"weights": torch.empty(3, 1, 3)}, r"weights: expected shape \(10 or 1, 2 or 1"),
         ({"index": 10}, "index: expected values from 0 to 9, got 10"),
         ({"index": -1}, "index: expected values from 0 to 9, got -1"),
@@ -305,6 +305,11 @@ def test_default_implementation_serves_devices_without_a_backend(generator):
             "seeds, philox: expected a sample that is contiguous or channels_last",
         ),
         ({"philox": torch.tensor([1, 0]), "philox_threads": 256}, "philox: torch's CUDA stream is drawn on a GPU"),
+        ({"history": torch.empty(3, 3, 5)}, "history: expected a multiple of 2 samples, got 3"),
+        ({"history": torch.empty(8, 3, 5)}, "history: expected at most 3 slots, got 4"),
+        ({"history": torch.empty(4, 3, 5, dtype=torch.bfloat16)}, "history: expected the dtype of rows"),
+        ({"history": torch.empty(4, 3, 6)}, "history: expected size 5 in dimension 2, got 6"),
+        ({"anchor": torch.empty(2, 3, 6)}, "anchor: expected size 5 in dimension 2, got 6"),
         ({"staged": torch.empty(3, 3, 5)}, "staged: expected a multiple of 2 samples, got 3"),
         ({"staged": torch.empty(0, 3, 5)}, "staged: expected a multiple of 2 samples, got 0"),
         ({"staged": torch.empty(())}, "staged: expected a multiple of 2 samples, got 0"),
@@ -317,6 +322,7 @@ def test_default_implementation_serves_devices_without_a_backend(generator):
 )
 def test_direct_calls_cannot_leave_their_memory(change, message, generator):
     arguments = list(operator_arguments("ddim", (2, 3, 5), generator, original=False))
+    arguments += [None] * (len(PLACE) - len(arguments))
     for name, value in change.items():
         arguments[PLACE[name]] = value
     with pytest.raises(RuntimeError, match=message):

@@ -52,7 +52,8 @@ using StepRun = void (*)(const Row<T>&, const PairWeights<T>&, const Run<T>&, in
 template <typename T, int predictions>
 StepRun<T> choose_run(const StepArguments& a) {
   const bool gradient = a.gradient.data != nullptr, variance = a.variance.data != nullptr;
-  const bool noise = a.noise_kind != Noise::none, original = a.original.data != nullptr;
+  const bool noise = a.noise_kind != Noise::none;
+  const bool original = a.original.data != nullptr || a.history.data != nullptr;  // the history has x0 in it
   static constexpr StepRun<T> kRuns[16] = {
       step_run<T, predictions, false, false, false, false>, step_run<T, predictions, false, false, false, true>,
       step_run<T, predictions, false, false, true, false>,  step_run<T, predictions, false, false, true, true>,
@@ -236,6 +237,11 @@ __attribute__((noinline)) void store_block(const T* from, const Output& output, 
   store(from, output, block.sample * output.batch_stride + block.offset, block.count);
 }
 
+template <typename T>
+void copy_to(T* to, const T* from, int64_t count) {
+  if (to != from) std::memcpy(to, from, size_t(count) * sizeof(T));
+}
+
 // Returns the output's own memory if it stores T, otherwise scratch.
 template <typename T>
 T* place_of(const Output& output, const Block& block, T* scratch) {
@@ -304,8 +310,32 @@ Run<T> load_inputs(const StepArguments& a, const T* weights, uint32_t step, cons
       break;
   }
   run.out = place_of(a.out, block, scratch.out);
+  if (a.history.data != nullptr) {
+    run.original = scratch.original;
+    copy_to(scratch.x, run.x, block.count);  // out may be the sample
+    run.x = scratch.x;
+  }
   if (a.original.data != nullptr) run.original = place_of(a.original, block, scratch.original);
   return run;
+}
+
+// Adds what earlier steps have left, and leaves something for later ones: a second pass over a block that is at hand.
+template <typename T>
+void step_history(const StepArguments& a, const Row<T>& row, const Run<T>& run, const Block& block,
+                  Scratch<T>& scratch) {
+  const auto add = [&](T factor, const T* values) {
+    for (int64_t i = 0; i < block.count; ++i) run.out[i] = fused(factor, values[i], run.out[i]);
+  };
+  if (a.anchor.data != nullptr && row.out_anchor != T(0))
+    add(row.out_anchor, load_block(a.anchor, block, scratch.staged));
+  T* entries = static_cast<T*>(a.history.data) + block.sample * a.history.batch_stride + block.offset;
+  for (int slot = 0; slot < a.history_slots; ++slot) {
+    const T factor = history_factor(row, slot);
+    if (factor != T(0)) add(factor, entries + slot * a.batch * a.history.batch_stride);
+  }
+  if (!writes_history(row, a.history_slots)) return;
+  T* entry = entries + int64_t(row.hist_slot) * a.batch * a.history.batch_stride;
+  for (int64_t i = 0; i < block.count; ++i) entry[i] = history_entry(row, run.original[i], run.x[i]);
 }
 
 // Finishes the outputs that step_run has computed: the known part, the conversion, and the next model input.
@@ -318,7 +348,12 @@ void write_outputs(const StepArguments& a, const Row<T>& row, const Run<T>& run,
     for (int64_t i = 0; i < block.count; ++i) run.out[i] = with_known(row, run.out[i], mask[i], known[i], z[i]);
   }
   if (run.out == scratch.out) store_block(run.out, a.out, block);
-  if (run.original == scratch.original) store_block(run.original, a.original, block);
+  if (a.original.data != nullptr) {
+    if (run.z != nullptr && row.x0_noise != T(0)) {
+      for (int64_t i = 0; i < block.count; ++i) run.original[i] = fused(row.x0_noise, run.z[i], run.original[i]);
+    }
+    if (run.original == scratch.original) store_block(run.original, a.original, block);
+  }
   if (a.staged.data == nullptr) return;
   for (int64_t i = 0; i < block.count; ++i) scratch.staged[i] = row.in_scale * run.out[i];
   for (int copy = 0; copy < a.staged_copies; ++copy) {
@@ -329,8 +364,8 @@ void write_outputs(const StepArguments& a, const Row<T>& row, const Run<T>& run,
 // Whether the step is one pass over tensors that are all used in place: then all elements are one block.
 template <typename T>
 bool is_in_place(const StepArguments& a) {
-  bool in_place =
-      a.num_predictions <= 2 && a.noise_kind != Noise::portable && a.mask.data == nullptr && a.staged.data == nullptr;
+  bool in_place = a.num_predictions <= 2 && a.noise_kind != Noise::portable && a.mask.data == nullptr &&
+                  a.staged.data == nullptr && a.history.data == nullptr && a.anchor.data == nullptr;
   for_each_input(a, a.predictions, [&](Argument, const Input& input) {
     in_place = in_place && (input.data == nullptr || stored_as<T>(input.element));
   });
@@ -360,6 +395,7 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
     const Block block{sample, offset, end - offset < size ? end - offset : size};
     const Run<T> run = load_inputs(a, weights, step, block, scratch);
     step_run(row, pair, run, block.count);
+    step_history(a, row, run, block, scratch);
     write_outputs(a, row, run, block, scratch);
   }
 }

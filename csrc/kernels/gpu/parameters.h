@@ -46,29 +46,43 @@ struct Launch {
 };
 
 // The most vectors of a thread. Two share what a thread does once; those of other kernels would need too many
-// registers.
-FASTGUIDE_INLINE constexpr int most_vectors(int predictions, bool extras) {
-  return (predictions == 1 || predictions == 2) && !extras ? kMaxVectors : 1;
+// registers. others: see Extras.
+FASTGUIDE_INLINE constexpr int most_vectors(int predictions, bool others) {
+  return (predictions == 1 || predictions == 2) && !others ? kMaxVectors : 1;
 }
 
-// What a kernel is compiled for. predictions: 1, 2, or 0 for a number known at run time. extras: any of gradient,
-// learned variance and mask, see has_extras; kernels with extras take Noise::given also for a step without noise.
-template <int predictions_, bool extras_, Noise noise_, bool original_, bool staged_>
+// What else than its sample, predictions and noise a step reads: nothing; a history and an anchor; others, which are a
+// gradient, a learned variance and a mask; or any of these.
+enum class Extras : int { none, history, others, any };
+
+// Whether there is a kernel for torch's noise in vectors. Others would need too many registers.
+FASTGUIDE_INLINE constexpr bool torch_vectors_compiled(int predictions, Extras extras) {
+  return extras == Extras::none || extras == Extras::history ||
+         (extras == Extras::others && (predictions == 1 || predictions == 2));
+}
+
+// What a kernel is compiled for. predictions: 1, 2, or 0 for a number known at run time, for which a history makes
+// Extras::any. Kernels with others take Noise::given also for a step without noise.
+template <int predictions_, Extras extras_, Noise noise_, bool original_, bool staged_>
 struct Variant {
   static constexpr int predictions = predictions_;
-  static constexpr bool extras = extras_, original = original_, staged = staged_;
+  static constexpr bool extras = extras_ == Extras::others || extras_ == Extras::any;
+  static constexpr bool history = extras_ == Extras::history || extras_ == Extras::any;
+  static constexpr bool original = original_, staged = staged_;
   static constexpr Noise noise = noise_;
   static constexpr bool draws = noise == Noise::torch_stream || noise == Noise::portable;
   static constexpr int vectors = most_vectors(predictions, extras);
 };
 
-// Whether the step has a tensor that only kernels with extras read.
-FASTGUIDE_INLINE bool has_extras(const StepArguments& a) {
-  bool extras = false;
+FASTGUIDE_INLINE Extras extras_of(const StepArguments& a) {
+  const bool history = a.history.data != nullptr || a.anchor.data != nullptr;
+  bool others = false;
   for_each_input(a, [&](Argument name, const Input& input) {
-    extras = extras || (name != Argument::sample && name != Argument::noise && input.data != nullptr);
+    const bool own = name == Argument::sample || name == Argument::noise || name == Argument::anchor;
+    others = others || (!own && input.data != nullptr);
   });
-  return extras;
+  if (!history) return others ? Extras::others : Extras::none;
+  return others || a.num_predictions < 1 || a.num_predictions > 2 ? Extras::any : Extras::history;
 }
 
 }  // namespace fastguide

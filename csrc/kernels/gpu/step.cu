@@ -102,39 +102,42 @@ __global__ void __launch_bounds__(kThreads, kBlocks) torch_vector_kernel(const _
 
 using Kernel = void (*)(Launch);
 
-template <int predictions, bool extras, Noise noise, bool original>
+template <int predictions, Extras extras, Noise noise, bool original>
 Kernel choose_staged(const Launch& launch) {
+  const bool staged = launch.a.staged.data != nullptr;
   if constexpr (noise == Noise::torch_stream) {
-    if (torch_vectors_fit(launch)) {
-      return launch.a.staged.data != nullptr
-                 ? Kernel(torch_vector_kernel<Variant<predictions, extras, noise, original, true>>)
-                 : Kernel(torch_vector_kernel<Variant<predictions, extras, noise, original, false>>);
+    if constexpr (torch_vectors_compiled(predictions, extras)) {
+      if (torch_vectors_fit(launch)) {
+        return staged ? Kernel(torch_vector_kernel<Variant<predictions, extras, noise, original, true>>)
+                      : Kernel(torch_vector_kernel<Variant<predictions, extras, noise, original, false>>);
+      }
     }
     // Steps of such small tensors are bound by latency: kernels without extras would not be faster.
-    return launch.a.staged.data != nullptr
-               ? Kernel(torch_single_kernel<Variant<predictions, true, noise, original, true>>)
-               : Kernel(torch_single_kernel<Variant<predictions, true, noise, original, false>>);
+    return staged ? Kernel(torch_single_kernel<Variant<predictions, Extras::any, noise, original, true>>)
+                  : Kernel(torch_single_kernel<Variant<predictions, Extras::any, noise, original, false>>);
   } else {
-    return launch.a.staged.data != nullptr ? Kernel(step_kernel<Variant<predictions, extras, noise, original, true>>)
-                                           : Kernel(step_kernel<Variant<predictions, extras, noise, original, false>>);
+    constexpr Extras compiled = extras == Extras::others ? Extras::any : extras;
+    return staged ? Kernel(step_kernel<Variant<predictions, compiled, noise, original, true>>)
+                  : Kernel(step_kernel<Variant<predictions, compiled, noise, original, false>>);
   }
 }
 
-template <int predictions, bool extras, Noise noise>
+template <int predictions, Extras extras, Noise noise>
 Kernel choose_original(const Launch& launch) {
   return launch.a.original.data != nullptr ? choose_staged<predictions, extras, noise, true>(launch)
                                            : choose_staged<predictions, extras, noise, false>(launch);
 }
 
-template <int predictions, bool extras>
+template <int predictions, Extras extras>
 Kernel choose_noise(const Launch& launch) {
+  constexpr bool has_others = extras == Extras::others || extras == Extras::any;
   switch (launch.a.noise_kind) {
     case Noise::torch_stream:
       return choose_original<predictions, extras, Noise::torch_stream>(launch);
     case Noise::portable:
       return choose_original<predictions, extras, Noise::portable>(launch);
     case Noise::none:
-      return choose_original<predictions, extras, extras ? Noise::given : Noise::none>(launch);
+      return choose_original<predictions, extras, has_others ? Noise::given : Noise::none>(launch);
     case Noise::given:
       return choose_original<predictions, extras, Noise::given>(launch);
   }
@@ -143,7 +146,18 @@ Kernel choose_noise(const Launch& launch) {
 
 template <int predictions>
 Kernel choose_extras(const Launch& launch) {
-  return has_extras(launch.a) ? choose_noise<predictions, true>(launch) : choose_noise<predictions, false>(launch);
+  switch (extras_of(launch.a)) {
+    case Extras::none:
+      return choose_noise<predictions, Extras::none>(launch);
+    case Extras::history:
+      if constexpr (predictions > 0) return choose_noise<predictions, Extras::history>(launch);
+      break;  // extras_of has made it any
+    case Extras::others:
+      return choose_noise<predictions, Extras::others>(launch);
+    case Extras::any:
+      return choose_noise<predictions, Extras::any>(launch);
+  }
+  FASTGUIDE_UNREACHABLE();
 }
 
 Kernel choose_kernel(const Launch& launch) {

@@ -153,6 +153,58 @@ FASTGUIDE_INLINE float combine_single(const Launch& launch, const SampleRow& r, 
   return m;
 }
 
+// ---- The history: loaded late, as its row says what of it is read ----
+
+// One slot as a tensor to read, or to write.
+FASTGUIDE_INLINE Input slot_of(const StepArguments& a, int slot) {
+  const int64_t begin = slot * a.batch * a.history.batch_stride * int64_t(sizeof(float));
+  return {static_cast<const char*>(a.history.data) + begin, a.history.batch_stride, Element::float32};
+}
+
+FASTGUIDE_INLINE Output written_slot_of(const StepArguments& a, int slot) {
+  return {const_cast<void*>(slot_of(a, slot).data), a.history.batch_stride, Element::float32};
+}
+
+FASTGUIDE_INLINE float single_with_history(const StepArguments& a, const Row<float>& c, float next, float x0, float x,
+                                           int64_t sample, int64_t place) {
+  if (a.anchor.data != nullptr && c.out_anchor != 0.0f) {
+    next = fused(c.out_anchor, value_of(load_bits(a.anchor, sample, place), a.anchor.element), next);
+  }
+  FASTGUIDE_UNROLL
+  for (int slot = 0; slot < kMaxSlots; ++slot) {
+    const float factor = history_factor(c, slot);
+    if (slot >= a.history_slots || factor == 0.0f) continue;
+    next = fused(factor, float_of(load_bits(slot_of(a, slot), sample, place)), next);
+  }
+  if (writes_history(c, a.history_slots)) {
+    store_one(history_entry(c, x0, x), written_slot_of(a, int(c.hist_slot)), sample, place);
+  }
+  return next;
+}
+
+FASTGUIDE_INLINE void vector_with_history(const StepArguments& a, const Row<float>& c, float (&next)[kVector],
+                                          const float (&x0)[kVector], const float (&x)[kVector], int64_t sample,
+                                          int64_t place) {
+  float values[kVector];
+  if (a.anchor.data != nullptr && c.out_anchor != 0.0f) {
+    unpack(load_raw(a.anchor, sample, place), a.anchor.element, values);
+    FASTGUIDE_UNROLL
+    for (int i = 0; i < kVector; ++i) next[i] = fused(c.out_anchor, values[i], next[i]);
+  }
+  FASTGUIDE_UNROLL
+  for (int slot = 0; slot < kMaxSlots; ++slot) {
+    const float factor = history_factor(c, slot);
+    if (slot >= a.history_slots || factor == 0.0f) continue;
+    unpack(load_raw(slot_of(a, slot), sample, place), Element::float32, values);
+    FASTGUIDE_UNROLL
+    for (int i = 0; i < kVector; ++i) next[i] = fused(factor, values[i], next[i]);
+  }
+  if (!writes_history(c, a.history_slots)) return;
+  FASTGUIDE_UNROLL
+  for (int i = 0; i < kVector; ++i) values[i] = history_entry(c, x0[i], x[i]);
+  store_vector(values, written_slot_of(a, int(c.hist_slot)), sample, place);
+}
+
 template <typename V>
 FASTGUIDE_INLINE void step_single(const Launch& launch, const SampleRow& r, const SingleInputs& bits,
                                   const TorchStream& stream, int64_t sample, int64_t place) {
@@ -163,8 +215,9 @@ FASTGUIDE_INLINE void step_single(const Launch& launch, const SampleRow& r, cons
   float z = 0.0f;
   if constexpr (V::draws) z = draw_single<V>(launch, stream, r.step, sample, place);
   if (V::noise == Noise::given && a.noise.data != nullptr) z = value_of(bits.noise, a.noise.element);
-  const float x0 = clipped(original_of<V>(a, r.c, x, m, g), r.c.clip);
+  float x0 = clipped(original_of<V>(a, r.c, x, m, g), r.c.clip);
   float next = next_of<V>(a, r.c, x0, x, m, g, v, z);
+  if constexpr (V::history) next = single_with_history(a, r.c, next, x0, x, sample, place);
   if (V::extras && a.mask.data != nullptr) {
     const uint32_t mask_bits = load_bits(a.mask, sample, place), known_bits = load_bits(a.known, sample, place);
     const uint32_t z_bits = load_bits(a.known_noise, sample, place);
@@ -172,7 +225,10 @@ FASTGUIDE_INLINE void step_single(const Launch& launch, const SampleRow& r, cons
                       value_of(z_bits, a.known_noise.element));
   }
   store_one(next, a.out, sample, place);
-  if constexpr (V::original) store_one(x0, a.original, sample, place);
+  if constexpr (V::original) {
+    if (V::noise != Noise::none && r.c.x0_noise != 0.0f) x0 = fused(r.c.x0_noise, z, x0);
+    store_one(x0, a.original, sample, place);
+  }
   if constexpr (V::staged) {
     FASTGUIDE_ROLL
     for (int k = 0; k < a.staged_copies; ++k) store_one(r.c.in_scale * next, a.staged, k * a.batch + sample, place);
@@ -250,16 +306,24 @@ FASTGUIDE_INLINE void step_vector(const Launch& launch, const SampleRow& r, cons
     FASTGUIDE_UNROLL
     for (int i = 0; i < kVector; ++i) x0[i] = clipped(x0[i], r.c.clip);
   }
+  float next[kVector];
   FASTGUIDE_UNROLL
-  for (int i = 0; i < kVector; ++i) x[i] = next_of<V>(a, r.c, x0[i], x[i], m[i], g[i], v[i], z[i]);
-  if (V::extras && a.mask.data != nullptr) blend_vector(a, r.c, x, sample, place);
-  store_vector(x, a.out, sample, place);
-  if constexpr (V::original) store_vector(x0, a.original, sample, place);
+  for (int i = 0; i < kVector; ++i) next[i] = next_of<V>(a, r.c, x0[i], x[i], m[i], g[i], v[i], z[i]);
+  if constexpr (V::history) vector_with_history(a, r.c, next, x0, x, sample, place);
+  if (V::extras && a.mask.data != nullptr) blend_vector(a, r.c, next, sample, place);
+  store_vector(next, a.out, sample, place);
+  if constexpr (V::original) {
+    if (V::noise != Noise::none && r.c.x0_noise != 0.0f) {
+      FASTGUIDE_UNROLL
+      for (int i = 0; i < kVector; ++i) x0[i] = fused(r.c.x0_noise, z[i], x0[i]);
+    }
+    store_vector(x0, a.original, sample, place);
+  }
   if constexpr (V::staged) {
     FASTGUIDE_UNROLL
-    for (int i = 0; i < kVector; ++i) x[i] *= r.c.in_scale;
+    for (int i = 0; i < kVector; ++i) next[i] *= r.c.in_scale;
     FASTGUIDE_ROLL
-    for (int k = 0; k < a.staged_copies; ++k) store_vector(x, a.staged, k * a.batch + sample, place);
+    for (int k = 0; k < a.staged_copies; ++k) store_vector(next, a.staged, k * a.batch + sample, place);
   }
 }
 

@@ -156,8 +156,9 @@ FASTGUIDE_INLINE void step_torch_single(const Launch& launch, const Single& sing
 // same Philox calls. They are those of contiguous samples made of aligned vectors, in tensors larger than torch's grid.
 FASTGUIDE_INLINE bool torch_vectors_fit(const Launch& launch) {
   const int64_t total = launch.a.batch * launch.a.elements_per_sample, threads = launch.a.torch_stream.threads;
-  return launch.aligned && launch.a.channels == 1 && launch.a.elements_per_sample % kVector == 0 &&
-         threads % kVector == 0 && total > threads && total <= 0x7FFFFFFF;
+  return torch_vectors_compiled(launch.a.num_predictions, extras_of(launch.a)) && launch.aligned &&
+         launch.a.channels == 1 && launch.a.elements_per_sample % kVector == 0 && threads % kVector == 0 &&
+         total > threads && total <= 0x7FFFFFFF;
 }
 
 FASTGUIDE_INLINE uint32_t torch_units(const StepArguments& a) {  // the number of threads for that

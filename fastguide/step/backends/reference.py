@@ -62,6 +62,7 @@ def guided_step(*arguments: object) -> None:
         noise = portable_noise(a.seeds, sample.shape, step=step if len(step) != 1 else step[0])
     if noise is not None:
         result = result + deviation * noise.to(dtype)
+    result, entries = _with_history(a, row, result, x, x0)
     if a.mask is not None and a.known is not None and a.known_noise is not None:
         result = _inpainted(row, result, a.mask.to(dtype), a.known.to(dtype), a.known_noise.to(dtype))
 
@@ -71,12 +72,34 @@ def guided_step(*arguments: object) -> None:
             _write(a.staged[start : start + batch], row["in_scale"] * result, finished)
     _write(a.out, result, finished)
     if a.original is not None:
-        _write(a.original, x0, finished)
+        returned = (
+            x0 if noise is None else x0 + torch.where(row["x0_noise"] != 0, row["x0_noise"] * noise.to(dtype), 0.0)
+        )
+        _write(a.original, returned, finished)
+    for slot, (entry, left) in enumerate(entries):
+        others = row["hist_slot"] != slot
+        _write(entry, left, others if finished is None else finished | others)
     if a.cursor is not None:
         _advance(a.cursor, a.timestep, a.rows, steps, live)
 
 
 library.impl("guided_step", guided_step, "CompositeExplicitAutograd")
+
+
+def _with_history(
+    a: StepArguments, row: dict[str, Tensor], result: Tensor, x: Tensor, x0: Tensor
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Add the anchor and the history's entries, where they have a factor; return each slot, and what it may get."""
+    if a.anchor is not None:
+        result = result + torch.where(row["out_anchor"] != 0, row["out_anchor"] * a.anchor.to(x.dtype), 0.0)
+    if a.history is None:
+        return result, []
+    slots = a.history.unflatten(0, (-1, len(x))).unbind(0) if len(x) else []
+    for slot, entry in enumerate(slots):
+        factor = row[f"out_hist_{slot}"]
+        result = result + torch.where(factor != 0, factor * entry, 0.0)
+    left = row["hist_x0"] * x0 + torch.where(row["hist_sample"] != 0, row["hist_sample"] * x, 0.0)
+    return result, [(entry, left) for entry in slots]
 
 
 def _inpainted(row: dict[str, Tensor], result: Tensor, painted: Tensor, known: Tensor, noise: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ def _version() -> str:
 _SCALARS = ("index", "philox_threads")
 _TENSORS = tuple(place for place, name in enumerate(StepArguments._fields) if name not in _SCALARS)
 _WITH_STRIDES = tuple(
-    place for place, name in enumerate(StepArguments._fields) if name in (*ELEMENTWISE, "staged", "predictions")
+    place
+    for place, name in enumerate(StepArguments._fields)
+    if name in (*ELEMENTWISE, "staged", "predictions", "history")
 )
 
 
@@ -137,6 +139,7 @@ class _Shape(NamedTuple):
         after_row = (
             a.rows.shape[0],
             a.staged.shape[0] // batch if a.staged is not None else 0,
+            a.history.shape[0] // batch if a.history is not None else 0,
             batch,
             noise.channels,
             *noise.words,
@@ -177,7 +180,7 @@ class Relaunch:
         indices = index if type(index) is Tensor else None
         tensors = (
             out, original, staged, sample, each, rows, weights, indices, gradient, variance, noise, seeds, None, cursor,
-            timestep, *(inpainting or (None, None, None)),
+            timestep, *(inpainting or (None, None, None)), None, None,
         )  # fmt: skip
         shape = self._shape
         arguments = shape.arguments(index if type(index) is int else 0, tensors)
@@ -190,10 +193,16 @@ class Relaunch:
 
 
 def _check(a: StepArguments) -> None:
-    floats = (*elementwise(a), a.staged, *a.predictions, a.rows)
+    floats = (*elementwise(a), a.staged, a.history, *a.predictions, a.rows)
     if torch.float64 in [tensor.dtype for tensor in floats if tensor is not None]:
         raise RuntimeError("sample: expected no float64 tensors in Triton; the native and reference backends take them")
-    for name, tensor in [*a.named_inputs(), ("out", a.out), ("original", a.original), ("staged", a.staged)]:
+    for name, tensor in [
+        *a.named_inputs(),
+        ("out", a.out),
+        ("original", a.original),
+        ("staged", a.staged),
+        ("history", a.history),
+    ]:
         if tensor is not None and tensor.untyped_storage().data_ptr() == 0:
             raise RuntimeError(f"{name}: expected a tensor with memory, got one that was freed")
     if a.rows.shape[1] != len(ROW_COLUMNS) or not a.rows.is_contiguous():

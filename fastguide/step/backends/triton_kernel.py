@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ...solvers.table import ROW_COLUMNS
+from ...solvers.table import MAX_SLOTS, ROW_COLUMNS
 from ..cursor import CURSOR_COLUMNS
 from ..noise import SOURCES
 from .triton_noise import INTERPRETED, counted_place, draw_portable, draw_torch, draw_torch_singly, word64
@@ -29,6 +29,13 @@ IN_SCALE = tl.constexpr(ROW_COLUMNS.index("in_scale"))
 IN_TIMESTEP = tl.constexpr(ROW_COLUMNS.index("in_timestep"))
 KNOWN_SAMPLE = tl.constexpr(ROW_COLUMNS.index("known_sample"))
 KNOWN_NOISE = tl.constexpr(ROW_COLUMNS.index("known_noise"))
+OUT_ANCHOR = tl.constexpr(ROW_COLUMNS.index("out_anchor"))
+OUT_HISTORY = tl.constexpr(ROW_COLUMNS.index("out_hist_0"))  # the others follow
+HIST_SLOT = tl.constexpr(ROW_COLUMNS.index("hist_slot"))
+HIST_X0 = tl.constexpr(ROW_COLUMNS.index("hist_x0"))
+HIST_SAMPLE = tl.constexpr(ROW_COLUMNS.index("hist_sample"))
+X0_NOISE = tl.constexpr(ROW_COLUMNS.index("x0_noise"))
+SLOTS = tl.constexpr(MAX_SLOTS)
 
 CURSOR_END = tl.constexpr(CURSOR_COLUMNS.index("end"))
 CURSOR_FIRST = tl.constexpr(CURSOR_COLUMNS.index("first"))
@@ -117,18 +124,44 @@ def _next_sample(r, values, guided, x0, g, v, z, NOISE: tl.constexpr):
 
 
 @triton.jit
+def _with_history(
+    r, result, x0, values, anchor, anchor_stride, history, history_stride, slots, batch, sample, first, inside,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add the anchor and what earlier calls left, where the row has a factor; leave something for later ones."""
+    if anchor is not None:
+        out_anchor = tl.load(r + OUT_ANCHOR)
+        if out_anchor != 0.0:
+            before = _load(_place(anchor, anchor_stride, sample, first, BLOCK), inside, EVEN)
+            result = tl.fma(out_anchor, before, result)
+    if history is not None:
+        for k in tl.static_range(SLOTS):
+            factor = tl.load(r + OUT_HISTORY + k)
+            if (factor != 0.0) & (k < slots):
+                entry = _load(_place(history, history_stride, k * batch + sample, first, BLOCK), inside, EVEN)
+                result = tl.fma(factor, entry, result)
+        slot = tl.load(r + HIST_SLOT)
+        if (slot >= 0.0) & (slot < slots):
+            hist_sample, left = tl.load(r + HIST_SAMPLE), tl.load(r + HIST_X0) * x0
+            left = tl.where(hist_sample != 0.0, tl.fma(hist_sample, values, left), left)
+            to = _place(history, history_stride, slot.to(tl.int32) * batch + sample, first, BLOCK)
+            _store(to, left, inside, EVEN)
+    return result
+
+
+@triton.jit
 def _step_tile(
-    tensors, strides, place, weights_step_stride, weights_batch_stride, copies, batch, z,
+    tensors, strides, place, weights_step_stride, weights_batch_stride, copies, slots, batch, z,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the elements first .. first + BLOCK of a sample as csrc/maths/step.h does; z is noise drawn here."""
     (
         out, original, staged, x, predictions, rows, weights, _, gradient, variance, noise, _, _, _, _,
-        mask, known, known_noise,
+        mask, known, known_noise, anchor, history,
     ) = tensors  # fmt: skip
     (
         out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
-        noise_stride, mask_stride, known_stride, known_noise_stride,
+        noise_stride, mask_stride, known_stride, known_noise_stride, anchor_stride, history_stride,
     ) = strides  # fmt: skip
     sample, first, size, row, in_table = place
     inside = tl.arange(0, BLOCK) < size - first
@@ -154,6 +187,10 @@ def _step_tile(
     if variance is not None:
         v = _load(_place(variance, variance_stride, sample, first, BLOCK), inside, EVEN)
     result = _next_sample(r, values, guided, x0, g, v, z, NOISE)
+    result = _with_history(
+        r, result, x0, values, anchor, anchor_stride, history, history_stride, slots, batch, sample, first, inside,
+        EVEN, BLOCK,
+    )  # fmt: skip
     if mask is not None:
         k = _load(_place(known, known_stride, sample, first, BLOCK), inside, EVEN)
         zk = _load(_place(known_noise, known_noise_stride, sample, first, BLOCK), inside, EVEN)
@@ -162,6 +199,9 @@ def _step_tile(
     result = tl.where(in_table, result, float("nan"))
     _store(_place(out, out_stride, sample, first, BLOCK), result, inside, EVEN)
     if original is not None:
+        if NOISE != NONE:
+            x0_noise = tl.load(r + X0_NOISE)
+            x0 = tl.where(x0_noise != 0.0, tl.fma(x0_noise, z, x0), x0)
         x0 = tl.where(in_table, x0, float("nan"))
         _store(_place(original, original_stride, sample, first, BLOCK), x0, inside, EVEN)
     if staged is not None:
@@ -236,7 +276,7 @@ def _advance_stream(state, increment):
 @triton.jit
 def _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws):
     """Advance the cursor and torch's stream, in the program that has read them last. See csrc/kernels/cursor.h."""
-    _, _, _, _, _, rows, _, _, _, _, _, _, state, cursor, timestep, _, _, _ = tensors
+    _, _, _, _, _, rows, _, _, _, _, _, _, state, cursor, timestep, _, _, _, _, _ = tensors
     # Every program counts itself after it has read the cursor and the stream; the one that reads last advances them.
     if cursor is not None:
         tl.debug_barrier()
@@ -257,14 +297,25 @@ def _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, dra
 
 # Others than these decide how wide the accesses are; a kernel of their own for 1 or for multiples of 16 gains nothing.
 _NOT_SPECIALIZED = ["weights_step_stride", "weights_batch_stride", "indices_stride", "seeds_stride", "index", "steps"]
-_NOT_SPECIALIZED += ["copies", "batch", "channels", "seed_low", "seed_high", "offset_low", "offset_high", "increment"]
+_NOT_SPECIALIZED += [
+    "copies",
+    "slots",
+    "batch",
+    "channels",
+    "seed_low",
+    "seed_high",
+    "offset_low",
+    "offset_high",
+    "increment",
+]
 _NOT_SPECIALIZED += ["cursor_stride", "timestep_count"]
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def step_kernel(
     tensors, strides, size, threads,
-    weights_step_stride, weights_batch_stride, indices_stride, seeds_stride, index, steps, copies, batch, channels,
+    weights_step_stride, weights_batch_stride, indices_stride, seeds_stride, index, steps, copies, slots, batch,
+    channels,
     seed_low, seed_high, offset_low, offset_high, increment, cursor_stride, timestep_count,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr,
     PTX: tl.constexpr, BLOCK: tl.constexpr,
@@ -279,7 +330,7 @@ def step_kernel(
     apart, whose values come of the same calls. size and threads are then multiples of BLOCK.
     PTX: for NVIDIA.
     """
-    _, _, _, x, _, rows, _, indices, _, _, _, seeds, state, cursor, _, _, _, _ = tensors
+    _, _, _, x, _, rows, _, indices, _, _, _, seeds, state, cursor, _, _, _, _, _, _ = tensors
     draws = True  # from torch's stream; a finished loop and a step without noise draw nothing
     if NOISE == TORCH_STREAM:
         if cursor is not None:
@@ -309,7 +360,7 @@ def step_kernel(
                 if live:
                     _step_tile(
                         tensors, strides, (sample, tl.multiple_of(element % size, BLOCK), size, row, in_table),
-                        weights_step_stride, weights_batch_stride, copies, batch, z, NOISE, K, True, BLOCK,
+                        weights_step_stride, weights_batch_stride, copies, slots, batch, z, NOISE, K, True, BLOCK,
                     )  # fmt: skip
     else:
         tiles = (size - 1) // BLOCK + 1  # tl.cdiv adds first, which overflows near 2^31
@@ -328,7 +379,7 @@ def step_kernel(
         if live:
             _step_tile(
                 tensors, strides, (sample, first, size, row, in_table),
-                weights_step_stride, weights_batch_stride, copies, batch, z, NOISE, K, EVEN, BLOCK,
+                weights_step_stride, weights_batch_stride, copies, slots, batch, z, NOISE, K, EVEN, BLOCK,
             )  # fmt: skip
 
     _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws)

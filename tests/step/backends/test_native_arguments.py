@@ -54,10 +54,10 @@ def swapped(values, i, j):
     ("name", "values", "message"),
     [
         ("row_columns", swapped(ROW_COLUMNS, 0, 1), "expected x0_scale, got x0_sample"),
-        ("row_columns", ROW_COLUMNS[:-1], "expected known_noise, got nothing more"),
+        ("row_columns", ROW_COLUMNS[:-1], "expected x0_noise, got nothing more"),
         ("row_columns", [*ROW_COLUMNS, "out_more"], "expected nothing more, got out_more"),
         ("arguments", swapped(ARGUMENTS, 9, 10), "expected OptionalTensor gradient, got OptionalTensor variance"),
-        ("arguments", ARGUMENTS[:-1], "expected OptionalTensor known_noise, got nothing more"),
+        ("arguments", ARGUMENTS[:-1], "expected OptionalTensor history, got nothing more"),
         ("arguments", [*ARGUMENTS, "OptionalTensor history"], "expected nothing more, got OptionalTensor history"),
         ("arguments", ["OptionalTensor out", *ARGUMENTS[1:]], "expected Tensor out, got OptionalTensor out"),
         ("call", swapped(Call._fields, 4, 5), "expected gradient, got variance"),

@@ -133,6 +133,7 @@ def arguments_of(*arguments: object) -> dict:
     plain |= {
         "predictions": [_plain(p) for p in predictions],
         "staged_copies": a.staged.shape[0] // batch if a.staged is not None and batch else 0,
+        "history_slots": a.history.shape[0] // batch if a.history is not None and batch else 0,
         "batch": batch,
         "elements_per_sample": a.out[:1].numel(),
         "rows": a.rows.data_ptr(),

@@ -101,6 +101,7 @@ static Arguments arguments_of(const py::dict& d) {
   for_each_input(a, [&](Argument name, Input& input) { input = tensor<Input>(d, name_of(name)); });
   for_each_output(a, [&](Argument name, Output& output, int) { output = tensor<Output>(d, name_of(name)); });
   a.staged_copies = number<int>(d, "staged_copies", 0);
+  a.history_slots = number<int>(d, "history_slots", 0);
   a.predictions = arguments.predictions.data();
   a.num_predictions = int(arguments.predictions.size());
   a.batch = number<int64_t>(d, "batch", 0);
@@ -248,7 +249,7 @@ static std::vector<int> shared_of_thread(const py::dict& d, unsigned tile, int t
   allow_all(arguments);
   const Launch launch = make_launch(arguments.a);
   std::vector<float> shared(kTorchValues * kVector * kThreads, NAN);
-  torch_vector_tile<Variant<1, false, Noise::torch_stream, false, false>>(
+  torch_vector_tile<Variant<1, Extras::none, Noise::torch_stream, false, false>>(
       launch, launch.a.torch_stream, position_of(launch.a, 0), tile, thread, shared.data());
   std::vector<int> written;
   for (int i = 0; i < int(shared.size()); ++i) {

@@ -25,7 +25,8 @@ def rows() -> Tensor:
         columns |= {"out_sample": 2, "out_pred": 1, "out_grad": 1, "out_var_grad": 1, "out_noise": 1}
         columns |= {"logvar_base": 0, "logvar_span": 1, "in_scale": 2, "in_timestep": 0}
         columns |= {"known_sample": 1 + step, "known_noise": 2}
-        values[step] = torch.tensor([columns[name] for name in ROW_COLUMNS])
+        columns |= {"hist_slot": -1}
+        values[step] = torch.tensor([columns.get(name, 0) for name in ROW_COLUMNS])
     return values
 
 
@@ -152,6 +153,11 @@ class Case:
         """Whether the step ignores the variance, which then may be anything."""
         return self.variance and self.noise == "none" and not self.gradient
 
+    @property
+    def has_torch_vectors(self) -> bool:
+        """Whether there is a kernel with torch's noise in vectors: ``torch_vectors_compiled`` in parameters.h."""
+        return self.count in (1, 2) or not (self.gradient or self.variance or self.masked)
+
     def accesses_due(self) -> int:
         """Count the accesses of 16 bytes that a step should make, by trying where vectors may begin."""
         own = {name: placed.view for name, placed in self.tensors.items()}
@@ -165,7 +171,7 @@ class Case:
             return all((t.data_ptr() + element * t.element_size()) % 16 == 0 for t in views)
 
         if self.noise == "torch":
-            whole = self.size % 8 == 0 and self.batch * self.size > self.threads
+            whole = self.size % 8 == 0 and self.batch * self.size > self.threads and self.has_torch_vectors
             aligned = all(all_aligned(sample, 0) for sample in range(self.batch))
             return self.batch * self.size // 8 * each if whole and aligned else 0
         vectors = 0

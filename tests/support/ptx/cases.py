@@ -45,6 +45,8 @@ class Case:
     few_tiles: int = 0  # launches of more have two vectors a thread, if their kernel has
     waves: str = "together"  # one by one, mixed
     seed: int = 0
+    slots: int = 0  # of a history
+    anchored: bool = False  # the sample was changed since the last step
 
     @property
     def variance_is_unused(self) -> bool:

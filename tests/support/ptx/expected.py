@@ -20,7 +20,7 @@ HALF_UNIT = 2.0**-24  # of float32's rounding, relatively
 OPERATIONS = 4  # so many roundings of a sum's terms; 2.4 were seen
 NEAR_OVERFLOW = 2.0**118  # factors of a thousand from float32's greatest value
 PORTABLE_LIMIT = 7.0  # the portable stream has no greater values
-OUTPUTS = ("out", "original", "staged")
+OUTPUTS = ("out", "original", "staged", "history")
 
 
 class Wanted(NamedTuple):
@@ -76,7 +76,7 @@ def _magnitudes(a: StepArguments, case: Case, noise: Tensor | None) -> dict[str,
     """Sum the magnitudes of all terms: the reference's own sums, of absolute values."""
     a = _in_precision(a, torch.float64)
     rows = a.rows.abs()
-    for name in ("logvar_base", "logvar_span"):
+    for name in ("logvar_base", "logvar_span", "hist_slot"):
         rows[:, ROW_COLUMNS.index(name)] = a.rows[:, ROW_COLUMNS.index(name)]
     rows[:, ROW_COLUMNS.index("clip")] = torch.inf
     predictions = list(a.predictions)
@@ -86,6 +86,7 @@ def _magnitudes(a: StepArguments, case: Case, noise: Tensor | None) -> dict[str,
     sums = [p.abs() + (2 * first if k else 0) for k, p in enumerate(predictions)]  # (p_k - p_0) has both
     unsigned = {"sample": a.sample.abs(), "predictions": sums, "rows": rows, "weights": a.weights.abs()}
     unsigned |= {"gradient": None if a.gradient is None else a.gradient.abs(), "noise": noise, "seeds": None}
+    unsigned |= {name: None if getattr(a, name) is None else getattr(a, name).abs() for name in ("anchor", "history")}
     if case.variance_is_unused:
         unsigned["variance"] = None
     if case.masked:
@@ -98,7 +99,7 @@ def _magnitudes(a: StepArguments, case: Case, noise: Tensor | None) -> dict[str,
     if case.masked:
         level = column["known_sample"] * a.known.abs() + column["known_noise"] * a.known_noise.abs()
         out = (1 + a.mask.abs()) * (out + level)
-    found = {"out": out, "original": step.original}
+    found = {"out": out, "original": step.original, "history": step.history}
     if case.copies:
         found["staged"] = (column["in_scale"] * out).repeat(case.copies, *[1] * (out.dim() - 1))
     return found
@@ -119,7 +120,7 @@ def expected(placement: Placement) -> Expected:
     for dtype in (torch.float32, torch.float64):
         results[dtype] = _in_precision(a._replace(noise=noise), dtype)
         reference.guided_step(*results[dtype])
-        for name in OUTPUTS if placement.bad else ():
+        for name in OUTPUTS[:3] if placement.bad else ():
             output = getattr(results[dtype], name)
             for sample in placement.bad if output is not None else ():
                 output[sample :: case.batch] = torch.nan

@@ -13,10 +13,10 @@ CURSOR = Case(3, 1029, "portable", cursor="one", timestep="int64", stride=1029, 
 RAGGED = Case(3, 1029, "given", 2, offset=3, stride=1032, in_place=False)  # elements before and behind the vectors
 VECTORS = Case(2, 2048, "given", 2, original=True, stride=2048, in_place=False)
 BFLOAT16 = Case(2, 2048, "given", 2, dtype=torch.bfloat16, stride=2048)
-PORTABLE = Case(2, 1029, "portable", 1, stride=1032)
-TORCH = Case(2, 4096, "torch", 1, stride=4096)
+PORTABLE = Case(2, 1029, "portable", 1, stride=1032, values="pure")
+TORCH = Case(2, 4096, "torch", 1, stride=4096, values="pure")
 TORCH_STATE = Case(2, 4096, "torch", 1, state=True, stride=4096)
-TORCH_SINGLE = Case(3, 1021, "torch", 1, stride=1021)
+TORCH_SINGLE = Case(3, 1021, "torch", 1, stride=1021, values="pure")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -57,12 +58,17 @@ def each_kernel(many: int, seed: int) -> Iterator[Case]:
     """Draw so many cases for each kernel, with another dtype for each tensor: a kernel has code for all of them."""
     draw = random.Random(f"each kernel {seed}")
     noises = (*NOISES, "torch one by one")
-    for noise, extras, count, original, staged in itertools.product(noises, BOOLEANS, (1, 2, 0), BOOLEANS, BOOLEANS):
+    kinds = itertools.product(noises, BOOLEANS, BOOLEANS, (1, 2, 0), BOOLEANS, BOOLEANS)
+    for noise, extras, history, count, original, staged in kinds:
         for _ in range(many):
-            yield _case_of_kernel(draw, noise, extras, count or draw.choice([0, 3, 5]), original, staged)
+            own = {"count": count or draw.choice([0, 3, 5]), "original": original}
+            if history:
+                own |= {"slots": draw.choice([0, 1, 2, 3, 3]), "anchored": draw.random() < 0.5}
+                own["anchored"] |= own["slots"] == 0
+            yield replace(_case_of_kernel(draw, noise, extras, staged), **own)
 
 
-def _case_of_kernel(draw: random.Random, noise: str, extras: bool, count: int, original: bool, staged: bool) -> Case:
+def _case_of_kernel(draw: random.Random, noise: str, extras: bool, staged: bool) -> Case:
     aligned = noise == "torch" or (noise != "torch one by one" and draw.random() < 0.5)
     noise = noise.partition(" ")[0]
     cursor = draw.choice(["", "", "one", "one" if noise == "torch" else "per sample"])
@@ -80,11 +86,9 @@ def _case_of_kernel(draw: random.Random, noise: str, extras: bool, count: int, o
         batch=draw.choice([1, 2, 3]),
         size=size,
         noise=noise,
-        count=count,
         gradient=bool(gradient),
         variance=bool(variance),
         masked=bool(masked),
-        original=original,
         copies=draw.choice([1, 2]) if staged else 0,
         in_place=bool(cursor) or draw.random() < 0.5,
         offset=0 if aligned else draw.choice([0, 4, None]),

@@ -68,11 +68,13 @@ class Placement:
         rows = torch.empty(STEPS, len(ROW_COLUMNS)).uniform_(-1.5, 1.5, generator=self.generator)
         for row in rows:
             if self.case.values == "pure":
-                chosen = dict.fromkeys(ROW_COLUMNS, 0.0) | {"out_noise": 1.0, "clip": 1.0}
+                chosen = dict.fromkeys(ROW_COLUMNS, 0.0) | {"out_noise": 1.0, "clip": 1.0, "hist_slot": -1.0}
             else:
                 chosen = {"clip": self.random.choice([1.0, 2.5, torch.inf]), "in_scale": self.random.uniform(0.2, 2)}
                 chosen["in_timestep"] = self.random.choice([981.0, 37.0, 0.0, 12.0])
-                may_be_zero = ("out_pred", "out_noise", "out_var_grad")
+                chosen["hist_slot"] = float(self.random.randrange(-1, self.case.slots))
+                may_be_zero = ("out_pred", "out_noise", "out_var_grad", "out_anchor", "hist_sample", "x0_noise")
+                may_be_zero += ("out_hist_0", "out_hist_1", "out_hist_2")
                 chosen |= {name: 0.0 for name in may_be_zero if self.random.random() < 0.12}
             for name, value in chosen.items():
                 row[ROW_COLUMNS.index(name)] = value
@@ -93,9 +95,11 @@ class Placement:
             return self.random.choice(DTYPES)
         return self.case.model or self.case.dtype if of_model else self.case.dtype
 
-    def _place(self, name: str, flags: int, of_model: bool = False, copies: int = 1) -> Tensor:
+    def _place(
+        self, name: str, flags: int, of_model: bool = False, copies: int = 1, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Make an elementwise tensor of so many batches, in a buffer of other values."""
-        case, dtype = self.case, self._dtype(of_model)
+        case, dtype = self.case, dtype or self._dtype(of_model)
         item, batch = dtype.itemsize, copies * case.batch
         offset = self.random.randrange(8) if case.offset is None else case.offset
         stride = case.size + self.random.randrange(9) if case.stride is None else case.stride
@@ -136,6 +140,10 @@ class Placement:
                 given["variance"].fill_(torch.nan)
         if case.noise == "given":
             given["noise"] = self._place("noise", INPUT)
+        if case.anchored:
+            given["anchor"] = self._place("anchor", INPUT)
+        if case.slots:
+            given["history"] = self._place("history", CHANGED, copies=case.slots, dtype=torch.float32)
         if case.masked:
             given |= {name: self._place(name, INPUT) for name in ("mask", "known", "known_noise")}
         return {"gradient": None, "variance": None, "noise": None} | given

@@ -62,13 +62,15 @@ FASTGUIDE_INLINE constexpr bool torch_vectors_compiled(int predictions, Extras e
 }
 
 // What a kernel is compiled for. predictions: 1, 2, or 0 for a number known at run time, for which a history makes
-// Extras::any. Kernels with others take Noise::given also for a step without noise.
+// Extras::any. Kernels with others take Noise::given also for a step without noise. All but the plain kernels are
+// compiled with both outputs, and look for them at run time: each kernel is code for every dtype.
 template <int predictions_, Extras extras_, Noise noise_, bool original_, bool staged_>
 struct Variant {
   static constexpr int predictions = predictions_;
   static constexpr bool extras = extras_ == Extras::others || extras_ == Extras::any;
   static constexpr bool history = extras_ == Extras::history || extras_ == Extras::any;
   static constexpr bool original = original_, staged = staged_;
+  static constexpr bool looks_for_outputs = extras_ != Extras::none;
   static constexpr Noise noise = noise_;
   static constexpr bool draws = noise == Noise::torch_stream || noise == Noise::portable;
   static constexpr int vectors = most_vectors(predictions, extras);

@@ -102,30 +102,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks) torch_vector_kernel(const _
 
 using Kernel = void (*)(Launch);
 
-template <int predictions, Extras extras, Noise noise, bool original>
-Kernel choose_staged(const Launch& launch) {
-  const bool staged = launch.a.staged.data != nullptr;
+template <int predictions, Extras extras, Noise noise, bool original, bool staged>
+Kernel choose_kind(const Launch& launch) {
   if constexpr (noise == Noise::torch_stream) {
     if constexpr (torch_vectors_compiled(predictions, extras)) {
-      if (torch_vectors_fit(launch)) {
-        return staged ? Kernel(torch_vector_kernel<Variant<predictions, extras, noise, original, true>>)
-                      : Kernel(torch_vector_kernel<Variant<predictions, extras, noise, original, false>>);
-      }
+      if (torch_vectors_fit(launch)) return torch_vector_kernel<Variant<predictions, extras, noise, original, staged>>;
     }
-    // Steps of such small tensors are bound by latency: kernels without extras would not be faster.
-    return staged ? Kernel(torch_single_kernel<Variant<predictions, Extras::any, noise, original, true>>)
-                  : Kernel(torch_single_kernel<Variant<predictions, Extras::any, noise, original, false>>);
+    // Steps of such small tensors are bound by latency: plain kernels would not be faster.
+    return torch_single_kernel<Variant<predictions, Extras::any, noise, true, true>>;
   } else {
     constexpr Extras compiled = extras == Extras::others ? Extras::any : extras;
-    return staged ? Kernel(step_kernel<Variant<predictions, compiled, noise, original, true>>)
-                  : Kernel(step_kernel<Variant<predictions, compiled, noise, original, false>>);
+    return step_kernel<Variant<predictions, compiled, noise, original, staged>>;
   }
 }
 
 template <int predictions, Extras extras, Noise noise>
-Kernel choose_original(const Launch& launch) {
-  return launch.a.original.data != nullptr ? choose_staged<predictions, extras, noise, true>(launch)
-                                           : choose_staged<predictions, extras, noise, false>(launch);
+Kernel choose_outputs(const Launch& launch) {
+  if constexpr (extras == Extras::none) {
+    const bool original = launch.a.original.data != nullptr, staged = launch.a.staged.data != nullptr;
+    if (!original && !staged) return choose_kind<predictions, extras, noise, false, false>(launch);
+    if (!original) return choose_kind<predictions, extras, noise, false, true>(launch);
+    if (!staged) return choose_kind<predictions, extras, noise, true, false>(launch);
+  }
+  return choose_kind<predictions, extras, noise, true, true>(launch);
 }
 
 template <int predictions, Extras extras>
@@ -133,13 +132,13 @@ Kernel choose_noise(const Launch& launch) {
   constexpr bool has_others = extras == Extras::others || extras == Extras::any;
   switch (launch.a.noise_kind) {
     case Noise::torch_stream:
-      return choose_original<predictions, extras, Noise::torch_stream>(launch);
+      return choose_outputs<predictions, extras, Noise::torch_stream>(launch);
     case Noise::portable:
-      return choose_original<predictions, extras, Noise::portable>(launch);
+      return choose_outputs<predictions, extras, Noise::portable>(launch);
     case Noise::none:
-      return choose_original<predictions, extras, has_others ? Noise::given : Noise::none>(launch);
+      return choose_outputs<predictions, extras, has_others ? Noise::given : Noise::none>(launch);
     case Noise::given:
-      return choose_original<predictions, extras, Noise::given>(launch);
+      return choose_outputs<predictions, extras, Noise::given>(launch);
   }
   FASTGUIDE_UNREACHABLE();
 }

@@ -225,11 +225,11 @@ FASTGUIDE_INLINE void step_single(const Launch& launch, const SampleRow& r, cons
                       value_of(z_bits, a.known_noise.element));
   }
   store_one(next, a.out, sample, place);
-  if constexpr (V::original) {
+  if (V::original && (!V::looks_for_outputs || a.original.data != nullptr)) {
     if (V::noise != Noise::none && r.c.x0_noise != 0.0f) x0 = fused(r.c.x0_noise, z, x0);
     store_one(x0, a.original, sample, place);
   }
-  if constexpr (V::staged) {
+  if (V::staged && (!V::looks_for_outputs || a.staged.data != nullptr)) {
     FASTGUIDE_ROLL
     for (int k = 0; k < a.staged_copies; ++k) store_one(r.c.in_scale * next, a.staged, k * a.batch + sample, place);
   }
@@ -312,14 +312,14 @@ FASTGUIDE_INLINE void step_vector(const Launch& launch, const SampleRow& r, cons
   if constexpr (V::history) vector_with_history(a, r.c, next, x0, x, sample, place);
   if (V::extras && a.mask.data != nullptr) blend_vector(a, r.c, next, sample, place);
   store_vector(next, a.out, sample, place);
-  if constexpr (V::original) {
+  if (V::original && (!V::looks_for_outputs || a.original.data != nullptr)) {
     if (V::noise != Noise::none && r.c.x0_noise != 0.0f) {
       FASTGUIDE_UNROLL
       for (int i = 0; i < kVector; ++i) x0[i] = fused(r.c.x0_noise, z[i], x0[i]);
     }
     store_vector(x0, a.original, sample, place);
   }
-  if constexpr (V::staged) {
+  if (V::staged && (!V::looks_for_outputs || a.staged.data != nullptr)) {
     FASTGUIDE_UNROLL
     for (int i = 0; i < kVector; ++i) next[i] *= r.c.in_scale;
     FASTGUIDE_ROLL

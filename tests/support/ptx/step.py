@@ -107,7 +107,7 @@ class Comparison:
             placement = Placement(self.memory, case)
             for launch in range(case.launches):
                 wrong = wrong or [f"launch {launch}: {text}" for text in self._step(placement)]
-        except PtxError as error:
+        except (PtxError, RuntimeError) as error:  # of the interpreter, or of the same code on the host
             wrong = [f"error: {error}"]
         if wrong:
             self.totals.failures.append((str(case), wrong))

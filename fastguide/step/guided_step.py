@@ -138,6 +138,8 @@ def guided_step(
         arguments, increment = draw(arguments, generator, chosen.torch_stream, out_is_new=out is None)
     if torch.compiler.is_compiling():
         chosen.step(*arguments)
+        if history is not None:
+            history.note(index)
         return arguments.out
     if out is not None or original is not None or staged is not None:
         _note_the_write(out, original, staged)

@@ -54,6 +54,21 @@ def test_the_sampler_makes_the_history(order):
         assert torch.equal(sampler(x, **FREE), by_steps(table, x))
 
 
+def test_compiled_steps_with_a_history_are_the_steps():
+    table, x = adams_bashforth(3), torch.randn(2, 8)
+
+    def step(history, index, x):
+        return guided_step(table, index, x, x * 0.5, history=history)
+
+    compiled, ours, theirs = torch.compile(step, fullgraph=True), History(table, x), History(table, x)
+    given = expected = x
+    for index in range(3):
+        given, expected = compiled(ours, index, given), step(theirs, index, expected)
+        assert torch.equal(given, expected), index
+    with pytest.raises(ValueError, match="index: expected 3, the call after the last one"):
+        step(ours, 1, x)
+
+
 def test_replays_with_a_history_are_right_for_other_tables(recorded):  # noqa: F811
     sampler = Sampler(Model(), adams_bashforth(), ClassifierFree(2.0))
     for steps in (5, 7, 5):

@@ -241,3 +241,29 @@ def test_a_slice_from_the_beginning_is_a_table():
 def test_slots_that_there_are_not_are_refused_in_a_table():
     with pytest.raises(ValueError, match="columns: expected -1 or a slot from 0 to 2 in 'hist_slot'"):
         StepTable.from_columns(torch.tensor([0]), {"hist_slot": torch.tensor([3.0], dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("written", ["out", "original", "a new tensor with the drawn noise"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_x_0_gets_its_noise_where_an_output_is_that_noise(dtype, backend, written):
+    columns = {"x0_scale": 1.0, "x0_pred": -0.5, "x0_sample": 0.75, "x0_noise": 0.6, "out_x0": 0.4, "out_noise": 0.3}
+    columns = {name: torch.tensor([value], dtype=torch.float64) for name, value in columns.items()}
+    table = StepTable.from_columns(torch.tensor([0]), columns, name="anything")
+    x, p, z, original = torch.randn(4, 2, 700, generator=torch.Generator().manual_seed(5)).to(dtype)
+    if written == "out":
+        noise = {"noise": z.clone()}
+        noise["out"] = noise["noise"]
+    elif written == "original":
+        noise = {"noise": z.clone()}
+        original = noise["noise"]
+    else:
+        generator = torch.Generator().manual_seed(6)
+        noise, z = (
+            {"generator": torch.Generator().manual_seed(6)},
+            torch.randn(x.shape, generator=generator, dtype=dtype),
+        )
+    following = guided_step(table, 0, x, p, original=original, **noise, backend=backend)
+    x_0 = 0.75 * x - 0.5 * p
+    torch.testing.assert_close(following, 0.4 * x_0 + 0.3 * z)
+    torch.testing.assert_close(original, x_0 + 0.6 * z)

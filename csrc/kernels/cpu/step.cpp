@@ -315,7 +315,13 @@ Run<T> load_inputs(const StepArguments& a, const T* weights, uint32_t step, cons
     copy_to(scratch.x, run.x, block.count);  // out may be the sample
     run.x = scratch.x;
   }
-  if (a.original.data != nullptr) run.original = place_of(a.original, block, scratch.original);
+  if (a.original.data != nullptr) {
+    run.original = place_of(a.original, block, scratch.original);
+    if (run.z != nullptr && (run.z == run.out || run.z == run.original)) {  // x_0 gets its part of the noise last
+      copy_to(scratch.z, run.z, block.count);
+      run.z = scratch.z;
+    }
+  }
   return run;
 }
 
@@ -365,7 +371,8 @@ void write_outputs(const StepArguments& a, const Row<T>& row, const Run<T>& run,
 template <typename T>
 bool is_in_place(const StepArguments& a) {
   bool in_place = a.num_predictions <= 2 && a.noise_kind != Noise::portable && a.mask.data == nullptr &&
-                  a.staged.data == nullptr && a.history.data == nullptr && a.anchor.data == nullptr;
+                  a.staged.data == nullptr && a.history.data == nullptr && a.anchor.data == nullptr &&
+                  (a.noise.data == nullptr || a.original.data == nullptr);
   for_each_input(a, a.predictions, [&](Argument, const Input& input) {
     in_place = in_place && (input.data == nullptr || stored_as<T>(input.element));
   });

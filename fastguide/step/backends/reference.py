@@ -60,8 +60,12 @@ def guided_step(*arguments: object) -> None:
     if a.seeds is not None:
         step = steps - first
         noise = portable_noise(a.seeds, sample.shape, step=step if len(step) != 1 else step[0])
+    returned = x0
     if noise is not None:
         result = result + deviation * noise.to(dtype)
+        returned = x0 + torch.where(
+            row["x0_noise"] != 0, row["x0_noise"] * noise.to(dtype), 0.0
+        )  # out may be the noise
     result, entries = _with_history(a, row, result, x, x0)
     if a.mask is not None and a.known is not None and a.known_noise is not None:
         result = _inpainted(row, result, a.mask.to(dtype), a.known.to(dtype), a.known_noise.to(dtype))
@@ -72,9 +76,6 @@ def guided_step(*arguments: object) -> None:
             _write(a.staged[start : start + batch], row["in_scale"] * result, finished)
     _write(a.out, result, finished)
     if a.original is not None:
-        returned = (
-            x0 if noise is None else x0 + torch.where(row["x0_noise"] != 0, row["x0_noise"] * noise.to(dtype), 0.0)
-        )
         _write(a.original, returned, finished)
     for slot, (entry, left) in enumerate(entries):
         others = row["hist_slot"] != slot

@@ -148,11 +148,12 @@ def euler_columns(churned: Churn, target: Tensor, x0: Linear, epsilon: Tensor | 
     """
     # x' = x + (target - sigma) * epsilon, or target / sigma * x + (1 - target / sigma) * x_0; x has the churn's noise
     now, noise = churned
-    columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred}
+    in_x0 = x0.scale * x0.sample
+    columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred, "x0_noise": noise * in_x0}
     if epsilon is not None:
         return columns | {"out_sample": torch.ones_like(now), "out_pred": (target - now) * epsilon, "out_noise": noise}
     ratio = target / now
-    passed_on = ratio + (1 - ratio) * x0.scale * x0.sample  # of the noise: as a part of x, and of x_0
+    passed_on = ratio + (1 - ratio) * in_x0  # of the noise: as a part of x, and of x_0
     return columns | {"out_sample": ratio, "out_x0": 1 - ratio, "out_noise": noise * passed_on}
 
 

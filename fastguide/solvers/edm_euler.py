@@ -53,7 +53,7 @@ def edm_euler(
         final_sigmas_type: the last step leads to ``"zero"``, or stays at the last sigma, ``"sigma_min"``.
         sigmas: where the steps begin and where the last one ends (0 or above), strictly falling, instead of a number
             and a spacing. (diffusers' argument of this name takes places between 0 and 1 of the spacing.)
-        s_churn, s_tmin, s_tmax, s_noise: as in ``euler``, with the same effect on the predicted x_0.
+        s_churn, s_tmin, s_tmax, s_noise: as in ``euler``.
 
     Returns:
         The step table, its timesteps real.

@@ -69,8 +69,7 @@ def euler(
         s_noise: the standard deviation of that noise, slightly above 1 where a model removes too much.
 
     Returns:
-        The step table, its timesteps real. With churn, the predicted x_0 that a step writes to ``original=`` lacks the
-        noise that this step has added.
+        The step table, its timesteps real.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the sigmas do not fall.

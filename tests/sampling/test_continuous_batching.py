@@ -9,6 +9,7 @@ import torch
 
 import fastguide
 from fastguide import Classifier, ClassifierFree, Sampler, portable_noise
+from tests.sampling.test_history_loops import adams_bashforth
 from tests.support.recorded_graph import recorded  # noqa: F401
 
 SCHEDULE = fastguide.NoiseSchedule.linear()
@@ -63,6 +64,22 @@ def test_requests_come_and_go(skip, batched, captured, request):  # a continuous
         assert torch.equal(x_0, alone(single, request_of(number))), number
     if graphs is not None:
         assert graphs.captured == (2 if skip else 1)
+
+
+def test_each_request_goes_on_from_its_own_history():
+    table = adams_bashforth(5)
+    sampler = Sampler(model, table, ClassifierFree(2.0), cuda_graph=False)
+    requests = [{**request_of(number), "table": table} for number in range(4)]
+    slots, under_way, results = sampler.slots(2), {}, {}
+    for number, asked in enumerate(requests):  # the later ones come in the places of others, whose entries are there
+        while not slots.free:
+            results |= {under_way.pop(slot): x_0 for slot, x_0 in slots.step().items()}
+        under_way[slots.admit(**asked)] = number
+        results |= {under_way.pop(slot): x_0 for slot, x_0 in slots.step().items()}
+    while under_way:
+        results |= {under_way.pop(slot): x_0 for slot, x_0 in slots.step().items()}
+    for number, asked in enumerate(requests):
+        assert torch.equal(results[number], alone(sampler, asked)), number
 
 
 def test_learned_variance_and_a_classifier_s_labels():

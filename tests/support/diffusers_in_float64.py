@@ -60,9 +60,10 @@ def relative(ours, theirs):
 def largest_error(table, name, config, set_timesteps, *, step=None, begin=0, draws_at_the_end=False):
     """Run the scheduler of that name and our table over the same model, noise and guidance; compare all that both see.
 
-    Every model input, every timestep and every sample; the first sample is ``init_noise_sigma`` times a standard
-    normal one, or, from ``begin`` on, an arbitrary one. ``draws_at_the_end``: the last call draws noise, multiplies it
-    by 0, and so leaves the generator further on than a table does, whose last row adds none.
+    Every model input, every timestep, every sample, and the predicted x_0 where the scheduler gives one. The first
+    sample is ``init_noise_sigma`` times a standard normal one, or, from ``begin`` on, an arbitrary one.
+    ``draws_at_the_end``: the last call draws noise, multiplies it by 0, and so leaves the generator further on than a
+    table does, whose last row adds none.
     """
     scheduler_class = getattr(diffusers, name)
     ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
@@ -82,7 +83,10 @@ def largest_error(table, name, config, set_timesteps, *, step=None, begin=0, dra
     assert torch.equal(ours.get_state(), theirs.get_state()), "the generators are not at the same place"
     assert len(mine) == len(reference)
     return max(
-        relative(a, b) for row, other in zip(mine, reference, strict=True) for a, b in zip(row, other, strict=True)
+        relative(a, b)
+        for row, other in zip(mine, reference, strict=True)
+        for a, b in zip(row, other, strict=True)
+        if b is not None
     )
 
 
@@ -94,8 +98,9 @@ def _run_theirs(scheduler, x, begin, generator, options):
         uncond, cond = model(given, t, 0.0), model(given, t, 1.0)
         prediction = uncond + SCALE * (cond - uncond)
         more = {"generator": generator} if takes_generator else {}
-        x = scheduler.step(prediction, t, x, **more, **options).prev_sample
-        seen.append((given, torch.as_tensor(t, dtype=torch.float64), x))
+        output = scheduler.step(prediction, t, x, **more, **options)
+        x = output.prev_sample
+        seen.append((given, torch.as_tensor(t, dtype=torch.float64), x, output.get("pred_original_sample")))
     return seen
 
 
@@ -103,10 +108,11 @@ def _run_ours(table, x, generator):
     seen, given = [], table.first_in_scale * x
     guidance = fastguide.ClassifierFree(SCALE)
     for call, t in enumerate(table.host_timesteps):
-        predictions, staged = [model(given, t, 0.0), model(given, t, 1.0)], torch.empty_like(x)
+        predictions, staged, original = [model(given, t, 0.0), model(given, t, 1.0)], *torch.empty(2, *x.shape).to(x)
+        outputs = {"original": original, "staged": staged}
         x = fastguide.guided_step(
-            table, call, x, predictions, guidance, generator=generator, staged=staged, backend="reference"
+            table, call, x, predictions, guidance, generator=generator, **outputs, backend="reference"
         )
-        seen.append((given, torch.tensor(t, dtype=torch.float64), x))
+        seen.append((given, torch.tensor(t, dtype=torch.float64), x, original))
         given = staged
     return seen

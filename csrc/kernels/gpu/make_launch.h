@@ -26,9 +26,7 @@ FASTGUIDE_INLINE bool begins_aligned(const void* data, int64_t batch, int64_t ba
 FASTGUIDE_INLINE void set_tiles(Launch& launch) {
   const StepArguments& a = launch.a;
   const int64_t size = a.elements_per_sample, single_tiles = (size + kTile - 1) / kTile;
-  const Extras extras = extras_of(a);
-  const bool others = extras == Extras::others || extras == Extras::any;
-  const int most = single_tiles > 1 ? most_vectors(a.num_predictions, others) : 1;
+  const int most = single_tiles > 1 ? most_vectors(a.num_predictions, extras_of(a)) : 1;
   launch.vectors = a.batch * single_tiles > FASTGUIDE_FEW_TILES ? most : 1;
   const int64_t vector_tiles = (single_tiles + launch.vectors - 1) / launch.vectors;
   const int64_t tiles_per_sample = vector_tiles + (!launch.aligned || size % kVector != 0);

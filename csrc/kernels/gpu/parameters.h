@@ -45,15 +45,17 @@ struct Launch {
   bool per_sample;              // samples differ in their row or weights
 };
 
-// The most vectors of a thread. Two share what a thread does once; those of other kernels would need too many
-// registers. others: see Extras.
-FASTGUIDE_INLINE constexpr int most_vectors(int predictions, bool others) {
-  return (predictions == 1 || predictions == 2) && !others ? kMaxVectors : 1;
-}
-
 // What else than its sample, predictions and noise a step reads: nothing; a history and an anchor; others, which are a
 // gradient, a learned variance and a mask; or any of these.
 enum class Extras : int { none, history, others, any };
+
+FASTGUIDE_INLINE constexpr bool has_others(Extras extras) { return extras == Extras::others || extras == Extras::any; }
+
+// The most vectors of a thread. Two share what a thread does once; those of other kernels would need too many
+// registers.
+FASTGUIDE_INLINE constexpr int most_vectors(int predictions, Extras extras) {
+  return (predictions == 1 || predictions == 2) && !has_others(extras) ? kMaxVectors : 1;
+}
 
 // Whether there is a kernel for torch's noise in vectors. Others would need too many registers.
 FASTGUIDE_INLINE constexpr bool torch_vectors_compiled(int predictions, Extras extras) {
@@ -67,13 +69,13 @@ FASTGUIDE_INLINE constexpr bool torch_vectors_compiled(int predictions, Extras e
 template <int predictions_, Extras extras_, Noise noise_, bool original_, bool staged_>
 struct Variant {
   static constexpr int predictions = predictions_;
-  static constexpr bool extras = extras_ == Extras::others || extras_ == Extras::any;
+  static constexpr bool extras = has_others(extras_);
   static constexpr bool history = extras_ == Extras::history || extras_ == Extras::any;
   static constexpr bool original = original_, staged = staged_;
   static constexpr bool looks_for_outputs = extras_ != Extras::none;
   static constexpr Noise noise = noise_;
   static constexpr bool draws = noise == Noise::torch_stream || noise == Noise::portable;
-  static constexpr int vectors = most_vectors(predictions, extras);
+  static constexpr int vectors = most_vectors(predictions, extras_);
 };
 
 FASTGUIDE_INLINE Extras extras_of(const StepArguments& a) {

@@ -129,14 +129,13 @@ Kernel choose_outputs(const Launch& launch) {
 
 template <int predictions, Extras extras>
 Kernel choose_noise(const Launch& launch) {
-  constexpr bool has_others = extras == Extras::others || extras == Extras::any;
   switch (launch.a.noise_kind) {
     case Noise::torch_stream:
       return choose_outputs<predictions, extras, Noise::torch_stream>(launch);
     case Noise::portable:
       return choose_outputs<predictions, extras, Noise::portable>(launch);
     case Noise::none:
-      return choose_outputs<predictions, extras, has_others ? Noise::given : Noise::none>(launch);
+      return choose_outputs<predictions, extras, has_others(extras) ? Noise::given : Noise::none>(launch);
     case Noise::given:
       return choose_outputs<predictions, extras, Noise::given>(launch);
   }

@@ -13,14 +13,18 @@ from ..solvers.table import StepTable
 
 def first_sample(
     table: StepTable, x_T: Tensor, image: Tensor | None, mask: Tensor | None, strength: float | None
-) -> tuple[Tensor, int, Tensor | None]:
-    """Return the first sample, the model call that it is for, and the mask in the sample's shape."""
+) -> tuple[StepTable, Tensor, int, Tensor | None]:
+    """Return the table, the first sample, the model call that it is for, and the mask in the sample's shape.
+
+    The table is the given one, or, where sampling begins later and calls go on from earlier ones, one of as many calls
+    that begins there.
+    """
     if image is None:
         for name, value in (("mask", mask), ("strength", strength)):
             if value is not None:
                 raise ValueError(f"{name}: expected image= with it, got None")
         check_defined(table, 0)
-        return _scaled(x_T, table.init_noise_sigma), 0, None
+        return table, _scaled(x_T, table.init_noise_sigma), 0, None
     _check_image(image, x_T)
     if strength is None and mask is None:
         raise ValueError("strength: expected a number from 0 to 1 with image=, or mask=, got None")
@@ -28,23 +32,20 @@ def first_sample(
     if strength is not None and (not number or not 0 <= strength <= 1):
         raise ValueError(f"strength: expected a number from 0 to 1, got {strength!r}")
     mask = None if mask is None else _checked_mask(mask, x_T)
-    if table.levels is None:
+    levels = table.levels
+    if levels is None:
         raise ValueError(f"table: expected one whose levels are known, such as ddim's, with image=, got {table!r}")
-    begin = _first_call(table, 1.0 if strength is None else strength)
-    if begin == len(table):
-        return image, begin, mask
-    if begin and table.history_slots:
-        raise ValueError(
-            f"strength: expected 1 or 0, as {table.name} goes on from earlier calls; or a table that its solver makes "
-            f"with begin={begin}, and no strength"
-        )
+    skipped = table.steps - min(int(table.steps * (1.0 if strength is None else strength)), table.steps)
+    if skipped == table.steps:
+        return table, image, len(table), mask
+    table, begin = table.beginning_at(skipped)
     check_defined(table, begin)
-    alpha, sigma = (float(values[begin]) for values in table.levels)
+    alpha, sigma = (float(values[begin]) for values in (table.levels or levels))
     wide = torch.promote_types(x_T.dtype, torch.float32)
     if begin == 0 and mask is not None:  # from noise alone, as large as the samples of that level
         radius = math.hypot(alpha, sigma)
-        return _scaled(x_T, radius if table.init_noise_sigma == 1 else table.init_noise_sigma), 0, mask
-    return alpha * image.to(wide) + sigma * x_T.to(wide), begin, mask
+        return table, _scaled(x_T, radius if table.init_noise_sigma == 1 else table.init_noise_sigma), 0, mask
+    return table, alpha * image.to(wide) + sigma * x_T.to(wide), begin, mask
 
 
 def _scaled(x_T: Tensor, deviation: float) -> Tensor:
@@ -52,15 +53,6 @@ def _scaled(x_T: Tensor, deviation: float) -> Tensor:
     if math.isclose(deviation, 1.0):
         return x_T
     return deviation * x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-
-
-def _first_call(table: StepTable, strength: float) -> int:
-    """Return the model call at which the last ``strength`` of the solver's steps begin."""
-    skipped = table.steps - min(int(table.steps * strength), table.steps)
-    if skipped == table.steps:
-        return len(table)
-    ends = [call + 1 for call, completes in enumerate(table.completes_step) if completes]
-    return ends[skipped - 1] if skipped else 0
 
 
 def _check_image(image: Tensor, x_T: Tensor) -> None:

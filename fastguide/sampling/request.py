@@ -76,7 +76,7 @@ def make_request(
     backend = backend_for(options.backend, x_T.device.type)
     _check_run(table, guidance, x_T, options)
     check_number(backend, x_T.device, guidance)
-    first, begin, mask = first_sample(table, x_T, image, mask, strength)
+    table, first, begin, mask = first_sample(table, x_T, image, mask, strength)
     conditions = conditioning.as_list(cond, uncond, guidance.num_predictions)
     conditioning.check_labels(labels, guidance, batch)
     return SampleRequest(

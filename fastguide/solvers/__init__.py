@@ -1,14 +1,21 @@
 """Solvers: each is a function that returns a step table, one file a family, the formula with its paper."""
 
 from .cogvideox_ddim import cogvideox_ddim
+from .cogvideox_dpm import cogvideox_dpm
 from .consistency import consistency
 from .ddim import ddim
 from .ddpm import VarianceType, ddpm
+from .dpm2 import dpm2
+from .dpm_solver import dpm_solver
+from .dpm_solver_singlestep import dpm_solver_singlestep
+from .edm_dpm_solver import edm_dpm_solver
 from .edm_euler import edm_euler
 from .euler import euler
 from .euler_ancestral import euler_ancestral
 from .flow_match_euler import flow_match_euler
+from .heun import heun
 from .lcm import lcm
+from .lms import lms
 from .table import ROW_COLUMNS, StepTable
 from .tcd import tcd
 
@@ -17,13 +24,20 @@ __all__ = [
     "StepTable",
     "VarianceType",
     "cogvideox_ddim",
+    "cogvideox_dpm",
     "consistency",
     "ddim",
     "ddpm",
+    "dpm2",
+    "dpm_solver",
+    "dpm_solver_singlestep",
+    "edm_dpm_solver",
     "edm_euler",
     "euler",
     "euler_ancestral",
     "flow_match_euler",
+    "heun",
     "lcm",
+    "lms",
     "tcd",
 ]

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from .._counts import check_count
 from ..schedules.levels import Levels
-from ..schedules.predictions import Linear
-from ..schedules.sigmas import given_sigmas, spaced_sigmas
-from ._columns import NO_VARIANCE, check_range, gradient_forms
+from ._columns import NO_VARIANCE, gradient_forms
+from ._edm import EDMPrediction, EDMSpacing, edm_original, edm_sigmas
 from ._unscaled import FinalSigmasType, churn, euler_columns, loop_columns
 from .table import StepTable
-
-EDMPrediction: TypeAlias = Literal["epsilon", "v_prediction"]
-EDMSpacing: TypeAlias = Literal["karras", "exponential"]
 
 
 def edm_euler(
@@ -64,18 +58,11 @@ def edm_euler(
     >>> edm_euler(3, sigma_max=1.0).timesteps
     tensor([ 0.0000, -0.6098, -1.5537], dtype=torch.float64)
     """
-    if prediction_type not in get_args(EDMPrediction):
-        raise ValueError(f"prediction_type: expected one of {get_args(EDMPrediction)}, got {prediction_type!r}")
-    check_range("sigma_data", sigma_data, 0.0, math.inf, above=True)
-    visited = _sigmas(num_inference_steps, sigma_min, sigma_max, sigma_spacing, rho, final_sigmas_type, sigmas)
+    visited = edm_sigmas(num_inference_steps, sigma_min, sigma_max, sigma_spacing, rho, final_sigmas_type, sigmas)
     now, after = visited[:-1], visited[1:]
     churned = churn(visited, s_churn, s_tmin, s_tmax, s_noise)
     hat = churned.sigmas
-    radius = (hat.square() + sigma_data**2).sqrt()
-    c_out = hat * sigma_data / radius
-    x0 = Linear(
-        torch.ones_like(hat), sigma_data**2 / radius.square(), c_out if prediction_type == "epsilon" else -c_out
-    )
+    x0 = edm_original(prediction_type, hat, sigma_data)
     columns = euler_columns(churned, after, x0, None)
     loop, first_in_scale = loop_columns(visited, sigma_data)
     timesteps = now.log() / 4
@@ -89,31 +76,3 @@ def edm_euler(
         init_noise_sigma=math.hypot(visited[0].item() if sigmas is not None else sigma_max, 1.0),
         name="edm_euler",
     )
-
-
-def _sigmas(
-    num_inference_steps: int | None,
-    sigma_min: float,
-    sigma_max: float,
-    sigma_spacing: EDMSpacing,
-    rho: float,
-    final_sigmas_type: FinalSigmasType,
-    sigmas: Tensor | Sequence[float] | None,
-) -> Tensor:
-    """Return where the steps begin, and where the last one ends."""
-    if final_sigmas_type not in get_args(FinalSigmasType):
-        raise ValueError(f"final_sigmas_type: expected one of {get_args(FinalSigmasType)}, got {final_sigmas_type!r}")
-    if sigmas is not None:
-        given = given_sigmas("sigmas", sigmas, least=2, zero_last=True)
-        if num_inference_steps is not None and num_inference_steps != len(given) - 1:
-            raise ValueError(f"num_inference_steps: expected {len(given) - 1}, got {num_inference_steps}")
-        return given
-    if num_inference_steps is None:
-        raise ValueError("num_inference_steps: expected a number, or sigmas=, got None")
-    check_count("num_inference_steps", num_inference_steps)
-    if sigma_spacing not in get_args(EDMSpacing):
-        raise ValueError(f"sigma_spacing: expected one of {get_args(EDMSpacing)}, got {sigma_spacing!r}")
-    check_range("rho", rho, 0.0, math.inf, above=True)
-    check_range("sigma_min", sigma_min, 0.0, sigma_max, above=True)
-    begins = spaced_sigmas(sigma_spacing, num_inference_steps, sigma_max, sigma_min, rho=rho)
-    return torch.cat([begins, begins[-1:] if final_sigmas_type == "sigma_min" else begins.new_zeros(1)])

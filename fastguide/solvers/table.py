@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -81,6 +81,8 @@ class StepTable:
     slice that begins later: that takes a sample at the level of its first call."""
     completes_step: tuple[bool, ...] = ()
     """For each model call, whether it completes a step of the solver; by default, each does."""
+    maker: Callable[[int], StepTable] | None = None
+    """Makes the table of the steps from a later one on, where that is no slice; ``None``: nobody knows how."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     # What the host knows of the rows, so that no step has to ask the device.
@@ -95,11 +97,13 @@ class StepTable:
     """What the sample is multiplied by to be the input of each model call, and of one more after the last."""
     _token: object = field(init=False)
     """Stands for this table where steps are remembered."""
+    _beginning_at: dict[int, tuple[StepTable, int]] = field(init=False)
     scales_inputs: bool = field(init=False)
     """Whether any call's model input is the sample times a factor other than 1."""
 
     def __post_init__(self) -> None:
         self._token = Token()
+        self._beginning_at = {}
         on_host = self.timesteps.to("cpu")
         self.host_timesteps = tuple(on_host.tolist())
         self.timesteps = on_host.to(self.device)
@@ -217,7 +221,7 @@ class StepTable:
         if start > 0 and self.history_slots:
             raise ValueError(
                 f"table: {self.name} goes on from earlier calls, which a slice from {start} on would lack; expected a "
-                f"table that its solver makes with begin={start}"
+                f"table that its solver makes with begin={sum(self.completes_step[:start])}"
             )
         part = slice(start, stop)
         return replace(
@@ -229,6 +233,53 @@ class StepTable:
             first_in_scale=self.in_scales[start],
             init_noise_sigma=self.init_noise_sigma if start == 0 else 1.0,
             completes_step=self.completes_step[part],
+            maker=self.maker if stop - start == len(self) else None,
+        )
+
+    def beginning_at(self, step: int) -> tuple[StepTable, int]:
+        """Return the table with which to begin at a later step, and the model call at which that begins.
+
+        It has as many calls as this one, so that those that are made keep their numbers. It is this one, unless calls
+        go on from earlier ones: then those from the step on are made anew, as if none came before them.
+
+        Raises:
+            ValueError: nobody knows how to make them; build a table with the solver's ``begin=``.
+        """
+        if step == 0:
+            return self, 0
+        if not self.history_slots:
+            ends = [call + 1 for call, completes in enumerate(self.completes_step) if completes]
+            return self, ends[step - 1]
+        if step not in self._beginning_at:
+            if self.maker is None:
+                raise ValueError(
+                    f"table: expected a whole one of its solver's, as {self.name} goes on from earlier calls; or one "
+                    f"that the solver makes with begin={step}"
+                )
+            later = self.maker(step)
+            self._beginning_at[step] = self._with_last(later), len(self) - len(later)
+        return self._beginning_at[step]
+
+    def _with_last(self, other: StepTable) -> StepTable:
+        """Return this table with its last rows exchanged for another table's."""
+        kept = len(self) - len(other)
+        forms: dict[str, Tensor | str] = {}
+        for form, values in other.forms.items():
+            of_form = self.forms.get(form)
+            before = of_form if isinstance(of_form, Tensor) else self.rows
+            forms[form] = values if isinstance(values, str) else torch.cat([before[:kept], values])
+        levels = None
+        if self.levels is not None and other.levels is not None:
+            pairs = zip(self.levels, other.levels, strict=True)
+            levels = Levels(*(torch.cat([ours[:kept], theirs]) for ours, theirs in pairs))
+        return replace(
+            self,
+            timesteps=torch.cat([self._on_host(slice(kept)), other._on_host(slice(None))]),
+            rows=torch.cat([self.rows[:kept], other.rows]),
+            forms=forms,
+            levels=levels,
+            completes_step=(*self.completes_step[:kept], *other.completes_step),
+            maker=None,
         )
 
     def to(self, device: torch.device | str) -> StepTable:

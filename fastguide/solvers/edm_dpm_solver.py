@@ -1,0 +1,94 @@
+"""DPM-Solver++ with the preconditioning of EDM: Lu et al. 2022, Karras et al. 2022."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
+from torch import Tensor
+
+from ..schedules.levels import Levels
+from ._begin import begins_anywhere, check_begin
+from ._columns import NO_VARIANCE
+from ._dpm import SolverType, check_choices, multistep_columns
+from ._edm import EDMPrediction, EDMSpacing, edm_original, edm_sigmas
+from ._entries import history_gradients
+from ._unscaled import FinalSigmasType, loop_columns
+from .table import StepTable
+
+EDMAlgorithm: TypeAlias = Literal["dpmsolver++", "sde-dpmsolver++"]
+
+
+@begins_anywhere
+def edm_dpm_solver(
+    num_inference_steps: int | None = None,
+    *,
+    solver_order: int = 2,
+    algorithm_type: EDMAlgorithm = "dpmsolver++",
+    solver_type: SolverType = "midpoint",
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    sigma_data: float = 0.5,
+    sigma_spacing: EDMSpacing = "karras",
+    rho: float = 7.0,
+    prediction_type: EDMPrediction = "epsilon",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    final_sigmas_type: FinalSigmasType = "zero",
+    sigmas: Tensor | Sequence[float] | None = None,
+    begin: int = 0,
+) -> StepTable:
+    """Return multistep DPM-Solver++'s steps for networks in EDM's preconditioning.
+
+    They are ``dpm_solver``'s over lambda = -log(sigma), on the sample, inputs and timesteps of ``edm_euler``.
+
+    Args:
+        num_inference_steps: number of steps, if ``sigmas`` does not say them.
+        solver_order: 1, 2 or 3; ``"sde-dpmsolver++"`` has no 3.
+        algorithm_type: ``"dpmsolver++"``, or ``"sde-dpmsolver++"``, whose steps add noise.
+        solver_type, lower_order_final, euler_at_final: as in ``dpm_solver``.
+        sigma_min, sigma_max, sigma_data, sigma_spacing, rho, prediction_type, final_sigmas_type, sigmas: as in
+            ``edm_euler``.
+        begin: the first step; those before it are left out, as image-to-image does.
+
+    Returns:
+        The step table, its timesteps real. Its calls go on from earlier ones: it has ``history_slots``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    >>> edm_dpm_solver(18)
+    StepTable(edm_dpm_solver, 18 steps, timesteps 1.0955066586334752 .. -1.5536520250416462, device=cpu)
+    """
+    if algorithm_type not in get_args(EDMAlgorithm):
+        raise ValueError(f"algorithm_type: expected one of {get_args(EDMAlgorithm)}, got {algorithm_type!r}")
+    check_choices(solver_order, algorithm_type, solver_type, 3 if algorithm_type == "dpmsolver++" else 2)
+    every = edm_sigmas(num_inference_steps, sigma_min, sigma_max, sigma_spacing, rho, final_sigmas_type, sigmas)
+    total = len(every) - 1
+    check_begin(begin, total)
+    visited = every[begin:]
+    here = Levels.variance_exploding(visited[:-1])
+    timesteps = here.sigma.log() / 4
+    columns = multistep_columns(
+        Levels.variance_exploding(visited),
+        edm_original(prediction_type, here.sigma, sigma_data),
+        solver_order=solver_order,
+        algorithm_type=algorithm_type,
+        solver_type=solver_type,
+        lower_order_final=lower_order_final,
+        euler_at_final=euler_at_final,
+        total=total,
+    )
+    loop, first_in_scale = loop_columns(visited, sigma_data)
+    first = visited[0].item() if sigmas is not None else sigma_max
+    variance = columns["out_noise"].square() if algorithm_type == "sde-dpmsolver++" else NO_VARIANCE
+    return StepTable.from_columns(
+        timesteps,
+        columns | loop,
+        gradients=history_gradients(columns, here, timesteps, variance),
+        levels=here,
+        first_in_scale=first_in_scale,
+        init_noise_sigma=math.hypot(first, 1.0) if begin == 0 else 1.0,
+        name="edm_dpm_solver",
+    )

@@ -5,6 +5,7 @@ from .cogvideox_dpm import cogvideox_dpm
 from .consistency import consistency
 from .ddim import ddim
 from .ddpm import VarianceType, ddpm
+from .deis import deis
 from .dpm2 import dpm2
 from .dpm_solver import dpm_solver
 from .dpm_solver_singlestep import dpm_solver_singlestep
@@ -13,11 +14,15 @@ from .edm_euler import edm_euler
 from .euler import euler
 from .euler_ancestral import euler_ancestral
 from .flow_match_euler import flow_match_euler
+from .flow_match_heun import flow_match_heun
 from .heun import heun
 from .lcm import lcm
 from .lms import lms
+from .pndm import pndm
+from .sa_solver import sa_solver
 from .table import ROW_COLUMNS, StepTable
 from .tcd import tcd
+from .unipc import unipc
 
 __all__ = [
     "ROW_COLUMNS",
@@ -28,6 +33,7 @@ __all__ = [
     "consistency",
     "ddim",
     "ddpm",
+    "deis",
     "dpm2",
     "dpm_solver",
     "dpm_solver_singlestep",
@@ -36,8 +42,12 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "flow_match_euler",
+    "flow_match_heun",
     "heun",
     "lcm",
     "lms",
+    "pndm",
+    "sa_solver",
     "tcd",
+    "unipc",
 ]

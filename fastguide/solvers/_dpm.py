@@ -18,8 +18,8 @@ SolverType: TypeAlias = Literal["midpoint", "heun"]
 class Interval(NamedTuple):
     """The exact part of a step over an entry and its differences: ``sample * x + first * e + second * e' + ...``.
 
-    The integrals of the entry's Taylor expansion in lambda (Lu et al. 2022, "DPM-Solver++", eq. 9), whose derivatives a
-    step estimates by differences.
+    The integrals of the entry's Taylor expansion in lambda (Lu et al. 2022, "DPM-Solver++", proposition 4.1), whose
+    derivatives a step estimates by differences.
     """
 
     h: float
@@ -70,7 +70,7 @@ def lambda_of(level: tuple[float, float]) -> float:
 
 
 def second_order(over: Interval, r: float, solver_type: SolverType) -> float:
-    """Return the factor of ``e - e_1``, e_1 being ``r * h`` before (eq. 4.1 and 4.2 of "DPM-Solver++", appendix B)."""
+    """Return the factor of ``e - e_1``, e_1 being ``r * h`` before; the two types agree to the second order."""
     return (over.first / 2 if solver_type == "midpoint" else over.second) / r
 
 

@@ -29,8 +29,13 @@ class Entry(NamedTuple):
 
     @classmethod
     def epsilon(cls, levels: Levels) -> Entry:
-        """Return entries that are the predicted noise, ``(x - alpha * x_0) / sigma``: where alpha is 1, the slope."""
+        """Return entries that are the predicted noise, ``(x - alpha * x_0) / sigma``."""
         return cls(-levels.alpha / levels.sigma, 1 / levels.sigma)
+
+    @classmethod
+    def slope(cls, levels: Levels) -> Entry:
+        """Return entries ``(x - x_0) / sigma``: a flow's velocity, and the slope in sigma of an unscaled sample."""
+        return cls(-1 / levels.sigma, 1 / levels.sigma)
 
     @classmethod
     def velocity(cls, levels: Levels) -> Entry:

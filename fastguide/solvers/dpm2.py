@@ -1,4 +1,4 @@
-"""DPM2, the midpoint method over log(sigma), and its ancestral form: Karras et al. 2022 and k-diffusion."""
+"""DPM2, with a second call halfway in log(sigma), and its ancestral form: Lu et al. 2022, and k-diffusion."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def dpm2(
     """Return the steps of DPM2, which follow the slope halfway to the next sigma (k-diffusion's ``sample_dpm_2``).
 
     A step makes two model calls: at sigma, and at the geometric mean of sigma and sigma', where Euler's method leads.
-    The last step, to sigma 0, has one. The sample is unscaled, as in ``euler``. Karras et al. 2022, section 5 and
-    appendix D.2, describe the method; DPM-Solver-2 (Lu et al. 2022) is another one.
+    The last step, to sigma 0, has one. The sample is unscaled, as in ``euler``. It is DPM-Solver-2 of Lu et al. 2022
+    (algorithm 1) as Karras et al. 2022 step, over sigma.
 
     Args:
         schedule: the noise schedule that the model was trained with.

@@ -58,8 +58,8 @@ def edm_dpm_solver(
     Raises:
         TypeError, ValueError: an argument is not as described.
 
-    >>> edm_dpm_solver(18)
-    StepTable(edm_dpm_solver, 18 steps, timesteps 1.0955066586334752 .. -1.5536520250416462, device=cpu)
+    >>> edm_dpm_solver(sigmas=[1.0, 0.5, 0.0]).timesteps
+    tensor([ 0.0000, -0.1733], dtype=torch.float64)
     """
     if algorithm_type not in get_args(EDMAlgorithm):
         raise ValueError(f"algorithm_type: expected one of {get_args(EDMAlgorithm)}, got {algorithm_type!r}")

@@ -52,7 +52,7 @@ def heun(
         TypeError, ValueError: an argument is not as described.
 
     >>> from fastguide import NoiseSchedule
-    >>> heun(NoiseSchedule.scaled_linear(), 10, sigma_spacing="karras", timestep_spacing="trailing")
+    >>> heun(NoiseSchedule.scaled_linear(), 10, timestep_spacing="trailing")
     StepTable(heun, 10 steps in 19 calls, timesteps 999.0 .. 99.0, device=cpu)
     """
     steps = unscaled_calls(

@@ -75,4 +75,4 @@ def lms(
         used = range(call, max(call - order, -1), -1)
         weights = lagrange_integrals([sigma[earlier] for earlier in used], now, after)
         forms.append(Form(sample=1.0).add(dict(zip(used, weights, strict=True))))
-    return unscaled_table("lms", calls, forms, Entry.epsilon(calls.levels), prediction_type=prediction_type)
+    return unscaled_table("lms", calls, forms, Entry.slope(calls.levels), prediction_type=prediction_type)

@@ -57,14 +57,14 @@ def relative(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-300)).item()
 
 
-def largest_error(table, name, config, set_timesteps, *, step=None, begin=0, draws_at_the_end=False):
+def largest_error(table, name, config, set_timesteps, *, step=None, begin=0, draws_at_the_end=False, unused_draws=()):
     """Run the scheduler of that name and our table over the same model, noise and guidance; compare all that both see.
 
     Every model input, every timestep, every sample, and the predicted x_0 where the scheduler gives one. The first
     sample is ``init_noise_sigma`` times a standard normal one, or, from call ``begin`` on, an arbitrary one; the
     table is of all calls, or of those from there on.
     ``draws_at_the_end``: the last call draws noise, multiplies it by 0, and so leaves the generator further on than a
-    table does, whose last row adds none.
+    table does, whose last row adds none. ``unused_draws``: the calls of the table that draw and do not use it.
     """
     scheduler_class = getattr(diffusers, name)
     ours, theirs = (torch.Generator().manual_seed(7) for _ in range(2))
@@ -81,7 +81,7 @@ def largest_error(table, name, config, set_timesteps, *, step=None, begin=0, dra
         table = table[begin:]
     assert table.init_noise_sigma == pytest.approx(1.0 if begin else start, rel=1e-12)
     assert len(table) == len(scheduler.timesteps) - begin
-    mine = _run_ours(table, start * noise, ours)
+    mine = _run_ours(table, start * noise, ours, unused_draws)
     if draws_at_the_end:
         torch.randn(SHAPE, dtype=torch.float64, generator=ours)
     assert torch.equal(ours.get_state(), theirs.get_state()), "the generators are not at the same place"
@@ -110,7 +110,7 @@ def _run_theirs(scheduler, x, begin, generator, options):
     return seen
 
 
-def _run_ours(table, x, generator):
+def _run_ours(table, x, generator, unused_draws):
     seen, given = [], table.first_in_scale * x
     guidance = fastguide.ClassifierFree(SCALE)
     history = fastguide.History(table, x) if table.history_slots else None
@@ -120,6 +120,8 @@ def _run_ours(table, x, generator):
         x = fastguide.guided_step(
             table, call, x, predictions, guidance, generator=generator, **outputs, history=history, backend="reference"
         )
+        if call in unused_draws:
+            torch.randn(SHAPE, dtype=torch.float64, generator=generator)
         seen.append((given, t, x, original))
         given = staged
     return seen

@@ -212,6 +212,8 @@ class Slots:
             state = SamplerState(key, request.guidance)
             # A capture runs the step a few times, so it is done now, while no request can be moved on by that.
             return state, single_steps(self._cuda_graph, state, Graphs(Pool(key.device), 2), lambda: None)
+        if key.history_slots < self._state.key.history_slots:  # a table may leave some unused
+            key = key._replace(history_slots=self._state.key.history_slots)
         if self._state.key != key:
             raise ValueError(f"admit: expected a request like the first, of {self._state.key.difference(key)}")
         return self._state, self._steps

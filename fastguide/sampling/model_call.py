@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..solvers.table import StepTable
 from ..step.memory import DTYPES, in_layout_of
 from . import conditioning as conditioning
 from .conditioning import Condition
@@ -23,8 +24,14 @@ class ModelOptions:
     backend: str | None
     batched: bool
     skip_unconditional: bool
-    timestep_dtype: torch.dtype
+    timestep_dtype: torch.dtype | None
     scalar_timestep: bool
+
+    def told_in(self, table: StepTable) -> torch.dtype:
+        """Return the dtype of the model's timesteps."""
+        if self.timestep_dtype is not None:
+            return self.timestep_dtype
+        return torch.float32 if table.timesteps.is_floating_point() else torch.int64
 
 
 class ModelInput(NamedTuple):

@@ -118,7 +118,7 @@ def _check_run(table: StepTable, guidance: Guidance, x_T: Tensor, options: Model
     table.device_rows(guidance.form, torch.float32)
     if table.learned_variance and x_T.dim() < 2:
         raise ValueError("x_T: expected shape (batch, channels, ...) for a table of learned variance")
-    if table.timesteps.is_floating_point() and not options.timestep_dtype.is_floating_point:
+    if table.timesteps.is_floating_point() and not options.told_in(table).is_floating_point:
         raise ValueError("timestep_dtype: expected torch.float32 for a table of real timesteps, got torch.int64")
 
 

@@ -50,7 +50,7 @@ class Sampler:
             unconditional first; ``False``: one call for each, with less memory.
         skip_unconditional: leave the unconditional prediction out at steps that give it no weight, as outside of a
             guidance interval: ``ClassifierFree.per_step([1, 1, 7.5, 7.5, 1, 1])``. Needs constant weights.
-        timestep_dtype: of the model's t: int64, or float32, which tables of real timesteps need.
+        timestep_dtype: of the model's t, int64 or float32; ``None``: float32 for a table of real timesteps, else int64.
         scalar_timestep: whether t is of shape (), instead of one for each row of x.
         max_loops: number of kinds of calls, of different shapes, dtypes or inputs, whose buffers and graphs are
             cached; the least recently used are dropped.
@@ -79,7 +79,7 @@ class Sampler:
         cuda_graph: capture.Mode = "auto",
         batched: bool = True,
         skip_unconditional: bool = False,
-        timestep_dtype: torch.dtype = torch.int64,
+        timestep_dtype: torch.dtype | None = None,
         scalar_timestep: bool = False,
         max_loops: int = 8,
         recapture: bool = True,
@@ -88,8 +88,8 @@ class Sampler:
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
-        if timestep_dtype not in TIMESTEP_DTYPES:
-            raise TypeError(f"timestep_dtype: expected one of {TIMESTEP_DTYPES}, got {timestep_dtype!r}")
+        if timestep_dtype is not None and timestep_dtype not in TIMESTEP_DTYPES:
+            raise TypeError(f"timestep_dtype: expected one of {TIMESTEP_DTYPES} or None, got {timestep_dtype!r}")
         if cuda_graph not in capture.MODES:
             raise ValueError(f"cuda_graph: expected 'auto', 'loop', 'try' or False, got {cuda_graph!r}")
         for name, flag in (

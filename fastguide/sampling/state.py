@@ -123,7 +123,7 @@ class StateKey(NamedTuple):
             originals=originals,
             capacity=max(_SMALLEST_CAPACITY, 2 ** (capacity - 1).bit_length()),
             calls_per_sample=slots is not None,
-            timestep_dtype=options.timestep_dtype,
+            timestep_dtype=options.told_in(table),
             scalar_timestep=options.scalar_timestep,
             step=request.backend.step,
             autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..schedules.levels import Levels
 from ..schedules.predictions import Linear
-from ._entries import Entry, Form, history_columns
+from .entries import Entry, Form, history_columns
 
 AlgorithmType: TypeAlias = Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"]
 SolverType: TypeAlias = Literal["midpoint", "heun"]

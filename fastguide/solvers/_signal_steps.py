@@ -17,8 +17,8 @@ from ..schedules.predictions import Linear, PredictionType, check_prediction_typ
 from ..schedules.sigmas import SigmaSpacing, sigmas_at, spaced_sigmas, timesteps_at
 from ._begin import check_begin
 from ._columns import NO_VARIANCE, inpainting_columns
-from ._entries import history_gradients
 from ._unscaled import FinalSigmasType
+from .entries import history_gradients
 from .table import StepTable
 
 

@@ -14,8 +14,8 @@ from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing
 from ._begin import check_begin
 from ._columns import NO_VARIANCE, x0_columns
-from ._entries import Entry, Form, history_columns, history_gradients
 from ._unscaled import init_noise_sigma, loop_columns, schedule_steps
+from .entries import Entry, Form, history_columns, history_gradients
 from .table import StepTable
 
 

@@ -13,8 +13,8 @@ from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing, timesteps_at
 from ._begin import begins_anywhere
-from ._entries import Entry, Form
 from ._unscaled_calls import unscaled_calls, unscaled_table
+from .entries import Entry, Form
 from .table import StepTable
 
 

@@ -25,9 +25,9 @@ from ._dpm import (
     levels_of,
     second_order,
 )
-from ._entries import Entry, Form, history_columns
 from ._signal_steps import SignalSteps, prediction_of, signal_steps, signal_table
 from ._unscaled import FinalSigmasType
+from .entries import Entry, Form, history_columns
 from .table import StepTable
 
 SinglestepAlgorithm: TypeAlias = Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++"]

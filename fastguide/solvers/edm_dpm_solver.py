@@ -13,8 +13,8 @@ from ._begin import begins_anywhere, check_begin
 from ._columns import NO_VARIANCE
 from ._dpm import SolverType, check_choices, multistep_columns
 from ._edm import EDMPrediction, EDMSpacing, edm_original, edm_sigmas
-from ._entries import history_gradients
 from ._unscaled import FinalSigmasType, loop_columns
+from .entries import history_gradients
 from .table import StepTable
 
 EDMAlgorithm: TypeAlias = Literal["dpmsolver++", "sde-dpmsolver++"]

@@ -13,8 +13,8 @@ from ..schedules.levels import Levels
 from ..schedules.predictions import PredictionType
 from ._begin import begins_anywhere, check_begin
 from ._columns import NO_VARIANCE, inpainting_columns, x0_columns
-from ._entries import Entry, Form, history_columns, history_gradients
 from ._unscaled import churn
+from .entries import Entry, Form, history_columns, history_gradients
 from .table import StepTable
 
 

@@ -11,9 +11,9 @@ from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing
 from ._begin import begins_anywhere
-from ._entries import Entry, Form
 from ._quadrature import lagrange_integrals
 from ._unscaled_calls import unscaled_calls, unscaled_table
+from .entries import Entry, Form
 from .table import StepTable
 
 

@@ -14,7 +14,7 @@ from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ._begin import begins_anywhere, check_begin
 from ._columns import NO_VARIANCE, check_schedule, inpainting_columns, visited_timesteps, x0_columns
-from ._entries import Entry, Form, history_columns, history_gradients
+from .entries import Entry, Form, history_columns, history_gradients
 from .table import StepTable
 
 _WEIGHTS = (  # Adams and Bashforth's, of the newest prediction first (eq. 12)
@@ -74,7 +74,7 @@ def pndm(
     entry = Entry.velocity(levels) if prediction_type == "v_prediction" else Entry.epsilon(levels)
     columns = x0_columns(prediction_type, levels, None, calls, None)
     columns |= history_columns(_forms(abar.tolist(), prediction_type == "v_prediction"), entry)
-    after = torch.cat([_called_twice(abar[1:])[1:], abar[-1:]]) if len(visited) > 1 else abar[1:]
+    after = torch.cat([abar[1:2], abar[1:]]) if len(visited) > 1 else abar[1:].clone()
     after[-1] = 1.0  # a known image is clean after the last step
     return StepTable.from_columns(
         calls,

@@ -14,9 +14,9 @@ from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing
 from ._begin import begins_anywhere
 from ._dpm import lambda_of, levels_of
-from ._entries import Entry, Form, history_columns
 from ._quadrature import lagrange_integrals
 from ._signal_steps import SignalSteps, prediction_of, signal_steps, signal_table
+from .entries import Entry, Form, history_columns
 from .table import StepTable
 
 SAAlgorithm: TypeAlias = Literal["data_prediction", "noise_prediction"]

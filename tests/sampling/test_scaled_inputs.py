@@ -72,7 +72,7 @@ def close(got, expected, tolerance=2e-5):
 
 
 def sampler(guidance=None, table=EULER, **options):
-    return Sampler(model, table, guidance, timestep_dtype=torch.float32, **options)
+    return Sampler(model, table, guidance, **options)
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -101,7 +101,7 @@ def test_the_model_s_input_is_rounded_once():
         return 0.1 * x
 
     x_T = SIGMAS[0] * randn()
-    _, samples, _ = Sampler(spy, EULER, dtype=torch.bfloat16, timestep_dtype=torch.float32).trajectory(x_T)
+    _, samples, _ = Sampler(spy, EULER, dtype=torch.bfloat16).trajectory(x_T)
     for x, sample, sigma in zip(seen, samples, SIGMAS, strict=False):
         assert torch.equal(x, (sample * in_scale(sigma)).bfloat16())
 
@@ -172,7 +172,8 @@ def test_scaled_and_unscaled_tables_have_states_of_their_own():
 
 
 def test_real_timesteps_are_refused_for_a_model_of_whole_ones():
-    for use in (Sampler(model, EULER), Sampler(model, EULER).slots(2).admit):
+    whole = Sampler(model, EULER, timestep_dtype=torch.int64)
+    for use in (whole, whole.slots(2).admit):
         with pytest.raises(ValueError, match=r"timestep_dtype: expected torch\.float32 for a table of real timesteps"):
             use(randn()[:1])
 

@@ -31,6 +31,8 @@ constexpr uint32_t bit(Argument argument) { return uint32_t{1} << static_cast<in
   X(generator) \
   X(seeds) \
   X(inpainting) \
+  X(history) \
+  X(anchor) \
   X(original) \
   X(out) \
   X(staged) \
@@ -135,6 +137,8 @@ struct Call {
            read_argument(object(Given::variance), Argument::variance) &&
            read_argument(object(Given::noise), Argument::noise) &&
            read_argument(object(Given::seeds), Argument::seeds) && read_inpainting(object(Given::inpainting)) &&
+           read_argument(object(Given::history), Argument::history) &&
+           read_argument(object(Given::anchor), Argument::anchor) &&
            read_argument(object(Given::original), Argument::original) &&
            read_argument(object(Given::out), Argument::out) && read_argument(object(Given::staged), Argument::staged);
   }

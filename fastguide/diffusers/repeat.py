@@ -74,7 +74,23 @@ def repeated(
     if row != 0 if draws is None else draws:  # a row that adds no noise has no kind that takes a generator
         source = torch.default_generator if generator is None else generator
     result = repeat(
-        kinds, row, sample, model_output, guidance_token, None, None, None, source, None, None, None, None, None, None
+        kinds,
+        row,
+        sample,
+        model_output,
+        guidance_token,
+        None,
+        None,
+        None,
+        source,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
     )
     if result is None:
         return None

@@ -19,6 +19,9 @@ class Call(NamedTuple):
     generator: Any
     seeds: Any
     inpainting: Any
+    history: Any
+    """Its entries."""
+    anchor: Any
     original: Any
     out: Any
     staged: Any

@@ -15,7 +15,7 @@ from ..guidance import Guidance
 from ..solvers.table import StepTable
 from .backends.registry import Backend
 from .cursor import CURSOR_COLUMNS, Cursor
-from .history import History, check_history
+from .history import History, check_history, entries_of
 from .inpainting import Inpainting
 from .memory import DTYPES, counted_layout, dense_within_sample, empty_like, same_layout
 from .noise import DeviceGenerator
@@ -78,7 +78,7 @@ def validate(
         empty_like(sample) if out is None else out, original, staged, sample, inputs,
         table.device_rows(guidance.form, dtype, anchor is not None), guidance.weights(sample.device, dtype), row or 0,
         indices, *optional_inputs, noise, seeds, None, 0, state, timestep, mask, known, known_noise,
-        anchor, history.entries if history is not None and history.slots else None,
+        anchor, entries_of(history),
     ))  # fmt: skip
     _check_layouts(arguments, stacked, out)
     if guidance.weights_from is not None:

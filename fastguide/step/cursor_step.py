@@ -34,7 +34,7 @@ class CursorStep:
         a = arguments
         self._inpainting = None if a.mask is None else Inpainting._make((a.mask, a.known, a.known_noise))
         backend = next((each for each in BACKENDS.values() if each.step is step), None)
-        can_repeat = backend is not None and backend.repeats and a.philox is None and a.history is None
+        can_repeat = backend is not None and backend.repeats and a.philox is None
         self._backend = backend if can_repeat else None
         self._made = 0
         """Steps that the operator has made."""
@@ -74,5 +74,5 @@ class CursorStep:
         a = self._arguments
         return (
             self._cursor, a.sample, predictions, weights, gradient, variance, a.noise, None, a.seeds, self._inpainting,
-            a.original, a.out, a.staged, None,
+            a.history, a.anchor, a.original, a.out, a.staged, None,
         )  # fmt: skip

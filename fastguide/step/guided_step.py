@@ -15,7 +15,7 @@ from . import checks
 from .backends.registry import backend_for
 from .call import Call
 from .cursor import Cursor
-from .history import History
+from .history import History, entries_of, history_follows
 from .inpainting import Inpainting
 from .noise import DeviceGenerator, draw
 from .overlaps import check_memory
@@ -102,17 +102,18 @@ def guided_step(
     """
     call = (
         index, sample, predictions, token_of(guidance), gradient, variance, noise, generator, seeds, inpainting,
-        original, out, staged, backend,
+        entries_of(history), anchor, original, out, staged, backend,
     )  # fmt: skip
     kinds = None
-    goes_on = history is not None or anchor is not None
-    if type(table) is StepTable and not (goes_on or is_dynamo_compiling()):
+    if type(table) is StepTable and not is_dynamo_compiling() and (history is None or history_follows(history, index)):
         kinds = kinds_of.get(table._token)
     if kinds is not None:
         done = repeat(kinds, *call)
         if done is not None:
             if out is not None or original is not None or staged is not None:
                 _note_the_write(out, original, staged)
+            if history is not None:
+                history.note(index)
             return done
     chosen = backend_for(backend, checks.device_of("sample", sample).type)
     arguments, generator = checks.validate(
@@ -152,8 +153,7 @@ def guided_step(
         generator.set_offset(generator.get_offset() + increment)
     if history is not None:
         history.note(index)
-    if not goes_on:
-        remember(table, guidance, Call(*call), chosen, arguments)
+    remember(table, guidance, Call(*call), chosen, arguments)
     return arguments.out
 
 

@@ -65,6 +65,16 @@ class History:
         return f"History({self.slots} slots, {tuple(self.entries.shape[1:])}, {self.dtype}, {self.entries.device})"
 
 
+def entries_of(history: History | None) -> Tensor | None:
+    """Return what a step is given of a history: nothing where it has no slots."""
+    return history.entries if type(history) is History and history.slots else None
+
+
+def history_follows(history: History, index: int | Tensor | Cursor) -> bool:
+    """Whether a step is the one after the last, as far as the host knows; otherwise the checks say what is wrong."""
+    return type(history) is History and (type(index) is not int or history._next is None or index in (history._next, 0))
+
+
 def check_history(history: History | None, table: StepTable, index: int | Tensor | Cursor, sample: Tensor) -> None:
     """Refuse a history that is missing, or was made for another table, sample or call."""
     if history is None:

@@ -13,9 +13,11 @@ from tests.support.repeated_steps import (  # noqa: F401  # and fixtures
     CURSOR,
     DDIM,
     DDPM,
+    DPM,
     GUIDANCE,
     LEARNED,
     SHAPE,
+    UNIPC,
     draw,
     each_backend,
     freed,
@@ -79,6 +81,50 @@ def test_the_thousandth_call_is_refused_as_the_first(name, each_backend):  # noq
         step()
     assert refusal() == first
     step()
+
+
+BAD_HISTORIES = {
+    "none at all": lambda history: None,
+    "another type": lambda history: history.entries,
+    "another sample's": lambda history: fastguide.History(DPM, draw(2, 3, 5)),
+    "another table's": lambda history: fastguide.History(UNIPC, draw()),
+    "another dtype": lambda history: fastguide.History(DPM, draw().double()),
+    "a call before": lambda history: noted(history, 4),
+    "freed memory": lambda history: freed(history.entries) is None or history,
+}
+
+
+def noted(history, index):
+    history.note(index)
+    return history
+
+
+@pytest.mark.parametrize("name", BAD_HISTORIES)
+def test_a_bad_history_is_refused_after_good_ones(name, each_backend):  # noqa: F811
+    def step(change=lambda history: history):
+        sample = draw()
+        history = noted(fastguide.History(DPM, sample), 2)
+        return fastguide.guided_step(DPM, 3, sample, pair(), GUIDANCE, history=change(history))
+
+    def refusal():
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+            step(BAD_HISTORIES[name])
+        return type(caught.value), str(caught.value)
+
+    first = refusal()
+    for _ in range(999 if each_backend == "native" else 5):
+        step()
+    assert refusal() == first
+
+
+def test_an_output_over_the_history_is_refused(each_backend):  # noqa: F811
+    for _ in range(4):
+        sample = draw()
+        history = noted(fastguide.History(DPM, sample), 2)
+        fastguide.guided_step(DPM, 3, sample, pair(), GUIDANCE, history=history, out=torch.empty(SHAPE))
+        history.note(2)
+        with pytest.raises((ValueError, RuntimeError), match="history: expected memory"):
+            fastguide.guided_step(DPM, 3, sample, pair(), GUIDANCE, history=history, out=history.entries)
 
 
 def test_an_output_may_be_one_of_stacked_predictions(each_backend):  # noqa: F811

@@ -90,10 +90,15 @@ KINDS = {  # a function that makes one step, of tensors that are new at each cal
     ),
     "an output that is the sample, and a generator": lambda: in_place(),
     "a stack of five dimensions": lambda: fastguide.guided_step(DDIM, 3, draw(2, 1, 2, 3, 4), draw(2, 1, 2, 3, 4)),
+    "a history": lambda: with_history(DPM),
+    "a history of three slots, and an anchor": lambda: with_history(UNIPC, draw(seed=6)),
+    "a history at a cursor": lambda: with_history_at_a_cursor(),
     "many elements": lambda: fastguide.guided_step(
         DDIM, 3, draw(2, 3, 200, 200), draw(4, 3, 200, 200, seed=1), GUIDANCE
     ),
 }  # fmt: skip
+DPM = fastguide.dpm_solver(fastguide.NoiseSchedule.linear(), 10)
+UNIPC = fastguide.unipc(fastguide.NoiseSchedule.linear(), 10, solver_order=3)
 MANY = Composed([0.01] * 300)
 GUIDANCE, COMPOSED, CLASSIFIER = ClassifierFree(7.5), Composed([1.0, 2.0, 3.0]), Classifier(None, 2.0)
 CURSOR = Cursor(timesteps=2)
@@ -119,6 +124,25 @@ def with_cursor():
     CURSOR.start(DDIM, 3)
     fastguide.guided_step(DDIM, CURSOR, sample, pair(), GUIDANCE, out=sample)
     return torch.cat([sample.flatten(), CURSOR.state.flatten(), CURSOR.timestep])
+
+
+def with_history(table, anchor=None):
+    """The third step, over entries that are drawn."""
+    sample = draw()
+    history = fastguide.History(table, sample)
+    history.entries.copy_(draw(*history.entries.shape, seed=8))
+    history.note(2)
+    out = fastguide.guided_step(table, 3, sample, pair(), GUIDANCE, history=history, anchor=anchor)
+    return torch.cat([out, history.entries])
+
+
+def with_history_at_a_cursor():
+    sample = draw()
+    history = fastguide.History(DPM, sample)
+    history.entries.copy_(draw(*history.entries.shape, seed=8))
+    CURSOR.start(DPM, 3)
+    fastguide.guided_step(DPM, CURSOR, sample, pair(), GUIDANCE, history=history, out=sample)
+    return torch.cat([sample.flatten(), history.entries.flatten(), CURSOR.state.flatten(), CURSOR.timestep])
 
 
 def freed(tensor):

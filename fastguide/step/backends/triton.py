@@ -171,8 +171,8 @@ class Relaunch:
     def __call__(
         self, out: Tensor, noise: Tensor | None, index: Any, sample: Tensor, predictions: Any, _guidance: Any,
         gradient: Tensor | None, variance: Tensor | None, _noise: Any, _generator: Any, seeds: Tensor | None,
-        inpainting: tuple[Tensor, Tensor, Tensor] | None, original: Tensor | None, _out: Any, staged: Tensor | None,
-        _backend: Any,
+        inpainting: tuple[Tensor, Tensor, Tensor] | None, history: Tensor | None, anchor: Tensor | None,
+        original: Tensor | None, _out: Any, staged: Tensor | None, _backend: Any,
     ) -> None:  # fmt: skip
         """Launch it: the output, the noise, and what ``guided_step`` got."""
         rows, weights, cursor, timestep = self._constants
@@ -180,7 +180,7 @@ class Relaunch:
         indices = index if type(index) is Tensor else None
         tensors = (
             out, original, staged, sample, each, rows, weights, indices, gradient, variance, noise, seeds, None, cursor,
-            timestep, *(inpainting or (None, None, None)), None, None,
+            timestep, *(inpainting or (None, None, None)), anchor, history,
         )  # fmt: skip
         shape = self._shape
         arguments = shape.arguments(index if type(index) is int else 0, tensors)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from . import workloads
-from .measure import accuracy, guidance, loops, pipelines, steps
+from .measure import accuracy, guidance, loops, pipelines, solvers, steps
 from .measure.timing import describe
 from .report import machine, results, targets
 
-SUITES = ("steps", "loops", "pipelines", "accuracy", "growth", "guidance")
+SUITES = ("steps", "solvers", "loops", "pipelines", "accuracy", "growth", "guidance")
 
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ def run(
         device: where to measure.
         full: take every workload, and more time for each.
         suites: which of ``SUITES``.
-        names: the beginnings of the titles of the steps, loops and pipelines to measure; all if there are none.
+        names: the beginnings of the titles of what to measure: steps, solvers, loops, pipelines; all if there are none.
         before: the earlier result to compare with.
         log: takes a line at the beginning of each part.
 
@@ -84,6 +84,9 @@ def _parts(
     if "steps" in suites:
         for workload in chosen_steps(names, full, device.type == "cuda"):
             yield workload.title, steps.measure(workload, device, seconds)
+    if "solvers" in suites:
+        for title in chosen_solvers(names):
+            yield title, solvers.measure(title, device, seconds)
     if "loops" in suites:
         yield "cost of the loop itself", loops.host_cost(device)
         for kind, count in chosen_loops(names, device.type == "cuda"):
@@ -107,6 +110,7 @@ def check_names(names: Sequence[str], suites: Sequence[str], full: bool, gpu: bo
         ValueError: with the workloads that there are.
     """
     titles = [workload.title for workload in chosen_steps([], full, gpu)] if "steps" in suites else []
+    titles += chosen_solvers([]) if "solvers" in suites else []
     titles += [f"{kind}, {count} steps" for kind, count in chosen_loops([], gpu)] if "loops" in suites else []
     titles += [pipelines.title(*each) for each in chosen_pipelines([])] if "pipelines" in suites else []
     if names and not titles:
@@ -121,6 +125,11 @@ def chosen_steps(names: Sequence[str], full: bool, gpu: bool) -> list[workloads.
     """Return the steps whose titles begin with one of the names, or all; a GPU's bandwidth takes large ones too."""
     every = workloads.full() if full else workloads.quick() + (workloads.large() if gpu else [])
     return [w for w in every if not names or any(w.title.startswith(name) for name in names)]
+
+
+def chosen_solvers(names: Sequence[str]) -> list[str]:
+    """Return the solvers' workloads whose titles begin with one of the names, or all."""
+    return [title for title in solvers.titles() if not names or any(title.startswith(name) for name in names)]
 
 
 def chosen_loops(names: Sequence[str], gpu: bool) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..contenders.registry import COMPILED, is_ours
+from ..measure.solvers import large_title, small_title
 
 Row = dict[str, Any]
 
@@ -17,6 +18,9 @@ _SMALL = "SD 512, ddim, classifier-free, (1, 4, 64, 64), float32"
 _SMALL_NOISY = "SD 512, ddpm, classifier-free, (1, 4, 64, 64), float32"
 _LARGE = "pixels, ddim, classifier-free, (64, 3, 256, 256), float32"
 _PIPELINE = "pipeline, 50 DDIM steps, classifier-free, (1, 4, 64, 64)"
+_SOLVERS = {"flow Euler": 4.0, "Euler": 4.0, "DPM++ 2M": 10.0, "UniPC 2": 25.0, "LMS 4": 200.0}
+"""How many times faster than diffusers' a small loop has to be."""
+_LARGE_SOLVERS = ("DPM++ 2M", "UniPC 2", "DPM++ 3M")
 _RESCALED = "pipeline, 50 DDIM steps, rescaled, (1, 4, 64, 64)"
 _ACCELERATED = "fastguide, accelerate(pipe)"
 _BANDWIDTH_BYTES = 256e6  # of a step that shows a GPU's bandwidth
@@ -81,6 +85,15 @@ class Run:
 def large_step_over_copy(run: Run) -> Measured:
     """Return the time of the large step into an output over ``copy_``'s."""
     return Measured(run.value(_LARGE, "fastguide out=") / run.value(_LARGE, "copy_ of the same bytes"))
+
+
+def slowest_large_solver(run: Run) -> Measured:
+    """Return the largest time over ``copy_``'s, of large calls with a history."""
+    ratios = []
+    for workload in map(large_title, _LARGE_SOLVERS):
+        step, copy = (run.value(workload, name) for name in ("fastguide out=", "copy_ of the same bytes"))
+        ratios.append(Measured(step / copy, workload, int(run.value(workload, "fastguide out=", "bytes"))))
+    return max(ratios)
 
 
 def slowest_over_compile(run: Run, out: str) -> Measured:
@@ -223,6 +236,17 @@ def targets(device: str) -> list[Target]:
             known_to=3,
         ),
         Target("host time of the loop per step, in us", host_time, at_most=10),
+        Target(
+            "a large call with a history into out=, over copy_ of the same bytes", slowest_large_solver, at_most=1.15
+        ),
+        *(
+            Target(
+                f"a small loop of {name}: times faster than diffusers",
+                lambda run, name=name: run.times_faster(small_title(name), "fastguide", "diffusers"),  # type: ignore[misc]
+                at_least=least,
+            )
+            for name, least in _SOLVERS.items()
+        ),
         Target(
             "a pipeline whose model costs nothing, accelerated: times faster than diffusers",
             lambda run: run.times_faster(_PIPELINE, _ACCELERATED, "diffusers"),

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import suites, workloads
 from benchmarks.contenders import correctness, registry
-from benchmarks.measure import accuracy, guidance, loops, pipelines, steps, timing
+from benchmarks.measure import accuracy, guidance, loops, pipelines, solvers, steps, timing
 from benchmarks.report import pages
 from benchmarks.workloads import Inputs, Workload
 
@@ -151,6 +151,26 @@ def test_loops_agree_with_diffusers_before_they_are_timed(kind):
     rows = list(loops.measure(kind, 2, CPU, 0.01))
     assert [row["status"] for row in rows] == ["ok"] * 3
     assert {row["contender"] for row in rows} >= {"diffusers", "Sampler, eager"}
+
+
+@pytest.mark.parametrize("name", ["Euler", "Heun", "DPM++ 2M", "UniPC 2, flow", "LMS 4", "PNDM"])
+def test_solvers_agree_with_diffusers_before_they_are_timed(name, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(solvers, "SHAPES", {"SD 512": (2, 3, 8, 8), "pixels": (2, 3, 9, 9)})
+    small, large = solvers.small_title(name), solvers.large_title(name)
+    assert suites.chosen_solvers([small]) == [small]
+    rows = list(solvers.measure(small, CPU, 0.01))
+    assert {row["contender"]: row["status"] for row in rows} == {"diffusers": "ok", "fastguide": "ok"}
+    rows = list(solvers.measure(large, CPU, 0.01))
+    assert {row["contender"] for row in rows} == {"fastguide out=", "copy_ of the same bytes"}
+    assert {row["bytes"] for row in rows} == {2 * 3 * 81 * solvers.moved_bytes(solvers.SOLVERS[name].table(), 15)}
+
+
+def test_what_a_call_with_a_history_moves():
+    """As counted by hand: the sample, two predictions and the output, each slot that is read, and one written."""
+    tensors = {"Euler": 4, "Heun": 5, "DPM++ 2M": 6, "DPM++ 3M": 7, "UniPC 2": 7, "PNDM": 8, "LMS 4": 8}
+    for name, count in tensors.items():
+        assert solvers.moved_bytes(solvers.SOLVERS[name].table(), 15) == 4 * count
 
 
 @pytest.mark.parametrize("guidance", pipelines.RESCALE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.measure.solvers import large_title, small_title
 from benchmarks.report import targets
 
 
@@ -40,4 +41,14 @@ def rows_of_a_run(ours=1.0):
         ok(targets._RESCALED, targets._ACCELERATED, 5e-3, "pipelines"),
         of_bfloat16("fastguide", 1.0),
         of_bfloat16("diffusers", 6.0),
+        *(
+            ok(small_title(name), *contender, "solvers")
+            for name in targets._SOLVERS
+            for contender in (("fastguide", 1e-4), ("diffusers", 1e-1))
+        ),
+        *(
+            ok(large_title(name), *contender, "solvers")
+            for name in targets._LARGE_SOLVERS
+            for contender in (("fastguide out=", 1e-2), ("copy_ of the same bytes", 1e-2))
+        ),
     ]

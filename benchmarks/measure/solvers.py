@@ -1,0 +1,165 @@
+"""Time every solver's calls: small ones beside diffusers' schedulers, large ones beside copy_ of what they move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastguide
+from fastguide import ClassifierFree, FlowSchedule, History, StepTable, guided_step
+
+from ..workloads import GUIDANCE_SCALE, SCHEDULE, SHAPES, NotRunError
+from .caches import cold_caches
+from .loops import compared
+from .timing import in_turns
+
+STEPS = 30
+_FLOW = FlowSchedule(shift=3.0)
+_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+_FLOWS = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+
+
+class Solver(NamedTuple):
+    """A table, and diffusers' scheduler that makes the same steps."""
+
+    table: Callable[[], StepTable]
+    scheduler: str
+    config: dict[str, Any]
+
+
+SOLVERS = {
+    "flow Euler": Solver(
+        lambda: fastguide.flow_match_euler(_FLOW, STEPS), "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}
+    ),
+    "Euler": Solver(lambda: fastguide.euler(SCHEDULE, STEPS), "EulerDiscreteScheduler", _BETAS),
+    "DDIM": Solver(lambda: fastguide.ddim(SCHEDULE, STEPS), "DDIMScheduler", {**_BETAS, "clip_sample": False}),
+    "Heun": Solver(lambda: fastguide.heun(SCHEDULE, STEPS), "HeunDiscreteScheduler", _BETAS),
+    "DPM2": Solver(lambda: fastguide.dpm2(SCHEDULE, STEPS), "KDPM2DiscreteScheduler", _BETAS),
+    "DPM++ 2M": Solver(lambda: fastguide.dpm_solver(SCHEDULE, STEPS), "DPMSolverMultistepScheduler", _BETAS),
+    "DPM++ 2M, flow": Solver(lambda: fastguide.dpm_solver(_FLOW, STEPS), "DPMSolverMultistepScheduler", _FLOWS),
+    "DPM++ 3M": Solver(
+        lambda: fastguide.dpm_solver(SCHEDULE, STEPS, solver_order=3),
+        "DPMSolverMultistepScheduler",
+        {**_BETAS, "solver_order": 3},
+    ),
+    "UniPC 2": Solver(
+        lambda: fastguide.unipc(SCHEDULE, STEPS), "UniPCMultistepScheduler", {**_BETAS, "final_sigmas_type": "zero"}
+    ),
+    "UniPC 2, flow": Solver(
+        lambda: fastguide.unipc(_FLOW, STEPS), "UniPCMultistepScheduler", {**_FLOWS, "final_sigmas_type": "zero"}
+    ),
+    "DEIS 2": Solver(lambda: fastguide.deis(SCHEDULE, STEPS), "DEISMultistepScheduler", _BETAS),
+    "PNDM": Solver(lambda: fastguide.pndm(SCHEDULE, STEPS), "PNDMScheduler", {**_BETAS, "skip_prk_steps": True}),
+    "LMS 4": Solver(lambda: fastguide.lms(SCHEDULE, STEPS), "LMSDiscreteScheduler", _BETAS),
+}
+
+
+def small_title(name: str) -> str:
+    """Return the name of a small workload: a loop whose model costs nothing."""
+    return f"{name}, {STEPS} steps, classifier-free, {SHAPES['SD 512']}"
+
+
+def large_title(name: str) -> str:
+    """Return the name of a large workload: one call."""
+    return f"{name}, one call, classifier-free, {SHAPES['pixels']}"
+
+
+def titles() -> list[str]:
+    """Return the names of all workloads."""
+    return [title(name) for name in SOLVERS for title in (small_title, large_title)]
+
+
+def measure(title: str, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield a row for each contender of a workload."""
+    row = {"suite": "solvers", "workload": title}
+    for name, solver in SOLVERS.items():
+        if title == small_title(name):
+            yield from _small(row, solver, device, seconds)
+        elif title == large_title(name):
+            yield from _large(row, solver.table(), device, seconds)
+
+
+def _draw(shape: tuple[int, ...], count: int, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device) for _ in range(count)]
+
+
+def _small(row: dict[str, Any], solver: Solver, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    x_T, *predictions = _draw(SHAPES["SD 512"], 3, device)
+    table, guidance = solver.table().to(device), ClassifierFree(GUIDANCE_SCALE)
+    history = History(table, x_T)
+    steps = range(len(table))
+
+    def ours() -> Tensor:
+        x = x_T
+        for call in steps:
+            x = guided_step(table, call, x, predictions, guidance, history=history)
+        return x
+
+    try:
+        theirs = _diffusers(solver, x_T, predictions)
+    except NotRunError as reason:
+        yield row | {"contender": "diffusers, and all beside it", "status": "not run", "reason": str(reason)}
+        return
+    yield from compared(row, {"diffusers": theirs, "fastguide": ours}, device, seconds)
+
+
+def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callable[[], Tensor]:
+    """Return the loop as pipelines write it, without its model."""
+    try:
+        import diffusers
+    except ImportError:
+        raise NotRunError("diffusers is not installed") from None
+    scheduler: Any = getattr(diffusers, solver.scheduler)(**solver.config)
+    scheduler.set_timesteps(STEPS, device=x_T.device)
+    timesteps, uncond, cond = scheduler.timesteps, predictions[0], predictions[1]
+
+    def loop() -> Tensor:
+        scheduler.set_timesteps(STEPS, device=x_T.device)  # as the history has to be forgotten
+        x = x_T
+        for t in timesteps:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            guided = uncond + GUIDANCE_SCALE * (cond - uncond)
+            x = scheduler.step(guided, t, x, return_dict=False)[0]
+        return x
+
+    return loop
+
+
+def moved_bytes(table: StepTable, call: int, element: int = 4) -> int:
+    """Return what a call with two predictions moves for each element: inputs, slots that it reads or writes, output."""
+    row = {name: float(values[call]) for name, values in table.coefficients().items()}
+    read = sum(row[f"out_hist_{slot}"] != 0 for slot in range(3))
+    return element * (4 + read + (row["hist_slot"] >= 0))
+
+
+def _large(row: dict[str, Any], table: StepTable, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """Time the call of the middle, which reads all of its history, into an output."""
+    sample, *predictions = _draw(SHAPES["pixels"], 3, device)
+    table, guidance = table.to(device), ClassifierFree(GUIDANCE_SCALE)
+    call = max(range(len(table)), key=lambda each: moved_bytes(table, each))
+    history, out = History(table, sample), torch.empty_like(sample)
+    history.entries.zero_()
+    total = sample.numel() * moved_bytes(table, call)
+    source = torch.ones(total // 2, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+
+    def step() -> Tensor:
+        history.note(call - 1)
+        return guided_step(table, call, sample, predictions, guidance, history=history, out=out)
+
+    calls: dict[str, Callable[[], Tensor]] = {
+        "fastguide out=": step,
+        "copy_ of the same bytes": lambda: target.copy_(source),
+    }
+    times, failures = in_turns(calls, seconds, device, before=cold_caches(total, sample.nbytes))
+    for name, error in failures.items():
+        yield row | {"contender": name, "status": "failed", "reason": str(error)}
+    copy = times.get("copy_ of the same bytes")
+    for name, found in times.items():
+        share = {} if copy is None else {"share_of_copy": copy.median / found.median}
+        yield row | {"contender": name, "status": "ok", **found.fields, "bytes": total, "adds_noise": False, **share}

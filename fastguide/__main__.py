@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="train on scikit-learn's digits, and sample each class with each guidance")
     demo.add_argument("--quick", action="store_true", help="train for less time and sample less: half a minute")
     demo.add_argument("--output", type=Path, default=Path("fastguide-demo"), metavar="DIR", help="default: %(default)s")
+    demo.add_argument(
+        "--without-training", action="store_true", help="only the figures of problems in closed form: a few seconds"
+    )
     demo.add_argument("--retrain", action="store_true", help="train even if trained models are in the cache")
     demo.add_argument("--seed", type=int, default=0, help="seed of the sampling noise (default: %(default)s)")
     demo.add_argument("--backend", choices=tuple(BACKENDS), help="default: the fastest on this CPU")
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        from .demo.run import run
+        from .demo.run import closed_form, run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _DEMO_MODULES:
             raise
@@ -85,6 +88,9 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"fastguide: --output: expected a folder that can be written, got {error}", file=sys.stderr)
         return 1
     try:
+        if options.without_training:
+            closed_form(options.output)
+            return 0
         run(
             options.output,
             quick=options.quick,

@@ -16,9 +16,25 @@ from tqdm import tqdm
 from .._version import __version__
 from ..schedules import NoiseSchedule
 from ..step.backends.registry import BACKENDS, default_backend
-from . import checkpoints, checks, digits, report
+from . import checkpoints, checks, convergence, digits, figures, paths, report
 from .methods import Method, all_methods, labels_to_sample, sample, step_tables
 from .models import NULL_CLASS
+
+
+def closed_form(output: Path) -> dict[str, Any]:
+    """Write the figures of problems whose model is known in closed form, in seconds and without training.
+
+    Returns:
+        The errors of each solver against its model calls, and the orders that were fitted to them.
+    """
+    begin = time.perf_counter()
+    lines = convergence.lines()
+    written = [
+        figures.save_convergence(lines, output),
+        figures.save_paths({scale: paths.paths(scale) for scale in paths.SCALES}, output),
+    ]
+    print(f"{' and '.join(map(str, written))}: {time.perf_counter() - begin:.0f} s")
+    return {line.name: {"order": line.slope, "errors": dict(line.points)} for line in lines}
 
 
 def run(output: Path, *, quick: bool, retrain: bool, seed: int, backend: str | None) -> dict[str, Any]:
@@ -37,6 +53,7 @@ def run(output: Path, *, quick: bool, retrain: bool, seed: int, backend: str | N
     if chosen != "native" and backend is None:
         print(f"         native is {BACKENDS['native'].status}")
 
+    solvers = closed_form(output)
     schedule = NoiseSchedule.linear()
     train, held_out = digits.load()
     denoiser, classifier = checkpoints.trained(schedule, train, quick=quick, retrain=retrain)
@@ -72,6 +89,7 @@ def run(output: Path, *, quick: bool, retrain: bool, seed: int, backend: str | N
         "negative_condition_of": dict(enumerate(negative.tolist())),
         "judge_accuracy_on_held_out_digits": judge.accuracy,
         "methods": rows,
+        "error_of_solvers_by_model_calls": solvers,
         "relative_error_of_50_ddim_steps": checks.accuracy(
             schedule, denoiser, some, torch.full_like(some, NULL_CLASS), seed
         ),

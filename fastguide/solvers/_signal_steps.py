@@ -78,9 +78,15 @@ def signal_steps(
         levels = Levels.flow_matching(every)
     elif isinstance(schedule, NoiseSchedule):
         _check_none("a NoiseSchedule", sigmas=sigmas, mu=mu)
-        last = _last_timestep(schedule, lambda_min_clipped)
-        visited = _visited(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps, last)
-        every, told = _noise_steps(schedule, visited, timesteps is not None, sigma_spacing, final_sigmas_type)
+        if sigma_spacing is None:
+            last = _last_timestep(schedule, lambda_min_clipped)
+            told = _visited(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps, last)
+            begins = sigmas_at(schedule.sigmas, told.double())
+        else:
+            _check_none("sigma_spacing=", timesteps=timesteps)
+            begins, told = _spaced(schedule, num_inference_steps, sigma_spacing)
+        final = schedule.sigmas[:1] if final_sigmas_type == "sigma_min" else begins.new_zeros(1)
+        every = torch.cat([begins, final])
         alpha = 1 / (every.square() + 1).sqrt()
         levels = Levels(alpha, every * alpha)
     else:
@@ -123,24 +129,17 @@ def _flow_steps(
     return torch.cat([begins, final]), (begins * len(schedule)).long()
 
 
-def _noise_steps(
-    schedule: NoiseSchedule,
-    visited: Tensor,
-    given: bool,
-    sigma_spacing: SigmaSpacing | None,
-    final_sigmas_type: FinalSigmasType,
+def _spaced(
+    schedule: NoiseSchedule, num_inference_steps: int | None, sigma_spacing: SigmaSpacing
 ) -> tuple[Tensor, Tensor]:
-    """Return sigma / alpha where the steps begin and the last one ends, and the timesteps."""
+    """Return sigma / alpha between the schedule's ends, and the timesteps that the model is told."""
+    if num_inference_steps is None:
+        raise ValueError("num_inference_steps: expected a number, got None")
+    check_count("num_inference_steps", num_inference_steps)
     table = schedule.sigmas
-    if sigma_spacing is None:
-        begins = sigmas_at(table, visited.double())
-    elif given:
-        raise ValueError(f"sigma_spacing: expected None with timesteps=, got {sigma_spacing!r}")
-    else:
-        begins = spaced_sigmas(sigma_spacing, len(visited), table[-1].item(), table[0].item())
-        real = timesteps_at(table, begins)
-        visited = (real.round() if sigma_spacing == "karras" else real).long()  # diffusers truncates the others
-    return torch.cat([begins, table[:1] if final_sigmas_type == "sigma_min" else table.new_zeros(1)]), visited
+    begins = spaced_sigmas(sigma_spacing, num_inference_steps, table[-1].item(), table[0].item())
+    told = timesteps_at(table, begins)
+    return begins, (told.round() if sigma_spacing == "karras" else told).long()  # diffusers truncates the others
 
 
 def _last_timestep(schedule: NoiseSchedule, lambda_min_clipped: float) -> int:

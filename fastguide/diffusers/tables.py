@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..schedules.levels import Levels
-from ..solvers import StepTable, VarianceType
+from ..solvers import StepTable
 from ..solvers.ddim import ddim_table
-from ..solvers.ddpm import ddpm_table
+from ..solvers.ddpm import VarianceType, ddpm_table
 from .timesteps import host_timesteps, version_of
 
 UNDEFINED = "it leads nowhere, or the schedule has no signal at that timestep"

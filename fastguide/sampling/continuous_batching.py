@@ -43,7 +43,7 @@ class Slots:
     gives it in a batch of this size (with ``skip_unconditional``, up to the last digits: a step leaves the
     unconditional prediction out where all requests do). Free places are computed too, and not changed. An interrupted
     step drops all requests. Not thread-safe: use one per thread, and one stream. Image-to-image is a slice of a table,
-    with an ``x_T`` at its level; masks, callbacks and generators are for ``Sampler`` alone.
+    or one made with ``begin=``, with an ``x_T`` at its level; masks, callbacks and generators are for ``Sampler``.
 
     >>> from fastguide import NoiseSchedule, Sampler, ddim
     >>> sampler = Sampler(lambda x, t: 0.1 * x, ddim(NoiseSchedule.linear(), 3))

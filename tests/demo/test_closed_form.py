@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from fastguide import __main__ as cli  # noqa: E402
-from fastguide.demo import convergence, mixture, paths  # noqa: E402
+from fastguide import __main__ as cli
+from fastguide.demo import convergence, mixture, paths
 
 
 def test_the_noise_prediction_is_the_density_s_gradient():
@@ -36,7 +36,7 @@ def test_every_solver_falls_with_its_order():
 
 
 def test_paths_end_at_the_class_that_is_asked_for():
-    """At scale 0 at every class in its proportion, at 1 in the class's own distribution, at 3 narrower and beyond it."""
+    """At scale 0 at every class in its proportion, at 1 in the class's distribution, at 3 narrower, beyond it."""
     ends = {scale: paths.paths(scale)[-1] for scale in paths.SCALES}
     nearest = (ends[0.0][:, None] - mixture.MEANS).norm(dim=-1).argmin(-1)
     torch.testing.assert_close(nearest.bincount(minlength=3) / 300, mixture.WEIGHTS.float(), atol=0.1, rtol=0)

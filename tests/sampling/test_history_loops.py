@@ -7,9 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+import fastguide
 from fastguide import ClassifierFree, History, Sampler, StepTable, guided_step
 from fastguide.schedules import Levels
-from tests.support.loop_cases import COND, FREE, UNCOND, Model, x_T
+from tests.support.loop_cases import COND, FREE, SCHEDULE, UNCOND, Model, x_T
 from tests.support.recorded_graph import recorded  # noqa: F401
 
 STEPS = 5
@@ -100,3 +101,38 @@ def test_the_order_of_convergence_is_the_method_s(order, fitted):
         found.append(abs(float(x) - torch.e**-1))
     slopes = [torch.log2(torch.tensor(a / b)).item() for a, b in pairwise(found)]
     assert all(abs(slope - fitted) < 0.2 for slope in slopes), slopes
+
+
+def test_a_callback_s_edit_is_what_the_next_call_goes_on_from():
+    """UniPC's corrector goes back to the sample; diffusers' would drop the edit."""
+    table, x = fastguide.unipc(SCHEDULE, 6), x_T()
+
+    def edit(call, timestep, sample):
+        if call == 2:
+            sample.mul_(0.5)
+
+    got = Sampler(Model(), table, ClassifierFree(2.0))(x, callback=edit, **FREE)
+    history, expected, model = History(table, x), x, Model()
+    for call, timestep in enumerate(table.host_timesteps):
+        told = torch.full((2 * len(x),), int(timestep))
+        with torch.no_grad():
+            predictions = model(torch.cat([expected, expected]), told, torch.cat([UNCOND, COND]))
+        expected = guided_step(table, call, expected, predictions, ClassifierFree(2.0), history=history)
+        if call == 2:
+            expected = 0.5 * expected
+    assert torch.equal(got, expected)
+
+
+def test_replays_of_one_capture_serve_solvers_of_as_many_slots(recorded):  # noqa: F811
+    """Of other schedules, orders, numbers of steps and beginnings."""
+    sampler = Sampler(Model(), fastguide.dpm_solver(SCHEDULE, 6), ClassifierFree(2.0))
+    for table in (
+        fastguide.dpm_solver(SCHEDULE, 6),
+        fastguide.dpm_solver(fastguide.NoiseSchedule.cosine(), 9, sigma_spacing="karras"),
+        fastguide.deis(SCHEDULE, 5),
+        fastguide.dpm_solver_singlestep(SCHEDULE, 7, begin=2),
+        fastguide.dpm_solver(SCHEDULE, 6),
+    ):
+        sampler.table = table
+        assert torch.equal(sampler(x_T(), **FREE), by_steps(table, x_T()))
+    assert recorded.captured == 1

@@ -43,6 +43,7 @@ COND, UNCOND = torch.tensor([1.0, -0.5, 0.3]), torch.zeros(3)
 LABELS = torch.tensor([0, 4, 2])
 FREE = {"cond": COND, "uncond": UNCOND}
 DDIM, DDPM = fastguide.ddim(SCHEDULE, 6), fastguide.ddpm(SCHEDULE, 6, clip_sample_range=2.0)
+DPM = fastguide.dpm_solver(SCHEDULE, 6)
 LEARNED = fastguide.ddpm(SCHEDULE, 6, variance_type="learned_range")
 IMAGE, MASK = x_T(seed=5), (x_T(3, 1, 6, 5, seed=6) > 0)
 
@@ -90,6 +91,20 @@ CASES = {  # sampler, call
     ),
     "a learned variance, one call for each": (
         lambda: Sampler(Model(8), LEARNED, ClassifierFree(2.0), batched=False), {**FREE, "seeds": [1, 2, 3]},
+    ),
+    "a history": (lambda: Sampler(Model(), DPM, ClassifierFree(2.0)), FREE),
+    "a history of three slots, and calls twice a step": (
+        lambda: Sampler(Model(), fastguide.pndm(SCHEDULE, 6), ClassifierFree(2.0)), FREE,
+    ),
+    "a history and noise": (
+        lambda: Sampler(
+            Model(), fastguide.dpm_solver(SCHEDULE, 6, algorithm_type="sde-dpmsolver++"), ClassifierFree(2.0)
+        ),
+        {**FREE, "seeds": [1, 2, 3]},
+    ),
+    "a history, image to image": (
+        lambda: Sampler(Model(), fastguide.unipc(SCHEDULE, 6), ClassifierFree(2.0)),
+        {**FREE, "image": IMAGE, "strength": 0.5},
     ),
     "double precision": (lambda: Sampler(Model(dtype=torch.float64), DDIM, ClassifierFree(2.0)), FREE),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,13 @@ from .thread import Constants, Memory, Region
 LARGE, SMALL = (64, 4, 512, 512), (1, 4, 64, 64)
 STEPS, STEP = 50, 7
 MULTIPROCESSORS, THREADS = 132, 2048  # of an H100 and an H200, whose number decides how torch draws its noise
+
+
+SOLVERS: dict[str, Callable[[], fastguide.StepTable]] = {
+    "DPM++ 2M": lambda: fastguide.dpm_solver(SCHEDULE, STEPS),
+    "UniPC 2": lambda: fastguide.unipc(SCHEDULE, STEPS),
+    "LMS 4": lambda: fastguide.lms(SCHEDULE, STEPS),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Launch:
     variance: bool = False
     masked: bool = False
     history: bool = False
+    solver: str = ""  # of SOLVERS, whose row goes on from earlier calls; otherwise DDIM's, or with noise DDPM's
     few_tiles: int = 1024  # a launch of more has two vectors a thread, where its variant may
     offset: int = 0  # elements between a multiple of 16 bytes and each tensor
 
@@ -63,8 +72,13 @@ class Prepared:
         return Constants(architecture, *self.recorded[1:])
 
     def bytes(self) -> int:
-        """Count what the step reads and writes, each element of each tensor once."""
-        return sum(self.tensors[name].numel() * self.tensors[name].element_size() for name in self.data)
+        """Count what the step reads and writes, each element of each tensor once, and of a history what its row names."""
+        sizes = {name: self.tensors[name].numel() * self.tensors[name].element_size() for name in self.data}
+        if self.launch.solver:
+            row = {name: float(values[STEP]) for name, values in SOLVERS[self.launch.solver]().coefficients().items()}
+            used = sum(row[f"out_hist_{slot}"] != 0 for slot in range(3)) + (row["hist_slot"] >= 0)
+            sizes["history"] = used * self.tensors["sample"].numel() * self.tensors["history"].element_size()
+        return sum(sizes.values())
 
 
 BFLOAT16 = torch.bfloat16
@@ -94,6 +108,10 @@ HOT = (
     ),
     Launch("small, 2 predictions, no noise, float32", shape=SMALL),
     Launch("small, 2 predictions, no noise, cursor, bfloat16 model", model=BFLOAT16, cursor=True, shape=SMALL),
+    Launch("2 predictions, DPM++ 2M's history, float32", solver="DPM++ 2M"),
+    Launch("2 predictions, UniPC 2's history, float32", solver="UniPC 2"),
+    Launch("2 predictions, LMS 4's history, float32", solver="LMS 4"),
+    Launch("2 predictions, UniPC 2's history, float32 state, bfloat16 model", solver="UniPC 2", model=BFLOAT16),
     Launch("1 prediction, no noise, float32", predictions=1),
     Launch("1 prediction, no noise, bfloat16", predictions=1, state=BFLOAT16, model=BFLOAT16),
 )
@@ -108,6 +126,8 @@ def prepare(launch: Launch) -> Prepared:
     table = fastguide.ddim(SCHEDULE, STEPS, clip_sample_range=1.0 if launch.clipped else None)
     if launch.noise != "none":
         table = fastguide.ddpm(SCHEDULE, STEPS, clip_sample_range=1.0 if launch.clipped else None)
+    if launch.solver:
+        table = SOLVERS[launch.solver]()
     tensors |= {
         "rows": table.device_rows("epsilon" if launch.gradient else None, torch.float32),
         "weights": guidance.weights(torch.device("cpu"), torch.float32).contiguous(),
@@ -147,8 +167,9 @@ def elements(launch: Launch) -> tuple[dict[str, Tensor], list[Tensor]]:
         tensors["variance"] = make(launch.shape, launch.model)
     if launch.copies:
         tensors["staged"] = make(copies, launch.model)
-    if launch.history:
-        tensors["history"] = make((3 * launch.shape[0], *launch.shape[1:]), torch.float32)
+    if launch.history or launch.solver:
+        slots = SOLVERS[launch.solver]().history_slots if launch.solver else 3
+        tensors["history"] = make((slots * launch.shape[0], *launch.shape[1:]), torch.float32)
     return tensors, [make(launch.shape, launch.model) for _ in range(launch.predictions)]
 
 

@@ -67,9 +67,15 @@ def history_columns(forms: Sequence[Form], entry: Entry) -> dict[str, Tensor]:
 
     A call reads before it writes, so that an entry may take the slot of one that is read for the last time.
 
+    Args:
+        forms: one for each call.
+        entry: what the calls leave, where a later one reads it.
+
     Raises:
-        ValueError: more than three entries would have to be kept at once.
+        ValueError: more than three entries would have to be kept at once, or a call reads what a later one leaves.
     """
+    if len(forms) != len(entry.x0):
+        raise ValueError(f"forms: expected {len(entry.x0)}, one for each entry, got {len(forms)}")
     last_read = {
         call: max((reader for reader, form in enumerate(forms) if form.entries.get(call)), default=call)
         for call in range(len(forms))
@@ -86,6 +92,8 @@ def history_columns(forms: Sequence[Form], entry: Entry) -> dict[str, Tensor]:
         columns["out_x0"][call] = form.x0 + own * entry.x0[call]
         columns["out_anchor"][call], columns["out_noise"][call] = form.anchor, form.noise
         for earlier, factor in form.entries.items():
+            if not 0 <= earlier <= call:
+                raise ValueError(f"forms: expected entries of calls from 0 to {call} in call {call}, got {earlier}")
             if earlier != call and factor:
                 columns[f"out_hist_{slot_of[earlier]}"][call] = factor
         if last_read[call] > call:

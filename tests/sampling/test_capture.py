@@ -12,7 +12,7 @@ import fastguide
 from fastguide import Classifier, ClassifierFree, Sampler
 from fastguide.sampling import capture as graphs
 from tests.support.loop_cases import (
-    CASES,
+    ALL_CASES,
     COND,
     DDIM,
     DDPM,
@@ -33,9 +33,9 @@ from tests.support.recorded_graph import recorded  # noqa: F401
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_captured_and_eager_give_the_same_bits(case, layout, recorded):  # noqa: F811
-    make, options = CASES[case]
+    make, options = ALL_CASES[case]
     x = x_T().to(torch.float64 if case == "double precision" else torch.float32, memory_format=layout)
     sampler, eager = make(), make()
     eager.cuda_graph = False

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 import fastguide
 from fastguide import ClassifierFree, Sampler
 from fastguide.step.backends.registry import BACKENDS
-from tests.support.loop_cases import CASES, COND, DDPM, FREE, SCHEDULE, SHAPE, UNCOND, Model, call, samples, x_T
+from tests.support.loop_cases import ALL_CASES, COND, DDPM, FREE, SCHEDULE, SHAPE, UNCOND, Model, call, samples, x_T
 from tests.support.on_gpu import NO_GPU
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
@@ -36,9 +36,9 @@ def gpu_backend(request):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("case", [name for name in CASES if name != "double precision"])
+@pytest.mark.parametrize("case", [name for name in ALL_CASES if name != "double precision"])
 def test_captured_and_eager_give_the_same_bits(gpu_backend, case, layout):
-    make, options = CASES[case]
+    make, options = ALL_CASES[case]
     options, x = cuda(options), x_T().cuda().to(memory_format=layout)
     torch.backends.cudnn.deterministic = True
     expected = samples(moved(make(), cuda_graph=False, backend=gpu_backend), options, x)

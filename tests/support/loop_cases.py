@@ -92,6 +92,10 @@ CASES = {  # sampler, call
     "a learned variance, one call for each": (
         lambda: Sampler(Model(8), LEARNED, ClassifierFree(2.0), batched=False), {**FREE, "seeds": [1, 2, 3]},
     ),
+    "double precision": (lambda: Sampler(Model(dtype=torch.float64), DDIM, ClassifierFree(2.0)), FREE),
+}  # fmt: skip
+
+GOES_ON = {  # from earlier calls
     "a history": (lambda: Sampler(Model(), DPM, ClassifierFree(2.0)), FREE),
     "a history of three slots, and calls twice a step": (
         lambda: Sampler(Model(), fastguide.pndm(SCHEDULE, 6), ClassifierFree(2.0)), FREE,
@@ -106,8 +110,8 @@ CASES = {  # sampler, call
         lambda: Sampler(Model(), fastguide.unipc(SCHEDULE, 6), ClassifierFree(2.0)),
         {**FREE, "image": IMAGE, "strength": 0.5},
     ),
-    "double precision": (lambda: Sampler(Model(dtype=torch.float64), DDIM, ClassifierFree(2.0)), FREE),
 }  # fmt: skip
+ALL_CASES = CASES | GOES_ON
 
 
 def call(sampler, options, x, **more):

@@ -267,3 +267,41 @@ def test_x_0_gets_its_noise_where_an_output_is_that_noise(dtype, backend, writte
     x_0 = 0.75 * x - 0.5 * p
     torch.testing.assert_close(following, 0.4 * x_0 + 0.3 * z)
     torch.testing.assert_close(original, x_0 + 0.6 * z)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("predictions", [1, 2])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_alone_has_the_bits_of_one_with_more_to_do(backend, dtype, slots, predictions, in_place, generator):
+    """With nothing but its history, the CPU makes a step in one pass; asked for x_0 too, in blocks."""
+    if dtype == torch.float64 and ("triton" in backend or "cuda" in backend):
+        pytest.skip("refuses float64")
+    table = drawn_table(generator, slots)
+    columns = {name: column.clone() for name, column in table.coefficients().items() if name != "x0_grad"}
+    columns["out_noise"].zero_()
+    columns["clip"].fill_(1.5)
+    columns["hist_slot"][1] = -1  # a call that leaves nothing
+    if slots > 1:
+        columns["out_hist_1"].zero_()
+    quiet = StepTable.from_columns(
+        table.timesteps, {name: values for name, values in columns.items() if name not in GRADIENT}, name="quiet"
+    )
+    start = torch.randn(3, 5, 701, generator=generator).to(dtype).mT
+    guidance = ClassifierFree(SCALE) if predictions == 2 else None
+    found = []
+    for more in (False, True):
+        x, history = start.clone(), History(quiet, start)
+        history.entries.fill_(torch.nan)
+        drawn = torch.Generator().manual_seed(1)
+        for call in range(CALLS):
+            given = [torch.empty_like(start).normal_(generator=drawn) for _ in range(predictions)]
+            original = torch.empty_like(x) if more else None
+            out = x if in_place else torch.empty_like(x)
+            x = guided_step(
+                quiet, call, x, given, guidance, history=history, original=original, out=out, backend=backend
+            )
+        assert x.isfinite().all()
+        found.append([x, history.entries])
+    for alone, beside in zip(*found, strict=True):
+        torch.testing.assert_close(alone, beside, rtol=0, atol=0, equal_nan=True)

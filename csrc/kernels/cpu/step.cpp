@@ -7,14 +7,10 @@
 #include <cstring>
 
 #include "kernels/cpu/convert.h"
+#include "kernels/cpu/history.h"
+#include "kernels/cpu/loops.h"
 #include "kernels/cursor.h"
 #include "maths/step.h"
-
-#if defined(__clang__)
-#define FASTGUIDE_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FASTGUIDE_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
-#endif
 
 namespace fastguide {
 namespace FASTGUIDE_ISA {
@@ -393,6 +389,7 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
   if constexpr (sizeof(T) == sizeof(float)) {
     if (const StepChunks chunks = choose_chunks(a)) return chunks(a, row, pair, sample, begin, end);
   }
+  if (is_history_alone<T>(a)) return step_history_alone(a, row, pair, sample, begin, end);
   if (a.num_predictions > 2) pair.sum = T(1);  // they are combined before the step
   const StepRun<T> step_run = choose_run<T>(a);
   const uint32_t step = uint32_t(position.index - position.first);

@@ -72,7 +72,7 @@ class Prepared:
         return Constants(architecture, *self.recorded[1:])
 
     def bytes(self) -> int:
-        """Count what the step reads and writes, each element of each tensor once, and of a history what its row names."""
+        """Count what the step reads and writes: each element of each tensor once, of a history what its row names."""
         sizes = {name: self.tensors[name].numel() * self.tensors[name].element_size() for name in self.data}
         if self.launch.solver:
             row = {name: float(values[STEP]) for name, values in SOLVERS[self.launch.solver]().coefficients().items()}

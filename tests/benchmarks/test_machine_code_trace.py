@@ -89,11 +89,20 @@ def test_a_block_computes_neighbouring_vectors(launch):
         assert set(places) == set(prepared.data)
         staged = places.pop("staged", Counter())  # the others, in each copy
         assert len(staged) == launch.copies * len(places["out"])
+        if launch.solver:  # of each slot that is read or written, the elements of the output
+            history, size = places.pop("history"), prepared.tensors["out"].numel()
+            assert {place % size for place in history} == set(places["out"])
+            assert 4 * history.total() * size == len(places["out"]) * history_bytes(prepared)
         assert all(place == places["out"] for place in places.values())
         elements += places["out"]
     tile = device_code.module().tile
     assert elements == Counter(range(min(elements), min(elements) + len(elements)))
     assert min(elements) % len(elements) == len(elements) % tile == 0
+
+
+def history_bytes(prepared):
+    others = [prepared.tensors[name] for name in prepared.data if name != "history"]
+    return prepared.bytes() - sum(tensor.nbytes for tensor in others)
 
 
 @pytest.mark.parametrize("noise", NOISES)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..schedules.flow import FlowSchedule
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
-from ..schedules.predictions import PredictionType
+from ..schedules.predictions import Linear, PredictionType
 from ..schedules.sigmas import SigmaSpacing
 from ._begin import begins_anywhere
 from ._dpm import lambda_of, levels_of
 from ._quadrature import lagrange_integrals
-from ._signal_steps import prediction_of, signal_steps, signal_table
+from ._signal_steps import SignalSteps, prediction_of, signal_steps, signal_table
 from .entries import Entry, Form, history_columns
 from .table import StepTable
 
@@ -74,6 +74,11 @@ def deis(
         begin=begin,
     )
     x0 = prediction_of(schedule, prediction_type, steps.here)
+    return deis_table(steps, x0, solver_order, lower_order_final)
+
+
+def deis_table(steps: SignalSteps, x0: Linear, solver_order: int, lower_order_final: bool) -> StepTable:
+    """Return ``deis`` over any levels and timesteps."""
     columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred}
     short = lower_order_final and steps.total < 15
     columns |= history_columns(_forms(levels_of(steps.levels), solver_order, short), Entry.epsilon(steps.here))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing, timesteps_at
 from ._begin import begins_anywhere
-from ._unscaled_calls import unscaled_calls, unscaled_table
+from ._unscaled_calls import UnscaledCalls, unscaled_calls, unscaled_table
 from .entries import Entry, Form
 from .table import StepTable
 
@@ -73,20 +71,27 @@ def dpm2(
     )
     if sigma_spacing == "karras":  # as diffusers does
         steps = steps._replace(timesteps=steps.timesteps.round())
-    forms, middles = [], []
-    for step, (now, after) in enumerate(pairwise(steps.sigmas.tolist())):
-        down = after * after / now if ancestral else after  # the root of after^2 - up^2
-        middle, first = math.sqrt(now * down), 2 * step
+    begins = steps.sigmas[:-1]
+    down = begins[1:].square() / begins[:-1] if ancestral else begins[1:]  # the root of after^2 - up^2
+    middles = (begins[:-1] * down).sqrt()
+    calls = steps.with_second_calls(middles, timesteps_at(schedule.sigmas, middles))
+    return dpm2_table(calls, down, prediction_type, ancestral=ancestral)
+
+
+def dpm2_table(calls: UnscaledCalls, downs: Tensor, prediction_type: PredictionType, *, ancestral: bool) -> StepTable:
+    """Return ``dpm2`` over any calls, and the sigmas that the steps but the last lead to before their noise."""
+    forms, sigma, down_to = [], calls.sigmas.tolist(), downs.tolist()
+    for first in range(0, len(sigma) - 1, 2):
+        now, last = sigma[first], first == len(sigma) - 2
+        middle, after = sigma[first + 1], 0.0 if last else sigma[first + 2]
         ratio = middle / now  # x1 = x + (middle - sigma) * (x - x_0) / sigma
         forms.append(Form(sample=ratio).add({first: 1 - ratio}))
-        if after == 0:
+        if last:
             break
-        middles.append(middle)
+        down = down_to[first // 2]
         slope = (down - now) / middle  # x' = x + (down - sigma) * (x1 - x_0') / middle, x = (x1 - (1-ratio)*x_0)/ratio
         noise = after * math.sqrt(now**2 - after**2) / now if ancestral else 0.0
         second = Form(anchor=1 / ratio, sample=slope, noise=noise)
         forms.append(second.add({first: 1 - 1 / ratio, first + 1: -slope}))
-    between = torch.tensor(middles, dtype=torch.float64, device="cpu")
-    calls = steps.with_second_calls(between, timesteps_at(schedule.sigmas, between))
     name = "dpm2_ancestral" if ancestral else "dpm2"
     return unscaled_table(name, calls, forms, Entry.original(calls.levels), prediction_type=prediction_type)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..schedules.flow import FlowSchedule
 from ..schedules.levels import Levels
 from ..schedules.noise_schedule import NoiseSchedule
-from ..schedules.predictions import PredictionType
+from ..schedules.predictions import Linear, PredictionType
 from ..schedules.sigmas import SigmaSpacing
 from ._begin import begins_anywhere
 from ._dpm import (
@@ -99,6 +99,13 @@ def dpm_solver_singlestep(
     )
     x0 = prediction_of(schedule, prediction_type, steps.here)
     orders = _orders(steps, solver_order, lower_order_final)
+    return singlestep_table(steps, x0, orders, algorithm_type, solver_type)
+
+
+def singlestep_table(
+    steps: SignalSteps, x0: Linear, orders: Sequence[int], algorithm_type: AlgorithmType, solver_type: SolverType
+) -> StepTable:
+    """Return ``dpm_solver_singlestep`` over any levels, timesteps and orders of calls."""
     if algorithm_type == "sde-dpmsolver++":
         made = _stochastic_columns(steps.levels, orders, solver_type)
     else:

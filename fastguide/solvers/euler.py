@@ -14,7 +14,9 @@ from ..schedules.predictions import PredictionType, check_prediction_type, epsil
 from ..schedules.sigmas import SigmaSpacing
 from ._columns import NO_VARIANCE, gradient_forms
 from ._unscaled import (
+    Churn,
     FinalSigmasType,
+    SigmaSteps,
     TimestepType,
     churn,
     euler_columns,
@@ -91,11 +93,20 @@ def euler(
         sigma_max=sigma_max,
         final_sigmas_type=final_sigmas_type,
     )
-    check_prediction_type("prediction_type", prediction_type)
     told = told_timesteps(steps, timestep_type)
+    first = init_noise_sigma(steps, timestep_spacing)
+    churned = churn(steps.sigmas, s_churn, s_tmin, s_tmax, s_noise)
+    return euler_table(steps._replace(timesteps=told), churned, prediction_type, first)
+
+
+def euler_table(
+    steps: SigmaSteps, churned: Churn, prediction_type: PredictionType, init_noise_sigma: float = 1.0
+) -> StepTable:
+    """Return ``euler`` over any sigmas and timesteps."""
+    check_prediction_type("prediction_type", prediction_type)
+    told = steps.timesteps
     now, after = steps.sigmas[:-1], steps.sigmas[1:]
     levels = Levels.variance_exploding(now)
-    churned = churn(steps.sigmas, s_churn, s_tmin, s_tmax, s_noise)
     x0 = original_from(prediction_type, levels)
     if prediction_type in ("epsilon", "score"):  # it is the slope itself, also where the churn has moved the sample
         epsilon = epsilon_from(prediction_type, levels)
@@ -113,6 +124,6 @@ def euler(
         gradients=gradient_forms(columns, shift, direct, told, variance),
         levels=levels,
         first_in_scale=first_in_scale,
-        init_noise_sigma=init_noise_sigma(steps, timestep_spacing),
+        init_noise_sigma=init_noise_sigma,
         name="euler",
     )

@@ -11,7 +11,7 @@ from ..schedules.levels import Levels
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType, check_prediction_type, epsilon_from, original_from
 from ._columns import gradient_forms
-from ._unscaled import Churn, euler_columns, init_noise_sigma, loop_columns, schedule_steps
+from ._unscaled import Churn, SigmaSteps, euler_columns, init_noise_sigma, loop_columns, schedule_steps
 from .table import StepTable
 
 
@@ -58,6 +58,13 @@ def euler_ancestral(
         timesteps=timesteps,
         sigmas=sigmas,
     )
+    return euler_ancestral_table(steps, prediction_type, init_noise_sigma(steps, timestep_spacing))
+
+
+def euler_ancestral_table(
+    steps: SigmaSteps, prediction_type: PredictionType, init_noise_sigma: float = 1.0
+) -> StepTable:
+    """Return ``euler_ancestral`` over any sigmas and timesteps."""
     check_prediction_type("prediction_type", prediction_type)
     now, after = steps.sigmas[:-1], steps.sigmas[1:]
     up = after * (now.square() - after.square()).sqrt() / now
@@ -76,6 +83,6 @@ def euler_ancestral(
         gradients=gradient_forms(columns, shift, direct, steps.timesteps, up.square()),
         levels=levels,
         first_in_scale=first_in_scale,
-        init_noise_sigma=init_noise_sigma(steps, timestep_spacing),
+        init_noise_sigma=init_noise_sigma,
         name="euler_ancestral",
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..schedules.flow import FlowSchedule
+from ..schedules.flow import FlowSchedule, FlowSteps
 from ..schedules.levels import Levels
 from ..schedules.predictions import PredictionType
 from ._columns import NO_VARIANCE, gradient_forms, inpainting_columns, x0_columns, x0_shift
@@ -53,18 +53,25 @@ def flow_match_euler(
     if not isinstance(stochastic, bool):
         raise TypeError(f"stochastic: expected True or False, got {stochastic!r}")
     steps = schedule.steps(num_inference_steps, sigmas=sigmas, timesteps=timesteps, mu=mu)
-    path = 1 - steps.sigmas if schedule.invert_sigmas else steps.sigmas  # falls from noise to 0
+    return flow_match_euler_table(steps, prediction_type, stochastic=stochastic, inverted=schedule.invert_sigmas)
+
+
+def flow_match_euler_table(
+    steps: FlowSteps, prediction_type: PredictionType = "flow_prediction", *, stochastic: bool, inverted: bool
+) -> StepTable:
+    """Return ``flow_match_euler`` over any sigmas and timesteps; ``inverted``: the sigmas rise."""
+    path = 1 - steps.sigmas if inverted else steps.sigmas  # falls from noise to 0
     now, after = path[:-1], path[1:]
     levels = Levels.flow_matching(now)
     columns = x0_columns(prediction_type, levels, None, steps.timesteps, None)
-    if schedule.invert_sigmas and prediction_type == "flow_prediction":  # of the time 1 - sigma
+    if inverted and prediction_type == "flow_prediction":  # of the time 1 - sigma
         columns["x0_pred"] = -columns["x0_pred"]
     direct = torch.zeros_like(now)
     if stochastic:
         columns |= {"out_x0": 1 - after, "out_noise": after}
     elif prediction_type == "flow_prediction":
         velocity = after - now
-        columns |= {"out_sample": torch.ones_like(now), "out_pred": -velocity if schedule.invert_sigmas else velocity}
+        columns |= {"out_sample": torch.ones_like(now), "out_pred": -velocity if inverted else velocity}
         direct = (now - after) * now / levels.alpha  # velocity = (epsilon - x) / alpha moves with epsilon
     else:
         columns |= {"out_sample": after / now, "out_x0": 1 - after / now}

@@ -11,7 +11,7 @@ from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing
 from ._begin import begins_anywhere
-from ._unscaled_calls import unscaled_calls, unscaled_table
+from ._unscaled_calls import UnscaledCalls, unscaled_calls, unscaled_table
 from .entries import Entry, Form
 from .table import StepTable
 
@@ -65,7 +65,13 @@ def heun(
         sigma_spacing=sigma_spacing,
         begin=begin,
     )
-    forms, sigma = [], steps.sigmas.tolist()
+    calls = steps.with_second_calls(steps.sigmas[1:-1], steps.timesteps[1:])
+    return heun_table(calls, prediction_type, clip_sample_range)
+
+
+def heun_table(calls: UnscaledCalls, prediction_type: PredictionType, clip_sample_range: float | None) -> StepTable:
+    """Return ``heun`` over any calls: two at each sigma but the first, and the last one's result is at 0."""
+    forms, sigma = [], [*calls.sigmas[:1].tolist(), *calls.sigmas[1::2].tolist()]
     for step, (now, after) in enumerate(pairwise(sigma)):
         first = 2 * step
         ratio = after / now  # x' = x + (sigma' - sigma) * (x - x_0) / sigma
@@ -73,7 +79,6 @@ def heun(
         if after > 0:  # x' = x + (sigma' - sigma) * (slope + slope') / 2, where x is (x1 - (1 - ratio) * x_0) / ratio
             q = (after - now) / (2 * after)
             forms.append(Form(anchor=1 - q, sample=q).add({first + 1: -q, first: q}))
-    calls = steps.with_second_calls(steps.sigmas[1:-1], steps.timesteps[1:])
     return unscaled_table(
         "heun",
         calls,

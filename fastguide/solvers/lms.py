@@ -12,7 +12,7 @@ from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing
 from ._begin import begins_anywhere
 from ._quadrature import lagrange_integrals
-from ._unscaled_calls import unscaled_calls, unscaled_table
+from ._unscaled_calls import UnscaledCalls, unscaled_calls, unscaled_table
 from .entries import Entry, Form
 from .table import StepTable
 
@@ -69,6 +69,11 @@ def lms(
         sigma_spacing=sigma_spacing,
         begin=begin,
     )
+    return lms_table(calls, order, prediction_type)
+
+
+def lms_table(calls: UnscaledCalls, order: int, prediction_type: PredictionType) -> StepTable:
+    """Return ``lms`` over any calls."""
     sigma = calls.sigmas.tolist()
     forms = []
     for call, (now, after) in enumerate(pairwise(sigma)):

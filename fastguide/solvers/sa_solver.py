@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..schedules.flow import FlowSchedule
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
-from ..schedules.predictions import PredictionType
+from ..schedules.predictions import Linear, PredictionType
 from ..schedules.sigmas import SigmaSpacing
 from ._begin import begins_anywhere
 from ._dpm import lambda_of, levels_of
@@ -88,10 +88,30 @@ def sa_solver(
         begin=begin,
         lambda_min_clipped=lambda_min_clipped,
     )
-    predict_x0 = algorithm_type == "data_prediction"
-    x0 = prediction_of(schedule, prediction_type, steps.here)
+    return sa_solver_table(
+        steps,
+        prediction_of(schedule, prediction_type, steps.here),
+        predictor_order=predictor_order,
+        corrector_order=corrector_order,
+        predict_x0=algorithm_type == "data_prediction",
+        taus=_taus(steps, tau_func),
+        lower_order_final=lower_order_final,
+    )
+
+
+def sa_solver_table(
+    steps: SignalSteps,
+    x0: Linear,
+    *,
+    predictor_order: int,
+    corrector_order: int,
+    predict_x0: bool,
+    taus: Sequence[float],
+    lower_order_final: bool,
+) -> StepTable:
+    """Return ``sa_solver`` over any levels and timesteps; ``taus``: of each call."""
     columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred}
-    forms = _forms(steps, predictor_order, corrector_order, predict_x0, _taus(steps, tau_func), lower_order_final)
+    forms = _forms(steps, predictor_order, corrector_order, predict_x0, taus, lower_order_final)
     columns |= history_columns(forms, Entry.original(steps.here) if predict_x0 else Entry.epsilon(steps.here))
     return signal_table(steps, columns, "sa_solver")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..schedules.flow import FlowSchedule
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
-from ..schedules.predictions import PredictionType
+from ..schedules.predictions import Linear, PredictionType
 from ..schedules.sigmas import SigmaSpacing
 from ._begin import begins_anywhere
 from ._dpm import lambda_of, levels_of
@@ -87,6 +87,28 @@ def unipc(
         flow_from_one=True,
     )
     x0 = prediction_of(schedule, prediction_type, steps.here)
+    return unipc_table(
+        steps,
+        x0,
+        solver_order=solver_order,
+        solver_type=solver_type,
+        predict_x0=predict_x0,
+        disable_corrector=disable_corrector,
+        lower_order_final=lower_order_final,
+    )
+
+
+def unipc_table(
+    steps: SignalSteps,
+    x0: Linear,
+    *,
+    solver_order: int,
+    solver_type: UniPCType,
+    predict_x0: bool,
+    disable_corrector: Collection[int],
+    lower_order_final: bool,
+) -> StepTable:
+    """Return ``unipc`` over any levels and timesteps."""
     columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred}
     forms = _forms(steps, solver_order, solver_type, predict_x0, disable_corrector, lower_order_final)
     columns |= history_columns(forms, Entry.original(steps.here) if predict_x0 else Entry.epsilon(steps.here))

@@ -10,10 +10,14 @@ try:
 except ImportError as error:
     raise ImportError("fastguide.diffusers: expected diffusers: pip install 'diffusers>=0.35'") from error
 
-from . import guiders, schedulers
+from . import guiders, served
+from .flow_schedulers import *  # noqa: F403
 from .from_pipeline import as_model, sampler_from_pipeline, step_table
 from .pipelines import Acceleration, accelerate, restore
-from .schedulers import *  # noqa: F403  # one list says which schedulers there are
+from .pndm_scheduler import *  # noqa: F403
+from .schedulers import *  # noqa: F403
+from .sigma_schedulers import *  # noqa: F403
+from .signal_schedulers import *  # noqa: F403
 
 __all__ = [
     "Acceleration",
@@ -24,4 +28,4 @@ __all__ = [
     "sampler_from_pipeline",
     "step_table",
 ]
-__all__ += schedulers.__all__
+__all__ += served.__all__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -15,7 +16,9 @@ from .._counts import is_integer
 from ..guidance import Guidance
 from ..sampling.sampler import Sampler
 from ..solvers import StepTable
-from .schedulers import SERVED
+from .counted_step import CountedStep
+from .host_tables import host_tables
+from .served import SERVED
 
 _CONDITIONS = ("encoder_hidden_states", "class_labels")
 
@@ -58,7 +61,7 @@ def as_model(denoiser: Callable[..., Any], *, learned_variance: bool = True) -> 
 
 
 def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) -> StepTable:
-    """Return the steps that a DDPM or DDIM scheduler of diffusers would make; the scheduler stays as it is.
+    """Return the steps that a scheduler of diffusers would make; the scheduler stays as it is.
 
     Args:
         scheduler: of diffusers or of fastguide.
@@ -74,9 +77,9 @@ def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) ->
     >>> step_table(diffusers.DDIMScheduler(), 20, eta=1.0)
     StepTable(ddim, 20 steps, timesteps 950 .. 0, device=cpu)
     """
-    loop = next((ours._loop for theirs, ours in SERVED.items() if isinstance(scheduler, theirs)), None)
-    if loop is None:
-        raise TypeError(f"scheduler: expected a DDPM or DDIM scheduler, got {type(scheduler).__name__}")
+    ours = next((ours for theirs, ours in SERVED.items() if isinstance(scheduler, theirs)), None)
+    if ours is None or not (ours._loop or issubclass(ours, CountedStep)):
+        raise TypeError(f"scheduler: expected one that fastguide serves, got {type(scheduler).__name__}")
     own = copy.copy(scheduler)  # from_config would drop what a pipeline has changed in the configuration
     if own.config.get("thresholding"):
         raise ValueError("scheduler: expected one without dynamic thresholding, which is no row of a table")
@@ -85,9 +88,25 @@ def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) ->
         raise TypeError(f"num_inference_steps: expected an integer, got {num_inference_steps!r}")
     if not 1 <= num_inference_steps <= most:
         raise ValueError(f"num_inference_steps: expected 1 to {most}, got {num_inference_steps}")
+    if issubclass(ours, CountedStep):
+        return _counted_table(ours, own, num_inference_steps, eta)
     own.set_timesteps(num_inference_steps)
-    table: StepTable = loop(own, eta)
+    table: StepTable = ours._loop(own, eta)
     return table
+
+
+def _counted_table(ours: type[CountedStep], scheduler: Any, num_inference_steps: int, eta: float) -> StepTable:
+    """Return the whole loop of a scheduler that counts its steps."""
+    if eta != 0:
+        raise ValueError(f"eta: expected 0 with {type(scheduler).__name__}, got {eta!r}")
+    own: Any = ours.__new__(ours)
+    own.__dict__.update(scheduler.__dict__)
+    own.set_timesteps(num_inference_steps)
+    why_not = own._why_not()
+    if why_not is not None:
+        raise ValueError(f"scheduler: expected one that rows of a table express, got one with {why_not}")
+    table: StepTable = own._loop_table(host_tables(own), 0, *own._default_arguments)
+    return replace(table, init_noise_sigma=float(getattr(own, "init_noise_sigma", 1.0)))
 
 
 def sampler_from_pipeline(
@@ -101,7 +120,7 @@ def sampler_from_pipeline(
     """Make a ``Sampler`` of a pipeline's denoiser and scheduler, for latents and embeddings that exist already.
 
     Args:
-        pipe: a diffusers pipeline with a ``unet`` or ``transformer`` and a DDPM or DDIM scheduler.
+        pipe: a diffusers pipeline with a ``unet`` or ``transformer``, and a scheduler that is served.
         num_inference_steps: number of steps.
         guidance: such as ``fastguide.ClassifierFree(7.5)``; then ``uncond=`` is given with ``cond=``. A mapping goes
             to the denoiser's arguments by name.

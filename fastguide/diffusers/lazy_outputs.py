@@ -13,6 +13,13 @@ from diffusers.schedulers import (
     scheduling_ddim_parallel,
     scheduling_ddpm,
     scheduling_ddpm_parallel,
+    scheduling_edm_euler,
+    scheduling_euler_ancestral_discrete,
+    scheduling_euler_discrete,
+    scheduling_heun_discrete,
+    scheduling_k_dpm_2_ancestral_discrete,
+    scheduling_k_dpm_2_discrete,
+    scheduling_lms_discrete,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -154,6 +161,13 @@ def _lazy(plain: Any) -> Any:
     return type(f"Lazy{plain.__name__}", (_Lazy, plain), {"plain": plain, "__module__": __name__})
 
 
+LazyEulerOutput = _lazy(scheduling_euler_discrete.EulerDiscreteSchedulerOutput)
+LazyEulerAncestralOutput = _lazy(scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput)
+LazyHeunOutput = _lazy(scheduling_heun_discrete.HeunDiscreteSchedulerOutput)
+LazyKDPM2Output = _lazy(scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput)
+LazyKDPM2AncestralOutput = _lazy(scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput)
+LazyLMSOutput = _lazy(scheduling_lms_discrete.LMSDiscreteSchedulerOutput)
+LazyEDMEulerOutput = _lazy(scheduling_edm_euler.EDMEulerSchedulerOutput)
 LazyDDIMOutput = _lazy(scheduling_ddim.DDIMSchedulerOutput)
 LazyDDIMInverseOutput = _lazy(scheduling_ddim_inverse.DDIMSchedulerOutput)
 LazyDDIMParallelOutput = _lazy(scheduling_ddim_parallel.DDIMParallelSchedulerOutput)

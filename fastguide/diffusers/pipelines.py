@@ -12,7 +12,7 @@ import diffusers
 
 from .lazy_guidance import Fusion
 from .scheduler_step import SchedulerStep
-from .schedulers import SERVED
+from .served import SERVED
 from .tracing import trace_models
 
 _CHANGES = "_fastguide_changes"
@@ -67,7 +67,7 @@ def accelerate(pipe: Any) -> Acceleration:
         pipe: a pipeline with a scheduler; with ``unet`` or ``transformer``, its guidance is fused as well.
 
     Returns:
-        What was exchanged and tried, what was left alone and why (mostly a scheduler other than DDPM and DDIM), and the
+        What was exchanged and tried, what was left alone and why (mostly a scheduler that is not served), and the
         counts of steps, which go on while the pipeline runs.
 
     Raises:
@@ -205,4 +205,4 @@ def _reason(scheduler: Any) -> str:
     kind = type(scheduler).__name__
     if type(scheduler) in SERVED:
         return f"{kind}: dynamic thresholding is not in the fused step"
-    return f"{kind}: only {', '.join(each.__name__ for each in SERVED)} are served, and no subclasses"
+    return f"{kind}: it is not served, or a subclass of one that is"

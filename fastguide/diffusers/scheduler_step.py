@@ -170,23 +170,23 @@ def plan(
         sample, gradient, noise = plain(sample), plain(gradient), plain(noise)
     guidance = guidance_of(output, sample, guidance_scale, gradient, gradient_scale, gradient_form)
     if arguments is None:
-        _count(scheduler, _LEFT + "an eta that is not from 0 to 1, or noise besides a generator")
+        count(scheduler, LEFT + "an eta that is not from 0 to 1, or noise besides a generator")
         return None
     cache = current_tables(scheduler)
-    refusal = cache.refusal or _refusal(sample, output, gradient, noise)
+    refusal = cache.refusal or refusal_of(sample, output, gradient, noise)
     if refusal is not None:
-        _count(scheduler, _LEFT + refusal)
+        count(scheduler, LEFT + refusal)
         return None
     row = row_of(scheduler, timestep, sample)
     table = table_of(scheduler, cache, sample.device, arguments)
     if not (sample.is_contiguous() or dense_within_sample(sample.shape, sample.stride())):
         sample = sample.contiguous()
-    fitted = _predictions(output, sample, guidance, table.learned_variance)
+    fitted = fitted_predictions(output, sample, guidance, table.learned_variance)
     if fitted is None:
-        _count(scheduler, _LEFT + _SHAPES)
+        count(scheduler, LEFT + SHAPES)
         return None
     if not is_defined(scheduler, table, row):
-        _count(scheduler, _LEFT + "a timestep that leads nowhere")
+        count(scheduler, LEFT + "a timestep that leads nowhere")
         return None
     predictions, variance = fitted
     if gradient is not None:
@@ -205,31 +205,33 @@ def plan(
 
 def count_fused(scheduler: SchedulerStep, guidance: Guidance | None) -> None:
     """Count a fused step, for ``Acceleration.counts``."""
-    _count(scheduler, "fused without guidance" if guidance is None else "fused with guidance")
+    count(scheduler, "fused without guidance" if guidance is None else "fused with guidance")
 
 
-def _count(scheduler: SchedulerStep, what: str) -> None:
+def count(scheduler: SchedulerStep, what: str) -> None:
+    """Count a step, by what was done, for ``Acceleration.counts``."""
     if scheduler._fusion is not None and not torch.compiler.is_compiling():
         scheduler._fusion.counts[what] += 1
 
 
-_LEFT = "left to diffusers: "
-_SHAPES = "shapes that broadcast, or do not fit"
+LEFT = "left to diffusers: "
+"""What a count of such steps begins with; the reason follows."""
+SHAPES = "shapes that broadcast, or do not fit"
 
 
-def _refusal(sample: Tensor, output: Output, gradient: Tensor | None, noise: Tensor | None) -> str | None:
+def refusal_of(sample: Tensor, output: Output, gradient: Tensor | None, noise: Tensor | None) -> str | None:
     """Return why the kernel does not take these tensors as they are; ``None``: it does."""
     if _is_transformed():
         return "torch.func or forward-mode differentiation"
     if sample.dim() == 0:
-        return _SHAPES
+        return SHAPES
     shape, device, grad = sample.shape, sample.device, torch.is_grad_enabled()
     tensors = [sample, *output] if isinstance(output, tuple) else [sample, output]
     for elementwise in (gradient, noise):
         if elementwise is not None:
             tensors.append(elementwise)
             if not isinstance(elementwise, Tensor) or elementwise.shape != shape:
-                return _SHAPES
+                return SHAPES
     for tensor in tensors:
         if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and device.type != "cpu"):
             return f"tensors of {tensor.dtype}"
@@ -249,7 +251,7 @@ def _is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _predictions(
+def fitted_predictions(
     output: Output, sample: Tensor, guidance: Guidance | None, learned_variance: bool
 ) -> tuple[Tensor | list[Tensor], Tensor | None] | None:
     """Return the predictions and the learned variance in the sample's layout; ``None`` if the shapes do not fit.
@@ -279,8 +281,8 @@ def _predictions(
 
 def _parts(output: Tensor, guidance: Guidance | None) -> Sequence[Tensor]:
     """Return the predictions, each of the sample's batch."""
-    count = 1 if guidance is None else guidance.num_predictions
-    parts: Sequence[Tensor] = output.unflatten(0, (count, output.shape[0] // count)).unbind(0)
+    parts_in_all = 1 if guidance is None else guidance.num_predictions
+    parts: Sequence[Tensor] = output.unflatten(0, (parts_in_all, output.shape[0] // parts_in_all)).unbind(0)
     return parts
 
 

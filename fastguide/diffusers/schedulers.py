@@ -23,7 +23,7 @@ from .repeat import repeated
 from .scheduler_step import SchedulerStep, plan, run
 from .timesteps import host_timesteps
 
-__all__ = [  # noqa: RUF022  # all that is served, the most used first: SERVED, below, is made of it
+__all__ = [  # noqa: RUF022  # the most used first
     "DDIMScheduler",
     "DDPMScheduler",
     "DDIMParallelScheduler",
@@ -277,8 +277,5 @@ class DDIMInverseScheduler(SchedulerStep, diffusers.DDIMInverseScheduler):  # ty
         output = combined(self, model_output, sample, guidance_scale, None)
         return super().step(output, timestep, sample, return_dict)  # type: ignore[misc]
 
-
-SERVED: dict[type, type[SchedulerStep]] = {getattr(diffusers, name): globals()[name] for name in __all__}
-"""diffusers' classes, each with the one that has the fused step."""
 
 __test__ = {name: globals()[name] for name in __all__}  # doctest would look for them in the module that they name

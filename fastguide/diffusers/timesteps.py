@@ -73,7 +73,7 @@ def row_of(scheduler: Any, timestep: int | Tensor, sample: Tensor) -> int | Tens
     elif not torch.compiler.is_compiling():
         if timestep.device.type == "cpu":
             return int(timestep)
-        place = _place_in(scheduler.timesteps, timestep)
+        place = place_in(scheduler.timesteps, timestep)
         if place is not None:
             return host_timesteps(scheduler)[place]
     return timestep.to(sample.device, torch.int64)
@@ -97,8 +97,8 @@ def _check_timesteps(timesteps: Tensor, batch: int, trained: int) -> None:
                 raise IndexError(f"timestep: expected 0 to {trained - 1}, got {value}")
 
 
-def _place_in(timesteps: Tensor, timestep: Tensor) -> int | None:
-    """Return which element of ``timesteps`` a tensor of one element is a view of."""
+def place_in(timesteps: Tensor, timestep: Tensor) -> int | None:
+    """Return which element of ``timesteps`` a tensor of one element is a view of; ``None``: of none."""
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None
     if timestep.dtype != timesteps.dtype:

@@ -72,12 +72,19 @@ def lms(
     return lms_table(calls, order, prediction_type)
 
 
-def lms_table(calls: UnscaledCalls, order: int, prediction_type: PredictionType) -> StepTable:
-    """Return ``lms`` over any calls."""
-    sigma = calls.sigmas.tolist()
+def lms_table(
+    calls: UnscaledCalls, order: int, prediction_type: PredictionType, before: Sequence[float] = ()
+) -> StepTable:
+    """Return ``lms`` over any calls.
+
+    ``before``: sigmas before the first call, falling, as diffusers has them where it begins later: their slopes are
+    missing, and the weights are those of the polynomials through them as well.
+    """
+    sigma, missing = calls.sigmas.tolist(), len(before)
     forms = []
     for call, (now, after) in enumerate(pairwise(sigma)):
-        used = range(call, max(call - order, -1), -1)
-        weights = lagrange_integrals([sigma[earlier] for earlier in used], now, after)
-        forms.append(Form(sample=1.0).add(dict(zip(used, weights, strict=True))))
+        used = range(call, max(call - order, -1 - missing), -1)
+        nodes = [sigma[earlier] if earlier >= 0 else before[earlier] for earlier in used]
+        weights = dict(zip(used, lagrange_integrals(nodes, now, after), strict=True))
+        forms.append(Form(sample=1.0).add({earlier: weights[earlier] for earlier in used if earlier >= 0}))
     return unscaled_table("lms", calls, forms, Entry.slope(calls.levels), prediction_type=prediction_type)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,18 +69,35 @@ def pndm(
     final = visited.new_tensor([1.0], dtype=torch.float64) if set_alpha_to_one else schedule.alphas_cumprod[:1]
     abar = torch.cat([schedule.alphas_cumprod[visited], final])
     calls = _called_twice(visited)
-    levels = Levels.from_alphas_cumprod(schedule.alphas_cumprod[calls])
-    entry = Entry.velocity(levels) if prediction_type == "v_prediction" else Entry.epsilon(levels)
-    columns = x0_columns(prediction_type, levels, None, calls, None)
-    columns |= history_columns(_forms(abar.tolist(), prediction_type == "v_prediction"), entry)
-    after = torch.cat([abar[1:2], abar[1:]]) if len(visited) > 1 else abar[1:].clone()
-    after[-1] = 1.0  # a known image is clean after the last step
+    after = torch.cat([abar[1:2], abar[1:]]) if len(visited) > 1 else abar[1:]
+    before = torch.cat([abar[:1], abar[:-1]]) if len(visited) > 1 else abar[:1]
+    return pndm_table(calls, schedule.alphas_cumprod[calls], before, after, prediction_type)
+
+
+def pndm_table(
+    timesteps: Tensor, here: Tensor, before: Tensor, after: Tensor, prediction_type: PredictionType
+) -> StepTable:
+    """Return ``pndm`` over any calls, of which the second repeats the first one's step.
+
+    Args:
+        timesteps: what the model is told, shape (calls,).
+        here: abar of the calls' samples.
+        before, after: abar where the calls' steps begin and end.
+        prediction_type: as in ``pndm``.
+    """
+    levels = Levels.from_alphas_cumprod(here)
+    velocity = prediction_type == "v_prediction"
+    columns = x0_columns(prediction_type, levels, None, timesteps, None)
+    forms = _forms(list(zip(before.tolist(), after.tolist(), strict=True)), velocity)
+    columns |= history_columns(forms, Entry.velocity(levels) if velocity else Entry.epsilon(levels))
+    known = after.clone()
+    known[-1] = 1.0  # a known image is clean after the last step
     return StepTable.from_columns(
-        calls,
-        columns | inpainting_columns(Levels.from_alphas_cumprod(after)),
-        gradients=history_gradients(columns, levels, calls, NO_VARIANCE),
+        timesteps,
+        columns | inpainting_columns(Levels.from_alphas_cumprod(known)),
+        gradients=history_gradients(columns, levels, timesteps, NO_VARIANCE),
         levels=levels,
-        completes_step=[call > 0 or len(visited) == 1 for call in range(len(calls))],
+        completes_step=[call > 0 or len(timesteps) == 1 for call in range(len(timesteps))],
         name="pndm",
     )
 
@@ -91,16 +107,17 @@ def _called_twice(values: Tensor) -> Tensor:
     return torch.cat([values[:2], values[1:]]) if len(values) > 1 else values
 
 
-def _forms(abar: Sequence[float], velocity: bool) -> list[Form]:
+def _forms(steps: Sequence[tuple[float, float]], velocity: bool) -> list[Form]:
+    """Return the forms of calls whose steps lead from one abar to another."""
     forms, kept = [], list[int]()
-    for step, (a, a_next) in enumerate(pairwise(abar)):
-        call = step if step == 0 else step + 1
-        kept = [call, *kept][:4]
+    for call, (a, a_next) in enumerate(steps):
         sample, prediction = _transfer(a, a_next, velocity)
+        if call == 1:  # again from the first one's sample, which is (x1 - prediction * m) / sample
+            forms.append(Form(anchor=1.0).add({0: -prediction / 2, 1: prediction / 2}))
+            continue
+        kept = [call, *kept][:4]
         weights = dict(zip(kept, _WEIGHTS[len(kept) - 1], strict=True))
         forms.append(Form(sample=sample).add(weights, prediction))
-        if step == 0 and len(abar) > 2:  # again from the same sample, which is (x1 - prediction * m) / sample
-            forms.append(Form(anchor=1.0).add({0: -prediction / 2, 1: prediction / 2}))
     return forms
 
 

@@ -236,7 +236,7 @@ def test_pipelines_within_a_pipeline():
     done = fused.accelerate(pipe)
     assert done.exchanged == {"scheduler": "DDPMScheduler"}
     assert list(done.left_alone) == ["prior_scheduler"]
-    assert done.left_alone["prior_scheduler"].startswith("UnCLIPScheduler: only DDIMScheduler")
+    assert done.left_alone["prior_scheduler"].startswith("UnCLIPScheduler: it is not served")
     assert done.tried == ["unet"]
     assert type(pipe.scheduler) is type(decoder.scheduler) is fused.DDPMScheduler
     torch.testing.assert_close(run(), before, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,18 @@ import torch
 
 import fastguide
 from fastguide.diffusers.timesteps import HostTimesteps, row_of
-from tests.support.scheduler_pair import NAMES, SHAPE, STEPS, assert_close, diffusers, fused, model, pair, randn
+from tests.support.scheduler_pair import (
+    COUNTED,
+    NAMES,
+    SHAPE,
+    STEPS,
+    assert_close,
+    diffusers,
+    fused,
+    model,
+    pair,
+    randn,
+)
 
 X = randn(*SHAPE)
 
@@ -98,14 +109,15 @@ def test_copies_of_a_scheduler_step_alike():
         assert torch.equal(other.step(output, 83, x, torch.Generator().manual_seed(0)).prev_sample, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *COUNTED])
 def test_configurations_and_signatures_are_diffusers(name, tmp_path):
-    ours, theirs = pair(name, beta_schedule="scaled_linear", clip_sample=False)
+    config = {"shift": 3.0} if name.startswith("Flow") else {"beta_schedule": "scaled_linear"}
+    ours, theirs = pair(name, **config, **({"clip_sample": False} if name in NAMES else {}))
     assert isinstance(ours, type(theirs))
     assert dict(getattr(fused, name).from_config(theirs.config).config) == dict(theirs.config)
     ours.save_pretrained(tmp_path)
     for cls in (getattr(fused, name), getattr(diffusers, name)):
-        assert cls.from_pretrained(tmp_path).config.beta_schedule == "scaled_linear"
+        assert config.items() <= dict(cls.from_pretrained(tmp_path).config).items()
     assert ours._compatibles == theirs._compatibles
     for method in ("__init__", "step", "set_timesteps", "add_noise"):
         if hasattr(theirs, method):

@@ -8,8 +8,12 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 import fastguide.diffusers as fused  # noqa: E402
+from fastguide.diffusers import schedulers  # noqa: E402
 
-NAMES = [name for name in fused.__all__ if name.endswith("Scheduler")]
+NAMES = list(schedulers.__all__)
+"""Those whose rows are training timesteps."""
+COUNTED = [name for name in fused.__all__ if name.endswith("Scheduler") and name not in NAMES]
+"""Those that count their steps."""
 STEPS = 12
 SHAPE = (2, 3, 8, 8)
 

@@ -1,0 +1,198 @@
+"""Run one step of a loop that a scheduler counts: the kernel's call, and what the loop keeps of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guidance import Guidance
+from ..solvers import StepTable
+from ..step.guided_step import guided_step
+from ..step.history import History
+from ..step.memory import empty_like
+from ..step.repeat import kinds_of, repeat
+from .host_tables import HostTables
+from .lazy_outputs import LazyOriginal
+from .scheduler_step import count_fused
+from .timesteps import version_of
+
+
+class Like(NamedTuple):
+    """What a loop's last step and those like it have in common, but their tensors: see ``_again``."""
+
+    scale: Any
+    """A number, or ``None``."""
+    guidance: Guidance | None
+    guidance_token: Any
+    table: StepTable
+    token: object
+    model_dtype: torch.dtype
+
+
+@dataclass
+class CountedLoop:
+    """A loop over a scheduler's steps, from its first on."""
+
+    tables: HostTables
+    begin: int
+    arguments: tuple[Any, ...]
+    """Of ``step``, those that rows depend on."""
+    shape: torch.Size
+    table: StepTable | None
+    """``None``: the loop is left to diffusers."""
+    churned: tuple[bool, ...] = ()
+    """At which calls the returned x_0 has a part of the noise, which cannot be drawn again."""
+    history: History | None = None
+    following: int = 0
+    """The step that comes next."""
+    returned: Tensor | None = None
+    """What the last step returned, and how often it had been written to."""
+    version: int = 0
+    state: Tensor | None = None
+    """The same in float32, where ``returned`` is rounded."""
+    like: Like | None = None
+
+
+def run_counted(
+    scheduler: Any,
+    loop: CountedLoop,
+    call: int,
+    sample: Tensor,
+    predictions: Tensor | list[Tensor],
+    guidance: Guidance | None,
+    model_dtype: torch.dtype,
+    noise: Tensor | None,
+    source: Any,
+) -> tuple[Tensor, Callable[[], Tensor] | Tensor | None]:
+    """Make a step; return the sample in the dtype that diffusers returns, and x_0, or what predicts it when asked."""
+    table = loop.table
+    assert table is not None
+    promoted = sample.dtype if sample.dtype == model_dtype else torch.promote_types(sample.dtype, model_dtype)
+    dtype = model_dtype if scheduler._casts_back else promoted
+    if scheduler._casts_back:  # after it has made the sample float32
+        promoted = torch.promote_types(promoted, torch.float32)
+    given, anchor = sample, None
+    if loop.returned is not None:
+        untouched = loop.version == version_of(loop.returned)
+        if sample is loop.returned and untouched:
+            given = sample if loop.state is None else loop.state
+        elif loop.history is not None and (untouched or loop.state is not None):
+            anchor = loop.returned if loop.state is None else loop.state  # solvers that go back find what they wrote
+    rounds = scheduler.float32_state and dtype in (torch.bfloat16, torch.float16)
+    if dtype == torch.float64 or (rounds and given.dtype == torch.float64):
+        given = given.double()
+    if anchor is not None and anchor.dtype != given.dtype:
+        given = given.to(torch.promote_types(anchor.dtype, given.dtype))
+        anchor = anchor.to(given.dtype)
+    inputs = [given, *predictions] if isinstance(predictions, list) else [given, predictions]
+    now = scheduler._output is not None and (loop.churned[call] or any(map(Tensor.is_inference, inputs)))
+    original = empty_like(sample, promoted) if now else None
+    out = empty_like(given, torch.float32) if rounds else None if given.dtype == dtype else empty_like(given, dtype)
+    returned = empty_like(sample, dtype) if rounds else None
+    result = guided_step(
+        table, call, given, predictions, guidance, noise=noise, generator=source, history=loop.history, anchor=anchor,
+        original=original, out=out, staged=returned,
+    )  # fmt: skip
+    loop.state = result if rounds else None
+    loop.returned = result if returned is None else returned
+    loop.version = version_of(loop.returned) or 0
+    if original is not None:
+        return loop.returned, original
+    if now or scheduler._output is None:
+        return loop.returned, None
+    versions = tuple(tensor._version for tensor in inputs)
+    return loop.returned, functools.partial(
+        _predict_original, table, call, inputs, versions, predictions, guidance, promoted
+    )
+
+
+def run_again(
+    scheduler: Any,
+    loop: CountedLoop,
+    like: Like,
+    arguments: tuple[Any, ...],
+    model_output: Tensor,
+    sample: Tensor,
+    return_dict: bool,
+    guidance_scale: Any,
+) -> Any:
+    """Make a step like the last one, without planning it; ``None``: nothing was done."""
+    own, tables, returned = scheduler.__dict__, loop.tables, loop.returned
+    index, kinds = scheduler._step_index, kinds_of.get(like.token)
+    if kinds is None or index != loop.following or arguments != loop.arguments or sample is not returned:
+        return None
+    if type(model_output) is not Tensor or type(guidance_scale) is not type(like.scale) or guidance_scale != like.scale:
+        return None
+    if own[scheduler._levels_in] is not tables.sigmas or own["timesteps"] is not tables.timesteps:
+        return None
+    try:
+        now = (tables.sigmas._version, tables.timesteps._version)
+        if now != tables.versions or sample._version != loop.version or model_output.dtype != like.model_dtype:
+            return None
+        seen = model_output._version
+    except RuntimeError:  # an inference tensor, which counts nothing
+        return None
+    if own["_internal_dict"] is not tables.config:
+        return None
+    assert index is not None
+    call, state, history, out, staged = index - loop.begin, loop.state, loop.history, None, None
+    given = sample
+    if state is not None:
+        given, out, staged = state, empty_like(state), empty_like(sample)
+    entries = None if history is None else history.entries
+    result = repeat(
+        kinds, call, given, model_output, like.guidance_token, None, None, None, None, None, None, entries, None, None,
+        out, staged, None,
+    )  # fmt: skip
+    if result is None:
+        return None
+    if history is not None:
+        history.note(call)
+    loop.state = None if state is None else result
+    loop.returned = answer = result if staged is None else staged
+    loop.version = answer._version
+    loop.following = scheduler._step_index = index + 1
+    if scheduler._fusion is not None:
+        count_fused(scheduler, like.guidance)
+    if scheduler._output is None:
+        return scheduler._plain_output(prev_sample=answer) if return_dict else (answer,)
+    dtype = torch.float32 if scheduler._casts_back and given.dtype != torch.float64 else answer.dtype
+    original = functools.partial(
+        _predict_original, like.table, call, [given, model_output], (given._version, seen), model_output,
+        like.guidance, dtype,
+    )  # fmt: skip
+    return scheduler._output(answer, original) if return_dict else (answer, LazyOriginal.of(answer, original))
+
+
+def _predict_original(
+    table: StepTable,
+    call: int,
+    inputs: list[Tensor],
+    versions: tuple[int, ...],
+    predictions: Tensor | list[Tensor],
+    guidance: Guidance | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Predict the x_0 of a step that was made, of its sample, the first of the inputs, and its predictions."""
+    if tuple(tensor._version for tensor in inputs) != versions:
+        raise RuntimeError("pred_original_sample: expected the inputs of its step as they were, got one changed")
+    return guided_step(_of_x0(table), call, inputs[0], predictions, guidance, out=empty_like(inputs[0], dtype))
+
+
+def _of_x0(table: StepTable) -> StepTable:
+    """Return the table whose steps lead to the predicted x_0, and which leaves nothing for later ones."""
+    found = table.__dict__.get("_of_x0")
+    if found is None:
+        columns = table.coefficients()
+        kept = {name: columns[name] for name in ("x0_scale", "x0_sample", "x0_pred", "clip")}
+        kept["out_x0"] = torch.ones_like(kept["x0_scale"])
+        undefined = table.undefined
+        made = StepTable.from_columns(table.timesteps.cpu(), kept, undefined=undefined, name=f"x_0 of {table.name}")
+        found = table.__dict__["_of_x0"] = made.to(table.device)
+    result: StepTable = found
+    return result

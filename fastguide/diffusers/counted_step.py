@@ -1,0 +1,240 @@
+"""Make a step of a scheduler that counts its steps: the count is the row, and the loop keeps what goes on.
+
+Such a scheduler's tables are those that diffusers' ``set_timesteps`` has made, quirks included, and a loop's rows
+depend on where it begins. Where diffusers rounds the sample to the model's dtype between two steps, the loop keeps it
+in float32 as well, and goes on from that as long as it is handed back the tensor that it returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from ..solvers import ROW_COLUMNS, StepTable
+from ..step.history import History
+from ..step.memory import dense_within_sample, in_layout_of
+from ..step.repeat import token_of
+from .counted_loop import CountedLoop, Like, run_again, run_counted
+from .guidance_arguments import NUMBER_OR_NONE, Scale, combined, guidance_of
+from .host_tables import HostTables, host_tables, read_tables
+from .lazy_guidance import resolved
+from .lazy_outputs import LazyOriginal
+from .lazy_tensor import plain
+from .noise import Generators, noise_of
+from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, fitted_predictions, refusal_of
+from .timesteps import place_in, version_of
+
+
+class CountedStep(SchedulerStep):
+    """Mix this into a scheduler of diffusers that has ``sigmas`` and counts its steps in ``_step_index``.
+
+    A class also has ``set_timesteps = on_host(...)``, ``_loop_table``, and ``step``, which calls ``counted_step``.
+    """
+
+    _loop_table: Callable[..., StepTable]
+    """The method that makes the table from a step on: of ``HostTables``, the step, and the arguments that rows depend
+    on."""
+    _why_not: Callable[[], str | None]
+    """The method that says why rows cannot express the configuration."""
+    _output: Any = None
+    """The lazy type of what ``step`` returns, with its x_0; ``None``: there is none in it."""
+    _plain_output: Any = None
+    """diffusers' type, without an x_0."""
+    _levels_in: ClassVar[str] = "sigmas"
+    """The name of the table that says where the steps lie."""
+    _casts_back: ClassVar[bool] = False
+    """Whether diffusers returns the model's dtype, and not the one to which sample and model promote."""
+    _sigmas_on_device: ClassVar[bool] = False
+    """Whether diffusers leaves ``sigmas`` on the device of the timesteps."""
+    _repeats_sigmas: ClassVar[bool] = False
+    """Whether its table has each sigma twice, for two calls a step."""
+    _default_arguments: ClassVar[tuple[Any, ...]] = ()
+    """Of ``step``, those that rows depend on, by default."""
+    float32_state: bool = True
+    """Whether a loop keeps its sample in float32 where diffusers rounds it."""
+
+    _host: HostTables | None = None
+    _counted: CountedLoop | None = None
+    sigmas: Tensor
+    _step_index: int | None
+    _begin_index: int | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave a loop's tensors out of copies that are made in its middle."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_counted"}
+
+    def _tables_are_set(self, device: str | torch.device | None) -> None:
+        """Move the tables, which diffusers has made on the host; remember their values there."""
+        host = read_tables(self)
+        if device is not None:
+            self.timesteps = self.timesteps.to(device)
+            if self._sigmas_on_device:
+                self.sigmas = self.sigmas.to(device)
+        levels = getattr(self, self._levels_in)
+        versions = version_of(levels), version_of(self.timesteps)
+        self._host = host._replace(sigmas=levels, timesteps=self.timesteps, versions=versions)
+        self._counted = None
+        if self._fusion is not None:
+            self._fusion.tries = True
+
+    def _result(self, result: Tensor, original: Callable[[], Tensor] | Tensor | None, return_dict: bool) -> Any:
+        """Return what diffusers' ``step`` returns."""
+        if self._output is None:
+            return self._plain_output(prev_sample=result) if return_dict else (result,)
+        if isinstance(original, Tensor):
+            if return_dict:
+                return self._output.plain(prev_sample=result, pred_original_sample=original)
+            return result, original
+        assert original is not None
+        return self._output(result, original) if return_dict else (result, LazyOriginal.of(result, original))
+
+    def _init_step_index(self, timestep: Any) -> None:
+        """Find the first step as diffusers does, on the host where it can be known there."""
+        if self._begin_index is not None:
+            self._step_index = self._begin_index
+            return
+        told = host_tables(self).host_timesteps
+        place = place_in(self.timesteps, timestep) if isinstance(timestep, Tensor) and timestep.numel() == 1 else None
+        value = told[place] if place is not None else torch.as_tensor(timestep).to("cpu")
+        self._step_index = self.index_for_timestep(value, told)  # type: ignore[attr-defined]
+
+
+def counted_step(
+    scheduler: CountedStep,
+    arguments: tuple[Any, ...],
+    model_output: Tensor,
+    timestep: Any,
+    sample: Tensor,
+    generator: Generators,
+    return_dict: bool,
+    guidance_scale: Scale | None,
+    *,
+    draws: Callable[[StepTable, int], bool] | bool = False,
+    noise_dtype: torch.dtype | None = None,
+    noise: Tensor | None = None,
+) -> Any:
+    """Make a scheduler's step; ``None``: it is left to diffusers' own ``step``.
+
+    Args:
+        scheduler: whose step it is.
+        arguments: of ``step``, those that rows depend on.
+        model_output, timestep, sample, generator, return_dict, guidance_scale: of ``step``.
+        draws: whether diffusers draws noise at a call of the loop's table, also where it does not use it.
+        noise_dtype: in which it draws; ``None``: the model's.
+        noise: standard normal values in the place of a generator's.
+
+    Raises:
+        RuntimeError: the step does not follow the last one, in a loop that goes on from earlier ones.
+    """
+    if is_dynamo_compiling() or scheduler.__dict__.get("num_inference_steps") is None:
+        return None  # diffusers says what is missing
+    loop = scheduler._counted
+    if draws is False and loop is not None and loop.like is not None:
+        done = run_again(scheduler, loop, loop.like, arguments, model_output, sample, return_dict, guidance_scale)
+        if done is not None:
+            return done
+    if scheduler._step_index is None:
+        scheduler._init_step_index(timestep)
+    index = scheduler._step_index
+    assert index is not None
+    output, guidance_scale = resolved(model_output, sample, guidance_scale)
+    if type(sample) is not Tensor or noise is not None:
+        sample, noise = plain(sample), plain(noise)
+    guidance = guidance_of(output, sample, guidance_scale, None, 1.0, "epsilon")
+    loop = _loop_at(scheduler, index, arguments, sample)
+    refusal = refusal_of(sample, output, None, noise)
+    fitted = None
+    if refusal is None and loop.table is not None:
+        if not (sample.is_contiguous() or dense_within_sample(sample.shape, sample.stride())):
+            sample = sample.contiguous()
+        fitted = fitted_predictions(output, sample, guidance, False)
+        refusal = SHAPES if fitted is None else None
+    if loop.table is None or refusal is not None or fitted is None:
+        _leave(scheduler, loop, index, refusal)
+        return None
+    model_dtype = output.dtype if isinstance(output, Tensor) else output[0].dtype
+    call = index - loop.begin
+    drawn, source = noise, None
+    if noise is not None:
+        drawn = in_layout_of(sample, noise)
+    elif draws if isinstance(draws, bool) else draws(loop.table, call):
+        adds = loop.table.adds_noise[call]
+        drawn, source = noise_of(generator, sample, noise_dtype or model_dtype, adds=adds)
+    result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, model_dtype, drawn, source)
+    loop.like = None
+    if output is model_output and type(guidance_scale) in NUMBER_OR_NONE:
+        loop.like = Like(guidance_scale, guidance, token_of(guidance), loop.table, loop.table._token, model_dtype)
+    loop.following, scheduler._step_index = index + 1, index + 1
+    count_fused(scheduler, guidance)
+    return scheduler._result(result, original, return_dict)
+
+
+def _loop_at(scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sample: Tensor) -> CountedLoop:
+    """Return the loop that goes on at a step, or a new one that begins there.
+
+    Raises:
+        RuntimeError: the loop under way goes on from earlier steps, and this is not the next one.
+    """
+    loop, tables = scheduler._counted, host_tables(scheduler)
+    if loop is not None and loop.tables is tables:
+        fits = loop.shape == sample.shape and (loop.table is None or loop.table.device == sample.device)
+        if loop.following == index and loop.arguments == arguments and fits:
+            return loop
+        if loop.history is not None:
+            raise RuntimeError(
+                f"step: expected step {loop.following} of the loop, with samples and options like those before, as it "
+                f"goes on from them, got step {index} with samples of {tuple(sample.shape)}; set_timesteps begins "
+                "another loop"
+            )
+    why_not, table = scheduler._why_not(), None
+    if why_not is None and not (tables.fall or scheduler._repeats_sigmas):
+        why_not = "sigmas that do not fall"
+    if why_not is None:
+        table = _with_plain_inputs(scheduler._loop_table(tables, index, *arguments)).to(sample.device)
+    history = History(table, _contiguous_within(sample)) if table is not None and table.history_slots else None
+    churned = () if table is None else tuple((table.coefficients()["x0_noise"] != 0).tolist())
+    loop = scheduler._counted = CountedLoop(tables, index, arguments, sample.shape, table, churned, history, index)
+    if why_not is not None:
+        count(scheduler, LEFT + why_not)
+    return loop
+
+
+def _with_plain_inputs(table: StepTable) -> StepTable:
+    """Return the table without a gradient, and without a scale of the model's inputs, which pipelines apply."""
+    rows = table.rows.clone()
+    rows[:, ROW_COLUMNS.index("in_scale")] = 1.0
+    return replace(table, rows=rows, forms={}, first_in_scale=1.0)
+
+
+def _contiguous_within(sample: Tensor) -> Tensor:
+    return sample if dense_within_sample(sample.shape, sample.stride()) else sample.contiguous()
+
+
+def _leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str | None) -> None:
+    """Leave a step to diffusers; of a loop that goes on from earlier ones, all of them or none.
+
+    Raises:
+        RuntimeError: steps of the loop have been made already, of which diffusers' own step knows nothing.
+    """
+    if loop.table is not None:
+        if loop.history is not None and index != loop.begin:
+            raise RuntimeError(
+                f"step: expected a step like those before it, as it goes on from them, got one that is left to "
+                f"diffusers ({refusal}); set_timesteps begins another loop"
+            )
+        if loop.history is not None:
+            loop.table = loop.history = None
+        count(scheduler, LEFT + (refusal or SHAPES))
+    loop.following, loop.returned, loop.state = index + 1, None, None
+
+
+def left(
+    scheduler: CountedStep, model_output: Tensor, sample: Tensor, guidance_scale: Scale | None
+) -> tuple[Tensor, Tensor]:
+    """Return the model's output, guided in plain torch, and the sample, for a step that is left to diffusers."""
+    return combined(scheduler, model_output, sample, guidance_scale, None), plain(sample)

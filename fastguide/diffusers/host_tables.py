@@ -1,0 +1,74 @@
+"""Keep the tables of a scheduler that counts its steps on the host, as diffusers has made them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .timesteps import version_of
+
+
+class HostTables(NamedTuple):
+    """What diffusers' ``set_timesteps`` has made, on the host, as long as the scheduler has these very tensors."""
+
+    sigmas: Tensor
+    timesteps: Tensor
+    config: Any
+    versions: tuple[int | None, int | None]
+    host_sigmas: Tensor
+    """float64."""
+    host_timesteps: Tensor
+
+    def sigmas_from(self, begin: int) -> Tensor:
+        """Return where the calls from a step on begin, and where the last one ends."""
+        return self.host_sigmas[begin : len(self.host_timesteps) + 1]
+
+    @property
+    def fall(self) -> bool:
+        """Whether the sigmas fall, or rise, at every step but perhaps the last."""
+        steps = self.host_sigmas[: len(self.host_timesteps)].diff()
+        return bool((steps < 0).all()) or bool((steps > 0).all())
+
+
+def on_host(theirs: Callable[..., None]) -> Any:
+    """Return diffusers' ``set_timesteps`` of a scheduler, which makes its tables on the host, and then moves them."""
+
+    @functools.wraps(theirs)
+    def set_timesteps(
+        self: Any, num_inference_steps: int | None = None, device: Any = None, *arguments: Any, **options: Any
+    ) -> None:
+        theirs(self, num_inference_steps, None, *arguments, **options)
+        self._tables_are_set(device)
+
+    return set_timesteps
+
+
+def read_tables(scheduler: Any) -> HostTables:
+    """Read the scheduler's tables, which waits for a device that they are on."""
+    sigmas, timesteps = getattr(scheduler, scheduler._levels_in), scheduler.timesteps
+    versions = version_of(sigmas), version_of(timesteps)
+    host = sigmas.detach().to("cpu", torch.float64, copy=True), timesteps.detach().to("cpu", copy=True)
+    return HostTables(sigmas, timesteps, scheduler._internal_dict, versions, *host)
+
+
+def host_tables(scheduler: Any) -> HostTables:
+    """Return the scheduler's tables on the host, read anew where they have been changed by hand."""
+    host = scheduler._host
+    if host is None or not _is_current(host, scheduler):
+        host = scheduler._host = read_tables(scheduler)
+    found: HostTables = host
+    return found
+
+
+def _is_current(host: HostTables, scheduler: Any) -> bool:
+    sigmas, timesteps = getattr(scheduler, scheduler._levels_in), scheduler.timesteps
+    return (
+        host.sigmas is sigmas
+        and host.timesteps is timesteps
+        and host.config is scheduler._internal_dict
+        and host.versions == (version_of(sigmas), version_of(timesteps))
+    )

@@ -1,0 +1,95 @@
+"""diffusers' PNDM scheduler with the fused step, where it begins with linear multistep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from ..solvers import StepTable
+from ..solvers.pndm import pndm_table
+from .counted_step import CountedStep, counted_step, left
+from .guidance_arguments import Scale
+from .host_tables import HostTables, host_tables, on_host
+from .timesteps import place_in
+
+__all__ = ["PNDMScheduler"]
+
+
+class PNDMScheduler(CountedStep, diffusers.PNDMScheduler):  # type: ignore[metaclass]
+    """``diffusers.PNDMScheduler`` with the fused step.
+
+    diffusers counts its calls from 0, wherever they begin, and takes levels from the timestep that it is given.
+    """
+
+    _plain_output = SchedulerOutput
+    _levels_in = "alphas_cumprod"
+    _repeats_sigmas = True
+    _first_call: int = 0
+    counter: int
+    final_alpha_cumprod: Tensor
+    set_timesteps = on_host(diffusers.PNDMScheduler.set_timesteps)
+
+    @property
+    def _step_index(self) -> int:
+        """The place in ``timesteps`` of the call that comes next."""
+        return self._first_call + self.counter
+
+    @_step_index.setter
+    def _step_index(self, index: int) -> None:
+        self.counter = index - self._first_call
+
+    def _why_not(self) -> str | None:
+        if not self.config.skip_prk_steps:
+            return "a warm-up by Runge and Kutta's method"
+        known = self.config.prediction_type in ("epsilon", "v_prediction")
+        return None if known else "a configuration that rows do not express"
+
+    def _place_of(self, timestep: Any) -> int | None:
+        """Return the place of a timestep, as far as the host knows it; ``None``: it does not."""
+        if isinstance(timestep, Tensor):
+            place = place_in(self.timesteps, timestep) if timestep.numel() == 1 else None
+            if place is not None or timestep.device.type != "cpu":
+                return place
+        found = (host_tables(self).host_timesteps == timestep).nonzero()
+        return int(found[0]) if len(found) else None
+
+    def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
+        told, abar = tables.host_timesteps[begin:], tables.host_sigmas
+        ratio = self.config.num_train_timesteps // self.num_inference_steps
+        starts = told.clone()
+        starts[1:2] += ratio  # the second call repeats the step before
+        ends = starts - ratio
+        after = torch.where(ends >= 0, abar[ends.clamp(min=0)], float(self.final_alpha_cumprod))
+        return pndm_table(told, abar[told], abar[starts.clamp(max=len(abar) - 1)], after, self.config.prediction_type)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        *,
+        guidance_scale: Scale | None = None,
+    ) -> Any:
+        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        place = self._place_of(timestep) if self.num_inference_steps else None
+        if self.counter == 0 and place is not None:
+            self._first_call = place
+        follows = place is None or self.counter == 0 or self._is_told(place)
+        if place is not None and follows:
+            done = counted_step(self, (), model_output, timestep, sample, None, return_dict, guidance_scale)
+            if done is not None:
+                return done
+        elif self._counted is not None and self._counted.history is not None and self.counter:
+            raise RuntimeError(f"timestep: expected that of call {self.counter} of the loop, got {timestep}")
+        output, sample = left(self, model_output, sample, guidance_scale)
+        return super().step(output, timestep, sample, return_dict)  # type: ignore[misc]
+
+    def _is_told(self, place: int) -> bool:
+        """Tell whether a timestep at this place is the one of the next call."""
+        told, index = host_tables(self).host_timesteps, self._step_index
+        return index < len(told) and bool(told[place] == told[index])

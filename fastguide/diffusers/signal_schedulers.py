@@ -1,0 +1,242 @@
+"""diffusers' multistep schedulers in the logarithm of the signal-to-noise ratio, with the fused step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from ..schedules.levels import Levels
+from ..schedules.predictions import Linear, original_from
+from ..solvers import StepTable
+from ..solvers._dpm import multistep_columns
+from ..solvers._signal_steps import SignalSteps, signal_table
+from ..solvers.deis import deis_table
+from ..solvers.dpm_solver_singlestep import singlestep_table
+from ..solvers.sa_solver import sa_solver_table
+from ..solvers.unipc import unipc_table
+from .counted_step import CountedStep, counted_step, left
+from .guidance_arguments import Scale
+from .host_tables import HostTables, on_host
+from .noise import Generators
+
+__all__ = [
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+]
+
+
+class _Signal(CountedStep):
+    """What they share: the levels of diffusers' sigmas, of a noise schedule or of a flow."""
+
+    _plain_output = SchedulerOutput
+    predict_x0: bool
+
+    def _why_not(self) -> str | None:
+        config = self.config
+        if config.thresholding:
+            return "dynamic thresholding"
+        if config.get("variance_type") in ("learned", "learned_range"):
+            return "a learned variance, which it drops"
+        flow = bool(config.get("use_flow_sigmas"))
+        known = ("flow_prediction",) if flow else ("epsilon", "v_prediction", "sample")
+        return None if config.prediction_type in known else "a configuration that rows do not express"
+
+    def _signal_steps(self, tables: HostTables, begin: int) -> SignalSteps:
+        sigmas = tables.sigmas_from(begin)
+        if self.config.get("use_flow_sigmas"):
+            levels = Levels.flow_matching(sigmas)
+        else:
+            alpha = 1 / (sigmas.square() + 1).sqrt()
+            levels = Levels(alpha, sigmas * alpha)
+        return SignalSteps(levels, tables.host_timesteps[begin:], begin)
+
+    def _original(self, steps: SignalSteps) -> Linear:
+        return original_from(self.config.prediction_type, steps.here)
+
+
+class DPMSolverMultistepScheduler(_Signal, diffusers.DPMSolverMultistepScheduler):  # type: ignore[metaclass]
+    """``diffusers.DPMSolverMultistepScheduler`` with the fused step."""
+
+    set_timesteps = on_host(diffusers.DPMSolverMultistepScheduler.set_timesteps)
+
+    def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
+        config, steps = self.config, self._signal_steps(tables, begin)
+        columns = multistep_columns(
+            steps.levels,
+            self._original(steps),
+            solver_order=config.solver_order,
+            algorithm_type=config.algorithm_type,
+            solver_type=config.solver_type,
+            lower_order_final=config.lower_order_final,
+            euler_at_final=config.euler_at_final,
+            total=steps.total,
+        )
+        return signal_table(steps, columns, "dpm_solver")
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+        *,
+        guidance_scale: Scale | None = None,
+    ) -> Any:
+        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        stochastic = self.config.algorithm_type.startswith("sde")
+        done = counted_step(
+            self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
+            draws=stochastic, noise_dtype=torch.float32, noise=variance_noise if stochastic else None,
+        )  # fmt: skip
+        if done is not None:
+            return done
+        output, sample = left(self, model_output, sample, guidance_scale)
+        return super().step(output, timestep, sample, generator, variance_noise, return_dict)  # type: ignore[misc]
+
+
+class DPMSolverSinglestepScheduler(_Signal, diffusers.DPMSolverSinglestepScheduler):  # type: ignore[metaclass]
+    """``diffusers.DPMSolverSinglestepScheduler`` with the fused step."""
+
+    order_list: list[int]
+    set_timesteps = on_host(diffusers.DPMSolverSinglestepScheduler.set_timesteps)
+
+    def _why_not(self) -> str | None:
+        stochastic = self.config.algorithm_type.startswith("sde")
+        if stochastic and self.config.solver_order == 3:
+            return "the third order of sde-dpmsolver++, of which a call leaves two tensors"
+        return super()._why_not()
+
+    def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
+        config, steps = self.config, self._signal_steps(tables, begin)
+        orders = [min(order, call + 1) for call, order in enumerate(self.order_list[begin:])]
+        return singlestep_table(steps, self._original(steps), orders, config.algorithm_type, config.solver_type)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        guidance_scale: Scale | None = None,
+    ) -> Any:
+        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        done = counted_step(
+            self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
+            draws=self.config.algorithm_type == "sde-dpmsolver++",
+        )  # fmt: skip
+        if done is not None:
+            return done
+        output, sample = left(self, model_output, sample, guidance_scale)
+        return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]
+
+
+class _WithoutNoise(_Signal):
+    """What the deterministic ones share: a step without options."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        *,
+        guidance_scale: Scale | None = None,
+    ) -> Any:
+        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        done = counted_step(self, (), model_output, timestep, sample, None, return_dict, guidance_scale)
+        if done is not None:
+            return done
+        output, sample = left(self, model_output, sample, guidance_scale)
+        return super().step(output, timestep, sample, return_dict)  # type: ignore[misc]
+
+
+class UniPCMultistepScheduler(_WithoutNoise, diffusers.UniPCMultistepScheduler):  # type: ignore[metaclass]
+    """``diffusers.UniPCMultistepScheduler`` with the fused step."""
+
+    solver_p: Any
+    disable_corrector: list[int]
+    set_timesteps = on_host(diffusers.UniPCMultistepScheduler.set_timesteps)
+
+    def _why_not(self) -> str | None:
+        if self.solver_p is not None:
+            return "another scheduler for its predictor"
+        if not 1 <= self.config.solver_order <= 3:
+            return "an order above 3"
+        return super()._why_not()
+
+    def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
+        config, steps = self.config, self._signal_steps(tables, begin)
+        return unipc_table(
+            steps,
+            self._original(steps),
+            solver_order=config.solver_order,
+            solver_type=config.solver_type,
+            predict_x0=self.predict_x0,
+            disable_corrector=self.disable_corrector,
+            lower_order_final=config.lower_order_final,
+        )
+
+
+class DEISMultistepScheduler(_WithoutNoise, diffusers.DEISMultistepScheduler):  # type: ignore[metaclass]
+    """``diffusers.DEISMultistepScheduler`` with the fused step."""
+
+    set_timesteps = on_host(diffusers.DEISMultistepScheduler.set_timesteps)
+
+    def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
+        steps = self._signal_steps(tables, begin)
+        return deis_table(steps, self._original(steps), self.config.solver_order, self.config.lower_order_final)
+
+
+class SASolverScheduler(_Signal, diffusers.SASolverScheduler):  # type: ignore[metaclass]
+    """``diffusers.SASolverScheduler`` with the fused step."""
+
+    tau_func: Callable[[Any], float]
+    set_timesteps = on_host(diffusers.SASolverScheduler.set_timesteps)
+
+    def _why_not(self) -> str | None:
+        if max(self.config.predictor_order, self.config.corrector_order - 1) > 3:
+            return "more than three tensors of earlier steps"
+        return super()._why_not()
+
+    def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
+        config, steps = self.config, self._signal_steps(tables, begin)
+        return sa_solver_table(
+            steps,
+            self._original(steps),
+            predictor_order=config.predictor_order,
+            corrector_order=config.corrector_order,
+            predict_x0=self.predict_x0,
+            taus=[float(self.tau_func(timestep)) for timestep in steps.timesteps],
+            lower_order_final=config.lower_order_final,
+        )
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        guidance_scale: Scale | None = None,
+    ) -> Any:
+        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        done = counted_step(
+            self, (), model_output, timestep, sample, generator, return_dict, guidance_scale, draws=True
+        )
+        if done is not None:
+            return done
+        output, sample = left(self, model_output, sample, guidance_scale)
+        return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]

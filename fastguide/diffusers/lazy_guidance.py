@@ -1,8 +1,9 @@
 """Leave a pipeline's guidance to the scheduler's step, which makes both in one pass.
 
-A pipeline that is accelerated gets its model's output ``Traced``, with halves that are ``Prediction``s. The three
-operations of classifier-free guidance, ``uncond + guidance_scale * (cond - uncond)``, make a ``Guided`` of them, which
-the step takes apart. Any other operation computes the tensor that they stand for, and goes on with it.
+A pipeline that is accelerated gets its model's output ``Traced``, with halves that are ``Prediction``s, or one of two
+calls for the two conditions. The three operations of classifier-free guidance, ``uncond + guidance_scale * (cond -
+uncond)``, make a ``Guided`` of them, which the step takes apart. Any other operation computes the tensor that they
+stand for, and goes on with it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,35 @@ class Fusion:
         return copied
 
 
+class TracedPair:
+    """The outputs of two calls of a model, or what a guider gets: the unconditional and the conditional prediction."""
+
+    __slots__ = ("_fusion", "output")
+
+    def __init__(self, uncond: Tensor, cond: Tensor, fusion: Fusion | None = None) -> None:
+        self.output = uncond, cond
+        self._fusion = fusion
+
+    def prediction(self, half: int) -> Tensor:
+        """Return the unconditional (0) or the conditional (1) prediction."""
+        return self.output[half]
+
+    def version(self) -> tuple[int, int]:
+        """Return how often the predictions were written to."""
+        return self.output[0]._version, self.output[1]._version
+
+    def fits(self, sample: Tensor) -> bool:
+        """Tell whether each prediction has the sample's shape."""
+        return self.output[0].shape == self.output[1].shape == sample.shape
+
+    def is_used(self) -> None:
+        """Note that guidance is used before the step; a guider is asked anew each time."""
+        if self._fusion is not None:
+            self._fusion.tries = False
+
+
 class Traced(LazyTensor):
-    """A model's output, ``[uncond, cond]``: the tensor itself, whose halves are predictions."""
+    """A model's output: the tensor itself, which is one prediction, or ``[uncond, cond]``, whose halves are two."""
 
     __slots__ = ("_fusion", "output")
 
@@ -65,6 +93,22 @@ class Traced(LazyTensor):
             return output.chunk(2)
         return Prediction(self, 0), Prediction(self, 1)
 
+    def __sub__(self, other: Any) -> Any:
+        if type(other) is Traced and other._fusion is self._fusion and other.output.shape == self.output.shape:
+            tensors = other.output, self.output
+            if not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
+                pair = TracedPair(*tensors, self._fusion)
+                return Guided(pair, None, False, pair.version())
+        return self.output - plain(other)
+
+    def __add__(self, other: Any) -> Any:
+        if type(other) is Guided and type(other.source) is TracedPair and not other.complete and other._value is None:
+            scale = 1.0 if other.scale is None else other.scale
+            uncond, cond = other.source.output
+            if self.output is uncond or self.output is cond:  # added to the conditional one, it has one more
+                return Guided(other.source, scale if self.output is uncond else scale + 1, True, other.version)
+        return self.output + plain(other)
+
     def prediction(self, half: int) -> Tensor:
         """Return the unconditional (0) or the conditional (1) prediction."""
         batch = self.output.shape[0] // 2
@@ -82,30 +126,6 @@ class Traced(LazyTensor):
     def is_used(self) -> None:
         """Note that guidance is used before the step."""
         self._fusion.tries = False
-
-
-class TracedPair:
-    """The two outputs of a model, as a guider gets them."""
-
-    __slots__ = ("output",)
-
-    def __init__(self, uncond: Tensor, cond: Tensor) -> None:
-        self.output = uncond, cond
-
-    def prediction(self, half: int) -> Tensor:
-        """Return the unconditional (0) or the conditional (1) prediction."""
-        return self.output[half]
-
-    def version(self) -> tuple[int, int]:
-        """Return how often the predictions were written to."""
-        return self.output[0]._version, self.output[1]._version
-
-    def fits(self, sample: Tensor) -> bool:
-        """Tell whether each prediction has the sample's shape."""
-        return self.output[0].shape == self.output[1].shape == sample.shape
-
-    def is_used(self) -> None:
-        """Note that guidance is used before the step: a guider is asked anew each time."""
 
 
 class Prediction(LazyTensor):
@@ -191,7 +211,7 @@ class Guided(LazyTensor):
     __rmul__ = __mul__
 
     def __add__(self, other: Any) -> Any:
-        if type(other) is Prediction:
+        if type(other) in (Prediction, Traced):
             return other + self
         return self.computed() + other
 
@@ -225,9 +245,11 @@ def _operation(kinds: tuple[type, ...], name: str, reflected: str) -> Callable[[
 
 LazyTensor.rules |= {
     **dict.fromkeys(_names("chunk"), lambda output, *how: output.chunk(*how)),
-    **dict.fromkeys(_names("sub", "__sub__", "subtract"), _operation((Prediction,), "__sub__", "__rsub__")),
+    **dict.fromkeys(_names("sub", "__sub__", "subtract"), _operation((Prediction, Traced), "__sub__", "__rsub__")),
     **dict.fromkeys(_names("mul", "__mul__", "__rmul__", "multiply"), _operation((Guided,), "__mul__", "__mul__")),
-    **dict.fromkeys(_names("add", "__add__", "__radd__"), _operation((Prediction, Guided), "__add__", "__add__")),
+    **dict.fromkeys(
+        _names("add", "__add__", "__radd__"), _operation((Prediction, Guided, Traced), "__add__", "__add__")
+    ),
 }
 
 

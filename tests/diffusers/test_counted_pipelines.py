@@ -121,8 +121,8 @@ def fused_guidance():
 TRANSFORMERS = {  # with what their steps are: Wan and FLUX's true guidance call the model once for each condition
     "Stable Diffusion 3": (stable_diffusion_3, GUIDED),
     "FLUX": (flux, ALONE),
-    "FLUX with true guidance": (lambda: flux(guided=True), ALONE),
-    "Wan": (wan, ALONE),
+    "FLUX with true guidance": (lambda: flux(guided=True), GUIDED),
+    "Wan": (wan, GUIDED),
 }
 
 

@@ -45,12 +45,16 @@ def spaced_sigmas(
     ramp = torch.linspace(0, 1, num_inference_steps, dtype=torch.float64, device="cpu")
     if spacing == "karras":
         first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-        return torch.pow(first + ramp * (last - first), rho)
-    if spacing == "exponential":
+        sigmas = torch.pow(first + ramp * (last - first), rho)
+    elif spacing == "exponential":
         first, last = math.log(sigma_max), math.log(sigma_min)
-        return torch.linspace(first, last, num_inference_steps, dtype=torch.float64, device="cpu").exp()
-    quantiles = torch.tensor([beta_quantile(p, 0.6, 0.6) for p in (1 - ramp).tolist()], dtype=torch.float64)
-    return sigma_min + quantiles * (sigma_max - sigma_min)
+        sigmas = torch.linspace(first, last, num_inference_steps, dtype=torch.float64, device="cpu").exp()
+    else:
+        quantiles = torch.tensor([beta_quantile(p, 0.6, 0.6) for p in (1 - ramp).tolist()], dtype=torch.float64)
+        sigmas = sigma_min + quantiles * (sigma_max - sigma_min)
+    sigmas[-1] = sigma_min  # a step may stay there, and is none only if no digit differs
+    sigmas[0] = sigma_max
+    return sigmas
 
 
 def linear_quadratic_sigmas(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec
 
+from torch import Tensor
+
 from .._counts import is_integer
 from .table import StepTable
 
@@ -31,9 +33,20 @@ def begins_anywhere(solver: Callable[P, StepTable]) -> Callable[P, StepTable]:
 
     @functools.wraps(solver)
     def make(*arguments: P.args, **options: P.kwargs) -> StepTable:
-        return replace(solver(*arguments, **options), maker=Maker(make, arguments, options))
+        kept = tuple(map(_frozen, arguments)), {name: _frozen(value) for name, value in options.items()}
+        call: Callable[..., StepTable] = solver
+        return replace(call(*kept[0], **kept[1]), maker=Maker(make, *kept))
 
     return make
+
+
+def _frozen(value: Any) -> Any:
+    """Return an argument as its caller cannot change it later."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, list):
+        return tuple(value)
+    return frozenset(value) if isinstance(value, set) else value
 
 
 def check_begin(begin: int, steps: int) -> None:

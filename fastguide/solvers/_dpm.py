@@ -50,14 +50,14 @@ def interval(algorithm_type: AlgorithmType, start: tuple[float, float], end: tup
         third = -alpha * ((math.expm1(-speed) / speed + 1) / speed - 0.5)
         if algorithm_type == "dpmsolver++":
             return Interval(h, sigma / sigma_s, mean, second, third, 0.0)
-        third -= alpha  # the integral has no such term, and vanishes with h; this is what diffusers steps with
-        noise = sigma * math.sqrt(-math.expm1(-speed))
+        third -= alpha  # no part of the integral, which vanishes with h; but what diffusers steps with
+        noise = sigma * math.sqrt(max(-math.expm1(-speed), 0.0))
         return Interval(h, sigma / sigma_s * math.exp(-h), mean, second, third, noise)
     twice = 2 if algorithm_type == "sde-dpmsolver" else 1
     mean = -twice * sigma * math.expm1(h)
     second = -twice * sigma * (math.expm1(h) / h - 1)
     third = -sigma * ((math.expm1(h) / h - 1) / h - 0.5)
-    noise = sigma * math.sqrt(math.expm1(2 * h)) if twice == 2 else 0.0
+    noise = sigma * math.sqrt(max(math.expm1(2 * h), 0.0)) if twice == 2 else 0.0
     return Interval(h, alpha / alpha_s, mean, second, third, noise)
 
 

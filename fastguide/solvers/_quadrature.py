@@ -8,17 +8,24 @@ from collections.abc import Sequence
 
 import torch
 
-_POINTS = 32  # exact for polynomials of degree 63; under an exponential, to rounding for steps of any use
+_POINTS = 32  # exact for polynomials of degree 63; under an exponential that grows by e^16, to rounding
+_MOST_GROWTH = 16.0
 
 
 def lagrange_integrals(nodes: Sequence[float], low: float, high: float, growth: float = 0.0) -> list[float]:
     """Return the integrals from ``low`` to ``high`` of ``e^(growth * u) * l_j(u)``, l_j being 1 at node j, 0 at others.
 
     By the rule of Gauss and Legendre, in which nothing cancels as it does in the closed forms where nodes are close.
+    An interval over which the exponential grows too much for the rule is cut into shorter ones.
 
     >>> [round(weight, 9) for weight in lagrange_integrals([0.0, -1.0], 0.0, 1.0)]  # Adams and Bashforth's two steps
     [1.5, -0.5]
     """
+    pieces = max(math.ceil(abs(growth * (high - low)) / _MOST_GROWTH), 1)
+    if pieces > 1:
+        ends = [low + (high - low) * piece / pieces for piece in range(pieces + 1)]
+        parts = [lagrange_integrals(nodes, ends[piece], ends[piece + 1], growth) for piece in range(pieces)]
+        return [math.fsum(values) for values in zip(*parts, strict=True)]
     places, weights = _gauss_legendre()
     half, centre = (high - low) / 2, (high + low) / 2
     totals = [0.0] * len(nodes)

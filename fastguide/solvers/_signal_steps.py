@@ -119,14 +119,22 @@ def _flow_steps(
         if num_inference_steps is None:
             raise ValueError("num_inference_steps: expected a number, or sigmas=, got None")
         check_count("num_inference_steps", num_inference_steps)
-        smallest = 1 / len(schedule)
-        ends = (1.0, smallest) if from_one else (1 - smallest, 0.0)
-        sigmas = torch.linspace(*ends, num_inference_steps + 1, dtype=torch.float64, device="cpu")[:-1]
+        even = _numpy_linspace(1.0, 1 / len(schedule), num_inference_steps + 1)
+        sigmas = even[:-1] if from_one else (1.0 - even).flip(0)[:-1]
     begins = schedule.steps(num_inference_steps, sigmas=sigmas, mu=mu).sigmas[:-1].clone()
     if begins[0] > 1 - 1e-6:  # at 1 there is no signal, and the ratio has no logarithm
         begins[0] -= 1e-6
+        if bool((begins.diff() >= 0).any()):
+            raise ValueError(f"sigmas: expected the second to be below 1 - 1e-6, got {begins[1].item()!r}")
     final = begins[-1:] if final_sigmas_type == "sigma_min" else begins.new_zeros(1)
     return torch.cat([begins, final]), (begins * len(schedule)).long()
+
+
+def _numpy_linspace(start: float, stop: float, count: int) -> Tensor:
+    """Return evenly spaced numbers with numpy's rounding: in the last digit, which decides what is truncated."""
+    values = torch.arange(count, dtype=torch.float64, device="cpu") * ((stop - start) / (count - 1)) + start
+    values[-1] = stop
+    return values
 
 
 def _spaced(

@@ -79,8 +79,9 @@ def flow_match_heun(
             forms.append(Form(anchor=1.0).add({first: -moved / 2, first + 1: (after - hat) / 2}))
     columns = x0_columns(prediction_type, levels, None, told, None)
     columns |= history_columns(forms, Entry.slope(levels))
-    columns["x0_noise"] = columns["out_noise"].clone()
-    variance = columns["out_noise"].square() if s_churn > 0 else NO_VARIANCE
+    noise = columns["out_noise"]
+    columns["x0_noise"] = noise * columns["x0_scale"] * columns["x0_sample"]
+    variance = noise.square() if bool((noise > 0).any()) else NO_VARIANCE
     return StepTable.from_columns(
         told,
         columns | inpainting_columns(Levels.flow_matching(visited[1:])),

@@ -88,6 +88,11 @@ def pndm_table(
     levels = Levels.from_alphas_cumprod(here)
     velocity = prediction_type == "v_prediction"
     columns = x0_columns(prediction_type, levels, None, timesteps, None)
+    if bool((before == 0).any()):
+        raise ValueError(
+            f"timesteps: expected some signal where a step begins, which divides by it; got {int(timesteps[0])}, where "
+            "the schedule has none"
+        )
     forms = _forms(list(zip(before.tolist(), after.tolist(), strict=True)), velocity)
     columns |= history_columns(forms, Entry.velocity(levels) if velocity else Entry.epsilon(levels))
     known = after.clone()

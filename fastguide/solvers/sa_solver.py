@@ -148,9 +148,9 @@ class _Interval(NamedTuple):
         low, high = lambda_of(start), lambda_of(end)
         h, rate = high - low, 1 + tau**2
         if predict_x0:
-            noise = sigma * math.sqrt(-math.expm1(-2 * tau**2 * h))
+            noise = sigma * math.sqrt(max(-math.expm1(-2 * tau**2 * h), 0.0))
             return cls(low, high, rate, sigma / sigma_s * math.exp(-(tau**2) * h), rate * alpha, noise)
-        noise = tau * sigma * math.sqrt(math.expm1(2 * h))
+        noise = tau * sigma * math.sqrt(max(math.expm1(2 * h), 0.0))
         return cls(low, high, -1.0, alpha / alpha_s, -rate * sigma, noise)
 
     def weights(self, nodes: Sequence[float], predict_x0: bool) -> list[float]:

@@ -171,6 +171,7 @@ class StepTable:
         rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64, device="cpu")
         rows[:, _CLIP] = torch.inf
         rows[:, _IN_SCALE] = 1.0
+        timesteps = timesteps.detach().clone()  # a table is never changed
         rows[:-1, _IN_TIMESTEP] = timesteps[1:].to(rows.dtype)
         rows[:, _SLOT] = -1.0
         _set_columns(rows, columns, ROW_COLUMNS)

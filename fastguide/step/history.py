@@ -67,7 +67,7 @@ class History:
 
 def entries_of(history: History | None) -> Tensor | None:
     """Return what a step is given of a history: nothing where it has no slots."""
-    return history.entries if type(history) is History and history.slots else None
+    return history.entries if isinstance(history, History) and history.slots else None
 
 
 def history_follows(history: History, index: int | Tensor | Cursor) -> bool:

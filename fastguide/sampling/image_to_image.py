@@ -8,6 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
+from ..solvers.begin import padded_to_begin_at
 from ..solvers.table import StepTable
 
 
@@ -31,14 +32,14 @@ def first_sample(
     number = isinstance(strength, numbers.Real) and not isinstance(strength, bool)
     if strength is not None and (not number or not 0 <= strength <= 1):
         raise ValueError(f"strength: expected a number from 0 to 1, got {strength!r}")
-    mask = None if mask is None else _checked_mask(mask, x_T)
+    mask = None if mask is None else _checked_mask(mask, x_T, table)
     levels = table.levels
     if levels is None:
         raise ValueError(f"table: expected one whose levels are known, such as ddim's, with image=, got {table!r}")
     skipped = table.steps - min(int(table.steps * (1.0 if strength is None else strength)), table.steps)
     if skipped == table.steps:
         return table, image, len(table), mask
-    table, begin = table.beginning_at(skipped)
+    table, begin = padded_to_begin_at(table, skipped)
     check_defined(table, begin)
     alpha, sigma = (float(values[begin]) for values in (table.levels or levels))
     wide = torch.promote_types(x_T.dtype, torch.float32)
@@ -64,8 +65,14 @@ def _check_image(image: Tensor, x_T: Tensor) -> None:
         raise ValueError(f"image: expected {expected}, as x_T, got {got}")
 
 
-def _checked_mask(mask: Tensor, x_T: Tensor) -> Tensor:
+def _checked_mask(mask: Tensor, x_T: Tensor, table: StepTable) -> Tensor:
     """Return the mask in the sample's shape."""
+    columns = table.coefficients()
+    if not bool(((columns["known_sample"] != 0) | (columns["known_noise"] != 0)).all()):
+        raise ValueError(
+            f"mask: expected a table whose columns known_sample and known_noise say the level of the known part, got "
+            f"{table!r}, where both are 0"
+        )
     if not isinstance(mask, Tensor) or not (mask.is_floating_point() or mask.dtype == torch.bool):
         got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask: expected a tensor of bool or floating-point numbers, got {got}")
@@ -76,6 +83,12 @@ def _checked_mask(mask: Tensor, x_T: Tensor) -> Tensor:
         raise ValueError(f"mask: expected a shape that broadcasts to {expected}, got {tuple(mask.shape)}") from None
     if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
         raise ValueError(f"mask: expected values from 0 to 1, got {mask.min().item():g} to {mask.max().item():g}")
+    goes_back = bool((columns["out_anchor"] != 0).any())
+    if goes_back and mask.device.type == "cpu" and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"mask: expected 0 and 1 alone with {table.name}, whose steps go back to samples of which a part was not "
+            "blended yet, got values between"
+        )
     return mask
 
 

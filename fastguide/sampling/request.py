@@ -76,7 +76,14 @@ def make_request(
     backend = backend_for(options.backend, x_T.device.type)
     _check_run(table, guidance, x_T, options)
     check_number(backend, x_T.device, guidance)
-    table, first, begin, mask = first_sample(table, x_T, image, mask, strength)
+    whole = table
+    table, first, begin, mask = first_sample(whole, x_T, image, mask, strength)
+    table.device_rows(guidance.form, torch.float32)
+    if guidance.steps > 1 and table.host_timesteps[begin:] != whole.host_timesteps[begin:]:
+        raise ValueError(
+            f"guidance: expected scales that are the same at all steps, as {whole.name} makes other model calls where "
+            f"it begins later, got {guidance.steps}"
+        )
     conditions = conditioning.as_list(cond, uncond, guidance.num_predictions)
     conditioning.check_labels(labels, guidance, batch)
     return SampleRequest(
@@ -115,7 +122,6 @@ def _check_run(table: StepTable, guidance: Guidance, x_T: Tensor, options: Model
         raise ValueError(f"table: expected it on {x_T.device}, the device of x_T, got {table.device}; use .to()")
     check_guidance(table, guidance, x_T.shape[0])
     check_sample("x_T", x_T, torch.is_grad_enabled())
-    table.device_rows(guidance.form, torch.float32)
     if table.learned_variance and x_T.dim() < 2:
         raise ValueError("x_T: expected shape (batch, channels, ...) for a table of learned variance")
     if table.timesteps.is_floating_point() and not options.told_in(table).is_floating_point:

@@ -164,9 +164,10 @@ class Sampler:
             labels: int64 of shape (batch,), for the classifier of ``Classifier``.
             image: an x_0 of x_T's shape, to begin from, or of which a part is known.
             mask: 1 where the model paints, 0 where ``image`` is known (inpainting, outpainting): any shape that
-                broadcasts to x_T's, bool or floating-point; between 0 and 1 it blends, beyond it is refused (on a GPU
-                not looked at). At every step the known part is ``image`` with x_T for its noise, at the step's level;
-                in the end it is ``image``.
+                broadcasts to x_T's, bool or floating-point; between 0 and 1 it blends, beyond it is refused, and with
+                solvers that go back to where a step began (``heun``, ``unipc``, ...) all but 0 and 1 (on a GPU its
+                values are not looked at). At every step the known part is ``image`` with x_T for its noise, at the
+                step's level; in the end it is ``image``.
             strength: 0 to 1, with ``image``: how much of the table's steps is run, from ``image`` noised by x_T to
                 that level, ``alpha * image + sigma * x_T`` (image-to-image); 0 returns ``image``. With a mask, ``None``
                 or 1 starts from noise alone.

@@ -33,6 +33,10 @@ class Linear(NamedTuple):
     sample: Tensor
     pred: Tensor
 
+    def columns(self) -> dict[str, Tensor]:
+        """Return the columns of a step table that make x_0 of it."""
+        return {"x0_scale": self.scale, "x0_sample": self.sample, "x0_pred": self.pred}
+
 
 def check_prediction_type(name: str, value: str) -> None:
     """Refuse a prediction type that is not one of ``PredictionType``."""

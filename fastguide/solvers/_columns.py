@@ -32,7 +32,7 @@ def x0_columns(
             "schedule has zero signal; expected 'v_prediction' or 'sample', or timesteps that start later"
         )
     clip = torch.full_like(levels.alpha, torch.inf if clip_sample_range is None else clip_sample_range)
-    return {"x0_scale": original.scale, "x0_sample": original.sample, "x0_pred": original.pred, "clip": clip}
+    return original.columns() | {"clip": clip}
 
 
 def inpainting_columns(levels: Levels) -> dict[str, Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from ..schedules.levels import Levels
 from ..schedules.predictions import Linear
+from ._options import check_choice, check_order
 from .entries import Entry, Form, history_columns
 
 AlgorithmType: TypeAlias = Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"]
@@ -121,7 +122,7 @@ def multistep_columns(
             form.add(_third_order(call, over, back))
         forms.append(form)
     here = levels.at(slice(None, -1))
-    columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred}
+    columns = x0.columns()
     return columns | history_columns(forms, entry_of(algorithm_type, here))
 
 
@@ -135,9 +136,6 @@ def _third_order(call: int, over: Interval, back: list[float]) -> dict[int, floa
 
 def check_choices(solver_order: int, algorithm_type: str, solver_type: str, highest: int = 3) -> None:
     """Refuse an order, an algorithm or a solver type that DPM-Solver has not."""
-    if algorithm_type not in get_args(AlgorithmType):
-        raise ValueError(f"algorithm_type: expected one of {get_args(AlgorithmType)}, got {algorithm_type!r}")
-    if solver_type not in get_args(SolverType):
-        raise ValueError(f"solver_type: expected one of {get_args(SolverType)}, got {solver_type!r}")
-    if isinstance(solver_order, bool) or solver_order not in range(1, highest + 1):
-        raise ValueError(f"solver_order: expected 1 to {highest} with {algorithm_type!r}, got {solver_order!r}")
+    check_choice("algorithm_type", algorithm_type, AlgorithmType)
+    check_choice("solver_type", solver_type, SolverType)
+    check_order("solver_order", solver_order, highest, f" with {algorithm_type!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._counts import check_count
 from ..schedules.predictions import Linear
 from ..schedules.sigmas import given_sigmas, spaced_sigmas
 from ._columns import check_range
+from ._options import check_choice
 from ._unscaled import FinalSigmasType
 
 EDMPrediction: TypeAlias = Literal["epsilon", "v_prediction"]
@@ -21,8 +22,7 @@ EDMSpacing: TypeAlias = Literal["karras", "exponential"]
 
 def edm_original(prediction_type: EDMPrediction, sigma: Tensor, sigma_data: float) -> Linear:
     """Return x_0 = c_skip * x + c_out * prediction; of ``"v_prediction"``, c_out has the other sign."""
-    if prediction_type not in get_args(EDMPrediction):
-        raise ValueError(f"prediction_type: expected one of {get_args(EDMPrediction)}, got {prediction_type!r}")
+    check_choice("prediction_type", prediction_type, EDMPrediction)
     check_range("sigma_data", sigma_data, 0.0, math.inf, above=True)
     radius = (sigma.square() + sigma_data**2).sqrt()
     c_out = sigma * sigma_data / radius
@@ -40,8 +40,7 @@ def edm_sigmas(
     sigmas: Tensor | Sequence[float] | None,
 ) -> Tensor:
     """Return where the steps begin, and where the last one ends."""
-    if final_sigmas_type not in get_args(FinalSigmasType):
-        raise ValueError(f"final_sigmas_type: expected one of {get_args(FinalSigmasType)}, got {final_sigmas_type!r}")
+    check_choice("final_sigmas_type", final_sigmas_type, FinalSigmasType)
     if sigmas is not None:
         given = given_sigmas("sigmas", sigmas, least=2, zero_last=True)
         if num_inference_steps is not None and num_inference_steps != len(given) - 1:
@@ -50,8 +49,7 @@ def edm_sigmas(
     if num_inference_steps is None:
         raise ValueError("num_inference_steps: expected a number, or sigmas=, got None")
     check_count("num_inference_steps", num_inference_steps)
-    if sigma_spacing not in get_args(EDMSpacing):
-        raise ValueError(f"sigma_spacing: expected one of {get_args(EDMSpacing)}, got {sigma_spacing!r}")
+    check_choice("sigma_spacing", sigma_spacing, EDMSpacing)
     check_range("rho", rho, 0.0, math.inf, above=True)
     check_range("sigma_min", sigma_min, 0.0, sigma_max, above=True)
     begins = spaced_sigmas(sigma_spacing, num_inference_steps, sigma_max, sigma_min, rho=rho)

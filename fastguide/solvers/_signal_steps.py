@@ -15,9 +15,10 @@ from ..schedules.levels import Levels
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import Linear, PredictionType, check_prediction_type, original_from
 from ..schedules.sigmas import SigmaSpacing, sigmas_at, spaced_sigmas, timesteps_at
-from ._begin import check_begin
 from ._columns import NO_VARIANCE, inpainting_columns
+from ._options import check_choice, check_idle
 from ._unscaled import FinalSigmasType
+from .begin import check_begin
 from .entries import history_gradients
 from .table import StepTable
 
@@ -70,20 +71,26 @@ def signal_steps(
             a training timestep below.
         the others: as in ``dpm_solver``.
     """
-    if final_sigmas_type not in get_args(FinalSigmasType):
-        raise ValueError(f"final_sigmas_type: expected one of {get_args(FinalSigmasType)}, got {final_sigmas_type!r}")
+    check_choice("final_sigmas_type", final_sigmas_type, FinalSigmasType)
     if isinstance(schedule, FlowSchedule):
-        _check_none("a FlowSchedule", timesteps=timesteps, sigma_spacing=sigma_spacing)
+        check_idle(
+            "a FlowSchedule",
+            timesteps=(timesteps, None),
+            sigma_spacing=(sigma_spacing, None),
+            timestep_spacing=(timestep_spacing, "linspace"),
+            steps_offset=(steps_offset, 0),
+            lambda_min_clipped=(lambda_min_clipped, -math.inf),
+        )
         every, told = _flow_steps(schedule, num_inference_steps, final_sigmas_type, sigmas, mu, flow_from_one)
         levels = Levels.flow_matching(every)
     elif isinstance(schedule, NoiseSchedule):
-        _check_none("a NoiseSchedule", sigmas=sigmas, mu=mu)
+        check_idle("a NoiseSchedule", sigmas=(sigmas, None), mu=(mu, None))
         if sigma_spacing is None:
             last = _last_timestep(schedule, lambda_min_clipped)
             told = _visited(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps, last)
             begins = sigmas_at(schedule.sigmas, told.double())
         else:
-            _check_none("sigma_spacing=", timesteps=timesteps)
+            check_idle("sigma_spacing=", timesteps=(timesteps, None))
             begins, told = _spaced(schedule, num_inference_steps, sigma_spacing)
         final = schedule.sigmas[:1] if final_sigmas_type == "sigma_min" else begins.new_zeros(1)
         every = torch.cat([begins, final])
@@ -192,12 +199,6 @@ def _visited(
         steps = last - torch.arange(math.ceil(last / ratio), dtype=torch.float64, device="cpu") * ratio
         return schedule.check_timesteps(steps.round().long() - 1)
     raise ValueError(f"timestep_spacing: expected one of {get_args(TimestepSpacing)}, got {spacing!r}")
-
-
-def _check_none(of_what: str, **options: object) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name}: expected None with {of_what}, got {value!r}")
 
 
 def signal_table(steps: SignalSteps, columns: Mapping[str, Tensor], name: str) -> StepTable:

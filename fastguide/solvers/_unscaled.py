@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import Linear
 from ..schedules.sigmas import SigmaSpacing, given_sigmas, sigmas_at, spaced_sigmas, timesteps_at
 from ._columns import check_range, check_schedule
+from ._options import check_choice
 
 FinalSigmasType: TypeAlias = Literal["zero", "sigma_min"]
 TimestepType: TypeAlias = Literal["discrete", "continuous"]
@@ -53,8 +54,7 @@ def schedule_steps(
 ) -> SigmaSteps:
     """Return the sigmas and real timesteps of a noise schedule that a solver visits, as ``euler`` describes them."""
     check_schedule(schedule)
-    if final_sigmas_type not in get_args(FinalSigmasType):
-        raise ValueError(f"final_sigmas_type: expected one of {get_args(FinalSigmasType)}, got {final_sigmas_type!r}")
+    check_choice("final_sigmas_type", final_sigmas_type, FinalSigmasType)
     table = schedule.sigmas
     if sigmas is not None:
         _check_alone("sigmas", sigma_spacing=sigma_spacing, timesteps=timesteps)
@@ -115,8 +115,7 @@ def _check_number(num_inference_steps: int | None, count: int, of_what: str) -> 
 
 def told_timesteps(steps: SigmaSteps, timestep_type: TimestepType) -> Tensor:
     """Return the timesteps, or, ``continuous``, EDM's logarithms (Karras et al. 2022, table 1)."""
-    if timestep_type not in get_args(TimestepType):
-        raise ValueError(f"timestep_type: expected one of {get_args(TimestepType)}, got {timestep_type!r}")
+    check_choice("timestep_type", timestep_type, TimestepType)
     return steps.timesteps if timestep_type == "discrete" else steps.sigmas[:-1].log() / 4
 
 
@@ -149,7 +148,7 @@ def euler_columns(churned: Churn, target: Tensor, x0: Linear, epsilon: Tensor | 
     # x' = x + (target - sigma) * epsilon, or target / sigma * x + (1 - target / sigma) * x_0; x has the churn's noise
     now, noise = churned
     in_x0 = x0.scale * x0.sample
-    columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred, "x0_noise": noise * in_x0}
+    columns = x0.columns() | {"x0_noise": noise * in_x0}
     if epsilon is not None:
         return columns | {"out_sample": torch.ones_like(now), "out_pred": (target - now) * epsilon, "out_noise": noise}
     ratio = target / now

@@ -12,9 +12,9 @@ from ..schedules.levels import Levels
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing
-from ._begin import check_begin
 from ._columns import NO_VARIANCE, x0_columns
 from ._unscaled import init_noise_sigma, loop_columns, schedule_steps
+from .begin import check_begin
 from .entries import Entry, Form, history_columns, history_gradients
 from .table import StepTable
 

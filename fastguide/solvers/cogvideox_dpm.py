@@ -10,10 +10,10 @@ from torch import Tensor
 from ..schedules.levels import Levels
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import Linear, PredictionType
-from ._begin import begins_anywhere, check_begin
 from ._columns import check_schedule, visited_timesteps, x0_columns
 from ._dpm import multistep_columns
 from ._signal_steps import SignalSteps, signal_table
+from .begin import begins_anywhere, check_begin
 from .table import StepTable
 
 

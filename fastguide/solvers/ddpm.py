@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ..schedules.levels import Levels
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ._columns import check_schedule, finite_or_reason, inpainting_columns, visited_timesteps, x0_columns, x0_shift
+from ._options import check_choice
 from .table import StepTable
 
 VarianceType: TypeAlias = Literal[
@@ -55,8 +56,7 @@ def ddpm(
     StepTable(ddpm, 50 steps, timesteps 980 .. 0, device=cpu)
     """
     check_schedule(schedule)
-    if variance_type not in get_args(VarianceType):
-        raise ValueError(f"variance_type: expected one of {get_args(VarianceType)}, got {variance_type!r}")
+    check_choice("variance_type", variance_type, VarianceType)
     if num_inference_steps is None and timesteps is None:
         num_inference_steps = schedule.num_train_timesteps
     visited = visited_timesteps(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps)

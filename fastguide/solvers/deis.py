@@ -10,10 +10,11 @@ from ..schedules.flow import FlowSchedule
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import Linear, PredictionType
 from ..schedules.sigmas import SigmaSpacing
-from ._begin import begins_anywhere
 from ._dpm import lambda_of, levels_of
+from ._options import check_flags, check_order
 from ._quadrature import lagrange_integrals
 from ._signal_steps import SignalSteps, prediction_of, signal_steps, signal_table
+from .begin import begins_anywhere
 from .entries import Entry, Form, history_columns
 from .table import StepTable
 
@@ -59,8 +60,8 @@ def deis(
     >>> table, table.history_slots
     (StepTable(deis, 20 steps, timesteps 999 .. 50, device=cpu), 2)
     """
-    if isinstance(solver_order, bool) or solver_order not in range(1, 4):
-        raise ValueError(f"solver_order: expected 1 to 3, got {solver_order!r}")
+    check_order("solver_order", solver_order, 3)
+    check_flags(lower_order_final=lower_order_final)
     steps = signal_steps(
         schedule,
         num_inference_steps,
@@ -79,7 +80,7 @@ def deis(
 
 def deis_table(steps: SignalSteps, x0: Linear, solver_order: int, lower_order_final: bool) -> StepTable:
     """Return ``deis`` over any levels and timesteps."""
-    columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred}
+    columns = x0.columns()
     short = lower_order_final and steps.total < 15
     columns |= history_columns(_forms(levels_of(steps.levels), solver_order, short), Entry.epsilon(steps.here))
     return signal_table(steps, columns, "deis")

@@ -11,10 +11,11 @@ from ..schedules.flow import FlowSchedule
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing
-from ._begin import begins_anywhere
 from ._dpm import AlgorithmType, SolverType, check_choices, multistep_columns
+from ._options import check_flags
 from ._signal_steps import prediction_of, signal_steps, signal_table
 from ._unscaled import FinalSigmasType
+from .begin import begins_anywhere
 from .table import StepTable
 
 
@@ -48,7 +49,8 @@ def dpm_solver(
     Args:
         schedule: the noise schedule or the flow that the model was trained with.
         num_inference_steps: number of steps, if ``timesteps`` or ``sigmas`` do not say them.
-        solver_order: 1 (DDIM), 2 or 3; ``"sde-dpmsolver"`` has no 3.
+        solver_order: 1 (DDIM), 2 or 3; ``"sde-dpmsolver"`` has no 3. The third order of ``"sde-dpmsolver++"`` is
+            diffusers', with a term that no paper has: with small steps it converges no faster than the first.
         algorithm_type: ``"dpmsolver++"`` extrapolates x_0, ``"dpmsolver"`` the noise; with ``"sde-"`` in front, each
             step adds noise.
         solver_type: ``"midpoint"`` or ``"heun"``, of the second order.
@@ -80,6 +82,7 @@ def dpm_solver(
     >>> dpm_solver(FlowSchedule(shift=3.0), 20, begin=12)
     StepTable(dpm_solver, 8 steps, timesteps 666 .. 136, device=cpu)
     """
+    check_flags(lower_order_final=lower_order_final, euler_at_final=euler_at_final)
     check_choices(solver_order, algorithm_type, solver_type, 2 if algorithm_type == "sde-dpmsolver" else 3)
     if final_sigmas_type == "zero" and not algorithm_type.endswith("++"):
         raise ValueError(f"final_sigmas_type: expected 'sigma_min' with {algorithm_type!r}, got 'zero'")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from ..schedules.levels import Levels
 from ..schedules.noise_schedule import NoiseSchedule
 from ..schedules.predictions import Linear, PredictionType
 from ..schedules.sigmas import SigmaSpacing
-from ._begin import begins_anywhere
 from ._dpm import (
     AlgorithmType,
     Interval,
@@ -25,8 +24,10 @@ from ._dpm import (
     levels_of,
     second_order,
 )
+from ._options import check_choice, check_flags
 from ._signal_steps import SignalSteps, prediction_of, signal_steps, signal_table
 from ._unscaled import FinalSigmasType
+from .begin import begins_anywhere
 from .entries import Entry, Form, history_columns
 from .table import StepTable
 
@@ -79,8 +80,8 @@ def dpm_solver_singlestep(
     >>> dpm_solver_singlestep(NoiseSchedule.scaled_linear(), 20)
     StepTable(dpm_solver_singlestep, 20 steps, timesteps 999 .. 50, device=cpu)
     """
-    if algorithm_type not in get_args(SinglestepAlgorithm):
-        raise ValueError(f"algorithm_type: expected one of {get_args(SinglestepAlgorithm)}, got {algorithm_type!r}")
+    check_flags(lower_order_final=lower_order_final)
+    check_choice("algorithm_type", algorithm_type, SinglestepAlgorithm)
     check_choices(solver_order, algorithm_type, solver_type, 2 if algorithm_type == "sde-dpmsolver++" else 3)
     if final_sigmas_type == "zero" and algorithm_type == "dpmsolver":
         raise ValueError("final_sigmas_type: expected 'sigma_min' with 'dpmsolver', got 'zero'")
@@ -110,7 +111,7 @@ def singlestep_table(
         made = _stochastic_columns(steps.levels, orders, solver_type)
     else:
         made = _columns(steps.levels, orders, algorithm_type, solver_type)
-    columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred} | made
+    columns = x0.columns() | made
     return signal_table(steps, columns, "dpm_solver_singlestep")
 
 

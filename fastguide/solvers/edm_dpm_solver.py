@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from ..schedules.levels import Levels
-from ._begin import begins_anywhere, check_begin
 from ._columns import NO_VARIANCE
 from ._dpm import SolverType, check_choices, multistep_columns
 from ._edm import EDMPrediction, EDMSpacing, edm_original, edm_sigmas
+from ._options import check_choice, check_flags
 from ._unscaled import FinalSigmasType, loop_columns
+from .begin import begins_anywhere, check_begin
 from .entries import history_gradients
 from .table import StepTable
 
@@ -61,8 +62,8 @@ def edm_dpm_solver(
     >>> edm_dpm_solver(sigmas=[1.0, 0.5, 0.0]).timesteps
     tensor([ 0.0000, -0.1733], dtype=torch.float64)
     """
-    if algorithm_type not in get_args(EDMAlgorithm):
-        raise ValueError(f"algorithm_type: expected one of {get_args(EDMAlgorithm)}, got {algorithm_type!r}")
+    check_flags(lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+    check_choice("algorithm_type", algorithm_type, EDMAlgorithm)
     check_choices(solver_order, algorithm_type, solver_type, 3 if algorithm_type == "dpmsolver++" else 2)
     every = edm_sigmas(num_inference_steps, sigma_min, sigma_max, sigma_spacing, rho, final_sigmas_type, sigmas)
     total = len(every) - 1

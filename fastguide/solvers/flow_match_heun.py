@@ -11,9 +11,9 @@ from torch import Tensor
 from ..schedules.flow import FlowSchedule
 from ..schedules.levels import Levels
 from ..schedules.predictions import PredictionType
-from ._begin import begins_anywhere, check_begin
 from ._columns import NO_VARIANCE, inpainting_columns, x0_columns
 from ._unscaled import churn
+from .begin import begins_anywhere, check_begin
 from .entries import Entry, Form, history_columns, history_gradients
 from .table import StepTable
 

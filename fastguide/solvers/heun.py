@@ -10,8 +10,8 @@ from torch import Tensor
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing
-from ._begin import begins_anywhere
 from ._unscaled_calls import UnscaledCalls, unscaled_calls, unscaled_table
+from .begin import begins_anywhere
 from .entries import Entry, Form
 from .table import StepTable
 

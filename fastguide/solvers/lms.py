@@ -10,9 +10,10 @@ from torch import Tensor
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
 from ..schedules.sigmas import SigmaSpacing
-from ._begin import begins_anywhere
+from ._options import check_order
 from ._quadrature import lagrange_integrals
 from ._unscaled_calls import UnscaledCalls, unscaled_calls, unscaled_table
+from .begin import begins_anywhere
 from .entries import Entry, Form
 from .table import StepTable
 
@@ -57,8 +58,7 @@ def lms(
     >>> table, table.history_slots
     (StepTable(lms, 30 steps, timesteps 999.0 .. 0.0, device=cpu), 3)
     """
-    if isinstance(order, bool) or order not in range(1, 5):
-        raise ValueError(f"order: expected 1 to 4, got {order!r}")
+    check_order("order", order, 4)
     calls = unscaled_calls(
         schedule,
         num_inference_steps,

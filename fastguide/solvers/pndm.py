@@ -11,8 +11,9 @@ from torch import Tensor
 from ..schedules.levels import Levels
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import PredictionType
-from ._begin import begins_anywhere, check_begin
 from ._columns import NO_VARIANCE, check_schedule, inpainting_columns, visited_timesteps, x0_columns
+from ._options import check_flags
+from .begin import begins_anywhere, check_begin
 from .entries import Entry, Form, history_columns, history_gradients
 from .table import StepTable
 
@@ -63,6 +64,7 @@ def pndm(
     (StepTable(pndm, 50 steps in 51 calls, timesteps 981 .. 1, device=cpu), 3)
     """
     check_schedule(schedule)
+    check_flags(set_alpha_to_one=set_alpha_to_one)
     every = visited_timesteps(schedule, num_inference_steps, timestep_spacing, steps_offset, timesteps)
     check_begin(begin, len(every))
     visited = every[begin:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -12,10 +12,11 @@ from ..schedules.flow import FlowSchedule
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import Linear, PredictionType
 from ..schedules.sigmas import SigmaSpacing
-from ._begin import begins_anywhere
 from ._dpm import lambda_of, levels_of
+from ._options import check_choice, check_flags, check_order
 from ._quadrature import lagrange_integrals
 from ._signal_steps import SignalSteps, prediction_of, signal_steps, signal_table
+from .begin import begins_anywhere
 from .entries import Entry, Form, history_columns
 from .table import StepTable
 
@@ -71,10 +72,9 @@ def sa_solver(
     (StepTable(sa_solver, 20 steps, timesteps 999 .. 50, device=cpu), 2)
     """
     for name, order, most in (("predictor_order", predictor_order, 3), ("corrector_order", corrector_order, 4)):
-        if isinstance(order, bool) or order not in range(1, most + 1):
-            raise ValueError(f"{name}: expected 1 to {most}, got {order!r}")
-    if algorithm_type not in get_args(SAAlgorithm):
-        raise ValueError(f"algorithm_type: expected one of {get_args(SAAlgorithm)}, got {algorithm_type!r}")
+        check_order(name, order, most)
+    check_flags(lower_order_final=lower_order_final)
+    check_choice("algorithm_type", algorithm_type, SAAlgorithm)
     steps = signal_steps(
         schedule,
         num_inference_steps,
@@ -110,7 +110,7 @@ def sa_solver_table(
     lower_order_final: bool,
 ) -> StepTable:
     """Return ``sa_solver`` over any levels and timesteps; ``taus``: of each call."""
-    columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred}
+    columns = x0.columns()
     forms = _forms(steps, predictor_order, corrector_order, predict_x0, taus, lower_order_final)
     columns |= history_columns(forms, Entry.original(steps.here) if predict_x0 else Entry.epsilon(steps.here))
     return signal_table(steps, columns, "sa_solver")

@@ -83,6 +83,8 @@ class StepTable:
     """For each model call, whether it completes a step of the solver; by default, each does."""
     maker: Callable[[int], StepTable] | None = None
     """Makes the table of the steps from a later one on, where that is no slice; ``None``: nobody knows how."""
+    begin: int = 0
+    """How many of its solver's steps were left out before it."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     # What the host knows of the rows, so that no step has to ask the device.
@@ -97,13 +99,11 @@ class StepTable:
     """What the sample is multiplied by to be the input of each model call, and of one more after the last."""
     _token: object = field(init=False)
     """Stands for this table where steps are remembered."""
-    _beginning_at: dict[int, tuple[StepTable, int]] = field(init=False)
     scales_inputs: bool = field(init=False)
     """Whether any call's model input is the sample times a factor other than 1."""
 
     def __post_init__(self) -> None:
         self._token = Token()
-        self._beginning_at = {}
         on_host = self.timesteps.to("cpu")
         self.host_timesteps = tuple(on_host.tolist())
         self.timesteps = on_host.to(self.device)
@@ -221,13 +221,13 @@ class StepTable:
             raise ValueError(f"table: the slice {start}:{stop} of {len(self)} steps is empty")
         if start > 0 and self.history_slots:
             raise ValueError(
-                f"table: {self.name} goes on from earlier calls, which a slice from {start} on would lack; expected a "
-                f"table that its solver makes with begin={sum(self.completes_step[:start])}"
+                f"table: {self.name} goes on from earlier calls, which a slice from {start} on would lack; expected "
+                f"{self._said_to_begin(start)}"
             )
         part = slice(start, stop)
         return replace(
             self,
-            timesteps=self._on_host(part),
+            timesteps=self.timesteps_on_host(part),
             rows=self.rows[part],
             forms={form: values if isinstance(values, str) else values[part] for form, values in self.forms.items()},
             levels=None if self.levels is None else self.levels.at(part),
@@ -235,61 +235,22 @@ class StepTable:
             init_noise_sigma=self.init_noise_sigma if start == 0 else 1.0,
             completes_step=self.completes_step[part],
             maker=self.maker if stop - start == len(self) else None,
+            begin=self.begin + sum(self.completes_step[:start]),
         )
 
-    def beginning_at(self, step: int) -> tuple[StepTable, int]:
-        """Return the table with which to begin at a later step, and the model call at which that begins.
-
-        It has as many calls as this one, so that those that are made keep their numbers. It is this one, unless calls
-        go on from earlier ones: then those from the step on are made anew, as if none came before them.
-
-        Raises:
-            ValueError: nobody knows how to make them; build a table with the solver's ``begin=``.
-        """
-        if step == 0:
-            return self, 0
-        if not self.history_slots:
-            ends = [call + 1 for call, completes in enumerate(self.completes_step) if completes]
-            return self, ends[step - 1]
-        if step not in self._beginning_at:
-            if self.maker is None:
-                raise ValueError(
-                    f"table: expected a whole one of its solver's, as {self.name} goes on from earlier calls; or one "
-                    f"that the solver makes with begin={step}"
-                )
-            later = self.maker(step)
-            self._beginning_at[step] = self._with_last(later), len(self) - len(later)
-        return self._beginning_at[step]
-
-    def _with_last(self, other: StepTable) -> StepTable:
-        """Return this table with its last rows exchanged for another table's."""
-        kept = len(self) - len(other)
-        forms: dict[str, Tensor | str] = {}
-        for form, values in other.forms.items():
-            of_form = self.forms.get(form)
-            before = of_form if isinstance(of_form, Tensor) else self.rows
-            forms[form] = values if isinstance(values, str) else torch.cat([before[:kept], values])
-        levels = None
-        if self.levels is not None and other.levels is not None:
-            pairs = zip(self.levels, other.levels, strict=True)
-            levels = Levels(*(torch.cat([ours[:kept], theirs]) for ours, theirs in pairs))
-        return replace(
-            self,
-            timesteps=torch.cat([self._on_host(slice(kept)), other._on_host(slice(None))]),
-            rows=torch.cat([self.rows[:kept], other.rows]),
-            forms=forms,
-            levels=levels,
-            completes_step=(*self.completes_step[:kept], *other.completes_step),
-            maker=None,
-        )
+    def _said_to_begin(self, call: int) -> str:
+        step = self.begin + sum(self.completes_step[:call])
+        if self.completes_step[call - 1]:
+            return f"a table that its solver makes with begin={step}"
+        return f"the begin= of a step, such as {step}, as call {call} is in the middle of one"
 
     def to(self, device: torch.device | str) -> StepTable:
         """Return the same table with its timesteps and rows on ``device`` (itself, if they are on it already)."""
         target = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        return self if target == self.device else replace(self, timesteps=self._on_host(slice(None)), device=target)
+        return self if target == self.device else replace(self, timesteps=self.timesteps_on_host(), device=target)
 
-    def _on_host(self, part: slice) -> Tensor:
-        """Return timesteps without waiting for the device."""
+    def timesteps_on_host(self, part: slice = slice(None)) -> Tensor:
+        """Return the timesteps of some calls as a tensor on the host, without waiting for the device."""
         return torch.tensor(self.host_timesteps[part], dtype=self.timesteps.dtype, device="cpu")
 
     def index(self, timestep: float) -> int:

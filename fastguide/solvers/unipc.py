@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .._counts import is_integer
 from ..schedules.flow import FlowSchedule
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
 from ..schedules.predictions import Linear, PredictionType
 from ..schedules.sigmas import SigmaSpacing
-from ._begin import begins_anywhere
 from ._dpm import lambda_of, levels_of
+from ._options import check_choice, check_flags, check_order
 from ._signal_steps import SignalSteps, prediction_of, signal_steps, signal_table
 from ._unscaled import FinalSigmasType
+from .begin import begins_anywhere
 from .entries import Entry, Form, history_columns
 from .table import StepTable
 
@@ -73,6 +75,7 @@ def unipc(
     (StepTable(unipc, 50 steps, timesteps 999 .. 96, device=cpu), 2)
     """
     _check_choices(solver_order, solver_type, predict_x0, final_sigmas_type, lower_order_final)
+    _check_steps(disable_corrector)
     steps = signal_steps(
         schedule,
         num_inference_steps,
@@ -109,7 +112,7 @@ def unipc_table(
     lower_order_final: bool,
 ) -> StepTable:
     """Return ``unipc`` over any levels and timesteps."""
-    columns = {"x0_scale": x0.scale, "x0_sample": x0.sample, "x0_pred": x0.pred}
+    columns = x0.columns()
     forms = _forms(steps, solver_order, solver_type, predict_x0, disable_corrector, lower_order_final)
     columns |= history_columns(forms, Entry.original(steps.here) if predict_x0 else Entry.epsilon(steps.here))
     return signal_table(steps, columns, "unipc")
@@ -199,16 +202,19 @@ def _weights(ratios: Sequence[float], signed: float, step: float) -> tuple[list[
     return torch.linalg.solve(r[:-1, :-1], target[:-1]).tolist(), corrector
 
 
+def _check_steps(disable_corrector: Collection[int]) -> None:
+    if not isinstance(disable_corrector, Collection) or not all(
+        is_integer(step) and step >= 0 for step in disable_corrector
+    ):
+        raise ValueError(f"disable_corrector: expected steps, integers from 0 on, got {disable_corrector!r}")
+
+
 def _check_choices(
     solver_order: int, solver_type: str, predict_x0: bool, final_sigmas_type: str, lower_order_final: bool
 ) -> None:
-    if isinstance(solver_order, bool) or solver_order not in range(1, 4):
-        raise ValueError(f"solver_order: expected 1 to 3, got {solver_order!r}")
-    if solver_type not in get_args(UniPCType):
-        raise ValueError(f"solver_type: expected one of {get_args(UniPCType)}, got {solver_type!r}")
-    for name, flag in (("predict_x0", predict_x0), ("lower_order_final", lower_order_final)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+    check_order("solver_order", solver_order, 3)
+    check_choice("solver_type", solver_type, UniPCType)
+    check_flags(predict_x0=predict_x0, lower_order_final=lower_order_final)
     if final_sigmas_type == "zero" and not predict_x0:
         raise ValueError("final_sigmas_type: expected 'sigma_min' with predict_x0=False, got 'zero'")
     if final_sigmas_type == "zero" and not lower_order_final and solver_order > 1:

@@ -15,6 +15,8 @@ class History:
 
     A table's rows say what each call reads and writes: multistep methods, such as those of Adams and Bashforth, go on
     from predictions of earlier calls. Make one for each loop, and give it to each of its steps; ``Sampler`` does both.
+    Steps whose index is an int have to follow each other, or begin again at 0; those of a tensor or of a ``Cursor``,
+    which only the device knows, are not checked. The slots begin as zeros.
 
     Args:
         table: says how many slots there are: ``table.history_slots``.
@@ -45,6 +47,7 @@ class History:
         shape = (self.slots * sample.shape[0], *sample.shape[1:])
         with torch.inference_mode(False):  # or only inference mode could write it
             self.entries = empty_strided(shape, (inner, *sample.stride()[1:]), self.dtype, sample.device)
+            self.entries.zero_()
         self._next: int | None = 0
 
     def restart(self) -> History:

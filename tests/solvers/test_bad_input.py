@@ -86,6 +86,9 @@ def test_over_signal(solver, arguments, options, error, message):
             "lower_order_final: expected True, as 5 calls of order 2",
         ),
         ("unipc", {"solver_order": 4}, "solver_order: expected 1 to 3, got 4"),
+        ("unipc", {"solver_order": 2.0}, "solver_order: expected 1 to 3, got 2.0"),
+        ("unipc", {"disable_corrector": ["first"]}, "disable_corrector: expected steps, integers from 0 on"),
+        ("unipc", {"disable_corrector": 0}, "disable_corrector: expected steps, integers from 0 on"),
         ("unipc", {"solver_type": "midpoint"}, "solver_type: expected one of .* got 'midpoint'"),
         ("unipc", {"predict_x0": False}, "final_sigmas_type: expected 'sigma_min' with predict_x0=False"),
         (
@@ -103,6 +106,25 @@ def test_over_signal(solver, arguments, options, error, message):
 def test_options_of_one(solver, options, message):
     with pytest.raises(ValueError, match=message):
         OVER_SIGNAL[solver](VP, 5, **options)
+
+
+@pytest.mark.parametrize("solver", OVER_SIGNAL)
+def test_flags_are_true_or_false(solver):
+    with pytest.raises(TypeError, match="lower_order_final: expected True or False, got 1"):
+        OVER_SIGNAL[solver](VP, 5, lower_order_final=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("timestep_spacing", "trailing", "timestep_spacing: expected 'linspace' with a FlowSchedule, got 'trailing'"),
+        ("steps_offset", 1, "steps_offset: expected 0 with a FlowSchedule, got 1"),
+        ("lambda_min_clipped", -5.0, "lambda_min_clipped: expected -inf with a FlowSchedule, got -5.0"),
+    ],
+)
+def test_options_of_noise_schedules_alone(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        fastguide.dpm_solver(FLOW, 5, **{option: value})
 
 
 @pytest.mark.parametrize(

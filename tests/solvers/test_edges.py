@@ -108,7 +108,7 @@ def test_a_table_begins_later_with_the_arguments_it_was_made_with():
     for table in tables:
         sampler.table = table
         seen: list[float] = []
-        sampler(torch.zeros(1, 4), image=image, strength=0.7, callback=lambda call, t, x: seen.append(t))
+        sampler(torch.zeros(1, 4), image=image, strength=0.7, callback=lambda call, t, x, seen=seen: seen.append(t))
         assert seen == [600, 300]
 
 

@@ -93,10 +93,12 @@ def _small(row: dict[str, Any], solver: Solver, device: torch.device, seconds: f
     history = History(table, x_T)
     steps = range(len(table))
 
+    staged = torch.empty_like(x_T) if table.scales_inputs else None  # the model's input, where that is not the sample
+
     def ours() -> Tensor:
         x = x_T
         for call in steps:
-            x = guided_step(table, call, x, predictions, guidance, history=history)
+            x = guided_step(table, call, x, predictions, guidance, history=history, staged=staged)
         return x
 
     try:
@@ -116,9 +118,11 @@ def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callab
     scheduler: Any = getattr(diffusers, solver.scheduler)(**solver.config)
     scheduler.set_timesteps(STEPS, device=x_T.device)
     timesteps, uncond, cond = scheduler.timesteps, predictions[0], predictions[1]
+    unused = dict(scheduler.__dict__)
 
     def loop() -> Tensor:
-        scheduler.set_timesteps(STEPS, device=x_T.device)  # as the history has to be forgotten
+        # What set_timesteps leaves, with empty histories: its own time is not the loop's.
+        scheduler.__dict__.update({name: list(kept) if type(kept) is list else kept for name, kept in unused.items()})
         x = x_T
         for t in timesteps:
             if hasattr(scheduler, "scale_model_input"):

@@ -214,6 +214,8 @@ class Slots:
             return state, single_steps(self._cuda_graph, state, Graphs(Pool(key.device), 2), lambda: None)
         if key.history_slots < self._state.key.history_slots:  # a table may leave some unused
             key = key._replace(history_slots=self._state.key.history_slots)
+        if self._state.key.staged:  # an input that is not scaled is the sample times 1
+            key = key._replace(staged=True)
         if self._state.key != key:
             raise ValueError(f"admit: expected a request like the first, of {self._state.key.difference(key)}")
         return self._state, self._steps

@@ -13,7 +13,7 @@ from ..schedules.levels import Levels
 from ._columns import finite_or_reason, x0_shift
 from .table import MAX_SLOTS
 
-GOES_ON = "its calls go on from the x_0 of earlier ones, which the gradient has to be a part of; use form='epsilon'"
+GOES_ON = "the gradient has to be a part of the x_0 that its calls combine, and leave for others; use form='epsilon'"
 
 
 class Entry(NamedTuple):

@@ -64,10 +64,10 @@ def flow_match_heun(
         raise ValueError("schedule: expected a flow whose sigmas fall, got one with invert_sigmas")
     every = schedule.steps(num_inference_steps, sigmas=sigmas, timesteps=timesteps, mu=mu)
     check_begin(begin, len(every.timesteps))
-    visited = torch.cat([_called_twice(every.sigmas[:-1]), every.sigmas[-1:]])
+    visited = torch.cat([_both_ends(every.sigmas[:-1]), every.sigmas[-1:]])
     churned = churn(visited, s_churn, s_tmin, s_tmax, s_noise)
     first_call = 2 * begin
-    told, visited = _called_twice(every.timesteps)[first_call:], visited[first_call:]
+    told, visited = _both_ends(every.timesteps)[first_call:], visited[first_call:]
     hats, noises = (values[first_call:].tolist() for values in churned)
     levels = Levels.flow_matching(visited[:-1])
     forms, sigma = [], visited.tolist()
@@ -92,6 +92,6 @@ def flow_match_heun(
     )
 
 
-def _called_twice(values: Tensor) -> Tensor:
+def _both_ends(values: Tensor) -> Tensor:
     """Return the values of the calls: the first step's once, and the others' twice."""
     return torch.cat([values[:1], values[1:].repeat_interleave(2)])

@@ -78,7 +78,8 @@ def guided_step(
             sample of an earlier call then go back to that. ``None``: the sample itself.
         original: where to write the predicted (clipped) original sample x_0 as well: a tensor of the sample's shape
             and layout within a sample, of any of its dtypes; ``None``: it is not written.
-        out: where to write the next sample; it may be one of the inputs, whole. Otherwise a new tensor like the sample.
+        out: where to write the next sample; it may be one of the inputs, whole, but not ``anchor``. Otherwise a new
+            tensor like the sample.
         staged: where to write the next model input as well: the next sample times the row's ``in_scale`` (1 in DDPM
             and DDIM), rounded once to this tensor's dtype, as often as its batch is a multiple of the sample's. Laid
             out within a sample as the sample is; it shares no memory with any other argument, nor with the gaps between

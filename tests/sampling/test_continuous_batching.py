@@ -82,6 +82,24 @@ def test_each_request_goes_on_from_its_own_history():
         assert torch.equal(results[number], alone(sampler, asked)), number
 
 
+def test_solvers_whose_input_is_scaled_beside_others():
+    """One prediction in the sample's own dtype: nothing but the scale makes the model's input another tensor."""
+    euler, ddim = fastguide.euler(SCHEDULE, 5), fastguide.ddim(SCHEDULE, 5)
+    sampler = Sampler(lambda x, t: 0.1 * x, euler, timestep_dtype=torch.float32)
+    x_T = torch.randn(1, *SHAPE[1:])
+    slots, finished = sampler.slots(2), {}
+    where = [slots.admit(x_T, table=table) for table in (euler, ddim)]
+    while slots.active:
+        finished |= slots.step()
+    for slot, table in zip(where, (euler, ddim), strict=True):
+        sampler.table = table
+        assert torch.equal(finished[slot], sampler(x_T))
+    slots = sampler.slots(2)  # of ddim
+    slots.admit(x_T)
+    with pytest.raises(ValueError, match="admit: expected a request like the first, of staged False, got True"):
+        slots.admit(x_T, table=euler)
+
+
 def test_learned_variance_and_a_classifier_s_labels():
     table = fastguide.ddpm(SCHEDULE, 6, variance_type="learned_range")
     weight = torch.linspace(-1, 1, 60 * 5).reshape(60, 5)

@@ -4,6 +4,8 @@
 // block that is at hand: the operations are the same, and so are the bits.
 #pragma once
 
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/launch.h"
 #include "kernels/cpu/loops.h"
 #include "maths/step.h"
 
@@ -55,7 +57,8 @@ StepHistoryRun<T> choose_history_run(int reads, bool writes) {
   return kRuns[2 * reads + writes];
 }
 
-// Whether a step has its history, its sample and its predictions, all of T, and nothing else.
+// Whether a step has its history, its sample and its predictions, all of T, and nothing else to do but to write the
+// next model input.
 template <typename T>
 bool is_history_alone(const StepArguments& a) {
   bool alone =
@@ -66,9 +69,28 @@ bool is_history_alone(const StepArguments& a) {
   });
   for_each_output(a, [&](Argument name, const Output& output, int) {
     const bool used = name == Argument::out || name == Argument::history;
-    alone = alone && (used ? stored_as<T>(output.element) : output.data == nullptr);
+    alone = alone && (used ? stored_as<T>(output.element) : output.data == nullptr || name == Argument::staged);
   });
   return alone;
+}
+
+// Writes the next model input of a block whose step is made. A call, as conversions would be inlined often.
+template <typename T>
+__attribute__((noinline)) void stage_block(const StepArguments& a, T in_scale, const T* out, int64_t sample,
+                                           int64_t begin, int64_t count) {
+  alignas(64) T staged[kBlock];
+  for (int64_t i = 0; i < count; ++i) staged[i] = in_scale * out[i];
+  for (int copy = 0; copy < a.staged_copies; ++copy) {
+    store(staged, a.staged, (copy * a.batch + sample) * a.staged.batch_stride + begin, count);
+  }
+}
+
+// Moves a run on.
+template <typename T>
+void advance(HistoryRun<T>& run, int64_t count) {
+  run.x += count, run.p0 += count, run.p1 += count, run.out += count;
+  for (int slot = 0; slot < run.reads; ++slot) run.entries[slot] += count;
+  if (run.entry != nullptr) run.entry += count;
 }
 
 // Makes the step of a part of a sample; `is_history_alone`.
@@ -82,7 +104,7 @@ void step_history_alone(const StepArguments& a, const Row<T>& row, const PairWei
   run.x = at(a.sample);
   run.p0 = at(a.predictions[0]);
   run.p1 = at(a.predictions[a.num_predictions - 1]);
-  run.out = const_cast<T*>(at(a.out));
+  run.out = const_cast<T*>(at(a.out));  // `at` says const of what the step writes, too
   T* const slots = const_cast<T*>(at(a.history));
   const int64_t slot_stride = a.batch * a.history.batch_stride;
   for (int slot = 0; slot < a.history_slots; ++slot) {
@@ -95,7 +117,13 @@ void step_history_alone(const StepArguments& a, const Row<T>& row, const PairWei
   if (writes) run.entry = slots + int64_t(row.hist_slot) * slot_stride;
   const StepHistoryRun<T> step = a.num_predictions == 2 ? choose_history_run<T, 2>(run.reads, writes)
                                                         : choose_history_run<T, 1>(run.reads, writes);
-  step(row, pair, run, end - begin);
+  if (a.staged.data == nullptr) return step(row, pair, run, end - begin);
+  for (int64_t count; begin < end; begin += count) {
+    count = end - begin < kBlock ? end - begin : kBlock;
+    step(row, pair, run, count);
+    stage_block(a, row.in_scale, run.out, sample, begin, count);
+    advance(run, count);
+  }
 }
 
 }  // namespace

@@ -168,6 +168,9 @@ class StepTable:
             raise ValueError(f"completes_step: expected {len(timesteps)}, one a call, got {len(completes_step)}")
         if not 0 < init_noise_sigma < math.inf:
             raise ValueError(f"init_noise_sigma: expected a positive number, got {init_noise_sigma!r}")
+        if levels is not None and {level.shape for level in levels} != {timesteps.shape}:
+            shapes = [tuple(level.shape) for level in levels]
+            raise ValueError(f"levels: expected two of shape ({len(timesteps)},), one a call, got {shapes}")
         rows = torch.zeros(len(timesteps), len(ROW_COLUMNS), dtype=torch.float64, device="cpu")
         rows[:, _CLIP] = torch.inf
         rows[:, _IN_SCALE] = 1.0
@@ -320,6 +323,9 @@ def _set_columns(rows: Tensor, columns: Mapping[str, Tensor], allowed: tuple[str
     for column, values in columns.items():
         if column not in allowed:
             raise ValueError(f"columns: expected some of {allowed}, got {column!r}")
+        if not isinstance(values, Tensor) or values.shape != rows.shape[:1]:
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"columns: expected a tensor of shape ({len(rows)},) in {column!r}, got {got}")
         rows[:, ROW_COLUMNS.index(column)] = values
 
 

@@ -77,3 +77,25 @@ def test_whole_timesteps_are_refused_for_a_table_of_real_ones():
     x, whole = torch.ones(2, 3), Cursor(2).start(ddim(SCHEDULE, 3))
     with pytest.raises(ValueError, match=r"index: expected a Cursor with timestep_dtype=torch\.float32"):
         guided_step(flow_table(), whole, x, x.clone(), out=x)
+
+
+@pytest.mark.parametrize(
+    ("columns", "levels", "message"),
+    [
+        (
+            {"out_x0": torch.ones(2)},
+            None,
+            "columns: expected a tensor of shape \\(3,\\) in 'out_x0', got shape \\(2,\\)",
+        ),
+        (
+            {"out_x0": torch.tensor(1.0)},
+            None,
+            "columns: expected a tensor of shape \\(3,\\) in 'out_x0', got shape \\(\\)",
+        ),
+        ({"out_x0": [1.0, 1.0, 1.0]}, None, "columns: expected a tensor of shape \\(3,\\) in 'out_x0', got list"),
+        ({}, Levels(torch.ones(2), torch.ones(3)), "levels: expected two of shape \\(3,\\), one a call, got"),
+    ],
+)
+def test_columns_and_levels_have_one_value_a_call(columns, levels, message):
+    with pytest.raises(ValueError, match=message):
+        StepTable.from_columns(torch.tensor([2, 1, 0]), columns, levels=levels)

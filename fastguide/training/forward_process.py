@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from .._counts import is_integer
-from ..schedules.flow import FlowSchedule
-from ..schedules.noise_schedule import NoiseSchedule
 from ..schedules.predictions import PredictionType, check_prediction_type
-from ..solvers.noising import conversion_table, noising_table, target_table
+from ..solvers.noising import Schedule, conversion_table, noising_table, target_table
 from ..solvers.table import StepTable
 from ..step.guided_step import guided_step
 
 
 def add_noise(
-    schedule: NoiseSchedule | FlowSchedule,
+    schedule: Schedule,
     original: Tensor,
     timestep: int | Tensor,
     noise: Tensor | None = None,
@@ -28,15 +26,19 @@ def add_noise(
 ) -> Tensor:
     """Return x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * noise (Ho et al. 2020, eq. 4).
 
-    Of a ``FlowSchedule``, (1 - sigma) * x_0 + sigma * noise (Lipman et al. 2023), at index i of its ``train_sigmas``.
+    Of a ``FlowSchedule``, (1 - sigma) * x_0 + sigma * noise (Lipman et al. 2023), at index i of its ``train_sigmas``;
+    and alpha * x_0 + sigma * noise at index i of ``Levels``, such as EDM's, ``Levels.variance_exploding(sigmas)``
+    (Karras et al. 2022, eq. 1).
 
     Args:
-        schedule: the noise schedule, or the flow's.
+        schedule: the noise schedule, the flow's, or ``Levels``, which are not to be changed later: make them once.
         original: x_0, shape (batch, ...).
-        timestep: a training timestep, an int or an int64 tensor of shape () or (batch,) on the sample's device.
+        timestep: a training timestep, or the index of a level: an int, or an int64 tensor of shape () or (batch,) on
+            the sample's device.
         noise: standard normal values of the shape of ``original``; or ``generator`` draws them, as in ``guided_step``.
         out, backend: as in ``guided_step``.
 
+    >>> from fastguide import NoiseSchedule
     >>> x = add_noise(NoiseSchedule.linear(), torch.zeros(2, 1, 8, 8), torch.tensor([0, 999]), torch.ones(2, 1, 8, 8))
     >>> [f"{v:.4f}" for v in x.mean((1, 2, 3))]
     ['0.0100', '1.0000']
@@ -48,7 +50,7 @@ def add_noise(
 
 
 def convert_prediction(
-    schedule: NoiseSchedule | FlowSchedule,
+    schedule: Schedule,
     sample: Tensor,
     timestep: int | Tensor,
     prediction: Tensor,
@@ -65,7 +67,7 @@ def convert_prediction(
     ``flow_prediction`` = epsilon - x_0.
 
     Args:
-        schedule: the noise schedule, or the flow's.
+        schedule: as in ``add_noise``.
         sample: x_t, shape (batch, ...).
         timestep: a training timestep, an int or an int64 tensor of shape () or (batch,) on the sample's device.
         prediction: shape of the sample.
@@ -73,10 +75,11 @@ def convert_prediction(
         out, backend: as in ``guided_step``.
 
     Raises:
-        ValueError: ``flow_prediction`` without a ``FlowSchedule``; or the timestep has zero signal, where ``source``
+        ValueError: ``flow_prediction`` where alpha is not 1 - sigma; or the timestep has zero signal, where ``source``
             does not determine ``target``; a timestep on another device than the CPU is not looked at, and gives
             infinite or NaN values there.
 
+    >>> from fastguide import NoiseSchedule
     >>> schedule, x, epsilon = NoiseSchedule.cosine(), torch.randn(2, 3), torch.randn(2, 3)
     >>> v = convert_prediction(schedule, x, 500, epsilon, "epsilon", "v_prediction")
     >>> back = convert_prediction(schedule, x, 500, v, "v_prediction", "epsilon")
@@ -90,7 +93,7 @@ def convert_prediction(
 
 
 def training_target(
-    schedule: NoiseSchedule | FlowSchedule,
+    schedule: Schedule,
     original: Tensor,
     timestep: int | Tensor,
     noise: Tensor,
@@ -105,6 +108,7 @@ def training_target(
     schedule has no signal; a flow's velocity is noise - x_0. Arguments as in ``add_noise``; only ``"score"`` of
     abar = 1 would not be finite.
 
+    >>> from fastguide import NoiseSchedule
     >>> x, z = torch.randn(2, 3), torch.randn(2, 3)
     >>> torch.equal(training_target(NoiseSchedule.linear(), x, 7, z, "epsilon"), z)
     True

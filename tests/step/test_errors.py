@@ -228,7 +228,7 @@ SOLVER_ERRORS = [
     (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {}, gradients={"mean": {"in_scale": torch.ones(1)}}), ValueError, "columns: expected some of .* got 'in_scale'"),
     (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {}, gradients={"mean": {"out_grad": torch.tensor([math.inf])}}), ValueError, "columns: expected finite rows"),
     (lambda: fastguide.StepTable.from_columns(torch.tensor([3]), {}, gradients={"middle": {}}), ValueError, "gradients: expected the forms .* got 'middle'"),
-    (lambda: fastguide.convert_prediction(None, X, 3, X, "epsilon", "sample"), TypeError, "schedule: expected a NoiseSchedule or a FlowSchedule, got NoneType"),
+    (lambda: fastguide.convert_prediction(None, X, 3, X, "epsilon", "sample"), TypeError, "schedule: expected a NoiseSchedule, a FlowSchedule or Levels, got NoneType"),
     (lambda: fastguide.convert_prediction(SCHEDULE, X, 3, X, "", "epsilon"), ValueError, "source: expected one of"),
     (lambda: fastguide.drop_condition([1, 2], torch.tensor(0)), TypeError, "condition: expected a tensor, got list"),
     (lambda: fastguide.drop_condition(torch.tensor([1, 2]), torch.tensor(0.5)), TypeError, "null_condition: expected torch.int64, the condition's dtype, got torch.float32"),

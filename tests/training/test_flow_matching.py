@@ -92,5 +92,5 @@ def test_epsilon_says_nothing_where_a_flow_has_no_signal():
     x = torch.zeros(1, 3)
     with pytest.raises(ValueError, match="timestep: expected one at which convert_prediction is defined, got 999"):
         fastguide.convert_prediction(FLOW, x, 999, x, "epsilon", "flow_prediction")
-    with pytest.raises(TypeError, match="schedule: expected a NoiseSchedule or a FlowSchedule, got str"):
+    with pytest.raises(TypeError, match="schedule: expected a NoiseSchedule, a FlowSchedule or Levels, got str"):
         fastguide.add_noise("flow", x, 5, x)

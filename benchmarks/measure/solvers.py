@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -106,7 +107,32 @@ def _small(row: dict[str, Any], solver: Solver, device: torch.device, seconds: f
     except NotRunError as reason:
         yield row | {"contender": "diffusers, and all beside it", "status": "not run", "reason": str(reason)}
         return
-    yield from compared(row, {"diffusers": theirs, "fastguide": ours}, device, seconds)
+    whole = {
+        "diffusers, with set_timesteps": _whole_loop("diffusers", solver, x_T, predictions),
+        "fastguide's scheduler, with set_timesteps": _whole_loop("fastguide.diffusers", solver, x_T, predictions),
+    }
+    yield from compared(row, {"diffusers": theirs, "fastguide": ours, **whole}, device, seconds)
+
+
+def _whole_loop(package: str, solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callable[[], Tensor]:
+    """Return the loop of a package's scheduler from ``set_timesteps`` on, where fastguide's makes its table."""
+    scheduler: Any = getattr(importlib.import_module(package), solver.scheduler)(**solver.config)
+    both, uncond, cond = torch.cat(predictions), predictions[0], predictions[1]
+    fused = package != "diffusers"
+
+    def loop() -> Tensor:
+        scheduler.set_timesteps(STEPS, device=x_T.device)
+        x = x_T
+        for t in scheduler.timesteps:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            if fused:
+                x = scheduler.step(both, t, x, return_dict=False, guidance_scale=GUIDANCE_SCALE)[0]
+            else:
+                x = scheduler.step(uncond + GUIDANCE_SCALE * (cond - uncond), t, x, return_dict=False)[0]
+        return x
+
+    return loop
 
 
 def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callable[[], Tensor]:

@@ -192,7 +192,7 @@ def _of_x0(table: StepTable) -> StepTable:
         kept = {name: columns[name] for name in ("x0_scale", "x0_sample", "x0_pred", "clip")}
         kept["out_x0"] = torch.ones_like(kept["x0_scale"])
         undefined = table.undefined
-        made = StepTable.from_columns(table.timesteps.cpu(), kept, undefined=undefined, name=f"x_0 of {table.name}")
+        made = StepTable.from_columns(table.timesteps_on_host(), kept, undefined=undefined, name=f"x_0 of {table.name}")
         found = table.__dict__["_of_x0"] = made.to(table.device)
     result: StepTable = found
     return result

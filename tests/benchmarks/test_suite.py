@@ -160,7 +160,13 @@ def test_solvers_agree_with_diffusers_before_they_are_timed(name, monkeypatch):
     small, large = solvers.small_title(name), solvers.large_title(name)
     assert suites.chosen_solvers([small]) == [small]
     rows = list(solvers.measure(small, CPU, 0.01))
-    assert {row["contender"]: row["status"] for row in rows} == {"diffusers": "ok", "fastguide": "ok"}
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert {row["contender"] for row in rows} == {
+        "diffusers",
+        "fastguide",
+        "diffusers, with set_timesteps",
+        "fastguide's scheduler, with set_timesteps",
+    }
     rows = list(solvers.measure(large, CPU, 0.01))
     assert {row["contender"] for row in rows} == {"fastguide out=", "copy_ of the same bytes"}
     assert {row["bytes"] for row in rows} == {2 * 3 * 81 * solvers.moved_bytes(solvers.SOLVERS[name].table(), 15)}

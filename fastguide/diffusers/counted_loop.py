@@ -118,10 +118,14 @@ def run_again(
     arguments: tuple[Any, ...],
     model_output: Tensor,
     sample: Tensor,
+    source: Any,
     return_dict: bool,
     guidance_scale: Any,
 ) -> Any:
-    """Make a step like the last one, without planning it; ``None``: nothing was done."""
+    """Make a step like the last one, without planning it; ``None``: nothing was done.
+
+    ``source``: the generator that draws its noise.
+    """
     own, tables, returned = scheduler.__dict__, loop.tables, loop.returned
     index, kinds = scheduler._step_index, kinds_of.get(like.token)
     if kinds is None or index != loop.following or arguments != loop.arguments or sample is not returned:
@@ -141,13 +145,15 @@ def run_again(
         return None
     assert index is not None
     call, state, history, out, staged = index - loop.begin, loop.state, loop.history, None, None
+    if loop.churned[call]:
+        return None
     given = sample
     if state is not None:
         given, out, staged = state, empty_like(state), empty_like(sample)
     entries = None if history is None else history.entries
     result = repeat(
-        kinds, call, given, model_output, like.guidance_token, None, None, None, None, None, None, entries, None, None,
-        out, staged, None,
+        kinds, call, given, model_output, like.guidance_token, None, None, None, source, None, None, entries, None,
+        None, out, staged, None,
     )  # fmt: skip
     if result is None:
         return None

@@ -8,14 +8,13 @@ in float32 as well, and goes on from that as long as it is handed back the tenso
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..solvers import ROW_COLUMNS, StepTable
+from ..solvers import StepTable
 from ..step.history import History
 from ..step.memory import dense_within_sample, in_layout_of
 from ..step.repeat import token_of
@@ -25,6 +24,7 @@ from .host_tables import HostTables, host_tables, read_tables
 from .lazy_guidance import resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
+from .loop_tables import loop_table
 from .noise import Generators, noise_of
 from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, fitted_predictions, refusal_of
 from .timesteps import place_in, version_of
@@ -45,6 +45,8 @@ class CountedStep(SchedulerStep):
     """The lazy type of what ``step`` returns, with its x_0; ``None``: there is none in it."""
     _plain_output: Any = None
     """diffusers' type, without an x_0."""
+    _state: tuple[str, ...] = ()
+    """The names of the attributes that rows depend on besides the configuration and diffusers' tables."""
     _levels_in: ClassVar[str] = "sigmas"
     """The name of the table that says where the steps lie."""
     _casts_back: ClassVar[bool] = False
@@ -65,8 +67,10 @@ class CountedStep(SchedulerStep):
     _begin_index: int | None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave a loop's tensors out of copies that are made in its middle."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_counted"}
+        """Leave a loop's tensors out of copies that are made in its middle, and the tables, which only save time."""
+        return {
+            name: value for name, value in super().__getstate__().items() if name not in ("_counted", "_kept_tables")
+        }
 
     def _tables_are_set(self, device: str | torch.device | None) -> None:
         """Move the tables, which diffusers has made on the host; remember their values there."""
@@ -134,10 +138,14 @@ def counted_step(
     if is_dynamo_compiling() or scheduler.__dict__.get("num_inference_steps") is None:
         return None  # diffusers says what is missing
     loop = scheduler._counted
-    if draws is False and loop is not None and loop.like is not None:
-        done = run_again(scheduler, loop, loop.like, arguments, model_output, sample, return_dict, guidance_scale)
-        if done is not None:
-            return done
+    if noise is None and loop is not None and loop.like is not None:
+        again = None if draws is False else _source_again(scheduler, loop, draws, noise_dtype, sample, generator)
+        if again is not False:
+            done = run_again(
+                scheduler, loop, loop.like, arguments, model_output, sample, again, return_dict, guidance_scale
+            )
+            if done is not None:
+                return done
     if scheduler._step_index is None:
         scheduler._init_step_index(timestep)
     index = scheduler._step_index
@@ -174,6 +182,28 @@ def counted_step(
     return scheduler._result(result, original, return_dict)
 
 
+def _source_again(
+    scheduler: CountedStep,
+    loop: CountedLoop,
+    draws: Callable[[StepTable, int], bool] | bool,
+    noise_dtype: torch.dtype | None,
+    sample: Tensor,
+    generator: Generators,
+) -> torch.Generator | bool | None:
+    """Return what draws in a step like the last one; ``None``: nothing does; ``False``: this needs a plan."""
+    index, like = scheduler._step_index, loop.like
+    if index is None or like is None or index != loop.following:
+        return False
+    call = index - loop.begin
+    if not (draws if isinstance(draws, bool) else draws(like.table, call)):
+        return None
+    if not like.table.adds_noise[call] or (noise_dtype or like.model_dtype) != sample.dtype:
+        return False
+    if generator is None:
+        return torch.default_generator
+    return generator if type(generator) is torch.Generator else False
+
+
 def _loop_at(scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sample: Tensor) -> CountedLoop:
     """Return the loop that goes on at a step, or a new one that begins there.
 
@@ -191,24 +221,13 @@ def _loop_at(scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sam
                 f"goes on from them, got step {index} with samples of {tuple(sample.shape)}; set_timesteps begins "
                 "another loop"
             )
-    why_not, table = scheduler._why_not(), None
-    if why_not is None and not (tables.fall or scheduler._repeats_sigmas):
-        why_not = "sigmas that do not fall"
-    if why_not is None:
-        table = _with_plain_inputs(scheduler._loop_table(tables, index, *arguments)).to(sample.device)
+    made = loop_table(scheduler, tables, index, arguments, sample.device)
+    table = made.table
     history = History(table, _contiguous_within(sample)) if table is not None and table.history_slots else None
-    churned = () if table is None else tuple((table.coefficients()["x0_noise"] != 0).tolist())
-    loop = scheduler._counted = CountedLoop(tables, index, arguments, sample.shape, table, churned, history, index)
-    if why_not is not None:
-        count(scheduler, LEFT + why_not)
+    loop = scheduler._counted = CountedLoop(tables, index, arguments, sample.shape, table, made.churned, history, index)
+    if made.why_not is not None:
+        count(scheduler, LEFT + made.why_not)
     return loop
-
-
-def _with_plain_inputs(table: StepTable) -> StepTable:
-    """Return the table without a gradient, and without a scale of the model's inputs, which pipelines apply."""
-    rows = table.rows.clone()
-    rows[:, ROW_COLUMNS.index("in_scale")] = 1.0
-    return replace(table, rows=rows, forms={}, first_in_scale=1.0)
 
 
 def _contiguous_within(sample: Tensor) -> Tensor:

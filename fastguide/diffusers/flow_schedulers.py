@@ -68,4 +68,6 @@ class FlowMatchEulerDiscreteScheduler(CountedStep, diffusers.FlowMatchEulerDiscr
 
 def is_integer_timestep(timestep: Any) -> bool:
     """Tell whether a timestep is one of those that diffusers refuses where its own are real."""
+    if type(timestep) is Tensor:
+        return timestep.dtype in (torch.int32, torch.int64) and timestep.is_cpu
     return isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))

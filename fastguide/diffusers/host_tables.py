@@ -23,6 +23,10 @@ class HostTables(NamedTuple):
     """float64."""
     host_timesteps: Tensor
 
+    def values(self) -> tuple[list[float], list[Any]]:
+        """Return the sigmas and timesteps as numbers."""
+        return self.host_sigmas.tolist(), self.host_timesteps.tolist()
+
     def sigmas_from(self, begin: int) -> Tensor:
         """Return where the calls from a step on begin, and where the last one ends."""
         return self.host_sigmas[begin : len(self.host_timesteps) + 1]

@@ -26,6 +26,7 @@ class PNDMScheduler(CountedStep, diffusers.PNDMScheduler):  # type: ignore[metac
     """
 
     _plain_output = SchedulerOutput
+    _state = ("final_alpha_cumprod", "num_inference_steps")
     _levels_in = "alphas_cumprod"
     _repeats_sigmas = True
     _first_call: int = 0

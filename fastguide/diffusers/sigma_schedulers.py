@@ -182,6 +182,7 @@ class KDPM2DiscreteScheduler(_WithoutNoise, diffusers.KDPM2DiscreteScheduler):  
     _output = lazy_outputs.LazyKDPM2Output
     _repeats_sigmas = True
     _predictions = ("epsilon", "v_prediction")
+    _state = ("sigmas_interpol",)
     set_timesteps = on_host(diffusers.KDPM2DiscreteScheduler.set_timesteps)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
@@ -197,6 +198,7 @@ class KDPM2AncestralDiscreteScheduler(_Sigmas, diffusers.KDPM2AncestralDiscreteS
     _output = lazy_outputs.LazyKDPM2AncestralOutput
     _repeats_sigmas = True
     _predictions = ("epsilon", "v_prediction")
+    _state = ("sigmas_interpol", "sigmas_down")
     set_timesteps = on_host(diffusers.KDPM2AncestralDiscreteScheduler.set_timesteps)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:

@@ -108,6 +108,7 @@ class DPMSolverSinglestepScheduler(_Signal, diffusers.DPMSolverSinglestepSchedul
     """``diffusers.DPMSolverSinglestepScheduler`` with the fused step."""
 
     order_list: list[int]
+    _state = ("order_list",)
     set_timesteps = on_host(diffusers.DPMSolverSinglestepScheduler.set_timesteps)
 
     def _why_not(self) -> str | None:
@@ -167,6 +168,7 @@ class UniPCMultistepScheduler(_WithoutNoise, diffusers.UniPCMultistepScheduler):
 
     solver_p: Any
     disable_corrector: list[int]
+    _state = ("solver_p", "disable_corrector", "predict_x0")
     set_timesteps = on_host(diffusers.UniPCMultistepScheduler.set_timesteps)
 
     def _why_not(self) -> str | None:
@@ -203,6 +205,7 @@ class SASolverScheduler(_Signal, diffusers.SASolverScheduler):  # type: ignore[m
     """``diffusers.SASolverScheduler`` with the fused step."""
 
     tau_func: Callable[[Any], float]
+    _state = ("tau_func", "predict_x0")
     set_timesteps = on_host(diffusers.SASolverScheduler.set_timesteps)
 
     def _why_not(self) -> str | None:

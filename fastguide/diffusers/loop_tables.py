@@ -1,0 +1,98 @@
+"""Make the table of a scheduler's loop, and keep it for later loops over the same steps.
+
+diffusers' ``set_timesteps`` makes its tensors anew for each loop, mostly with the values that they had before. So a
+table is found again by these values, and by those of whatever else its rows depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..solvers import ROW_COLUMNS, StepTable
+from .host_tables import HostTables
+
+_MOST = 16
+"""Tables that a scheduler keeps."""
+
+
+class LoopTable(NamedTuple):
+    """The table of a scheduler's loop, or the reason why it has none."""
+
+    config: dict[str, Any]
+    state: tuple[Any, ...]
+    """What the rows depend on besides the configuration, diffusers' tables and the arguments of ``step``."""
+    table: StepTable | None
+    why_not: str | None
+    churned: tuple[bool, ...]
+    """At which calls the returned x_0 has a part of the noise, which cannot be drawn again."""
+
+
+def loop_table(
+    scheduler: Any, tables: HostTables, begin: int, arguments: tuple[Any, ...], device: torch.device
+) -> LoopTable:
+    """Return the table of a loop that begins at a step, for what ``step`` is given and where."""
+    kept: dict[Any, LoopTable] | None = scheduler.__dict__.get("_kept_tables")
+    if kept is None:
+        kept = scheduler._kept_tables = {}
+    config, state = scheduler._internal_dict, tuple([getattr(scheduler, name) for name in scheduler._state])
+    key = (begin, arguments, device, tables.host_timesteps.dtype, *map(tuple, tables.values()))
+    found = kept.get(key)
+    if found is None or not (_are_same(found.state, state) and _have_same(found.config, config)):
+        kept.pop(key, None)
+        while len(kept) >= _MOST:
+            del kept[next(iter(kept))]
+        found = kept[key] = _made(scheduler, tables, begin, arguments, device, config, state)
+    return found
+
+
+def _made(
+    scheduler: Any,
+    tables: HostTables,
+    begin: int,
+    arguments: tuple[Any, ...],
+    device: torch.device,
+    config: dict[str, Any],
+    state: tuple[Any, ...],
+) -> LoopTable:
+    why_not, table, churned = scheduler._why_not(), None, ()
+    if why_not is None and not (tables.fall or scheduler._repeats_sigmas):
+        why_not = "sigmas that do not fall"
+    if why_not is None:
+        table = _with_plain_inputs(scheduler._loop_table(tables, begin, *arguments)).to(device)
+        churned = tuple((table.coefficients()["x0_noise"] != 0).tolist())
+    return LoopTable(dict(config), tuple(map(_copied, state)), table, why_not, churned)
+
+
+def _with_plain_inputs(table: StepTable) -> StepTable:
+    """Return the table without a gradient, and without a scale of the model's inputs, which pipelines apply."""
+    rows = table.rows.clone()
+    rows[:, ROW_COLUMNS.index("in_scale")] = 1.0
+    return replace(table, rows=rows, forms={}, first_in_scale=1.0)
+
+
+def _copied(value: Any) -> Any:
+    """Return a value that stays what it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return list(value) if isinstance(value, list) else value
+
+
+def _have_same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and _are_same(first.values(), second.values())
+
+
+def _are_same(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    return all(one is other or _equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Tell whether two values are equal, as far as one can tell without knowing of their types."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = one.dtype == other.dtype and one.device == other.device and one.shape == other.shape
+        return alike and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return type(one) is type(other) and isinstance(one, (bool, int, float, str, list, tuple)) and bool(one == other)

@@ -11,13 +11,20 @@ except ImportError as error:
     raise ImportError("fastguide.diffusers: expected diffusers: pip install 'diffusers>=0.35'") from error
 
 from . import guiders, served
+from .cogvideox_schedulers import *  # noqa: F403
+from .distilled_schedulers import *  # noqa: F403
+from .edm_schedulers import *  # noqa: F403
 from .flow_schedulers import *  # noqa: F403
 from .from_pipeline import as_model, sampler_from_pipeline, step_table
 from .pipelines import Acceleration, accelerate, restore
-from .pndm_scheduler import *  # noqa: F403
+from .pndm_schedulers import *  # noqa: F403
 from .schedulers import *  # noqa: F403
 from .sigma_schedulers import *  # noqa: F403
 from .signal_schedulers import *  # noqa: F403
+from .unclip_schedulers import *  # noqa: F403
+
+if served.HAS_TORCHSDE:
+    from .brownian_schedulers import *  # noqa: F403
 
 __all__ = [
     "Acceleration",

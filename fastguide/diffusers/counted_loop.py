@@ -18,6 +18,7 @@ from ..step.memory import empty_like
 from ..step.repeat import kinds_of, repeat
 from .host_tables import HostTables
 from .lazy_outputs import LazyOriginal
+from .loop_tables import LoopTable
 from .scheduler_step import count_fused
 from .timesteps import version_of
 
@@ -43,10 +44,9 @@ class CountedLoop:
     arguments: tuple[Any, ...]
     """Of ``step``, those that rows depend on."""
     shape: torch.Size
+    made: LoopTable
     table: StepTable | None
     """``None``: the loop is left to diffusers."""
-    churned: tuple[bool, ...] = ()
-    """At which calls the returned x_0 has a part of the noise, which cannot be drawn again."""
     history: History | None = None
     following: int = 0
     """The step that comes next."""
@@ -90,7 +90,8 @@ def run_counted(
         given = given.to(torch.promote_types(anchor.dtype, given.dtype))
         anchor = anchor.to(given.dtype)
     inputs = [given, *predictions] if isinstance(predictions, list) else [given, predictions]
-    now = scheduler._output is not None and (loop.churned[call] or any(map(Tensor.is_inference, inputs)))
+    second = loop.made.second
+    now = second is not None and (loop.made.churned[call] or any(map(Tensor.is_inference, inputs)))
     original = empty_like(sample, promoted) if now else None
     out = empty_like(given, torch.float32) if rounds else None if given.dtype == dtype else empty_like(given, dtype)
     returned = empty_like(sample, dtype) if rounds else None
@@ -101,13 +102,15 @@ def run_counted(
     loop.state = result if rounds else None
     loop.returned = result if returned is None else returned
     loop.version = version_of(loop.returned) or 0
-    if original is not None:
-        return loop.returned, original
-    if now or scheduler._output is None:
+    if second is None:
         return loop.returned, None
+    if original is not None:  # x_0; for what is in its place, the inputs, which are in the cache still, are read again
+        if scheduler._returns_original:
+            return loop.returned, original
+        return loop.returned, guided_step(second, call, given, predictions, guidance, out=original)
     versions = tuple(tensor._version for tensor in inputs)
     return loop.returned, functools.partial(
-        _predict_original, table, call, inputs, versions, predictions, guidance, promoted
+        _predict_second, second, call, inputs, versions, predictions, guidance, promoted
     )
 
 
@@ -145,7 +148,7 @@ def run_again(
         return None
     assert index is not None
     call, state, history, out, staged = index - loop.begin, loop.state, loop.history, None, None
-    if loop.churned[call]:
+    if loop.made.churned and loop.made.churned[call]:
         return None
     given = sample
     if state is not None:
@@ -165,18 +168,19 @@ def run_again(
     loop.following = scheduler._step_index = index + 1
     if scheduler._fusion is not None:
         count_fused(scheduler, like.guidance)
-    if scheduler._output is None:
+    second = loop.made.second
+    if second is None:
         return scheduler._plain_output(prev_sample=answer) if return_dict else (answer,)
     dtype = torch.float32 if scheduler._casts_back and given.dtype != torch.float64 else answer.dtype
     original = functools.partial(
-        _predict_original, like.table, call, [given, model_output], (given._version, seen), model_output,
+        _predict_second, second, call, [given, model_output], (given._version, seen), model_output,
         like.guidance, dtype,
     )  # fmt: skip
     return scheduler._output(answer, original) if return_dict else (answer, LazyOriginal.of(answer, original))
 
 
-def _predict_original(
-    table: StepTable,
+def _predict_second(
+    second: StepTable,
     call: int,
     inputs: list[Tensor],
     versions: tuple[int, ...],
@@ -184,21 +188,7 @@ def _predict_original(
     guidance: Guidance | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Predict the x_0 of a step that was made, of its sample, the first of the inputs, and its predictions."""
+    """Predict the x_0 of a step that was made, or what is in its place; the first of its inputs is the sample."""
     if tuple(tensor._version for tensor in inputs) != versions:
         raise RuntimeError("pred_original_sample: expected the inputs of its step as they were, got one changed")
-    return guided_step(_of_x0(table), call, inputs[0], predictions, guidance, out=empty_like(inputs[0], dtype))
-
-
-def _of_x0(table: StepTable) -> StepTable:
-    """Return the table whose steps lead to the predicted x_0, and which leaves nothing for later ones."""
-    found = table.__dict__.get("_of_x0")
-    if found is None:
-        columns = table.coefficients()
-        kept = {name: columns[name] for name in ("x0_scale", "x0_sample", "x0_pred", "clip")}
-        kept["out_x0"] = torch.ones_like(kept["x0_scale"])
-        undefined = table.undefined
-        made = StepTable.from_columns(table.timesteps_on_host(), kept, undefined=undefined, name=f"x_0 of {table.name}")
-        found = table.__dict__["_of_x0"] = made.to(table.device)
-    result: StepTable = found
-    return result
+    return guided_step(second, call, inputs[0], predictions, guidance, out=empty_like(inputs[0], dtype))

@@ -7,7 +7,7 @@ in float32 as well, and goes on from that as long as it is handed back the tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -53,8 +53,17 @@ class CountedStep(SchedulerStep):
     """Whether diffusers returns the model's dtype, and not the one to which sample and model promote."""
     _sigmas_on_device: ClassVar[bool] = False
     """Whether diffusers leaves ``sigmas`` on the device of the timesteps."""
-    _repeats_sigmas: ClassVar[bool] = False
-    """Whether its table has each sigma twice, for two calls a step."""
+    _sigmas_fall: ClassVar[bool] = True
+    """Whether rows need sigmas that fall, or rise, at every step; those of two calls a step are there twice."""
+    _steps_before_set_timesteps = False
+    _returns_original: ClassVar[bool] = True
+    """Whether the second tensor that diffusers returns is the predicted x_0, and not what ``_second_columns`` say."""
+    _noise_is_a_path: ClassVar[bool] = False
+    """Whether the noise of its calls is of one path of Brownian motion, which tables alone do not say."""
+    _history_is_given: ClassVar[bool] = False
+    """Whether diffusers' own step goes on from what it is given, so that it can take over in the middle of a loop."""
+    _refuses_integers: ClassVar[bool] = False
+    """Whether diffusers refuses timesteps that are whole numbers."""
     _default_arguments: ClassVar[tuple[Any, ...]] = ()
     """Of ``step``, those that rows depend on, by default."""
     float32_state: bool = True
@@ -71,6 +80,10 @@ class CountedStep(SchedulerStep):
         return {
             name: value for name, value in super().__getstate__().items() if name not in ("_counted", "_kept_tables")
         }
+
+    def _second_columns(self, tables: HostTables, begin: int, *arguments: Any) -> Mapping[str, Tensor] | None:
+        """Return the columns that lead to the second tensor that diffusers returns; ``None``: it is x_0."""
+        return None
 
     def _tables_are_set(self, device: str | torch.device | None) -> None:
         """Move the tables, which diffusers has made on the host; remember their values there."""
@@ -121,6 +134,7 @@ def counted_step(
     draws: Callable[[StepTable, int], bool] | bool = False,
     noise_dtype: torch.dtype | None = None,
     noise: Tensor | None = None,
+    path: Callable[[Tensor, torch.dtype], Tensor | None] | None = None,
 ) -> Any:
     """Make a scheduler's step; ``None``: it is left to diffusers' own ``step``.
 
@@ -131,14 +145,18 @@ def counted_step(
         draws: whether diffusers draws noise at a call of the loop's table, also where it does not use it.
         noise_dtype: in which it draws; ``None``: the model's.
         noise: standard normal values in the place of a generator's.
+        path: makes such values of the sample and the model's dtype, for solvers whose noise is a path of Brownian
+            motion; it is called only where the step is made.
 
     Raises:
         RuntimeError: the step does not follow the last one, in a loop that goes on from earlier ones.
     """
-    if is_dynamo_compiling() or scheduler.__dict__.get("num_inference_steps") is None:
+    if is_dynamo_compiling() or (scheduler._refuses_integers and is_integer(timestep)):
+        return None
+    if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
     loop = scheduler._counted
-    if noise is None and loop is not None and loop.like is not None:
+    if noise is None and path is None and loop is not None and loop.like is not None:
         again = None if draws is False else _source_again(scheduler, loop, draws, noise_dtype, sample, generator)
         if again is not False:
             done = run_again(
@@ -170,12 +188,15 @@ def counted_step(
     drawn, source = noise, None
     if noise is not None:
         drawn = in_layout_of(sample, noise)
+    elif path is not None:
+        drawn = path(sample, model_dtype)
+        drawn = None if drawn is None else in_layout_of(sample, drawn)
     elif draws if isinstance(draws, bool) else draws(loop.table, call):
         adds = loop.table.adds_noise[call]
         drawn, source = noise_of(generator, sample, noise_dtype or model_dtype, adds=adds)
     result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, model_dtype, drawn, source)
     loop.like = None
-    if output is model_output and type(guidance_scale) in NUMBER_OR_NONE:
+    if output is model_output and type(guidance_scale) in NUMBER_OR_NONE and path is None:
         loop.like = Like(guidance_scale, guidance, token_of(guidance), loop.table, loop.table._token, model_dtype)
     loop.following, scheduler._step_index = index + 1, index + 1
     count_fused(scheduler, guidance)
@@ -213,7 +234,8 @@ def _loop_at(scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sam
     loop, tables = scheduler._counted, host_tables(scheduler)
     if loop is not None and loop.tables is tables:
         fits = loop.shape == sample.shape and (loop.table is None or loop.table.device == sample.device)
-        if loop.following == index and loop.arguments == arguments and fits:
+        follows = loop.following == index or (loop.history is None and index >= loop.begin)
+        if follows and loop.arguments == arguments and fits:
             return loop
         if loop.history is not None:
             raise RuntimeError(
@@ -224,7 +246,7 @@ def _loop_at(scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sam
     made = loop_table(scheduler, tables, index, arguments, sample.device)
     table = made.table
     history = History(table, _contiguous_within(sample)) if table is not None and table.history_slots else None
-    loop = scheduler._counted = CountedLoop(tables, index, arguments, sample.shape, table, made.churned, history, index)
+    loop = scheduler._counted = CountedLoop(tables, index, arguments, sample.shape, made, table, history, index)
     if made.why_not is not None:
         count(scheduler, LEFT + made.why_not)
     return loop
@@ -241,7 +263,7 @@ def _leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str |
         RuntimeError: steps of the loop have been made already, of which diffusers' own step knows nothing.
     """
     if loop.table is not None:
-        if loop.history is not None and index != loop.begin:
+        if loop.history is not None and index != loop.begin and not scheduler._history_is_given:
             raise RuntimeError(
                 f"step: expected a step like those before it, as it goes on from them, got one that is left to "
                 f"diffusers ({refusal}); set_timesteps begins another loop"
@@ -250,6 +272,13 @@ def _leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str |
             loop.table = loop.history = None
         count(scheduler, LEFT + (refusal or SHAPES))
     loop.following, loop.returned, loop.state = index + 1, None, None
+
+
+def is_integer(timestep: Any) -> bool:
+    """Tell whether a timestep is one of those that diffusers refuses where its own are real."""
+    if type(timestep) is Tensor:
+        return timestep.dtype in (torch.int32, torch.int64) and timestep.is_cpu
+    return isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
 
 
 def left(

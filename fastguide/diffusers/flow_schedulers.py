@@ -6,36 +6,49 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.schedulers import scheduling_flow_match_euler_discrete as theirs_euler
+from diffusers.schedulers import scheduling_flow_match_heun_discrete as theirs_heun
+from diffusers.schedulers import scheduling_flow_match_lcm as theirs_lcm
 from torch import Tensor
 
 from ..schedules.flow import FlowSteps
 from ..solvers import StepTable
 from ..solvers.flow_match_euler import flow_match_euler_table
+from ..solvers.flow_match_heun import flow_match_heun_table
 from .counted_step import CountedStep, counted_step, left
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .noise import Generators
+from .step_signatures import StepWithChurn, StepWithGenerator
+from .two_calls import TwoCalls
 
-__all__ = ["FlowMatchEulerDiscreteScheduler"]
+__all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"]
 
 
-class FlowMatchEulerDiscreteScheduler(CountedStep, diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[metaclass]
-    """``diffusers.FlowMatchEulerDiscreteScheduler`` with the fused step."""
+class _Flow(CountedStep):
+    """What they share: the sigmas of diffusers, on the device, and samples that it casts to the model's dtype."""
 
-    _plain_output = FlowMatchEulerDiscreteSchedulerOutput
     _casts_back = True
     _sigmas_on_device = True
-    set_timesteps = on_host(diffusers.FlowMatchEulerDiscreteScheduler.set_timesteps)
+    _refuses_integers = True
 
     def _why_not(self) -> str | None:
         return None
 
+    def _flow_steps(self, tables: HostTables, begin: int) -> FlowSteps:
+        return FlowSteps(tables.sigmas_from(begin), tables.host_timesteps[begin:])
+
+
+class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[metaclass]
+    """``diffusers.FlowMatchEulerDiscreteScheduler`` with the fused step."""
+
+    _plain_output = theirs_euler.FlowMatchEulerDiscreteSchedulerOutput
+    set_timesteps = on_host(diffusers.FlowMatchEulerDiscreteScheduler.set_timesteps)
+
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
-        steps = FlowSteps(tables.sigmas_from(begin), tables.host_timesteps[begin:])
-        return flow_match_euler_table(
-            steps, stochastic=self.config.stochastic_sampling, inverted=bool(self.config.invert_sigmas)
-        )
+        stochastic = bool(self.config.stochastic_sampling)
+        inverted = bool(self.config.invert_sigmas) and not stochastic  # diffusers inverts the drift alone
+        return flow_match_euler_table(self._flow_steps(tables, begin), stochastic=stochastic, inverted=inverted)
 
     def step(
         self,
@@ -53,7 +66,7 @@ class FlowMatchEulerDiscreteScheduler(CountedStep, diffusers.FlowMatchEulerDiscr
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        if per_token_timesteps is None and not is_integer_timestep(timestep):
+        if per_token_timesteps is None:
             done = counted_step(
                 self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
                 draws=bool(self.config.stochastic_sampling), noise_dtype=torch.float32,
@@ -66,8 +79,32 @@ class FlowMatchEulerDiscreteScheduler(CountedStep, diffusers.FlowMatchEulerDiscr
         )
 
 
-def is_integer_timestep(timestep: Any) -> bool:
-    """Tell whether a timestep is one of those that diffusers refuses where its own are real."""
-    if type(timestep) is Tensor:
-        return timestep.dtype in (torch.int32, torch.int64) and timestep.is_cpu
-    return isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
+class FlowMatchHeunDiscreteScheduler(TwoCalls, _Flow, StepWithChurn, diffusers.FlowMatchHeunDiscreteScheduler):  # type: ignore[metaclass]
+    """``diffusers.FlowMatchHeunDiscreteScheduler`` with the fused step."""
+
+    _plain_output = theirs_heun.FlowMatchHeunDiscreteSchedulerOutput
+    _sigmas_fall = False
+    set_timesteps = on_host(diffusers.FlowMatchHeunDiscreteScheduler.set_timesteps)
+
+    def _loop_table(self, tables: HostTables, begin: int, *arguments: Any) -> StepTable:
+        return flow_match_heun_table(self._flow_steps(tables, begin), self._churn(tables, begin, arguments))
+
+    def _churns_at(self, call: int, begin: int) -> int:
+        return begin + call - call % 2  # the second call draws as well, and does not use it
+
+
+class FlowMatchLCMScheduler(_Flow, StepWithGenerator, diffusers.FlowMatchLCMScheduler):  # type: ignore[metaclass]
+    """``diffusers.FlowMatchLCMScheduler`` with the fused step."""
+
+    _plain_output = theirs_lcm.FlowMatchLCMSchedulerOutput
+    _noise_dtype = torch.float32
+    _state = ("_scale_factors", "_upscale_mode")
+    _scale_factors: list[float] | None
+    _upscale_mode: str | None
+    set_timesteps = on_host(diffusers.FlowMatchLCMScheduler.set_timesteps)
+
+    def _why_not(self) -> str | None:
+        return "sizes that change from step to step" if self._scale_factors and self._upscale_mode else None
+
+    def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
+        return flow_match_euler_table(self._flow_steps(tables, begin), stochastic=True, inverted=False)

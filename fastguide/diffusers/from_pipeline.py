@@ -102,7 +102,7 @@ def _counted_table(ours: type[CountedStep], scheduler: Any, num_inference_steps:
     own: Any = ours.__new__(ours)
     own.__dict__.update(scheduler.__dict__)
     own.set_timesteps(num_inference_steps)
-    why_not = own._why_not()
+    why_not = "noise of one path of Brownian motion" if own._noise_is_a_path else own._why_not()
     if why_not is not None:
         raise ValueError(f"scheduler: expected one that rows of a table express, got one with {why_not}")
     table: StepTable = own._loop_table(host_tables(own), 0, *own._default_arguments)

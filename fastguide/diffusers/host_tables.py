@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,11 +42,14 @@ class HostTables(NamedTuple):
 def on_host(theirs: Callable[..., None]) -> Any:
     """Return diffusers' ``set_timesteps`` of a scheduler, which makes its tables on the host, and then moves them."""
 
+    place = list(inspect.signature(theirs).parameters).index("device") - 1  # without self
+
     @functools.wraps(theirs)
-    def set_timesteps(
-        self: Any, num_inference_steps: int | None = None, device: Any = None, *arguments: Any, **options: Any
-    ) -> None:
-        theirs(self, num_inference_steps, None, *arguments, **options)
+    def set_timesteps(self: Any, *arguments: Any, **options: Any) -> None:
+        device = options.pop("device", None)
+        if len(arguments) > place:
+            device, arguments = arguments[place], (*arguments[:place], None, *arguments[place + 1 :])
+        theirs(self, *arguments, **options)
         self._tables_are_set(device)
 
     return set_timesteps

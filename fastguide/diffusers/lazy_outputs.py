@@ -9,17 +9,23 @@ from typing import Any
 import torch
 from diffusers.schedulers import (
     scheduling_ddim,
+    scheduling_ddim_cogvideox,
     scheduling_ddim_inverse,
     scheduling_ddim_parallel,
     scheduling_ddpm,
     scheduling_ddpm_parallel,
+    scheduling_dpm_cogvideox,
     scheduling_edm_euler,
     scheduling_euler_ancestral_discrete,
     scheduling_euler_discrete,
     scheduling_heun_discrete,
     scheduling_k_dpm_2_ancestral_discrete,
     scheduling_k_dpm_2_discrete,
+    scheduling_lcm,
     scheduling_lms_discrete,
+    scheduling_scm,
+    scheduling_tcd,
+    scheduling_unclip,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -73,6 +79,8 @@ class _Lazy:
 
     plain: Any
     """diffusers' own type."""
+    _fields: tuple[str, str]
+    """The names of the next sample and of the predicted x_0, or of what is in its place."""
 
     def __init__(
         self, prev_sample: Tensor, predict_original: Callable[[], Tensor] | None = None, **fields: Any
@@ -85,55 +93,49 @@ class _Lazy:
 
     def _become(self, original: Tensor) -> Any:
         """Become diffusers' own output, with this x_0."""
-        prev_sample = self.__dict__.pop("prev_sample")
+        fields = {"prev_sample": self.__dict__.pop("prev_sample"), self._fields[1]: original}
         del self.__dict__["_predict_original"]
         object.__setattr__(self, "__class__", self.plain)
-        self.__init__(prev_sample, pred_original_sample=original)  # type: ignore[misc]
+        self.__init__(**fields)  # type: ignore[misc]
         return self
 
     def _complete(self) -> Any:
         return self._become(self.__dict__["_predict_original"]())
 
-    @property
-    def pred_original_sample(self) -> Tensor:
-        """The predicted x_0, computed now."""
-        original: Tensor = self._complete().pred_original_sample
-        return original
-
     def __getitem__(self, key: Any) -> Any:
-        wanted: Any = key if isinstance(key, str) else _FIELDS[key]
+        wanted: Any = key if isinstance(key, str) else self._fields[key]
         if wanted == "prev_sample":
             return self.__dict__["prev_sample"]
         return (self.__dict__["prev_sample"],) if wanted == ("prev_sample",) else self._complete()[key]
 
     def get(self, key: Any, default: Any = None) -> Any:
         """Return a field, as a dictionary does."""
-        return self[key] if key in _FIELDS else default
+        return self[key] if key in self._fields else default
 
     def keys(self) -> Any:
         """Return the fields' names, as a dictionary does."""
-        return OrderedDict.fromkeys(_FIELDS).keys()
+        return OrderedDict.fromkeys(self._fields).keys()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_FIELDS)
+        return iter(self._fields)
 
     def __reversed__(self) -> Iterator[str]:
-        return reversed(_FIELDS)
+        return reversed(self._fields)
 
     def __len__(self) -> int:
-        return len(_FIELDS)
+        return len(self._fields)
 
     def __contains__(self, key: Any) -> bool:
-        return key in _FIELDS
+        return key in self._fields
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "pred_original_sample":
+        if name == self._fields[1]:
             self._become(value)
         else:
             self.__dict__[name] = value
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key in _FIELDS:
+        if key in self._fields:
             setattr(self, key, value)
         else:
             self._complete()[key] = value
@@ -147,7 +149,6 @@ def _completing(name: str) -> Callable[..., Any]:
     return method
 
 
-_FIELDS = ("prev_sample", "pred_original_sample")
 _READERS = (
     *("__delitem__", "__eq__", "__ior__", "__ne__", "__or__", "__reduce__", "__reduce_ex__", "__repr__", "__ror__"),
     *("clear", "copy", "items", "move_to_end", "pop", "popitem", "setdefault", "to_tuple", "update", "values"),
@@ -156,20 +157,33 @@ for _name in _READERS:
     setattr(_Lazy, _name, _completing(_name))
 
 
-def _lazy(plain: Any) -> Any:
-    """Return the lazy type of one of diffusers' output types."""
-    return type(f"Lazy{plain.__name__}", (_Lazy, plain), {"plain": plain, "__module__": __name__})
+def lazy(plain: Any, second: str = "pred_original_sample") -> Any:
+    """Return the lazy type of one of diffusers' output types, and of the name of its second field."""
+
+    def read(self: Any) -> Tensor:
+        value: Tensor = getattr(self._complete(), second)
+        return value
+
+    read.__doc__ = "The predicted x_0, or what is in its place, computed now."
+    members = {"plain": plain, "_fields": ("prev_sample", second), second: property(read), "__module__": __name__}
+    return type(f"Lazy{plain.__name__}", (_Lazy, plain), members)
 
 
-LazyEulerOutput = _lazy(scheduling_euler_discrete.EulerDiscreteSchedulerOutput)
-LazyEulerAncestralOutput = _lazy(scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput)
-LazyHeunOutput = _lazy(scheduling_heun_discrete.HeunDiscreteSchedulerOutput)
-LazyKDPM2Output = _lazy(scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput)
-LazyKDPM2AncestralOutput = _lazy(scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput)
-LazyLMSOutput = _lazy(scheduling_lms_discrete.LMSDiscreteSchedulerOutput)
-LazyEDMEulerOutput = _lazy(scheduling_edm_euler.EDMEulerSchedulerOutput)
-LazyDDIMOutput = _lazy(scheduling_ddim.DDIMSchedulerOutput)
-LazyDDIMInverseOutput = _lazy(scheduling_ddim_inverse.DDIMSchedulerOutput)
-LazyDDIMParallelOutput = _lazy(scheduling_ddim_parallel.DDIMParallelSchedulerOutput)
-LazyDDPMOutput = _lazy(scheduling_ddpm.DDPMSchedulerOutput)
-LazyDDPMParallelOutput = _lazy(scheduling_ddpm_parallel.DDPMParallelSchedulerOutput)
+LazyEulerOutput = lazy(scheduling_euler_discrete.EulerDiscreteSchedulerOutput)
+LazyEulerAncestralOutput = lazy(scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput)
+LazyHeunOutput = lazy(scheduling_heun_discrete.HeunDiscreteSchedulerOutput)
+LazyKDPM2Output = lazy(scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput)
+LazyKDPM2AncestralOutput = lazy(scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput)
+LazyLMSOutput = lazy(scheduling_lms_discrete.LMSDiscreteSchedulerOutput)
+LazyEDMEulerOutput = lazy(scheduling_edm_euler.EDMEulerSchedulerOutput)
+LazyCogVideoXOutput = lazy(scheduling_ddim_cogvideox.DDIMSchedulerOutput)
+LazyCogVideoXDPMOutput = lazy(scheduling_dpm_cogvideox.DDIMSchedulerOutput)
+LazyUnCLIPOutput = lazy(scheduling_unclip.UnCLIPSchedulerOutput)
+LazySCMOutput = lazy(scheduling_scm.SCMSchedulerOutput)
+LazyLCMOutput = lazy(scheduling_lcm.LCMSchedulerOutput, "denoised")
+LazyTCDOutput = lazy(scheduling_tcd.TCDSchedulerOutput, "pred_noised_sample")
+LazyDDIMOutput = lazy(scheduling_ddim.DDIMSchedulerOutput)
+LazyDDIMInverseOutput = lazy(scheduling_ddim_inverse.DDIMSchedulerOutput)
+LazyDDIMParallelOutput = lazy(scheduling_ddim_parallel.DDIMParallelSchedulerOutput)
+LazyDDPMOutput = lazy(scheduling_ddpm.DDPMSchedulerOutput)
+LazyDDPMParallelOutput = lazy(scheduling_ddpm_parallel.DDPMParallelSchedulerOutput)

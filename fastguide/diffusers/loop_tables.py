@@ -6,7 +6,7 @@ table is found again by these values, and by those of whatever else its rows dep
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,8 +28,10 @@ class LoopTable(NamedTuple):
     """What the rows depend on besides the configuration, diffusers' tables and the arguments of ``step``."""
     table: StepTable | None
     why_not: str | None
+    second: StepTable | None
+    """Whose steps lead to the second tensor that diffusers returns, the predicted x_0 or what is in its place."""
     churned: tuple[bool, ...]
-    """At which calls the returned x_0 has a part of the noise, which cannot be drawn again."""
+    """At which calls that has a part of the noise, which cannot be drawn again."""
 
 
 def loop_table(
@@ -59,13 +61,31 @@ def _made(
     config: dict[str, Any],
     state: tuple[Any, ...],
 ) -> LoopTable:
-    why_not, table, churned = scheduler._why_not(), None, ()
-    if why_not is None and not (tables.fall or scheduler._repeats_sigmas):
+    why_not = scheduler._why_not()
+    if why_not is None and scheduler._sigmas_fall and not tables.fall:
         why_not = "sigmas that do not fall"
-    if why_not is None:
-        table = _with_plain_inputs(scheduler._loop_table(tables, begin, *arguments)).to(device)
-        churned = tuple((table.coefficients()["x0_noise"] != 0).tolist())
-    return LoopTable(dict(config), tuple(map(_copied, state)), table, why_not, churned)
+    depends = dict(config), tuple(map(_copied, state))
+    if why_not is not None:
+        return LoopTable(*depends, None, why_not, None, ())
+    table = _with_plain_inputs(scheduler._loop_table(tables, begin, *arguments)).to(device)
+    second = None
+    if scheduler._output is not None:
+        second = _second_table(table, scheduler._second_columns(tables, begin, *arguments))
+    churned = tuple((table.coefficients()["x0_noise"] != 0).tolist())
+    return LoopTable(*depends, table, None, second, churned)
+
+
+def _second_table(table: StepTable, second: Mapping[str, Tensor] | None) -> StepTable:
+    """Return the table whose steps lead to the second tensor that diffusers returns; ``None``: to x_0.
+
+    It leaves nothing for later ones.
+    """
+    columns = table.coefficients()
+    kept = {name: columns[name] for name in ("x0_scale", "x0_sample", "x0_pred", "clip")}
+    kept |= {"out_x0": torch.ones_like(kept["x0_scale"])} if second is None else second
+    name = f"x_0 of {table.name}"
+    made = StepTable.from_columns(table.timesteps_on_host(), kept, undefined=table.undefined, name=name)
+    return made.to(table.device)
 
 
 def _with_plain_inputs(table: StepTable) -> StepTable:

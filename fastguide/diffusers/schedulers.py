@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numbers import Real
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
@@ -18,6 +18,7 @@ from ..schedules.predictions import GradientForm
 from ..solvers import StepTable
 from . import lazy_outputs, tables
 from .guidance_arguments import Scale, combined
+from .host_alphas import HostAlphasOfVelocity
 from .noise import Generators
 from .repeat import repeated
 from .scheduler_step import SchedulerStep, plan, run
@@ -32,40 +33,6 @@ __all__ = [  # noqa: RUF022  # the most used first
 ]
 
 
-class _AlphasCopy(NamedTuple):
-    """``alphas_cumprod`` on the host, and a copy of it on a device."""
-
-    host: Tensor
-    device: Tensor
-
-
-class _HostAlphas:
-    """Mix this into schedulers whose methods would move ``alphas_cumprod`` to a device for good."""
-
-    alphas_cumprod: Tensor
-    _alphas_copy: _AlphasCopy | None = None
-
-    def _with_alphas_on_device(self, name: str, tensor: Tensor, *arguments: Any) -> Tensor:
-        """Call diffusers' method of this name with ``alphas_cumprod`` on the tensor's device."""
-        alphas, copied = self.alphas_cumprod, self._alphas_copy
-        if copied is None or copied.host is not alphas or copied.device.device != tensor.device:
-            copied = self._alphas_copy = _AlphasCopy(alphas, alphas.to(tensor.device))
-        self.alphas_cumprod = copied.device
-        try:
-            result: Tensor = getattr(super(), name)(tensor, *arguments)
-        finally:
-            self.alphas_cumprod = alphas  # on the host, where rows are computed
-        return result
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Add noise as diffusers does, but leave ``alphas_cumprod`` where it is."""
-        return self._with_alphas_on_device("add_noise", original_samples, noise, timesteps)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the velocity as diffusers does, but leave ``alphas_cumprod`` where it is."""
-        return self._with_alphas_on_device("get_velocity", sample, noise, timesteps)
-
-
 def _number_of(eta: Any, sample: Tensor) -> float | None:
     """Return an eta as a number; ``None``: it is none, or changes more than a number would."""
     if not isinstance(eta, Tensor):
@@ -76,7 +43,7 @@ def _number_of(eta: Any, sample: Tensor) -> float | None:
     return float(eta) if is_scalar else None  # on a GPU, this waits for it, as diffusers' own step does
 
 
-class _DDIM(_HostAlphas, SchedulerStep):
+class _DDIM(HostAlphasOfVelocity, SchedulerStep):
     final_alpha_cumprod: Tensor
     _transitions = tables.ddim_transitions
     _loop = tables.ddim_loop
@@ -139,7 +106,7 @@ class _DDIM(_HostAlphas, SchedulerStep):
         )
 
 
-class _DDPM(_HostAlphas, SchedulerStep):
+class _DDPM(HostAlphasOfVelocity, SchedulerStep):
     custom_timesteps: bool
     _loop = tables.ddpm_loop
     _steps_before_set_timesteps = True
@@ -205,6 +172,18 @@ class _DDPM(_HostAlphas, SchedulerStep):
         return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]
 
 
+def _batch_step(
+    scheduler: SchedulerStep, arguments: tuple[Any, ...], model_output: Tensor, timesteps: Tensor, sample: Tensor
+) -> Tensor | None:
+    """Make a step of each sample from its own timestep, without noise; ``None``: it is left to diffusers."""
+    one_a_sample = isinstance(timesteps, Tensor) and timesteps.shape == sample.shape[:1]
+    planned = plan(scheduler, arguments, model_output, timesteps, sample) if one_a_sample else None
+    if planned is None:
+        return None
+    result: Tensor = run(planned, None, None, False, False)[0]
+    return result
+
+
 class DDIMScheduler(_DDIM, diffusers.DDIMScheduler):  # type: ignore[metaclass]
     """``diffusers.DDIMScheduler`` with the fused step.
 
@@ -234,11 +213,50 @@ class DDIMParallelScheduler(_DDIM, diffusers.DDIMParallelScheduler):  # type: ig
 
     _output = lazy_outputs.LazyDDIMParallelOutput
 
+    def _transitions(  # type: ignore[override]
+        self, eta: float, use_clipped_model_output: bool, in_batches: bool = False
+    ) -> StepTable:
+        if in_batches:
+            return tables.mean_transitions(self, True, use_clipped_model_output)
+        return tables.ddim_transitions(self, eta, use_clipped_model_output)
+
+    def batch_step_no_noise(
+        self,
+        model_output: Tensor,
+        timesteps: Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> Tensor:
+        """Make a step of each sample from its own timestep, without noise, in one pass; ``eta`` is 0."""
+        if eta == 0.0 and self.num_inference_steps is not None:
+            arguments = (0.0, bool(use_clipped_model_output), True)
+            done = _batch_step(self, arguments, model_output, timesteps, sample)
+            if done is not None:
+                return done
+        theirs: Any = super().batch_step_no_noise  # type: ignore[misc]
+        result: Tensor = theirs(model_output, timesteps, sample, eta, use_clipped_model_output)
+        return result
+
 
 class DDPMParallelScheduler(_DDPM, diffusers.DDPMParallelScheduler):  # type: ignore[metaclass]
     """``diffusers.DDPMParallelScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyDDPMParallelOutput
+
+    def _transitions(self, in_batches: bool = False) -> StepTable:
+        return tables.mean_transitions(self, False) if in_batches else super()._transitions()
+
+    def batch_step_no_noise(self, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
+        """Make a step of each sample from its own timestep, without noise, in one pass."""
+        output, channels = model_output, sample.shape[1] if sample.dim() > 1 else 0
+        if self.variance_type.startswith("learned") and output.shape[1:2] == (2 * channels,):
+            output = output[:, :channels]
+        done = _batch_step(self, (True,), output, timesteps, sample)
+        if done is not None:
+            return done
+        result: Tensor = super().batch_step_no_noise(model_output, timesteps, sample)  # type: ignore[misc]
+        return result
 
 
 class DDIMInverseScheduler(SchedulerStep, diffusers.DDIMInverseScheduler):  # type: ignore[metaclass]

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import diffusers
+from diffusers.utils import import_utils
 
-from . import flow_schedulers, pndm_scheduler, schedulers, sigma_schedulers, signal_schedulers
+from . import (
+    cogvideox_schedulers,
+    distilled_schedulers,
+    edm_schedulers,
+    flow_schedulers,
+    pndm_schedulers,
+    schedulers,
+    sigma_schedulers,
+    signal_schedulers,
+    unclip_schedulers,
+)
 from .scheduler_step import SchedulerStep
 
-_MODULES = (schedulers, flow_schedulers, sigma_schedulers, signal_schedulers, pndm_scheduler)
+_MODULES = [
+    schedulers,
+    flow_schedulers,
+    sigma_schedulers,
+    signal_schedulers,
+    pndm_schedulers,
+    edm_schedulers,
+    distilled_schedulers,
+    cogvideox_schedulers,
+    unclip_schedulers,
+]
+HAS_TORCHSDE: bool = import_utils.is_torchsde_available()  # type: ignore[no-untyped-call]
+"""Whether diffusers has schedulers of Brownian motion."""
+if HAS_TORCHSDE:
+    from . import brownian_schedulers
+
+    _MODULES.append(brownian_schedulers)
 
 __all__ = [name for module in _MODULES for name in module.__all__]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..schedules.predictions import PredictionType
 from ..solvers import StepTable
-from ..solvers._unscaled import Churn, SigmaSteps, churn
+from ..solvers._unscaled import SigmaSteps
 from ..solvers._unscaled_calls import UnscaledCalls
 from ..solvers.dpm2 import dpm2_table
 from ..solvers.euler import euler_table
@@ -19,10 +19,10 @@ from ..solvers.heun import heun_table
 from ..solvers.lms import lms_table
 from . import lazy_outputs
 from .counted_step import CountedStep, counted_step, left
-from .flow_schedulers import is_integer_timestep
 from .guidance_arguments import Scale
-from .host_tables import HostTables, host_tables, on_host
-from .noise import Generators
+from .host_tables import HostTables, on_host
+from .step_signatures import Draws, StepWithChurn, StepWithGenerator, StepWithoutNoise
+from .two_calls import TwoCalls
 
 __all__ = [
     "EulerAncestralDiscreteScheduler",
@@ -34,29 +34,22 @@ __all__ = [
 ]
 
 
-class _Sigmas(CountedStep):
+class Sigmas(CountedStep):
     """What they share: the prediction types that rows express, and the loop's calls."""
 
     _predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
-    sigmas_interpol: Tensor
-    sigmas_down: Tensor
 
     def _why_not(self) -> str | None:
         known = self.config.prediction_type in self._predictions
         return None if known else "a configuration that rows do not express"
 
-    def _calls(self, tables: HostTables, begin: int, per_step: int) -> UnscaledCalls:
-        told = tables.host_timesteps[begin:].double()
-        ends = tuple(per_step == 1 or call % 2 == 1 or call == len(told) - 1 for call in range(len(told)))
-        return UnscaledCalls(tables.sigmas_from(begin), told, 1.0, ends)
+    def _steps(self, tables: HostTables, begin: int) -> SigmaSteps:
+        return SigmaSteps(tables.sigmas_from(begin), tables.host_timesteps[begin:].double())
 
-    @property
-    def state_in_first_order(self) -> bool:
-        """Whether the next call is the first one of a step that makes two."""
-        loop = self._counted
-        if loop is None or loop.table is None or self._step_index is None:
-            return bool(super().state_in_first_order)  # type: ignore[misc]
-        return (self._step_index - loop.begin) % 2 == 0
+    def _calls(self, tables: HostTables, begin: int, per_step: int) -> UnscaledCalls:
+        sigmas, told = self._steps(tables, begin)
+        ends = tuple(per_step == 1 or call % 2 == 1 or call == len(told) - 1 for call in range(len(told)))
+        return UnscaledCalls(sigmas, told, 1.0, ends)
 
     @property
     def _prediction(self) -> PredictionType:
@@ -64,111 +57,34 @@ class _Sigmas(CountedStep):
         return found
 
 
-class EulerDiscreteScheduler(_Sigmas, diffusers.EulerDiscreteScheduler):  # type: ignore[metaclass]
+class EulerDiscreteScheduler(Sigmas, StepWithChurn, diffusers.EulerDiscreteScheduler):  # type: ignore[metaclass]
     """``diffusers.EulerDiscreteScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyEulerOutput
-    _default_arguments = (0.0, 0.0, float("inf"), 1.0)
-    _casts_back = True
     set_timesteps = on_host(diffusers.EulerDiscreteScheduler.set_timesteps)
 
-    def _loop_table(
-        self, tables: HostTables, begin: int, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
-    ) -> StepTable:
-        every = churn(tables.host_sigmas, s_churn, s_tmin, s_tmax, s_noise)  # divided among all steps
-        steps, last = SigmaSteps(tables.sigmas_from(begin), tables.host_timesteps[begin:].double()), len(self.timesteps)
-        return euler_table(steps, Churn(every.sigmas[begin:last], every.noise[begin:last]), self._prediction)
-
-    def _churns(self, s_churn: float, s_tmin: float, s_tmax: float) -> bool:
-        """Tell whether diffusers draws noise at the present step."""
-        assert self._step_index is not None
-        return s_churn > 0 and s_tmin <= float(host_tables(self).host_sigmas[self._step_index]) <= s_tmax
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        guidance_scale: Scale | None = None,
-    ) -> Any:
-        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        if not is_integer_timestep(timestep):
-            arguments = (s_churn, s_tmin, s_tmax, s_noise)
-            done = counted_step(
-                self, arguments, model_output, timestep, sample, generator, return_dict, guidance_scale,
-                draws=s_churn > 0 and (lambda table, call: self._churns(s_churn, s_tmin, s_tmax)),
-            )  # fmt: skip
-            if done is not None:
-                return done
-        output, sample = left(self, model_output, sample, guidance_scale)
-        return super().step(output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)  # type: ignore[misc]
+    def _loop_table(self, tables: HostTables, begin: int, *arguments: Any) -> StepTable:
+        return euler_table(self._steps(tables, begin), self._churn(tables, begin, arguments), self._prediction)
 
 
-class EulerAncestralDiscreteScheduler(_Sigmas, diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[metaclass]
+class EulerAncestralDiscreteScheduler(Sigmas, StepWithGenerator, diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[metaclass]
     """``diffusers.EulerAncestralDiscreteScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyEulerAncestralOutput
     _casts_back = True
+    _refuses_integers = True
     _predictions = ("epsilon", "v_prediction")
     set_timesteps = on_host(diffusers.EulerAncestralDiscreteScheduler.set_timesteps)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
-        steps = SigmaSteps(tables.sigmas_from(begin), tables.host_timesteps[begin:].double())
-        return euler_ancestral_table(steps, self._prediction)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        guidance_scale: Scale | None = None,
-    ) -> Any:
-        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        if not is_integer_timestep(timestep):
-            done = counted_step(
-                self, (), model_output, timestep, sample, generator, return_dict, guidance_scale, draws=True
-            )
-            if done is not None:
-                return done
-        output, sample = left(self, model_output, sample, guidance_scale)
-        return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]
+        return euler_ancestral_table(self._steps(tables, begin), self._prediction)
 
 
-class _WithoutNoise(_Sigmas):
-    """What the deterministic ones share: a step without options."""
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        *,
-        guidance_scale: Scale | None = None,
-    ) -> Any:
-        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        done = counted_step(self, (), model_output, timestep, sample, None, return_dict, guidance_scale)
-        if done is not None:
-            return done
-        output, sample = left(self, model_output, sample, guidance_scale)
-        return super().step(output, timestep, sample, return_dict)  # type: ignore[misc]
-
-
-class HeunDiscreteScheduler(_WithoutNoise, diffusers.HeunDiscreteScheduler):  # type: ignore[metaclass]
+class HeunDiscreteScheduler(TwoCalls, Sigmas, StepWithoutNoise, diffusers.HeunDiscreteScheduler):  # type: ignore[metaclass]
     """``diffusers.HeunDiscreteScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyHeunOutput
-    _repeats_sigmas = True
+    _sigmas_fall = False
     set_timesteps = on_host(diffusers.HeunDiscreteScheduler.set_timesteps)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
@@ -176,13 +92,14 @@ class HeunDiscreteScheduler(_WithoutNoise, diffusers.HeunDiscreteScheduler):  # 
         return heun_table(self._calls(tables, begin, 2), self._prediction, clip)
 
 
-class KDPM2DiscreteScheduler(_WithoutNoise, diffusers.KDPM2DiscreteScheduler):  # type: ignore[metaclass]
+class KDPM2DiscreteScheduler(TwoCalls, Sigmas, StepWithoutNoise, diffusers.KDPM2DiscreteScheduler):  # type: ignore[metaclass]
     """``diffusers.KDPM2DiscreteScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyKDPM2Output
-    _repeats_sigmas = True
+    _sigmas_fall = False
     _predictions = ("epsilon", "v_prediction")
     _state = ("sigmas_interpol",)
+    sigmas_interpol: Tensor
     set_timesteps = on_host(diffusers.KDPM2DiscreteScheduler.set_timesteps)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
@@ -192,14 +109,19 @@ class KDPM2DiscreteScheduler(_WithoutNoise, diffusers.KDPM2DiscreteScheduler):  
         return dpm2_table(with_middles(calls, middles), calls.sigmas[1:-1:2], self._prediction, ancestral=False)
 
 
-class KDPM2AncestralDiscreteScheduler(_Sigmas, diffusers.KDPM2AncestralDiscreteScheduler):  # type: ignore[metaclass]
+class KDPM2AncestralDiscreteScheduler(TwoCalls, Sigmas, StepWithGenerator, diffusers.KDPM2AncestralDiscreteScheduler):  # type: ignore[metaclass]
     """``diffusers.KDPM2AncestralDiscreteScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyKDPM2AncestralOutput
-    _repeats_sigmas = True
+    _sigmas_fall = False
     _predictions = ("epsilon", "v_prediction")
     _state = ("sigmas_interpol", "sigmas_down")
+    sigmas_interpol: Tensor
+    sigmas_down: Tensor
     set_timesteps = on_host(diffusers.KDPM2AncestralDiscreteScheduler.set_timesteps)
+
+    def _draws(self) -> Draws:
+        return lambda table, call: call % 2 == 1
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         calls = self._calls(tables, begin, 2)
@@ -207,26 +129,6 @@ class KDPM2AncestralDiscreteScheduler(_Sigmas, diffusers.KDPM2AncestralDiscreteS
             values.detach().to("cpu", torch.float64)[begin::2] for values in (self.sigmas_interpol, self.sigmas_down)
         )
         return dpm2_table(with_middles(calls, middles), downs, self._prediction, ancestral=True)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        guidance_scale: Scale | None = None,
-    ) -> Any:
-        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        done = counted_step(
-            self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
-            draws=lambda table, call: call % 2 == 1,
-        )  # fmt: skip
-        if done is not None:
-            return done
-        output, sample = left(self, model_output, sample, guidance_scale)
-        return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]
 
 
 def with_middles(calls: UnscaledCalls, middles: Tensor) -> UnscaledCalls:
@@ -237,7 +139,7 @@ def with_middles(calls: UnscaledCalls, middles: Tensor) -> UnscaledCalls:
     return calls._replace(sigmas=sigmas)
 
 
-class LMSDiscreteScheduler(_Sigmas, diffusers.LMSDiscreteScheduler):  # type: ignore[metaclass]
+class LMSDiscreteScheduler(Sigmas, diffusers.LMSDiscreteScheduler):  # type: ignore[metaclass]
     """``diffusers.LMSDiscreteScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyLMSOutput

@@ -23,6 +23,7 @@ from .counted_step import CountedStep, counted_step, left
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .noise import Generators
+from .step_signatures import Draws, StepWithGenerator, StepWithoutNoise
 
 __all__ = [
     "DEISMultistepScheduler",
@@ -104,7 +105,7 @@ class DPMSolverMultistepScheduler(_Signal, diffusers.DPMSolverMultistepScheduler
         return super().step(output, timestep, sample, generator, variance_noise, return_dict)  # type: ignore[misc]
 
 
-class DPMSolverSinglestepScheduler(_Signal, diffusers.DPMSolverSinglestepScheduler):  # type: ignore[metaclass]
+class DPMSolverSinglestepScheduler(_Signal, StepWithGenerator, diffusers.DPMSolverSinglestepScheduler):  # type: ignore[metaclass]
     """``diffusers.DPMSolverSinglestepScheduler`` with the fused step."""
 
     order_list: list[int]
@@ -122,48 +123,11 @@ class DPMSolverSinglestepScheduler(_Signal, diffusers.DPMSolverSinglestepSchedul
         orders = [min(order, call + 1) for call, order in enumerate(self.order_list[begin:])]
         return singlestep_table(steps, self._original(steps), orders, config.algorithm_type, config.solver_type)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        guidance_scale: Scale | None = None,
-    ) -> Any:
-        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        done = counted_step(
-            self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
-            draws=self.config.algorithm_type == "sde-dpmsolver++",
-        )  # fmt: skip
-        if done is not None:
-            return done
-        output, sample = left(self, model_output, sample, guidance_scale)
-        return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]
+    def _draws(self) -> Draws:
+        return bool(self.config.algorithm_type == "sde-dpmsolver++")
 
 
-class _WithoutNoise(_Signal):
-    """What the deterministic ones share: a step without options."""
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        *,
-        guidance_scale: Scale | None = None,
-    ) -> Any:
-        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        done = counted_step(self, (), model_output, timestep, sample, None, return_dict, guidance_scale)
-        if done is not None:
-            return done
-        output, sample = left(self, model_output, sample, guidance_scale)
-        return super().step(output, timestep, sample, return_dict)  # type: ignore[misc]
-
-
-class UniPCMultistepScheduler(_WithoutNoise, diffusers.UniPCMultistepScheduler):  # type: ignore[metaclass]
+class UniPCMultistepScheduler(_Signal, StepWithoutNoise, diffusers.UniPCMultistepScheduler):  # type: ignore[metaclass]
     """``diffusers.UniPCMultistepScheduler`` with the fused step."""
 
     solver_p: Any
@@ -191,7 +155,7 @@ class UniPCMultistepScheduler(_WithoutNoise, diffusers.UniPCMultistepScheduler):
         )
 
 
-class DEISMultistepScheduler(_WithoutNoise, diffusers.DEISMultistepScheduler):  # type: ignore[metaclass]
+class DEISMultistepScheduler(_Signal, StepWithoutNoise, diffusers.DEISMultistepScheduler):  # type: ignore[metaclass]
     """``diffusers.DEISMultistepScheduler`` with the fused step."""
 
     set_timesteps = on_host(diffusers.DEISMultistepScheduler.set_timesteps)
@@ -201,7 +165,7 @@ class DEISMultistepScheduler(_WithoutNoise, diffusers.DEISMultistepScheduler):  
         return deis_table(steps, self._original(steps), self.config.solver_order, self.config.lower_order_final)
 
 
-class SASolverScheduler(_Signal, diffusers.SASolverScheduler):  # type: ignore[metaclass]
+class SASolverScheduler(_Signal, StepWithGenerator, diffusers.SASolverScheduler):  # type: ignore[metaclass]
     """``diffusers.SASolverScheduler`` with the fused step."""
 
     tau_func: Callable[[Any], float]
@@ -224,22 +188,3 @@ class SASolverScheduler(_Signal, diffusers.SASolverScheduler):  # type: ignore[m
             taus=[float(self.tau_func(timestep)) for timestep in steps.timesteps],
             lower_order_final=config.lower_order_final,
         )
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        guidance_scale: Scale | None = None,
-    ) -> Any:
-        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        done = counted_step(
-            self, (), model_output, timestep, sample, generator, return_dict, guidance_scale, draws=True
-        )
-        if done is not None:
-            return done
-        output, sample = left(self, model_output, sample, guidance_scale)
-        return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]

@@ -195,6 +195,23 @@ def ddpm_transitions(
     )
 
 
+def mean_transitions(scheduler: Any, of_ddim: bool, use_clipped_model_output: bool = False) -> StepTable:
+    """Make the rows of ``batch_step_no_noise``: from t to t - num_train_timesteps // num_inference_steps, or to x_0."""
+    config, alphas = scheduler.config, host_alphas(scheduler)
+    trained = config.num_train_timesteps
+    steps = torch.arange(len(alphas), device="cpu")
+    previous = steps - trained // (scheduler.num_inference_steps or trained)
+    after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], 1.0)
+    clip = config.clip_sample_range if config.clip_sample else None
+    shared: dict[str, Any] = {"prediction_type": config.prediction_type, "clip_sample_range": clip}
+    shared["undefined"] = UNDEFINED
+    if of_ddim:
+        clipped = use_clipped_model_output
+        return ddim_table(steps, alphas, after, eta=0.0, use_clipped_model_output=clipped, **shared)
+    no_noise = torch.zeros_like(steps, dtype=torch.bool)
+    return ddpm_table(steps, alphas, after, no_noise, variance_type="fixed_small", **shared)
+
+
 def ddim_loop(scheduler: Any, eta: float) -> StepTable:
     """Make the table of a DDIM scheduler's whole loop over its ``timesteps``."""
     _check_eta(eta, 1)

@@ -97,6 +97,24 @@ def _check_timesteps(timesteps: Tensor, batch: int, trained: int) -> None:
                 raise IndexError(f"timestep: expected 0 to {trained - 1}, got {value}")
 
 
+def place_of(timesteps: Tensor, on_host: Tensor, timestep: Any) -> int | None:
+    """Return the place of a timestep, as far as the host knows it; ``None``: it does not, or there is none.
+
+    Args:
+        timesteps: the scheduler's.
+        on_host: their values.
+        timestep: a number, or a tensor of one element: one of ``timesteps``, or on the host.
+    """
+    if isinstance(timestep, Tensor):
+        if timestep.numel() != 1:
+            return None
+        place = place_in(timesteps, timestep)
+        if place is not None or timestep.device.type != "cpu":
+            return place
+    found = (on_host == timestep).nonzero()
+    return int(found[0, 0]) if len(found) else None
+
+
 def place_in(timesteps: Tensor, timestep: Tensor) -> int | None:
     """Return which element of ``timesteps`` a tensor of one element is a view of; ``None``: of none."""
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..schedules.levels import Levels
 from ..schedules.noise_schedule import NoiseSchedule, TimestepSpacing
-from ..schedules.predictions import Linear, PredictionType
-from ._columns import check_schedule, visited_timesteps, x0_columns
-from ._dpm import multistep_columns
-from ._signal_steps import SignalSteps, signal_table
+from ..schedules.predictions import PredictionType
+from ._columns import check_schedule, inpainting_columns, visited_timesteps, x0_columns
+from ._dpm import interval, lambda_of, levels_of, second_order
 from .begin import begins_anywhere, check_begin
+from .entries import Entry, Form, history_columns, history_gradients
 from .table import StepTable
 
 
@@ -57,16 +57,34 @@ def cogvideox_dpm(
     check_begin(begin, len(visited))
     a = schedule.alphas_cumprod[visited[begin:]]
     final = torch.ones_like(a[:1]) if set_alpha_to_one else schedule.alphas_cumprod[:1]
-    steps = SignalSteps(Levels.from_alphas_cumprod(torch.cat([a, final])), visited[begin:], begin)
-    x0 = x0_columns(prediction_type, steps.here, None, steps.timesteps, None)
-    columns = multistep_columns(
-        steps.levels,
-        Linear(x0["x0_scale"], x0["x0_sample"], x0["x0_pred"]),
-        solver_order=2,
-        algorithm_type="sde-dpmsolver++",
-        solver_type="midpoint",
-        lower_order_final=False,
-        euler_at_final=True,
-        total=steps.total,
+    ends = [call == len(a) - 1 for call in range(len(a))]
+    return cogvideox_dpm_table(visited[begin:], a, torch.cat([a[1:], final]), ends, prediction_type)
+
+
+def cogvideox_dpm_table(
+    timesteps: Tensor, a: Tensor, a_next: Tensor, ends: Sequence[bool], prediction_type: PredictionType
+) -> StepTable:
+    """Return ``cogvideox_dpm`` over any transitions, from abar ``a`` at ``timesteps`` to ``a_next``.
+
+    The first step, and one that ends the loop, are of order 1.
+    """
+    here, after = Levels.from_alphas_cumprod(a), Levels.from_alphas_cumprod(a_next)
+    points, forms = levels_of(here), list[Form]()
+    for call, (start, end) in enumerate(zip(points, levels_of(after), strict=True)):
+        over = interval("sde-dpmsolver++", start, end)
+        form = Form(sample=over.sample, noise=over.noise).add({call: over.first})
+        if call > 0 and not ends[call]:
+            w = second_order(over, (lambda_of(start) - lambda_of(points[call - 1])) / over.h, "midpoint")
+            form.add({call: w, call - 1: -w})
+        forms.append(form)
+    columns = x0_columns(prediction_type, here, None, timesteps, None)
+    columns |= history_columns(forms, Entry.original(here))
+    known = a_next.clone()
+    known[-1] = 1.0  # a known image is clean after the last step
+    return StepTable.from_columns(
+        timesteps,
+        columns | inpainting_columns(Levels.from_alphas_cumprod(known)),
+        gradients=history_gradients(columns, here, timesteps, columns["out_noise"].square()),
+        levels=here,
+        name="cogvideox_dpm",
     )
-    return signal_table(steps, columns, "cogvideox_dpm")

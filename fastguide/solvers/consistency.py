@@ -65,7 +65,25 @@ def consistency(
     places = _places(num_inference_steps, num_train_timesteps, timesteps)
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     now = (first + places / (num_train_timesteps - 1) * (last - first)).pow(rho)
-    after = torch.cat([now[1:], now.new_tensor([sigma_min])]).clamp(sigma_min, sigma_max)
+    visited = torch.cat([now, now.new_tensor([sigma_min])])
+    return consistency_table(
+        visited, 250 * now.log(), sigma_min, sigma_max, sigma_data=sigma_data, s_noise=s_noise,
+        clip_sample_range=clip_sample_range,
+    )  # fmt: skip
+
+
+def consistency_table(
+    visited: Tensor,
+    timesteps: Tensor,
+    sigma_min: float,
+    sigma_max: float,
+    *,
+    sigma_data: float,
+    s_noise: float,
+    clip_sample_range: float | None,
+) -> StepTable:
+    """Return ``consistency`` over any sigmas, where steps begin and where the last one ends, and timesteps."""
+    now, after = visited[:-1], visited[1:].clamp(sigma_min, sigma_max)
     one, distance = torch.ones_like(now), now - sigma_min
     added = (after.square() - sigma_min**2).clamp(min=0).sqrt()
     in_scale = (now.square() + sigma_data**2).rsqrt()
@@ -79,7 +97,7 @@ def consistency(
         "in_scale": torch.cat([in_scale[1:], one[:1]]),
     }
     return StepTable.from_columns(
-        250 * now.log(),
+        timesteps,
         columns | inpainting_columns(Levels.variance_exploding(added)),
         gradients={
             "epsilon": _NO_EPSILON,

@@ -82,13 +82,15 @@ def ddpm_table(
     variance_type: VarianceType,
     clip_sample_range: float | None,
     undefined: str | None = None,
+    beta: Tensor | None = None,
 ) -> StepTable:
     """Return ``ddpm`` over any transitions, from abar ``a`` at ``timesteps`` to ``a_prev``.
 
-    ``undefined``: rows may be infinite or NaN, and this says why a step at one of them is refused.
+    ``beta``: of the transitions, if not ``1 - a / a_prev``; ``undefined``: rows may be infinite or NaN, and this says
+    why a step at one of them is refused.
     """
     # x' = sqrt(a_prev)*beta/(1-a) * x_0 + sqrt(alpha)*(1-a_prev)/(1-a) * x + sqrt(variance) * z
-    alpha = a / a_prev
+    alpha = a / a_prev if beta is None else 1 - beta
     beta = 1 - alpha
     posterior = ((1 - a_prev) / (1 - a) * beta).clamp(min=_SMALLEST_VARIANCE)
     levels = Levels.from_alphas_cumprod(a)

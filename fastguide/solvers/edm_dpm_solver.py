@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from ._columns import NO_VARIANCE
 from ._dpm import SolverType, check_choices, multistep_columns
 from ._edm import EDMPrediction, EDMSpacing, edm_original, edm_sigmas
 from ._options import check_choice, check_flags
-from ._unscaled import FinalSigmasType, loop_columns
+from ._unscaled import FinalSigmasType, SigmaSteps, loop_columns
 from .begin import begins_anywhere, check_begin
 from .entries import history_gradients
 from .table import StepTable
@@ -69,8 +70,36 @@ def edm_dpm_solver(
     total = len(every) - 1
     check_begin(begin, total)
     visited = every[begin:]
+    table = edm_dpm_solver_table(
+        SigmaSteps(visited, visited[:-1].log() / 4),
+        solver_order=solver_order,
+        algorithm_type=algorithm_type,
+        solver_type=solver_type,
+        prediction_type=prediction_type,
+        sigma_data=sigma_data,
+        lower_order_final=lower_order_final,
+        euler_at_final=euler_at_final,
+        total=total,
+    )
+    first = visited[0].item() if sigmas is not None else sigma_max
+    return replace(table, init_noise_sigma=math.hypot(first, 1.0) if begin == 0 else 1.0)
+
+
+def edm_dpm_solver_table(
+    steps: SigmaSteps,
+    *,
+    solver_order: int,
+    algorithm_type: EDMAlgorithm,
+    solver_type: SolverType,
+    prediction_type: EDMPrediction,
+    sigma_data: float,
+    lower_order_final: bool,
+    euler_at_final: bool,
+    total: int,
+) -> StepTable:
+    """Return ``edm_dpm_solver`` over any sigmas and timesteps; ``total``: steps, with those before the first."""
+    visited, timesteps = steps
     here = Levels.variance_exploding(visited[:-1])
-    timesteps = here.sigma.log() / 4
     columns = multistep_columns(
         Levels.variance_exploding(visited),
         edm_original(prediction_type, here.sigma, sigma_data),
@@ -82,7 +111,6 @@ def edm_dpm_solver(
         total=total,
     )
     loop, first_in_scale = loop_columns(visited, sigma_data)
-    first = visited[0].item() if sigmas is not None else sigma_max
     variance = columns["out_noise"].square() if algorithm_type == "sde-dpmsolver++" else NO_VARIANCE
     return StepTable.from_columns(
         timesteps,
@@ -90,6 +118,5 @@ def edm_dpm_solver(
         gradients=history_gradients(columns, here, timesteps, variance),
         levels=here,
         first_in_scale=first_in_scale,
-        init_noise_sigma=math.hypot(first, 1.0) if begin == 0 else 1.0,
         name="edm_dpm_solver",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..schedules.levels import Levels
 from ._columns import NO_VARIANCE, gradient_forms
 from ._edm import EDMPrediction, EDMSpacing, edm_original, edm_sigmas
-from ._unscaled import FinalSigmasType, churn, euler_columns, loop_columns
+from ._unscaled import Churn, FinalSigmasType, SigmaSteps, churn, euler_columns, loop_columns
 from .table import StepTable
 
 
@@ -59,13 +60,20 @@ def edm_euler(
     tensor([ 0.0000, -0.6098, -1.5537], dtype=torch.float64)
     """
     visited = edm_sigmas(num_inference_steps, sigma_min, sigma_max, sigma_spacing, rho, final_sigmas_type, sigmas)
-    now, after = visited[:-1], visited[1:]
+    steps = SigmaSteps(visited, visited[:-1].log() / 4)
     churned = churn(visited, s_churn, s_tmin, s_tmax, s_noise)
+    table = edm_euler_table(steps, churned, prediction_type, sigma_data)
+    return replace(table, init_noise_sigma=math.hypot(visited[0].item() if sigmas is not None else sigma_max, 1.0))
+
+
+def edm_euler_table(steps: SigmaSteps, churned: Churn, prediction_type: EDMPrediction, sigma_data: float) -> StepTable:
+    """Return ``edm_euler`` over any sigmas and timesteps."""
+    visited, timesteps = steps
+    now, after = visited[:-1], visited[1:]
     hat = churned.sigmas
     x0 = edm_original(prediction_type, hat, sigma_data)
     columns = euler_columns(churned, after, x0, None)
     loop, first_in_scale = loop_columns(visited, sigma_data)
-    timesteps = now.log() / 4
     variance = columns["out_noise"].square() if bool((churned.noise > 0).any()) else NO_VARIANCE
     return StepTable.from_columns(
         timesteps,
@@ -73,6 +81,5 @@ def edm_euler(
         gradients=gradient_forms(columns, hat.square(), torch.zeros_like(hat), timesteps, variance),
         levels=Levels.variance_exploding(now),
         first_in_scale=first_in_scale,
-        init_noise_sigma=math.hypot(visited[0].item() if sigmas is not None else sigma_max, 1.0),
         name="edm_euler",
     )

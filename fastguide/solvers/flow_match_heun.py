@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..schedules.flow import FlowSchedule
+from ..schedules.flow import FlowSchedule, FlowSteps
 from ..schedules.levels import Levels
 from ..schedules.predictions import PredictionType
 from ._columns import NO_VARIANCE, inpainting_columns, x0_columns
-from ._unscaled import churn
+from ._unscaled import Churn, churn
 from .begin import begins_anywhere, check_begin
 from .entries import Entry, Form, history_columns, history_gradients
 from .table import StepTable
@@ -67,8 +67,18 @@ def flow_match_heun(
     visited = torch.cat([_both_ends(every.sigmas[:-1]), every.sigmas[-1:]])
     churned = churn(visited, s_churn, s_tmin, s_tmax, s_noise)
     first_call = 2 * begin
-    told, visited = _both_ends(every.timesteps)[first_call:], visited[first_call:]
-    hats, noises = (values[first_call:].tolist() for values in churned)
+    rest = Churn(churned.sigmas[first_call:], churned.noise[first_call:])
+    return flow_match_heun_table(
+        FlowSteps(visited[first_call:], _both_ends(every.timesteps)[first_call:]), rest, prediction_type
+    )
+
+
+def flow_match_heun_table(
+    calls: FlowSteps, churned: Churn, prediction_type: PredictionType = "flow_prediction"
+) -> StepTable:
+    """Return ``flow_match_heun`` over any calls: two at each sigma but the first, and the last one's result is at 0."""
+    visited, told = calls
+    hats, noises = (values.tolist() for values in churned)
     levels = Levels.flow_matching(visited[:-1])
     forms, sigma = [], visited.tolist()
     for first in range(0, len(told), 2):

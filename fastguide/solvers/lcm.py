@@ -18,6 +18,13 @@ from .table import StepTable
 _SIGMA_DATA = 0.5
 
 
+def consistency_function(timesteps: Tensor, timestep_scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the factors of x and of x_0, c_skip and c_out, in what a latent consistency model predicts."""
+    scaled = timesteps.double() * timestep_scaling
+    squares = scaled.square() + _SIGMA_DATA**2
+    return _SIGMA_DATA**2 / squares, scaled / squares.sqrt()
+
+
 def lcm(
     schedule: NoiseSchedule,
     num_inference_steps: int | None = None,
@@ -56,11 +63,21 @@ def lcm(
     """
     visited = distilled_timesteps(schedule, num_inference_steps, original_inference_steps, timesteps)
     check_range("timestep_scaling", timestep_scaling, 0.0, math.inf, above=True)
-    levels = Levels.from_alphas_cumprod(schedule.alphas_cumprod[visited])
+    abar = schedule.alphas_cumprod[visited]
+    return lcm_table(visited, abar, timestep_scaling, prediction_type, clip_sample_range)
+
+
+def lcm_table(
+    visited: Tensor,
+    abar: Tensor,
+    timestep_scaling: float,
+    prediction_type: PredictionType,
+    clip_sample_range: float | None,
+) -> StepTable:
+    """Return ``lcm`` over any timesteps, with abar there."""
+    levels = Levels.from_alphas_cumprod(abar)
     after = Levels(*(torch.cat([now[1:], now.new_tensor([end])]) for now, end in zip(levels, (1.0, 0.0), strict=True)))
-    scaled = visited.double() * timestep_scaling
-    c_skip = _SIGMA_DATA**2 / (scaled.square() + _SIGMA_DATA**2)
-    c_out = scaled / (scaled.square() + _SIGMA_DATA**2).sqrt()
+    c_skip, c_out = consistency_function(visited, timestep_scaling)
     columns = x0_columns(prediction_type, levels, clip_sample_range, visited, None)
     columns |= {"out_x0": after.alpha * c_out, "out_sample": after.alpha * c_skip, "out_noise": after.sigma}
     return StepTable.from_columns(

@@ -17,7 +17,7 @@ from .begin import begins_anywhere, check_begin
 from .entries import Entry, Form, history_columns, history_gradients
 from .table import StepTable
 
-_WEIGHTS = (  # Adams and Bashforth's, of the newest prediction first (eq. 12)
+ADAMS_BASHFORTH = (  # Adams and Bashforth's, of the newest prediction first (eq. 12)
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -123,7 +123,7 @@ def _forms(steps: Sequence[tuple[float, float]], velocity: bool) -> list[Form]:
             forms.append(Form(anchor=1.0).add({0: -prediction / 2, 1: prediction / 2}))
             continue
         kept = [call, *kept][:4]
-        weights = dict(zip(kept, _WEIGHTS[len(kept) - 1], strict=True))
+        weights = dict(zip(kept, ADAMS_BASHFORTH[len(kept) - 1], strict=True))
         forms.append(Form(sample=sample).add(weights, prediction))
     return forms
 

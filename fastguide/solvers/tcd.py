@@ -52,10 +52,15 @@ def tcd(
     """
     check_range("eta", eta, 0.0, 1.0)
     visited = distilled_timesteps(schedule, num_inference_steps, original_inference_steps, timesteps)
-    abar = schedule.alphas_cumprod
-    levels = Levels.from_alphas_cumprod(abar[visited])
     following = torch.cat([visited[1:], visited.new_zeros(1)])
     jump = ((1 - eta) * following.double() + _ROUNDING).floor().long()
+    return tcd_table(visited, jump, schedule.alphas_cumprod, eta, prediction_type)
+
+
+def tcd_table(visited: Tensor, jump: Tensor, abar: Tensor, eta: float, prediction_type: PredictionType) -> StepTable:
+    """Return ``tcd`` over any timesteps and those jumped to, with abar of every training timestep."""
+    following = torch.cat([visited[1:], visited.new_zeros(1)])
+    levels = Levels.from_alphas_cumprod(abar[visited])
     to = Levels.from_alphas_cumprod(abar[jump])
     kept = abar[following] / abar[jump]  # of the signal, as noise is added from s to t'; 1 in the last step
     epsilon = epsilon_from(prediction_type, levels)

@@ -234,11 +234,11 @@ def test_pipelines_within_a_pipeline():
 
     before = run()
     done = fused.accelerate(pipe)
-    assert done.exchanged == {"scheduler": "DDPMScheduler"}
-    assert list(done.left_alone) == ["prior_scheduler"]
-    assert done.left_alone["prior_scheduler"].startswith("UnCLIPScheduler: it is not served")
+    assert done.exchanged == {"scheduler": "DDPMScheduler", "prior_scheduler": "UnCLIPScheduler"}
+    assert not done.left_alone
     assert done.tried == ["unet"]
     assert type(pipe.scheduler) is type(decoder.scheduler) is fused.DDPMScheduler
+    assert type(pipe.prior_scheduler) is type(pipe.prior_pipe.scheduler) is fused.UnCLIPScheduler
     torch.testing.assert_close(run(), before, rtol=1e-4, atol=1e-4)
     assert done.counts == {ALONE: 3}  # it guides half of the channels by itself
     fused.restore(pipe)
@@ -254,7 +254,7 @@ def test_every_scheduler_is_exchanged_or_named():
     ))  # fmt: skip
     pipe = diffusers.StableUnCLIPPipeline(
         **nothing, unet=FreePipeline(torch.zeros(2, 3, 4, 4)).unet, scheduler=scheduler_of("DDIMScheduler"),
-        prior_scheduler=diffusers.UnCLIPScheduler(), image_noising_scheduler=diffusers.DDPMScheduler(),
+        prior_scheduler=diffusers.ScoreSdeVeScheduler(), image_noising_scheduler=diffusers.DDPMScheduler(),
     )  # fmt: skip
     done = fused.accelerate(pipe)
     assert done.exchanged == {"scheduler": "DDIMScheduler", "image_noising_scheduler": "DDPMScheduler"}

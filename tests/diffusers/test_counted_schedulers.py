@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 
-from tests.support.scheduler_pair import COUNTED, SHAPE, diffusers, fused, pair, randn
+from tests.support.scheduler_pair import COUNTED, SHAPE, diffusers, fused, pair, randn, set_steps, steps_of
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
@@ -18,6 +18,9 @@ STEPS = 12
 CASES = {  # name, configuration, options of step
     "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}),
     "flow stochastic": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}),
+    "flow stochastic inverted": (
+        "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True, "invert_sigmas": True}, {},
+    ),
     "flow inverted": ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, {}),
     "flow terminal karras": (
         "FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1, "use_karras_sigmas": True}, {},
@@ -51,6 +54,38 @@ CASES = {  # name, configuration, options of step
     "deis": ("DEISMultistepScheduler", BETAS, {}),
     "pndm": ("PNDMScheduler", {**BETAS, "skip_prk_steps": True, "steps_offset": 1}, {}),
     "pndm v": ("PNDMScheduler", {**BETAS, "skip_prk_steps": True, "prediction_type": "v_prediction"}, {}),
+    "flow heun": ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, {}),
+    "flow heun churn": (
+        "FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, {"s_churn": 3.0, "s_tmin": 0.2, "s_tmax": 0.9},
+    ),
+    "flow lcm": ("FlowMatchLCMScheduler", {"shift": 3.0}, {}),
+    "flow lcm inverted": ("FlowMatchLCMScheduler", {"invert_sigmas": True}, {}),
+    "edm euler": ("EDMEulerScheduler", {}, {}),
+    "edm euler v churn": (
+        "EDMEulerScheduler", {"prediction_type": "v_prediction", "final_sigmas_type": "sigma_min"},
+        {"s_churn": 3.0, "s_noise": 1.01, "s_tmax": 50.0},
+    ),
+    "edm dpm++ 2m": ("EDMDPMSolverMultistepScheduler", {}, {}),
+    "edm dpm++ 3m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 3, "sigma_schedule": "exponential"}, {}),
+    "edm dpm++ 2m sde heun": (
+        "EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, {},
+    ),
+    "lcm": ("LCMScheduler", {}, {}),
+    "lcm v clipped": ("LCMScheduler", {"prediction_type": "v_prediction", "clip_sample": True}, {}),
+    "tcd": ("TCDScheduler", {}, {}),
+    "tcd v": ("TCDScheduler", {"prediction_type": "v_prediction"}, {"eta": 0.7}),
+    "tcd deterministic": ("TCDScheduler", {"prediction_type": "sample"}, {"eta": 0.0}),
+    "scm": ("SCMScheduler", {}, {}),
+    "cm": ("CMStochasticIterativeScheduler", {}, {}),
+    "ipndm": ("IPNDMScheduler", {}, {}),
+    "dpm sde": ("DPMSolverSDEScheduler", {**BETAS, "noise_sampler_seed": 5}, {}),
+    "dpm sde v karras": (
+        "DPMSolverSDEScheduler",
+        {**BETAS, "prediction_type": "v_prediction", "use_karras_sigmas": True, "noise_sampler_seed": 5},
+        {"s_noise": 1.1},
+    ),
+    "cosine": ("CosineDPMSolverMultistepScheduler", {}, {}),
+    "cosine 1": ("CosineDPMSolverMultistepScheduler", {"solver_order": 1, "prediction_type": "epsilon"}, {}),
     "sa": ("SASolverScheduler", BETAS, {}),
     "sa flow": ("SASolverScheduler", FLOW, {}),
 }  # fmt: skip
@@ -62,14 +97,14 @@ def model(x, t, condition):
 
 def loop(scheduler, x, *, begin=None, dtype=None, generator=None, options=None, edit=None, steps=STEPS):
     """Return each sample and predicted x_0, as a pipeline runs it, with a model that computes in ``dtype``."""
-    scheduler.set_timesteps(steps)
+    set_steps(scheduler, steps)
     if begin is not None and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     options = dict(options or {})
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator
     seen = []
-    for number, t in enumerate(scheduler.timesteps[begin or 0 :]):
+    for number, t in enumerate(steps_of(scheduler)[begin or 0 :]):
         given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         uncond, cond = (model(given.to(dtype or given.dtype), t, value) for value in (0.0, 1.0))
         result = scheduler.step(uncond + 3.0 * (cond - uncond), t, x, **options)
@@ -100,7 +135,7 @@ def test_loops_in_float32_are_diffusers(case, begin):
     """diffusers' own coefficients are in float32, in which DEIS' and SA-Solver's lose digits."""
     name, config, options = CASES[case]
     ours, theirs = pair(name, **config)
-    ours.set_timesteps(STEPS)
+    set_steps(ours)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     first = first_of(ours) if begin is None else randn(*SHAPE)
     got = loop(ours, first, begin=begin, generator=generators[0], options=options)
@@ -268,8 +303,8 @@ def test_the_counter_is_found_without_waiting_for_the_device(case):
     """``timesteps`` are on a device whose values cannot be read; each of them is known by its place."""
     name, config, _ = CASES[case]
     ours, theirs = pair(name, **config)
-    ours.set_timesteps(STEPS, device="meta")
-    theirs.set_timesteps(STEPS)
+    set_steps(ours, device="meta")
+    set_steps(theirs)
     for place in (0, 5):
         ours._step_index = theirs._step_index = None
         ours._init_step_index(ours.timesteps[place])

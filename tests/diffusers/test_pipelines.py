@@ -233,8 +233,8 @@ def test_a_sampler_of_classes_with_a_learned_variance():
 
 
 def test_what_a_sampler_cannot_be_made_of_is_refused():
-    pipe = stable_diffusion("StableDiffusionPipeline", diffusers.IPNDMScheduler())
-    with pytest.raises(TypeError, match="scheduler: expected one that fastguide serves, got IPNDMScheduler"):
+    pipe = stable_diffusion("StableDiffusionPipeline", diffusers.ScoreSdeVeScheduler())
+    with pytest.raises(TypeError, match="scheduler: expected one that fastguide serves, got ScoreSdeVeScheduler"):
         fused.sampler_from_pipeline(pipe)
     pipe.scheduler = scheduler_of("DDIMScheduler", thresholding=True)
     with pytest.raises(ValueError, match="scheduler: expected one without dynamic thresholding"):
@@ -258,11 +258,11 @@ def test_what_a_sampler_cannot_be_made_of_is_refused():
 
 
 def test_another_scheduler_is_named_and_left_alone():
-    scheduler = diffusers.IPNDMScheduler()
+    scheduler = diffusers.ScoreSdeVeScheduler()
     pipe = stable_diffusion("StableDiffusionPipeline", scheduler)
     done = fused.accelerate(pipe)
     assert pipe.scheduler is scheduler
-    assert done.left_alone["scheduler"].startswith("IPNDMScheduler: it is not served")
+    assert done.left_alone["scheduler"].startswith("ScoreSdeVeScheduler: it is not served")
     assert list(done.left_alone) == ["scheduler"]
     fused.restore(pipe)
     thresholding = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler", thresholding=True))

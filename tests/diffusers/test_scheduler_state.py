@@ -14,6 +14,7 @@ from fastguide.diffusers.timesteps import HostTimesteps, row_of
 from tests.support.scheduler_pair import (
     COUNTED,
     NAMES,
+    PLACED,
     SHAPE,
     STEPS,
     assert_close,
@@ -109,9 +110,23 @@ def test_copies_of_a_scheduler_step_alike():
         assert torch.equal(other.step(output, 83, x, torch.Generator().manual_seed(0)).prev_sample, expected)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *COUNTED])
+def config_of(name):
+    """Return a configuration that is not the default one."""
+    if name.startswith("Flow"):
+        return {"shift": 3.0}
+    if name.startswith(("EDM", "Cosine")):
+        return {"sigma_max": 60.0}
+    own = {"IPNDM": "num_train_timesteps", "SCM": "num_train_timesteps", "UnCLIP": "num_train_timesteps"}
+    own |= {"CMStochasticIterative": "num_train_timesteps", "DDPMWuerstchen": "scaler"}
+    changed = own.get(name.removesuffix("Scheduler"))
+    if changed is not None:
+        return {changed: 30}
+    return {"beta_schedule": "linear" if name.startswith("CogVideoX") else "scaled_linear"}
+
+
+@pytest.mark.parametrize("name", [*NAMES, *COUNTED, *PLACED])
 def test_configurations_and_signatures_are_diffusers(name, tmp_path):
-    config = {"shift": 3.0} if name.startswith("Flow") else {"beta_schedule": "scaled_linear"}
+    config = config_of(name)
     ours, theirs = pair(name, **config, **({"clip_sample": False} if name in NAMES else {}))
     assert isinstance(ours, type(theirs))
     assert dict(getattr(fused, name).from_config(theirs.config).config) == dict(theirs.config)

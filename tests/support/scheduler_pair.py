@@ -8,14 +8,28 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 import fastguide.diffusers as fused  # noqa: E402
-from fastguide.diffusers import schedulers  # noqa: E402
+from fastguide.diffusers import cogvideox_schedulers, schedulers, unclip_schedulers  # noqa: E402
 
 NAMES = list(schedulers.__all__)
 """Those whose rows are training timesteps."""
-COUNTED = [name for name in fused.__all__ if name.endswith("Scheduler") and name not in NAMES]
+PLACED = [*cogvideox_schedulers.__all__, *unclip_schedulers.__all__]
+"""Those whose steps go by the timestep and by what they are given."""
+COUNTED = [name for name in fused.__all__ if name.endswith("Scheduler") and name not in NAMES + PLACED]
 """Those that count their steps."""
 STEPS = 12
 SHAPE = (2, 3, 8, 8)
+
+
+def set_steps(scheduler, steps=STEPS, **how):
+    """Set a number of steps; SCM's scheduler has a default of two only."""
+    if type(scheduler).__name__ == "SCMScheduler":
+        how["intermediate_timesteps"] = None
+    scheduler.set_timesteps(steps, **how)
+
+
+def steps_of(scheduler):
+    """Return the timesteps of the steps; SCM's last one is where the last step ends."""
+    return scheduler.timesteps[:-1] if type(scheduler).__name__ == "SCMScheduler" else scheduler.timesteps
 
 
 def pair(name, **config):

@@ -1,4 +1,4 @@
-"""diffusers' PNDM scheduler with the fused step, where it begins with linear multistep."""
+"""diffusers' schedulers of pseudo linear multistep methods with the fused step, where they begin with them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..solvers import StepTable
+from ..solvers._ipndm import ipndm_table
 from ..solvers.pndm import pndm_table
 from .counted_step import CountedStep, counted_step, left
 from .guidance_arguments import Scale
+from .host_alphas import HostAlphas
 from .host_tables import HostTables, host_tables, on_host
-from .timesteps import place_in
+from .step_signatures import StepWithoutNoise
+from .timesteps import place_of
 
-__all__ = ["PNDMScheduler"]
+__all__ = ["IPNDMScheduler", "PNDMScheduler"]
 
 
-class PNDMScheduler(CountedStep, diffusers.PNDMScheduler):  # type: ignore[metaclass]
+class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: ignore[metaclass]
     """``diffusers.PNDMScheduler`` with the fused step.
 
     diffusers counts its calls from 0, wherever they begin, and takes levels from the timestep that it is given.
@@ -28,7 +31,7 @@ class PNDMScheduler(CountedStep, diffusers.PNDMScheduler):  # type: ignore[metac
     _plain_output = SchedulerOutput
     _state = ("final_alpha_cumprod", "num_inference_steps")
     _levels_in = "alphas_cumprod"
-    _repeats_sigmas = True
+    _sigmas_fall = False
     _first_call: int = 0
     counter: int
     final_alpha_cumprod: Tensor
@@ -49,15 +52,6 @@ class PNDMScheduler(CountedStep, diffusers.PNDMScheduler):  # type: ignore[metac
         known = self.config.prediction_type in ("epsilon", "v_prediction")
         return None if known else "a configuration that rows do not express"
 
-    def _place_of(self, timestep: Any) -> int | None:
-        """Return the place of a timestep, as far as the host knows it; ``None``: it does not."""
-        if isinstance(timestep, Tensor):
-            place = place_in(self.timesteps, timestep) if timestep.numel() == 1 else None
-            if place is not None or timestep.device.type != "cpu":
-                return place
-        found = (host_tables(self).host_timesteps == timestep).nonzero()
-        return int(found[0]) if len(found) else None
-
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         told, abar = tables.host_timesteps[begin:], tables.host_sigmas
         ratio = self.config.num_train_timesteps // self.num_inference_steps
@@ -77,7 +71,9 @@ class PNDMScheduler(CountedStep, diffusers.PNDMScheduler):  # type: ignore[metac
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        place = self._place_of(timestep) if self.num_inference_steps else None
+        place = None
+        if self.num_inference_steps:
+            place = place_of(self.timesteps, host_tables(self).host_timesteps, timestep)
         if self.counter == 0 and place is not None:
             self._first_call = place
         follows = place is None or self.counter == 0 or self._is_told(place)
@@ -94,3 +90,23 @@ class PNDMScheduler(CountedStep, diffusers.PNDMScheduler):  # type: ignore[metac
         """Tell whether a timestep at this place is the one of the next call."""
         told, index = host_tables(self).host_timesteps, self._step_index
         return index < len(told) and bool(told[place] == told[index])
+
+
+class IPNDMScheduler(StepWithoutNoise, diffusers.IPNDMScheduler):  # type: ignore[metaclass]
+    """``diffusers.IPNDMScheduler`` with the fused step."""
+
+    _plain_output = SchedulerOutput
+    _levels_in = "betas"
+    _sigmas_fall = False
+    _state = ("alphas",)
+    alphas: Tensor
+    betas: Tensor
+    set_timesteps = on_host(diffusers.IPNDMScheduler.set_timesteps)
+
+    def _why_not(self) -> str | None:
+        longer = len(self.betas) > len(self.timesteps)
+        return None if longer and len(self.alphas) == len(self.betas) else "a configuration that rows do not express"
+
+    def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
+        alpha = self.alphas.detach().to("cpu", torch.float64)[begin:]
+        return ipndm_table(alpha, tables.host_sigmas[begin:], tables.host_timesteps[begin:].double())

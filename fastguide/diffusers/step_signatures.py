@@ -1,0 +1,117 @@
+"""Give schedulers that count their steps a ``step``: one class for each signature that diffusers' have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..solvers import StepTable
+from ..solvers._unscaled import Churn, churn
+from .counted_step import CountedStep, counted_step, left
+from .guidance_arguments import Scale
+from .host_tables import HostTables, host_tables
+from .noise import Generators
+
+Draws = Callable[[StepTable, int], bool] | bool
+"""Whether diffusers draws noise at a call of a loop's table, also where it does not use it."""
+
+
+class StepWithoutNoise(CountedStep):
+    """Mix this into a deterministic scheduler."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        *,
+        guidance_scale: Scale | None = None,
+    ) -> Any:
+        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        done = counted_step(self, (), model_output, timestep, sample, None, return_dict, guidance_scale)
+        if done is not None:
+            return done
+        output, sample = left(self, model_output, sample, guidance_scale)
+        return super().step(output, timestep, sample, return_dict)  # type: ignore[misc]
+
+
+class StepWithGenerator(CountedStep):
+    """Mix this into a scheduler whose steps may draw noise."""
+
+    _noise_dtype: ClassVar[torch.dtype | None] = None
+    """In which diffusers draws; ``None``: the model's."""
+
+    def _draws(self) -> Draws:
+        return True
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        guidance_scale: Scale | None = None,
+    ) -> Any:
+        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        done = counted_step(
+            self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
+            draws=self._draws(), noise_dtype=self._noise_dtype,
+        )  # fmt: skip
+        if done is not None:
+            return done
+        output, sample = left(self, model_output, sample, guidance_scale)
+        return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]
+
+
+class StepWithChurn(CountedStep):
+    """Mix this into a scheduler whose steps may begin with noise (Karras et al. 2022, algorithm 2)."""
+
+    _default_arguments = (0.0, 0.0, float("inf"), 1.0)
+    _casts_back = True
+    _refuses_integers = True
+
+    def _churn(self, tables: HostTables, begin: int, arguments: tuple[float, float, float, float]) -> Churn:
+        """Return the churn of the calls from a step on; it is divided among all calls of diffusers' table."""
+        every, calls = churn(tables.host_sigmas, *arguments), len(tables.host_timesteps)
+        return Churn(every.sigmas[begin:calls], every.noise[begin:calls])
+
+    def _churns_at(self, call: int, begin: int) -> int:
+        """Return the place of the sigma that says whether a call of a loop draws."""
+        return begin + call
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        guidance_scale: Scale | None = None,
+    ) -> Any:
+        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+
+        def draws(table: StepTable, call: int) -> bool:
+            assert self._counted is not None
+            place = self._churns_at(call, self._counted.begin)
+            return s_tmin <= float(host_tables(self).host_sigmas[place]) <= s_tmax
+
+        arguments = (s_churn, s_tmin, s_tmax, s_noise)
+        done = counted_step(
+            self, arguments, model_output, timestep, sample, generator, return_dict, guidance_scale,
+            draws=draws if s_churn > 0 else False,
+        )  # fmt: skip
+        if done is not None:
+            return done
+        output, sample = left(self, model_output, sample, guidance_scale)
+        return super().step(output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)  # type: ignore[misc]

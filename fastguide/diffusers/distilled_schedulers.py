@@ -147,7 +147,7 @@ class CMStochasticIterativeScheduler(StepWithGenerator, diffusers.CMStochasticIt
             config.sigma_min,
             config.sigma_max,
             sigma_data=config.sigma_data,
-            s_noise=config.s_noise,
+            s_noise=config.s_noise if len(self.timesteps) > 1 else 0.0,
             clip_sample_range=1.0 if config.clip_denoised else None,
         )
 

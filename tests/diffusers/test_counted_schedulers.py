@@ -147,6 +147,16 @@ def test_loops_in_float32_are_diffusers(case, begin):
     assert ours._counted.table is not None
 
 
+def test_one_step_of_a_consistency_model_draws_nothing():
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    got, expected = (
+        loop(scheduler, randn(*SHAPE), generator=generator, steps=1)
+        for scheduler, generator in zip(pair("CMStochasticIterativeScheduler"), generators, strict=True)
+    )
+    assert largest_error(got, expected) < 2e-6
+    assert torch.equal(*(generator.get_state() for generator in generators))
+
+
 def test_every_class_has_a_case():
     assert {name for name, _, _ in CASES.values()} == set(COUNTED)
 

@@ -17,8 +17,10 @@ from ..step.history import History
 from ..step.memory import empty_like
 from ..step.repeat import kinds_of, repeat
 from .host_tables import HostTables
+from .lazy_guidance import Output
 from .lazy_outputs import LazyOriginal
 from .loop_tables import LoopTable
+from .repeat import predictions_again, versions_of
 from .scheduler_step import count_fused
 from .timesteps import version_of
 
@@ -27,7 +29,7 @@ class Like(NamedTuple):
     """What a loop's last step and those like it have in common, but their tensors: see ``_again``."""
 
     scale: Any
-    """A number, or ``None``."""
+    """A number, the weights of several predictions, or ``None``."""
     guidance: Guidance | None
     guidance_token: Any
     table: StepTable
@@ -89,7 +91,7 @@ def run_counted(
     if anchor is not None and anchor.dtype != given.dtype:
         given = given.to(torch.promote_types(anchor.dtype, given.dtype))
         anchor = anchor.to(given.dtype)
-    inputs = [given, *predictions] if isinstance(predictions, list) else [given, predictions]
+    inputs = inputs_of(given, predictions)
     second = loop.made.second
     now = second is not None and (loop.made.churned[call] or any(map(Tensor.is_inference, inputs)))
     original = empty_like(sample, promoted) if now else None
@@ -114,12 +116,17 @@ def run_counted(
     )
 
 
+def inputs_of(given: Tensor, predictions: Tensor | list[Tensor]) -> list[Tensor]:
+    """Return what a step computes from, its sample first."""
+    return [given, *predictions] if isinstance(predictions, list) else [given, predictions]
+
+
 def run_again(
     scheduler: Any,
     loop: CountedLoop,
     like: Like,
     arguments: tuple[Any, ...],
-    model_output: Tensor,
+    output: Output,
     sample: Tensor,
     source: Any,
     return_dict: bool,
@@ -133,15 +140,18 @@ def run_again(
     index, kinds = scheduler._step_index, kinds_of.get(like.token)
     if kinds is None or index != loop.following or arguments != loop.arguments or sample is not returned:
         return None
-    if type(model_output) is not Tensor or type(guidance_scale) is not type(like.scale) or guidance_scale != like.scale:
+    if type(guidance_scale) is not type(like.scale) or guidance_scale != like.scale:
+        return None
+    predictions = predictions_again(output)
+    if predictions is None:
         return None
     if own[scheduler._levels_in] is not tables.sigmas or own["timesteps"] is not tables.timesteps:
         return None
     try:
         now = (tables.sigmas._version, tables.timesteps._version)
-        if now != tables.versions or sample._version != loop.version or model_output.dtype != like.model_dtype:
+        if now != tables.versions or sample._version != loop.version or output.dtype != like.model_dtype:
             return None
-        seen = model_output._version
+        seen = versions_of(predictions)
     except RuntimeError:  # an inference tensor, which counts nothing
         return None
     if own["_internal_dict"] is not tables.config:
@@ -155,7 +165,7 @@ def run_again(
         given, out, staged = state, empty_like(state), empty_like(sample)
     entries = None if history is None else history.entries
     result = repeat(
-        kinds, call, given, model_output, like.guidance_token, None, None, None, source, None, None, entries, None,
+        kinds, call, given, predictions, like.guidance_token, None, None, None, source, None, None, entries, None,
         None, out, staged, None,
     )  # fmt: skip
     if result is None:
@@ -173,7 +183,7 @@ def run_again(
         return scheduler._plain_output(prev_sample=answer) if return_dict else (answer,)
     dtype = torch.float32 if scheduler._casts_back and given.dtype != torch.float64 else answer.dtype
     original = functools.partial(
-        _predict_second, second, call, [given, model_output], (given._version, seen), model_output,
+        _predict_second, second, call, inputs_of(given, predictions), (given._version, *seen), predictions,
         like.guidance, dtype,
     )  # fmt: skip
     return scheduler._output(answer, original) if return_dict else (answer, LazyOriginal.of(answer, original))

@@ -19,9 +19,9 @@ from ..step.history import History
 from ..step.memory import dense_within_sample, in_layout_of
 from ..step.repeat import token_of
 from .counted_loop import CountedLoop, Like, run_again, run_counted
-from .guidance_arguments import NUMBER_OR_NONE, Scale, combined, guidance_of
+from .guidance_arguments import Scale, combined, guidance_of, is_by_value
 from .host_tables import HostTables, host_tables, read_tables
-from .lazy_guidance import resolved
+from .lazy_guidance import Output, resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
 from .loop_tables import loop_table
@@ -155,23 +155,23 @@ def counted_step(
         return None
     if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
-    loop = scheduler._counted
+    output: Output = model_output
+    scale, loop = guidance_scale, scheduler._counted
+    if type(model_output) is not Tensor or type(sample) is not Tensor:
+        output, scale = resolved(model_output, sample, scale)
+        sample = plain(sample)
     if noise is None and path is None and loop is not None and loop.like is not None:
         again = None if draws is False else _source_again(scheduler, loop, draws, noise_dtype, sample, generator)
         if again is not False:
-            done = run_again(
-                scheduler, loop, loop.like, arguments, model_output, sample, again, return_dict, guidance_scale
-            )
+            done = run_again(scheduler, loop, loop.like, arguments, output, sample, again, return_dict, scale)
             if done is not None:
                 return done
     if scheduler._step_index is None:
         scheduler._init_step_index(timestep)
     index = scheduler._step_index
     assert index is not None
-    output, guidance_scale = resolved(model_output, sample, guidance_scale)
-    if type(sample) is not Tensor or noise is not None:
-        sample, noise = plain(sample), plain(noise)
-    guidance = guidance_of(output, sample, guidance_scale, None, 1.0, "epsilon")
+    noise = plain(noise)
+    guidance = guidance_of(output, sample, scale, None, 1.0, "epsilon")
     loop = _loop_at(scheduler, index, arguments, sample)
     refusal = refusal_of(sample, output, None, noise)
     fitted = None
@@ -183,7 +183,7 @@ def counted_step(
     if loop.table is None or refusal is not None or fitted is None:
         _leave(scheduler, loop, index, refusal)
         return None
-    model_dtype = output.dtype if isinstance(output, Tensor) else output[0].dtype
+    model_dtype = output.dtype
     call = index - loop.begin
     drawn, source = noise, None
     if noise is not None:
@@ -196,8 +196,8 @@ def counted_step(
         drawn, source = noise_of(generator, sample, noise_dtype or model_dtype, adds=adds)
     result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, model_dtype, drawn, source)
     loop.like = None
-    if output is model_output and type(guidance_scale) in NUMBER_OR_NONE and path is None:
-        loop.like = Like(guidance_scale, guidance, token_of(guidance), loop.table, loop.table._token, model_dtype)
+    if is_by_value(scale) and path is None:
+        loop.like = Like(scale, guidance, token_of(guidance), loop.table, loop.table._token, model_dtype)
     loop.following, scheduler._step_index = index + 1, index + 1
     count_fused(scheduler, guidance)
     return scheduler._result(result, original, return_dict)

@@ -11,19 +11,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..guidance import Classifier, ClassifierFree, Guidance
+from ..guidance.weights import as_scale, scale_columns
 from ..schedules.predictions import GradientForm
-from .lazy_guidance import Output, resolved
+from .lazy_guidance import EXACT, Output, Taken, Weights, resolved
+from .lazy_tensor import plain
 
 Scale = float | Sequence[float] | Tensor
 
-NUMBER_OR_NONE = (float, int, type(None))
-"""The types of scales that are compared by value; a bool is not one."""
+_NUMBER_OR_NONE = (float, int, type(None))
+
+
+def is_by_value(guidance_scale: Any) -> bool:
+    """Tell whether a scale is compared by value, as numbers are, but no bool is, and weights that are numbers."""
+    kind = type(guidance_scale)
+    return kind in _NUMBER_OR_NONE or (kind is Weights and guidance_scale.scale is None)
 
 
 def guidance_of(
     output: Output,
     sample: Tensor,
-    guidance_scale: Scale | None,
+    guidance_scale: Scale | Weights | None,
     gradient: Tensor | None,
     gradient_scale: Scale,
     gradient_form: GradientForm,
@@ -33,7 +40,8 @@ def guidance_of(
     Args:
         output: the model's, of twice the sample's batch exactly where there is a ``guidance_scale``.
         sample: x_t.
-        guidance_scale: a number, one per sample, or as a pipeline multiplies it, of shape (batch, 1, ...).
+        guidance_scale: a number, one per sample, or as a pipeline multiplies it, of shape (batch, 1, ...); or the
+            weights of an output's several predictions.
         gradient: of the sample's shape.
         gradient_scale, gradient_form: its scale and form.
 
@@ -48,7 +56,7 @@ def guidance_of(
     if guidance_scale is None and scale is None:
         return None
     # Tensors are not to be hashed, a bool is refused, and what torch.compile traces is of its graph alone
-    numbers = type(guidance_scale) in NUMBER_OR_NONE and type(scale) in NUMBER_OR_NONE
+    numbers = is_by_value(guidance_scale) and type(scale) in _NUMBER_OR_NONE
     make = _cached_guidance if numbers and not torch.compiler.is_compiling() else _guidance_for
     return make(guidance_scale, scale, gradient_form)
 
@@ -61,11 +69,29 @@ def _cached_guidance(guidance_scale: Any, gradient_scale: Any, gradient_form: Gr
 
 def _guidance_for(guidance_scale: Any, gradient_scale: Any, gradient_form: GradientForm) -> Guidance:
     """Make the guidance of scales, of which one may be ``None``."""
+    of_predictions = None
+    if isinstance(guidance_scale, Weights):
+        of_predictions = _weighted(guidance_scale)
+    elif guidance_scale is not None:
+        of_predictions = ClassifierFree(guidance_scale)
     if gradient_scale is None:
-        return ClassifierFree(guidance_scale)
-    if guidance_scale is None:
-        return _classifier(gradient_scale, gradient_form)
-    return _classifier(gradient_scale, gradient_form) + ClassifierFree(guidance_scale)
+        assert of_predictions is not None
+        return of_predictions
+    classifier = _classifier(gradient_scale, gradient_form)
+    return classifier if of_predictions is None else classifier + of_predictions
+
+
+def _weighted(weights: Weights) -> Guidance:
+    """Make the guidance of a pipeline's own coefficients; in column 0 is their sum, which is 1 but for rounding."""
+    constants, factors, scale = weights
+    total = sum(constants)
+    constants = (1.0 if abs(total - 1) <= EXACT else total, *constants[1:])
+    if scale is None:
+        return Guidance(scale_columns(*constants, 0.0), None)
+    each = torch.as_tensor(as_scale("guidance_scale", scale.reshape(-1)))
+    factors = (sum(factors), *factors[1:])
+    columns = [c if abs(f) <= EXACT else c + f * each for c, f in zip(constants, factors, strict=True)]
+    return Guidance(scale_columns(*columns, 0.0), None)
 
 
 def _classifier(gradient_scale: Scale, gradient_form: GradientForm) -> Classifier:
@@ -105,7 +131,7 @@ def _flattened(guidance_scale: Tensor, sample: Tensor) -> Tensor:
 def _check_doubled(output: Output, sample: Tensor, guided: bool) -> None:
     """Refuse an output whose batch is not doubled though it is guided, or doubled though it is not."""
     batch = sample.shape[0] if sample.dim() else 0
-    if isinstance(output, tuple) or batch == 0:  # twice nothing is nothing
+    if isinstance(output, Taken) or batch == 0:  # twice nothing is nothing
         return
     if output.dim() > 0 and output.shape[0] == 2 * batch:
         if not guided:
@@ -137,10 +163,13 @@ def combined(
             "gradient: expected None for a step that is left to diffusers (dynamic thresholding, autograd, shapes "
             "that broadcast), got a tensor"
         )
+    if guidance_scale is None:  # what a pipeline has combined is computed as it does
+        model_output = plain(model_output)
     output, guidance_scale = resolved(model_output, sample, guidance_scale)
-    if isinstance(output, Tensor) and guidance_scale is None:
+    assert isinstance(output, Tensor)
+    if guidance_scale is None:
         return output
-    uncond, cond = output if isinstance(output, tuple) else output.chunk(2)
+    uncond, cond = output.chunk(2)
     scale = torch.as_tensor(guidance_scale, device=cond.device)
     scale = scale.reshape(-1, *[1] * (cond.dim() - 1)) if scale.dim() else scale
     guided = uncond + scale * (cond - uncond)

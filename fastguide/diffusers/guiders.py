@@ -8,8 +8,8 @@ import torch
 from diffusers.guiders import classifier_free_guidance as _diffusers
 from torch import Tensor
 
-from .lazy_guidance import Prediction, TracedPair
 from .saved_as import SavedAsDiffusers
+from .traced import traced
 
 
 class ClassifierFreeGuidance(_diffusers.ClassifierFreeGuidance, metaclass=SavedAsDiffusers):
@@ -22,12 +22,11 @@ class ClassifierFreeGuidance(_diffusers.ClassifierFreeGuidance, metaclass=SavedA
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
         """Combine the predictions as diffusers does, but trace them first."""
         if pred_uncond is not None and _traceable(pred_uncond) and _traceable(pred_cond):
-            source = TracedPair(pred_uncond, pred_cond)
-            pred_uncond, pred_cond = Prediction(source, 0), Prediction(source, 1)  # type: ignore[assignment]
+            pred_uncond, pred_cond = traced(pred_uncond, None), traced(pred_cond, None)  # type: ignore[assignment]
         return super().forward(pred_cond, pred_uncond)
 
 
 def _traceable(tensor: Any) -> bool:
-    if type(tensor) is not Tensor or tensor.is_inference() or torch.compiler.is_compiling():
+    if type(tensor) is not Tensor or torch.compiler.is_compiling():
         return False
     return not (torch.is_grad_enabled() and tensor.requires_grad)

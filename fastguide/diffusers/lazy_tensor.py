@@ -8,6 +8,7 @@ type's memory; so it is given to the code of pipelines alone, which does not ask
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ class LazyTensor:
     __array_priority__ = Tensor.__array_priority__  # numpy's numbers leave their operators to it
     rules: ClassVar[dict[Any, Callable[..., Any]]] = {}
     """torch's functions that need not compute it, with what is called in their place."""
+    take_dim: ClassVar[set[Any]] = set()
+    """Those of them that take ``dim=`` as well."""
 
     _value: Tensor | None
 
@@ -47,9 +50,9 @@ class LazyTensor:
     def __torch_function__(
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        rule = None if keywords else cls.rules.get(function)
-        if rule is not None:
-            return rule(*arguments)
+        rule = cls.rules.get(function)
+        if rule is not None and (not keywords or (function in cls.take_dim and keywords.keys() == {"dim"})):
+            return rule(*arguments, **(keywords or {}))
         return function(*plain(arguments), **plain(keywords or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -102,7 +105,7 @@ for _name in ("requires_grad", "grad", "data"):
     setattr(LazyTensor, _name, _settable(_name))
 for _name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu"):
     setattr(LazyTensor, _name, _of_like(_name))
-    LazyTensor.rules[getattr(Tensor, _name).__get__] = _of_like(_name).fget  # type: ignore[assignment]
+    LazyTensor.rules[getattr(Tensor, _name).__get__] = operator.attrgetter(_name)
 for _name in ("size", "dim", "numel", "__len__", "is_floating_point", "is_complex"):
     setattr(LazyTensor, _name, _method_of_like(_name))
     LazyTensor.rules[getattr(Tensor, _name)] = _method_of_like(_name)

@@ -10,9 +10,9 @@ from typing import Any
 
 import diffusers
 
-from .lazy_guidance import Fusion
 from .scheduler_step import SchedulerStep
 from .served import SERVED
+from .traced import Fusion
 from .tracing import trace_models
 
 _CHANGES = "_fastguide_changes"

@@ -18,8 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from ..guidance import Guidance
 from ..solvers import StepTable
 from ..step.repeat import kinds_of, repeat
-from .guidance_arguments import NUMBER_OR_NONE
-from .lazy_guidance import resolved
+from .lazy_guidance import Taken, resolved
 from .lazy_outputs import LazyOriginal
 from .scheduler_step import Plan, count_fused, predict_original
 from .timesteps import row_of
@@ -52,9 +51,10 @@ def repeated(
         return None
     if type(model_output) is not Tensor:
         model_output, guidance_scale = resolved(model_output, sample, guidance_scale)
-    if type(guidance_scale) not in NUMBER_OR_NONE or guidance_scale != scale:
+    if type(guidance_scale) is not type(scale) or guidance_scale != scale or type(sample) is not Tensor:
         return None
-    if type(model_output) is not Tensor or type(sample) is not Tensor:
+    predictions = predictions_again(model_output)
+    if predictions is None:
         return None
     own = scheduler.__dict__
     try:
@@ -62,7 +62,7 @@ def repeated(
             return None
         if (own["alphas_cumprod"]._version, own["timesteps"]._version) != versions:
             return None
-        inputs_versions = sample._version, model_output._version
+        inputs_versions = sample._version, *versions_of(predictions)
     except (KeyError, RuntimeError):  # an attribute that a subclass computes; an inference tensor, which counts nothing
         return None
     row = timestep
@@ -77,7 +77,7 @@ def repeated(
         kinds,
         row,
         sample,
-        model_output,
+        predictions,
         guidance_token,
         None,
         None,
@@ -96,7 +96,8 @@ def repeated(
         return None
     if scheduler._fusion is not None:
         count_fused(scheduler, guidance)
-    original_later = partial(_original, table, row, sample, model_output, guidance, result, inputs_versions)
+    dtype = model_output.dtype
+    original_later = partial(_original, table, row, sample, predictions, dtype, guidance, result, inputs_versions)
     if return_dict:
         return scheduler._output(result, original_later)
     return result, LazyOriginal.of(result, original_later)
@@ -106,11 +107,26 @@ def _original(
     table: StepTable,
     row: int,
     sample: Tensor,
-    output: Tensor,
+    predictions: Tensor | list[Tensor],
+    dtype: torch.dtype,
     guidance: Guidance | None,
     result: Tensor,
     versions: tuple[int, ...],
 ) -> Tensor:
     """Predict x_0 of a step."""
-    planned = Plan(table, row, sample, output, guidance, None, None, output.dtype, result.dtype, None)
-    return predict_original(planned, result, [sample, output], versions)
+    planned = Plan(table, row, sample, predictions, guidance, None, None, dtype, result.dtype, None)
+    return predict_original(planned, result, planned.inputs_of_original(), versions)
+
+
+def predictions_again(output: Any) -> Tensor | list[Tensor] | None:
+    """Return the predictions of a step that may be like the last one; ``None``: it has more, or is no tensor."""
+    if type(output) is Tensor:
+        return output
+    return list(output.predictions) if type(output) is Taken and output.variance is None else None
+
+
+def versions_of(predictions: Tensor | list[Tensor]) -> tuple[int, ...]:
+    """Return how often each was written to."""
+    if type(predictions) is Tensor:
+        return (predictions._version,)
+    return tuple([each._version for each in predictions])

@@ -16,14 +16,15 @@ from ..step.guided_step import guided_step
 from ..step.memory import DTYPES, dense_within_sample, empty_like, in_layout_of, same_layout
 from ..step.noise import DeviceGenerator
 from ..step.repeat import token_of
-from .guidance_arguments import NUMBER_OR_NONE, Scale, guidance_of
-from .lazy_guidance import Fusion, Output, resolved
+from .guidance_arguments import Scale, guidance_of, is_by_value
+from .lazy_guidance import Output, Taken, resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
 from .noise import Generators, noise_of
 from .saved_as import SavedAsDiffusers
 from .tables import TableCache, current_tables, is_defined, prepare_tables, table_of
 from .timesteps import HostTimesteps, move_timesteps, row_of
+from .traced import Fusion
 
 
 class SchedulerStep(metaclass=SavedAsDiffusers):
@@ -124,7 +125,7 @@ class LastPlan(NamedTuple):
     arguments: tuple[Any, ...]
     """Of ``step``, those that rows depend on."""
     guidance_scale: Any
-    """A number, or ``None``."""
+    """A number, the weights of several predictions, or ``None``."""
     state: tuple[Any, ...]
     versions: Any
     """``TableCache``'s."""
@@ -191,13 +192,13 @@ def plan(
     predictions, variance = fitted
     if gradient is not None:
         gradient = in_layout_of(sample, gradient)
-    model_dtype = output.dtype if isinstance(output, Tensor) else output[0].dtype
+    model_dtype = output.dtype
     dtype = sample.dtype if sample.dtype == model_dtype else torch.promote_types(sample.dtype, model_dtype)
     if dtype == torch.float64:
         sample = sample.double()
     count_fused(scheduler, guidance)
     if not torch.compiler.is_compiling():
-        repeatable = gradient is None and type(guidance_scale) in NUMBER_OR_NONE
+        repeatable = gradient is None and is_by_value(guidance_scale)
         last = LastPlan.of(cache, arguments, guidance_scale, table, guidance) if repeatable else None
         scheduler._last_plan = None if last is None else tuple(last)  # a plain tuple is unpacked faster
     return Plan(table, row, sample, predictions, guidance, gradient, variance, model_dtype, dtype, scheduler._output)
@@ -226,7 +227,9 @@ def refusal_of(sample: Tensor, output: Output, gradient: Tensor | None, noise: T
     if sample.dim() == 0:
         return SHAPES
     shape, device, grad = sample.shape, sample.device, torch.is_grad_enabled()
-    tensors = [sample, *output] if isinstance(output, tuple) else [sample, output]
+    tensors = [sample, output] if isinstance(output, Tensor) else [sample, *output.predictions]
+    if isinstance(output, Taken) and output.variance is not None:
+        tensors.append(output.variance)
     for elementwise in (gradient, noise):
         if elementwise is not None:
             tensors.append(elementwise)
@@ -266,15 +269,19 @@ def fitted_predictions(
         if same_layout(output, sample):
             return output, None
         return [in_layout_of(sample, part) for part in _parts(output, guidance)], None
-    if isinstance(output, tuple):
-        if learned_variance or any(part.shape != shape for part in output):
+    if isinstance(output, Taken):
+        fits = learned_variance == (output.variance is not None)
+        if not fits or any(part.shape != shape for part in output.predictions):
             return None
-        return [in_layout_of(sample, part) for part in output], None
+        parts = [in_layout_of(sample, part) for part in output.predictions]
+        return parts, None if output.variance is None else in_layout_of(sample, output.variance)
     channels = shape[1] if len(shape) > 1 else 0
-    fits = channels and output.shape[1:] == (2 * channels, *shape[2:]) and (learned_variance or guidance is not None)
-    if not fits or (guidance is None and output.shape[0] != shape[0]):
+    doubled = channels > 0 and output.shape[1:] == (2 * channels, *shape[2:])
+    if not (doubled and (learned_variance or guidance is not None)) or (
+        guidance is None and output.shape[0] != shape[0]
+    ):
         return None
-    parts = _parts(output, guidance)
+    parts = list(_parts(output, guidance))
     variance = in_layout_of(sample, parts[-1][:, channels:]) if learned_variance else None
     return [in_layout_of(sample, part[:, :channels]) for part in parts], variance
 

@@ -13,8 +13,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from .lazy_guidance import Fusion, Traced
 from .scheduler_step import SchedulerStep
+from .traced import Fusion, traced
 
 _MODELS = ("unet", "transformer")
 
@@ -93,9 +93,9 @@ def _trace(fusion: Fusion, module: torch.nn.Module, arguments: Any, output: Any)
         frame = frame.f_back  # through a wrapper, as torch.compile makes one
     kind = type(output)
     if kind is tuple and output and type(output[0]) is Tensor:
-        return (Traced(output[0], fusion), *output[1:])
+        return (traced(output[0], fusion), *output[1:])
     if kind is Tensor:
-        return Traced(output, fusion)
+        return traced(output, fusion)
     if type(getattr(output, "sample", None)) is Tensor:
-        output.sample = Traced(output.sample, fusion)
+        output.sample = traced(output.sample, fusion)
     return output

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from fastguide.diffusers import guiders
-from fastguide.diffusers.lazy_guidance import Fusion, Guided, Prediction, Traced, TracedPair, resolved
+from fastguide.diffusers import traced as module
+from fastguide.diffusers.guidance_arguments import guidance_of
+from fastguide.diffusers.lazy_guidance import Taken, Weights, resolved
+from fastguide.diffusers.traced import Combined, Fusion, Joined
 from tests.support.scheduler_pair import STEPS, diffusers, fused, pair, randn
 
 WHOLE = randn(4, 3, 5)
@@ -21,9 +24,15 @@ UNCOND, COND = WHOLE.chunk(2)
 SAMPLE = randn(2, 3, 5, seed=1)
 
 
-def traced(output):
+def traced(output, fusion=None):
     """Return a model's output as ``accelerate`` has it."""
-    return Traced(output, Fusion())
+    return module.traced(output, Fusion() if fusion is None else fusion)
+
+
+def two_calls(uncond=UNCOND, cond=COND):
+    """Return the outputs of two calls of a model."""
+    fusion = Fusion()
+    return traced(uncond, fusion), traced(cond, fusion)
 
 
 DEFERRED = {
@@ -45,10 +54,9 @@ DEFERRED = {
 def test_guidance_is_deferred(name):
     expression, scale = DEFERRED[name]
     for whole in (True, False):
-        both = TracedPair(UNCOND, COND)
-        halves = traced(WHOLE).chunk(2) if whole else (Prediction(both, 0), Prediction(both, 1))
+        halves = traced(WHOLE).chunk(2) if whole else two_calls()
         guided = expression(*halves)
-        assert type(guided) is Guided
+        assert type(guided) is Combined
         assert (guided.shape, guided.dtype, guided.device, len(guided)) == (
             SAMPLE.shape,
             torch.float32,
@@ -56,39 +64,46 @@ def test_guidance_is_deferred(name):
             2,
         )
         output, got = resolved(guided, SAMPLE, None)
-        assert output is (WHOLE if whole else both.output)
+        if whole:
+            assert output is WHOLE
+        else:
+            assert len(output.predictions) == 2
+        if not whole and name in ("the paper's form", "prediction last"):  # the conditional prediction comes first
+            scale = 1 - scale
         assert torch.equal(torch.as_tensor(got), torch.as_tensor(scale))
         torch.testing.assert_close(guided.clone(), expression(UNCOND, COND))
 
 
 COMPUTED = {
-    "uncond first": lambda u, c: u - c,
     "half of it": lambda u, c: u + 2.0 * (c - u)[:1],
-    "twice scaled": lambda u, c: u + 2.0 * (3.0 * (c - u)),
-    "two differences": lambda u, c: (c - u) + (c - u),
+    "two scales": lambda u, c: u + torch.tensor(2.0) * (torch.tensor(3.0) * (c - u)),
     "a scale for each element": lambda u, c: u + torch.ones(5) * (c - u),
     "another dtype": lambda u, c: u + torch.ones((2, 1, 1), dtype=torch.float64) * (c - u),
-    "a sum of its own": lambda u, c: u + c,
-    "rescaled": lambda u, c: (u + 2.0 * (c - u)) * (c.std() / (u + 2.0 * (c - u)).std()),
-    "cast": lambda u, c: (u + 2.0 * (c - u)).to(torch.bfloat16),
+    "rescaled": lambda u, c: (lambda g: 0.7 * (g * (c.std() / g.std())) + 0.3 * g)(u + 2.0 * (c - u)),
+    "cast to numbers that are whole": lambda u, c: (u + 2.0 * (c - u)).to(torch.int64),
+    "a product": lambda u, c: u * c,
+    "divided by what may be anything": lambda u, c: (u + 2.0 * (c - u)) / torch.tensor(3.0),
+    "divided into": lambda u, c: 2.0 / u,
+    "no number": lambda u, c: u + float("nan") * (c - u),
     "joined": lambda u, c: torch.cat([u + 2.0 * (c - u), c]),
     "written into": lambda u, c: torch.zeros(2, 3, 5).copy_(u + 2.0 * (c - u)),
     "in place": lambda u, c: (u + 2.0 * (c - u)).mul_(3.0),
     "copied": lambda u, c: copy.deepcopy(u + 2.0 * (c - u)),
     "a keyword": lambda u, c: torch.add(u, c - u, alpha=2.0),
     "numpy": lambda u, c: torch.from_numpy((u + 2.0 * (c - u)).numpy()),
-    "halved elsewhere": lambda u, c: u.chunk(2, dim=1)[0],
     "interpolated": lambda u, c: torch.lerp(u, c, 2.0),
     "a function of numpy's": lambda u, c: torch.as_tensor(np.tanh(u + 2.0 * (c - u))),
     "an index": lambda u, c: torch.arange(5.0)[((u + 2.0 * (c - u)) > 9).long()],
     "assigned": lambda u, c: torch.zeros(2, 3, 5).index_put_((torch.arange(2),), u + 2.0 * (c - u)),
     "set": lambda u, c: (lambda z: z.__setitem__(slice(None), u + 2.0 * (c - u)) or z)(torch.zeros(2, 3, 5)),
     "unpacked": lambda u, c: torch.stack([*(u + 2.0 * (c - u))]),
+    "gathered": lambda u, c: (u + 2.0 * (c - u))[torch.tensor([1, 0])],
+    "copied by a reshape": lambda u, c: (u + 2.0 * (c - u)).transpose(1, 2).reshape(-1),
     "reflected": lambda u, c: 1.0 - 2.0 ** (u + 2.0 * (c - u)),
     "in place by an operator": lambda u, c: operator.iadd(u + 2.0 * (c - u), 1.0),
     "in a dictionary": lambda u, c: torch.func.functional_call(torch.nn.Identity(), {}, (u + 2.0 * (c - u),)) + 0,
     "attributes": lambda u, c: (u + 2.0 * (c - u)).data.T,
-    "compiled": lambda u, c: torch.compile(lambda x: 2.0 * x, backend="eager")(u + 2.0 * (c - u)),
+    "compiled": lambda u, c: torch.compile(lambda x: x.exp(), backend="eager")(u + 2.0 * (c - u)),
     "saved": lambda u, c: pickle.loads(pickle.dumps(u + 2.0 * (c - u))),
 }
 
@@ -99,8 +114,129 @@ def test_everything_else_is_computed(name):
     got = COMPUTED[name](*traced(WHOLE).chunk(2))
     assert type(got) is torch.Tensor
     assert got.dtype == expected.dtype
-    assert torch.equal(got, expected)
+    assert torch.equal(got, expected) or "nan" in repr(expected)
     assert repr(got) == repr(expected)
+
+
+LINEAR = {  # of three predictions: what is made of them, and the weights
+    "uncond first": (lambda p, q, r: p - q, (1.0, -1.0, 0.0)),
+    "twice scaled": (lambda p, q, r: p + 2.0 * (3.0 * (q - p)), (-5.0, 6.0, 0.0)),
+    "two differences": (lambda p, q, r: (q - p) + (q - p), (-2.0, 2.0, 0.0)),
+    "three of InstructPix2Pix": (lambda p, q, r: r + 7.5 * (p - q) + 1.5 * (q - r), (7.5, -6.0, -0.5)),
+    "perturbed attention": (lambda p, q, r: p + 5.0 * (q - p) + 3.0 * (q - r), (-4.0, 8.0, -3.0)),
+    "skipped layers": (lambda p, q, r: (p + 5.0 * (q - p)) + (q - r) * 2.8, (-4.0, 7.8, -2.8)),
+    "negated": (lambda p, q, r: -(p + 5.0 * (q - p)), (4.0, -5.0, 0.0)),
+    "a negated prediction": (lambda p, q, r: -p, (-1.0, 0.0, 0.0)),
+    "divided": (lambda p, q, r: (p + q) / 4.0, (0.25, 0.25, 0.0)),
+    "cast first": (lambda p, q, r: (lambda u, c: u + 5.0 * (c - u))(p.double(), q.double()), (-4.0, 5.0, 0.0)),
+    "cast last": (lambda p, q, r: (p + 5.0 * (q - p)).to(torch.bfloat16), (-4.0, 5.0, 0.0)),
+    "multiplied by a number": (lambda p, q, r: 0.7 * (p + 5.0 * (q - p)), (0.7 * -4.0, 3.5, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_combinations_are_taken_apart(name):
+    """And their values, if they are asked for, are the pipeline's."""
+    expression, weights = LINEAR[name]
+    plain = [randn(2, 3, 5, seed=seed) for seed in range(3)]
+    expected = expression(*plain)
+    for outputs in (traced(torch.cat(plain)).chunk(3), [traced(p, f) for f in [Fusion()] for p in plain]):
+        made = expression(*outputs)
+        assert made.dtype == expected.dtype
+        output, got = resolved(made, SAMPLE, None)
+        assert isinstance(output, Taken)
+        assert output.dtype == expected.dtype
+        columns = guidance_of(output, SAMPLE, got, None, 1.0, "epsilon").weights(torch.device("cpu"), torch.float64)
+        total, *others, _ = columns[0, 0].tolist()  # the first column is the sum of all
+        for each, weight in zip(output.predictions, (total - sum(others), *others), strict=True):
+            (number,) = [number for number, one in enumerate(plain) if torch.equal(each, one)]
+            assert weight == pytest.approx(weights[number], abs=1e-12)
+        assert total == pytest.approx(sum(weights), abs=1e-12)
+        assert torch.equal(plain_of(made), expected)
+
+
+def plain_of(made):
+    return made.clone() if type(made) is torch.Tensor else made.computed()
+
+
+def test_a_scale_for_each_sample_in_a_sum_of_three():
+    scale = torch.tensor([2.0, 3.0]).view(2, 1, 1)
+    p, q, r = (randn(2, 3, 5, seed=seed) for seed in range(3))
+    fusion = Fusion()
+    a, b, c = (traced(each, fusion) for each in (p, q, r))
+    output, weights = resolved(a + scale * (b - a) + 2.0 * (c - b), SAMPLE, None)
+    assert isinstance(weights, Weights)
+    guidance = guidance_of(output, SAMPLE, weights, None, 1.0, "epsilon")
+    columns = guidance.weights(torch.device("cpu"), torch.float64)[0]
+    assert torch.equal(columns[:, :3], torch.tensor([[1.0, 0.0, 2.0], [1.0, 1.0, 2.0]]).double())
+
+
+VIEWS = {
+    "channels": lambda x: x[:, :2],
+    "split channels": lambda x: x.split(1, dim=1)[1],
+    "chunked channels": lambda x: torch.chunk(x, 3, dim=1)[2],
+    "unbound": lambda x: x.unbind(0)[1],
+    "squeezed": lambda x: x.unsqueeze(1).squeeze(1),
+    "flattened": lambda x: x.flatten(1),
+    "reshaped": lambda x: x.reshape(6, 5),
+    "viewed": lambda x: x.view(2, 15),
+    "permuted": lambda x: x.permute(0, 2, 1).transpose(1, 2),
+    "narrowed": lambda x: x.narrow(1, 1, 2),
+    "all of it": lambda x: x[...],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_traced(name):
+    """Of outputs before they are combined, and of what was combined."""
+    view = VIEWS[name]
+    expected = view(UNCOND + 2.0 * (COND - UNCOND))
+    for halves in (traced(WHOLE).chunk(2), two_calls()):
+        after = view(halves[0] + 2.0 * (halves[1] - halves[0]))
+        u, c = (view(half) for half in halves)
+        for made in (after, u + 2.0 * (c - u)):
+            assert type(made) is Combined
+            assert made.shape == expected.shape
+            output, scale = resolved(made, randn(*expected.shape), None)
+            assert scale == 2.0
+            assert [each.shape for each in output.predictions] == [expected.shape] * 2
+            assert torch.equal(made.computed(), expected)
+
+
+@pytest.mark.parametrize("by", [lambda g, v: torch.cat([g, v], dim=1), lambda g, v: torch.cat((g, v), 1)])
+def test_a_learned_variance_is_joined(by):
+    """As DeepFloyd's and Kandinsky's pipelines do."""
+    whole = randn(4, 6, 5)
+    uncond, cond = traced(whole).chunk(2)
+    u, _ = uncond.split(3, dim=1)
+    c, variance = cond.split(3, dim=1)
+    joined = by(u + 2.0 * (c - u), variance)
+    assert type(joined) is Joined
+    output, scale = resolved(joined, SAMPLE, None)
+    assert scale == 2.0
+    assert torch.equal(output.variance, whole[2:, 3:])
+    main, rest = joined.split(3, dim=1)
+    assert type(main) is Combined
+    assert torch.equal(rest.computed(), whole[2:, 3:])
+    u, c = (half[:, :3] for half in whole.chunk(2))
+    assert torch.equal(joined.computed(), torch.cat([u + 2.0 * (c - u), whole[2:, 3:]], 1))
+
+
+def test_in_inference_mode_guidance_is_deferred_until_others_have_the_output():
+    """torch does not count there who writes to a tensor; so what was combined is computed before others may."""
+    with torch.inference_mode():
+        whole = WHOLE.clone()
+        output = traced(whole)
+        uncond, cond = output.chunk(2)
+        guided = uncond + 2.0 * (cond - uncond)
+        assert resolved(guided, SAMPLE, None)[0] is whole
+        expected = UNCOND + 2.0 * (COND - UNCOND)
+        output.mul_(3.0)  # and is written to
+        got, scale = resolved(guided, SAMPLE, None)
+        assert scale is None
+        assert torch.equal(got, expected)
+        assert type(uncond + 2.0 * (cond - uncond)) is torch.Tensor
+        assert torch.equal(uncond + 2.0 * (cond - uncond), 3.0 * UNCOND + 2.0 * (3.0 * COND - 3.0 * UNCOND))
 
 
 WRITES = {
@@ -191,10 +327,10 @@ def test_an_output_written_to_after_guidance_is_refused():
 
 
 def test_a_step_takes_plain_values_of_what_it_cannot_take_apart():
-    """Its output is not of the sample's shape, has a scale besides, or is incomplete guidance."""
+    """Its output is not of the sample's shape, or has a scale besides."""
     uncond, cond = traced(WHOLE).chunk(2)
     guided = uncond + 2.0 * (cond - uncond)
-    for output, sample, scale in ((guided, SAMPLE[:1], None), (guided, SAMPLE, 3.0), (cond - uncond, SAMPLE, None)):
+    for output, sample, scale in ((guided, SAMPLE[:1], None), (guided, SAMPLE, 3.0)):
         got, same_scale = resolved(output, sample, scale)
         assert type(got) is torch.Tensor
         assert same_scale == scale
@@ -256,7 +392,7 @@ def test_nothing_outlives_its_step(by):
             outputs.append(weakref.ref(output))
             uncond, cond = (output if by == "a guider" else traced(output)).chunk(2)
             guided = guider.forward(cond, uncond)[0] if by == "a guider" else uncond + 3.0 * (cond - uncond)
-            assert type(guided) is Guided
+            assert type(guided) is Combined
             x = scheduler.step(guided, timestep, x).prev_sample
             del output, uncond, cond, guided
             assert sum(alive() is not None for alive in outputs) == 0

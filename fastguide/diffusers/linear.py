@@ -1,0 +1,278 @@
+"""Say which operations of torch's leave traced outputs traced, and with which coefficients.
+
+Sums and differences of them, multiples by a number or by one number a sample, casts, and views are what the formulas of
+guidance are made of. Whatever else is asked for computes the tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lazy_tensor import LazyTensor, plain
+from .traced import Combined, Joined, Term, Traced
+
+_LARGEST = 1e30
+"""A number above this, or NaN, is no coefficient that the kernels' float32 could do with."""
+
+# ---- Arithmetic ----
+
+
+def _terms(operand: Any) -> tuple[tuple[Term, ...], Tensor | None] | None:
+    """Return an operand as a sum of terms, and their scale; ``None``: it is no linear combination."""
+    if type(operand) is Combined and operand._value is None:
+        return operand.terms, operand.scale
+    if type(operand) is not Traced:
+        return None
+    tensor, source = operand.source.tensor, operand.source
+    if tensor.requires_grad or not tensor.is_floating_point() or (source.escaped and tensor.is_inference()):
+        return None
+    return (Term(operand, 1.0, 0.0),), None
+
+
+def _key(term: Term) -> Any:
+    return (id(term.of.source), term.of.piece) if term.of.piece is not None else id(term.of)
+
+
+def _are_alike(first: Traced, second: Traced) -> bool:
+    """Tell whether both are outputs of the same pipeline, of the same shape and device."""
+    if first.source.fusion is not second.source.fusion:
+        return False
+    if first.source is second.source and first.piece is not None and second.piece is not None:
+        return first.piece[1] == second.piece[1]
+    one, other = first.value(), second.value()
+    return one.shape == other.shape and one.device == other.device
+
+
+def _sum(function: Any, first: Any, second: Any, sign: float) -> Any:
+    """Return the sum of two operands, the second with a sign; ``function``: of torch, which computes it."""
+    left, right = _terms(first), _terms(second)
+    if left is None or right is None:
+        return function(plain(first), plain(second))
+    scale = left[1] if right[1] is None else right[1]
+    alike = first.dtype == second.dtype and _are_alike(left[0][0].of, right[0][0].of)
+    if not alike or (left[1] is not None and left[1] is not scale):
+        return function(plain(first), plain(second))
+    merged = {_key(term): term for term in left[0]}
+    for term in right[0]:
+        key, constant, factor = _key(term), sign * term.constant, sign * term.factor
+        before = merged.get(key)
+        if before is not None:
+            constant, factor = before.constant + constant, before.factor + factor
+        merged[key] = Term(term.of, constant, factor)
+    return Combined((function, first, second), tuple(merged.values()), scale, first.dtype)
+
+
+def _product(function: Any, first: Any, second: Any, invert: bool = False) -> Any:
+    """Return a combination times, or divided by, a number or a number for each sample."""
+    operand, other = (first, second) if _terms(first) is not None else (second, first)
+    found = _terms(operand)
+    if found is None or (invert and operand is second):
+        return function(plain(first), plain(second))
+    terms, scale = found
+    number = _number(other)
+    if number is not None:
+        by = 1.0 / number if invert and number else number
+        if not (invert and number == 0):
+            scaled = tuple([Term(of, constant * by, factor * by) for of, constant, factor in terms])
+            return Combined((function, first, second), scaled, scale, operand.dtype)
+    elif not invert and scale is None and _is_scale(other, operand):
+        scaled = tuple([Term(of, 0.0, constant) for of, constant, _ in terms])
+        return Combined((function, first, second), scaled, other, operand.dtype)
+    return function(plain(first), plain(second))
+
+
+def _number(value: Any) -> float | None:
+    if type(value) is not float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return None
+        value = float(value)
+    return value if abs(value) < _LARGEST else None
+
+
+def _is_scale(scale: Any, operand: Any) -> bool:
+    """Tell whether a tensor is one number, or one a sample, that leaves an operand's dtype as it is."""
+    if type(scale) is not Tensor or scale.requires_grad or not scale.is_floating_point():
+        return False
+    like = operand.like()
+    one_a_sample = (like.shape[0], *[1] * (like.dim() - 1)) if like.dim() else ()
+    fits = scale.dim() == 0 or (tuple(scale.shape) == one_a_sample and scale.dtype == operand.dtype)
+    return fits and (scale.device == like.device or scale.dim() == 0)
+
+
+def _negative(operand: Any) -> Any:
+    found = _terms(operand)
+    if found is None:
+        return operator.neg(plain(operand))
+    terms = tuple([Term(of, -constant, -factor) for of, constant, factor in found[0]])
+    return Combined((operator.neg, operand), terms, found[1], operand.dtype)
+
+
+def _cast(operand: Any, dtype: Any) -> Any:
+    """Return an operand in another dtype: what is traced is cast in the step."""
+    if dtype is None or operand.dtype == dtype:
+        return operand
+    found = _terms(operand)
+    if found is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return plain(operand).to(dtype)
+    return Combined((lambda tensor: tensor.to(dtype), operand), found[0], found[1], dtype)
+
+
+# ---- Views ----
+
+
+def _chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
+    """Return the parts; those of a whole output along its batch without making tensors of them."""
+    if type(operand) is Joined:
+        return operand.chunk(chunks, dim)
+    if type(operand) is Traced and operand._value is operand.source.tensor and dim == 0:
+        tensor = operand.source.tensor
+        counted = isinstance(chunks, int) and chunks > 1 and tensor.dim() > 0 and not tensor.requires_grad
+        if counted and tensor.shape[0] % chunks == 0:
+            return tuple([Traced(operand.source, None, (number, chunks)) for number in range(chunks)])
+    return _parts(lambda each: each.chunk(chunks, dim), operand)
+
+
+def _split(operand: Any, split_size: Any, dim: int = 0) -> Any:
+    if type(operand) is Joined:
+        return operand.split(split_size, dim)
+    return _parts(lambda each: each.split(split_size, dim), operand)
+
+
+def _view(operand: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return a view of an operand, as one of each of its terms."""
+    parts = _parts(lambda tensor: (function(tensor),), operand)
+    return parts[0]
+
+
+def _parts(function: Callable[[Tensor], Any], operand: Any) -> Any:
+    """Return parts of an operand, which a function of tensors makes: of each of its terms, if they are views."""
+    found = _terms(operand)
+    if found is None or (found[1] is not None and found[1].dim() > 0):
+        return function(plain(operand))
+    values = [term.of.value() for term in found[0]]
+    made = [function(value) for value in values]
+    if not all(_shares(part, value) for parts, value in zip(made, values, strict=True) for part in parts):
+        return function(plain(operand))
+    traced = [[Traced(term.of.source, part) for part in parts] for term, parts in zip(found[0], made, strict=True)]
+    if type(operand) is Traced:
+        return tuple(traced[0])
+    return tuple(
+        Combined(
+            (lambda tensor, number=number: function(tensor)[number], operand),
+            tuple(Term(of, *term[1:]) for of, term in zip(pieces, found[0], strict=True)),
+            found[1],
+            operand.dtype,
+        )
+        for number, pieces in enumerate(zip(*traced, strict=True))
+    )
+
+
+def _shares(part: Any, whole: Tensor) -> bool:
+    storage = whole.untyped_storage().data_ptr()
+    return type(part) is Tensor and part.untyped_storage().data_ptr() == storage
+
+
+def _joined(tensors: Any, dim: int = 0) -> Any:
+    """Return ``torch.cat``: in the channels, of guidance and what the model returned besides."""
+    if dim == 1 and isinstance(tensors, (list, tuple)) and len(tensors) == 2:
+        main, rest = tensors
+        if type(main) is Combined and type(rest) is Traced and main.is_pending() and main.dtype == rest.dtype:
+            return Joined(main, rest)
+    return torch.cat([plain(tensor) for tensor in tensors], dim)
+
+
+# ---- torch's functions, and Python's operators ----
+
+
+def _names(*names: str) -> list[Any]:
+    return [getattr(where, name) for name in names for where in (torch, Tensor) if hasattr(where, name)]
+
+
+def _reversed(function: Callable[[Any, Any, Any], Any], of: Any) -> Callable[[Any, Any], Any]:
+    return lambda first, second: function(of, second, first)
+
+
+def _moved(operand: Any, *arguments: Any) -> Any:
+    """Return ``Tensor.to`` with these arguments."""
+    if len(arguments) == 1 and isinstance(arguments[0], torch.dtype):
+        return _cast(operand, arguments[0])
+    if len(arguments) == 1 and isinstance(arguments[0], (str, torch.device)):
+        same = operand.like().device == torch.device(arguments[0])
+        return operand if same else plain(operand).to(*arguments)
+    return plain(operand).to(*arguments)
+
+
+def _add(first: Any, second: Any) -> Any:
+    return _sum(operator.add, first, second, 1.0)
+
+
+def _sub(first: Any, second: Any) -> Any:
+    return _sum(operator.sub, first, second, -1.0)
+
+
+def _mul(first: Any, second: Any) -> Any:
+    return _product(operator.mul, first, second)
+
+
+def _div(first: Any, second: Any) -> Any:
+    return _product(operator.truediv, first, second, invert=True)
+
+
+_RULES: dict[tuple[str, ...], Callable[..., Any]] = {
+    ("add", "__add__"): _add,
+    ("__radd__",): lambda first, second: _add(second, first),
+    ("sub", "__sub__", "subtract"): _sub,
+    ("__rsub__",): lambda first, second: _sub(second, first),
+    ("mul", "__mul__", "multiply"): _mul,
+    ("__rmul__",): lambda first, second: _mul(second, first),
+    ("div", "__truediv__", "divide", "true_divide"): _div,
+    ("neg", "__neg__", "negative"): _negative,
+    ("to",): _moved,
+    ("float",): lambda operand: _cast(operand, torch.float32),
+    ("double",): lambda operand: _cast(operand, torch.float64),
+    ("half",): lambda operand: _cast(operand, torch.float16),
+    ("bfloat16",): lambda operand: _cast(operand, torch.bfloat16),
+    ("chunk",): _chunk,
+    ("split",): _split,
+    ("unbind",): lambda operand, dim=0: _parts(lambda tensor: tensor.unbind(dim), operand),
+}
+_VIEWS = (
+    *("__getitem__", "flatten", "movedim", "narrow", "permute", "reshape", "select", "squeeze", "transpose"),
+    *("unflatten", "unsqueeze", "view"),
+)
+
+
+def _viewing(name: str) -> Callable[..., Any]:
+    return lambda operand, *how: _view(operand, lambda tensor: getattr(tensor, name)(*plain(how)))
+
+
+def _with_keywords(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a rule as a method, which computes the tensor for what is said by keywords."""
+
+    def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if keywords and not set(keywords) <= {"dim"}:
+            return getattr(self.computed(), name)(*plain(arguments), **plain(keywords))
+        return rule(self, *arguments, *keywords.values())
+
+    return method
+
+
+def _install() -> None:
+    rules: dict[tuple[str, ...], Callable[..., Any]] = _RULES | {(name,): _viewing(name) for name in _VIEWS}
+    for names, rule in rules.items():
+        LazyTensor.rules |= dict.fromkeys(_names(*names), rule)
+        for name in names:
+            for kind in (Traced, Combined):
+                if name not in vars(kind) and hasattr(Tensor, name):
+                    setattr(kind, name, _with_keywords(name, rule))
+    LazyTensor.rules |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _joined)
+    LazyTensor.take_dim |= {torch.cat, torch.concat, torch.concatenate, *_names("chunk", "split", "unbind")}
+
+
+_install()

@@ -1,0 +1,217 @@
+"""Stand for what a pipeline computes of its model's outputs, as long as that is linear in them.
+
+A pipeline that is accelerated gets its model's outputs ``Traced``. Parts and other views of them are traced as well,
+and sums, differences and multiples are ``Combined``: they know the coefficient of each output, and the operation that
+the pipeline asked for. The scheduler's step takes the coefficients, and makes guidance and its own update in one pass;
+any other operation computes the tensors, by the very operations that the pipeline asked for, and goes on with them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lazy_tensor import LazyTensor, plain
+
+Scale = float | Tensor
+
+
+class Fusion:
+    """What the models and schedulers of one pipeline know of each other: whether guidance is fused, and how often."""
+
+    __slots__ = ("callers", "counts", "tries")
+
+    def __init__(self) -> None:
+        self.callers: dict[int, CodeType] = {}
+        """The code of the pipelines' methods, whose calls of the models are traced, by identity."""
+        self.tries = True
+        """Whether models' outputs are traced. A run in which guidance is used before the step ends that, until the next
+        run: rescaled guidance, for example, is computed by the pipeline at every step."""
+        self.counts: Counter[str] = Counter()
+        """Steps, by what was done."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
+        copied = Fusion()
+        copied.callers = dict(self.callers)
+        return copied
+
+
+class Source:
+    """One output of a model: the tensor itself, and who else may know of it."""
+
+    __slots__ = ("combined", "escaped", "fusion", "tensor")
+
+    def __init__(self, tensor: Tensor, fusion: Fusion | None) -> None:
+        self.tensor = tensor
+        self.fusion = fusion
+        """``None``: of a guider, which is asked anew each time."""
+        self.escaped = False
+        """Whether others than traced tensors have it, or a view of it."""
+        self.combined: list[weakref.ref[Combined]] = []
+        """What was combined of it in inference mode, in which torch does not count who writes to it."""
+
+    def version(self) -> int | None:
+        """Return how often the output was written to; ``None``: torch does not count that."""
+        return None if self.tensor.is_inference() else self.tensor._version
+
+    def escape(self) -> None:
+        """Note that others get it: in inference mode, what was combined of it is computed before they can write."""
+        self.escaped = True
+        while self.combined:
+            node = self.combined.pop()()
+            if node is not None:
+                node.value()
+
+
+class Traced(LazyTensor):
+    """A model's output, or a view of it."""
+
+    __slots__ = ("piece", "source")
+
+    def __init__(self, source: Source, value: Tensor | None, piece: tuple[int, int] | None = None) -> None:
+        self.source = source
+        self._value = value
+        self.piece = piece
+        """Which part of how many that the output has along its batch."""
+
+    def value(self) -> Tensor:
+        """Return the tensor for one's own use, which is not to write to it."""
+        value = self._value
+        if value is None:
+            assert self.piece is not None
+            number, parts = self.piece
+            size = self.source.tensor.shape[0] // parts
+            value = self._value = self.source.tensor.narrow(0, number * size, size)
+        return value
+
+    like = value
+
+    def computed(self) -> Tensor:
+        """Return the tensor, for any use."""
+        self.source.escape()
+        return self.value()
+
+
+def traced(output: Tensor, fusion: Fusion | None) -> Traced:
+    """Return a model's output as a pipeline gets it."""
+    return Traced(Source(output, fusion), output)
+
+
+class Term(NamedTuple):
+    """A traced tensor and its coefficient, ``constant + factor * scale`` with a scale that all terms share."""
+
+    of: Traced
+    constant: float
+    factor: float
+
+
+class Combined(LazyTensor):
+    """A linear combination of models' outputs, which is computed when it is asked for."""
+
+    __slots__ = ("_dtype", "made_by", "scale", "terms", "versions")
+
+    def __init__(
+        self, made_by: tuple[Any, ...], terms: tuple[Term, ...], scale: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self._value = None
+        self.made_by: tuple[Any, ...] | None = made_by
+        """The function that computes it, and its arguments."""
+        self.terms = terms
+        self.scale = scale
+        """What factors multiply: one number, or one for each sample."""
+        self._dtype = dtype
+        self.versions: tuple[int | None, ...] = tuple([term.of.source.version() for term in terms])
+        for term, version in zip(terms, self.versions, strict=True):
+            if version is None:
+                term.of.source.combined.append(weakref.ref(self))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the tensor that it stands for."""
+        return self._dtype
+
+    def like(self) -> Tensor:
+        """Return a tensor of the same shape and device."""
+        return self.terms[0].of.value()
+
+    def is_pending(self) -> bool:
+        """Tell whether nobody has seen its values."""
+        return self._value is None
+
+    def check_unchanged(self) -> None:
+        """Refuse outputs that are not what they were when they were combined.
+
+        Raises:
+            RuntimeError: one has been written to since.
+        """
+        if tuple([term.of.source.version() for term in self.terms]) != self.versions:
+            raise RuntimeError(
+                "the model's output was written to after guidance had been taken from it: expected plain tensors for "
+                "that, as without fastguide.diffusers.accelerate() or a guider of fastguide's"
+            )
+
+    def value(self) -> Tensor:
+        """Return the tensor for one's own use."""
+        if self._value is None:
+            self.check_unchanged()
+            assert self.made_by is not None
+            function, *operands = self.made_by
+            self._value = function(*[own_value(operand) for operand in operands])
+            self.made_by = None
+        return self._value
+
+    def _compute(self) -> Tensor:
+        for term in self.terms:
+            if term.of.source.fusion is not None:
+                term.of.source.fusion.tries = False
+        return self.value()
+
+
+class Joined(LazyTensor):
+    """A combination with another output after it in the channels: guidance, and the variance that a model learned."""
+
+    __slots__ = ("main", "rest")
+
+    def __init__(self, main: Combined, rest: Traced) -> None:
+        self._value = None
+        self.main = main
+        self.rest = rest
+
+    def like(self) -> Tensor:
+        """Return the tensor itself."""
+        return self.computed()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of both."""
+        return self.main.dtype
+
+    def is_pending(self) -> bool:
+        """Tell whether nobody has seen its values."""
+        return self._value is None and self.main.is_pending()
+
+    def _compute(self) -> Tensor:
+        return torch.cat([self.main.computed(), own_value(self.rest)], 1)
+
+    def split(self, split_size: Any, dim: int = 0) -> Any:
+        """Return both parts, if it is they that are asked for."""
+        if self.is_pending() and dim == 1 and split_size == self.main.like().shape[1] == own_value(self.rest).shape[1]:
+            return self.main, self.rest
+        return self.computed().split(split_size, dim)
+
+    def chunk(self, chunks: int, dim: int = 0) -> Any:
+        """Return both parts, if it is they that are asked for."""
+        size = self.main.like().shape[1] if self.is_pending() else None
+        if chunks == 2 and dim == 1 and size is not None:
+            return self.split(size, 1)
+        return self.computed().chunk(chunks, dim)
+
+
+def own_value(operand: Any) -> Any:
+    """Return the tensor that an operand stands for, for one's own use, which does not write to it."""
+    return operand.value() if type(operand) in (Traced, Combined) else plain(operand)

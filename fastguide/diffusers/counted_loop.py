@@ -95,8 +95,7 @@ def run_counted(
     second = loop.made.second
     now = second is not None and (loop.made.churned[call] or any(map(Tensor.is_inference, inputs)))
     original = empty_like(sample, promoted) if now else None
-    out = empty_like(given, torch.float32) if rounds else None if given.dtype == dtype else empty_like(given, dtype)
-    returned = empty_like(sample, dtype) if rounds else None
+    out, returned = _new_for(given, sample, torch.float32 if rounds else dtype, dtype if rounds else None)
     result = guided_step(
         table, call, given, predictions, guidance, noise=noise, generator=source, history=loop.history, anchor=anchor,
         original=original, out=out, staged=returned,
@@ -114,6 +113,21 @@ def run_counted(
     return loop.returned, functools.partial(
         _predict_second, second, call, inputs, versions, predictions, guidance, promoted
     )
+
+
+def _new_for(
+    given: Tensor, sample: Tensor, dtype: torch.dtype, rounded: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return where a step is to write its result, and what it returns instead, ``rounded``.
+
+    ``None``: the step makes a new tensor itself. In inference mode, it would be one whose writes torch does not count.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return empty_like(given, dtype), None if rounded is None else empty_like(sample, rounded)
+    if rounded is not None:
+        return empty_like(given, dtype), empty_like(sample, rounded)
+    return None if given.dtype == dtype else empty_like(given, dtype), None
 
 
 def inputs_of(given: Tensor, predictions: Tensor | list[Tensor]) -> list[Tensor]:
@@ -151,7 +165,7 @@ def run_again(
         now = (tables.sigmas._version, tables.timesteps._version)
         if now != tables.versions or sample._version != loop.version or output.dtype != like.model_dtype:
             return None
-        seen = versions_of(predictions)
+        seen = () if loop.made.second is None else versions_of(predictions)
     except RuntimeError:  # an inference tensor, which counts nothing
         return None
     if own["_internal_dict"] is not tables.config:
@@ -162,7 +176,9 @@ def run_again(
         return None
     given = sample
     if state is not None:
-        given, out, staged = state, empty_like(state), empty_like(sample)
+        given = state
+    if state is not None or torch.is_inference_mode_enabled():
+        out, staged = _new_for(given, sample, given.dtype, None if state is None else sample.dtype)
     entries = None if history is None else history.entries
     result = repeat(
         kinds, call, given, predictions, like.guidance_token, None, None, None, source, None, None, entries, None,

@@ -105,7 +105,7 @@ class CountedStep(SchedulerStep):
             return self._plain_output(prev_sample=result) if return_dict else (result,)
         if isinstance(original, Tensor):
             if return_dict:
-                return self._output.plain(prev_sample=result, pred_original_sample=original)
+                return self._output.plain(result, original)
             return result, original
         assert original is not None
         return self._output(result, original) if return_dict else (result, LazyOriginal.of(result, original))

@@ -46,15 +46,32 @@ def trace_models(
             seen.add(id(model))
             if isinstance(pipe, diffusers.DiTPipeline):
                 left_alone[path + name] = "DiTPipeline combines parts of channels by itself; only its step is fused"
-            elif model._compiled_call_impl is not None:
-                left_alone[path + name] = (
-                    f"compiled in place, which hides its output; only the step is fused. torch.compile({name}), put in "
-                    "its place, does not"
-                )
             else:
-                hooks.append(model.register_forward_hook(functools.partial(_trace, fusion)))
+                compiled = model._compiled_call_impl is not None
+                trace = functools.partial(_trace, fusion)
+                hooks.append(_CompiledHook(model, fusion) if compiled else model.register_forward_hook(trace))
                 tried.append(path + name)
     return tried
+
+
+class _CompiledHook:
+    """Trace a model that is compiled in place, by ``model.compile()``: hooks of its own would be in the graph."""
+
+    def __init__(self, model: torch.nn.Module, fusion: Fusion) -> None:
+        compiled = model._compiled_call_impl
+        assert compiled is not None
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            output = compiled(*arguments, **keywords)
+            return _traced(fusion, output, sys._getframe(1)) if _may_trace(fusion) else output
+
+        self._model, self._compiled, self._call = model, compiled, call
+        model._compiled_call_impl = call
+
+    def remove(self) -> None:
+        """Put the compiled call back, if it is in its place still."""
+        if self._model._compiled_call_impl is self._call:
+            self._model._compiled_call_impl = self._compiled
 
 
 def _methods(pipe: Any) -> dict[int, CodeType]:
@@ -83,10 +100,19 @@ _CALLER = _frames_to_caller()  # to ask for the frames between them would take 1
 
 
 def _trace(fusion: Fusion, module: torch.nn.Module, arguments: Any, output: Any) -> Any:
-    """Return a model's output, or the first of several, traced: a forward hook."""
-    if not fusion.tries or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
-        return output
-    frame = sys._getframe(_CALLER)
+    """Return a model's output traced: a forward hook."""
+    return _traced(fusion, output, sys._getframe(_CALLER)) if _may_trace(fusion) else output
+
+
+def _may_trace(fusion: Fusion) -> bool:
+    return fusion.tries and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing())
+
+
+def _traced(fusion: Fusion, output: Any, frame: Any) -> Any:
+    """Return a model's output, or the first of several, traced if a pipeline's own code is what called the model.
+
+    ``frame``: of the caller, or of torch's functions between it and the model.
+    """
     while id(frame.f_code) not in fusion.callers:
         if frame.f_back is None or not frame.f_globals.get("__name__", "").startswith("torch."):
             return output

@@ -146,5 +146,6 @@ def test_pipelines_of_transformers_make_the_same_latents(name):
     assert done.counts == {kind: 8}
     with torch.inference_mode():
         torch.testing.assert_close(run(5), before[5], rtol=2e-4, atol=2e-4)
+    assert done.counts == {kind: 13}
     fused.restore(pipe)
     assert torch.equal(run(5), before[5])

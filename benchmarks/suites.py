@@ -92,8 +92,8 @@ def _parts(
         for kind, count in chosen_loops(names, device.type == "cuda"):
             yield f"loop: {kind}, {count} steps", loops.measure(kind, count, device, seconds)
     if "pipelines" in suites:
-        for kind, shape in chosen_pipelines(names):
-            yield pipelines.title(kind, shape), pipelines.measure(kind, shape, device, seconds)
+        for each in chosen_pipelines(names):
+            yield pipelines.title(*each), pipelines.measure(*each, device, seconds)
     if "accuracy" in suites:
         yield "accuracy of 50 steps", accuracy.measure(device)
     if "growth" in suites:
@@ -139,7 +139,7 @@ def chosen_loops(names: Sequence[str], gpu: bool) -> list[tuple[str, int]]:
     return [(kind, n) for kind, n in every if not names or any(f"{kind}, {n} steps".startswith(x) for x in names)]
 
 
-def chosen_pipelines(names: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the pipelines' guidances and shapes whose titles begin with one of the names, or all."""
-    every = [(kind, shape) for shape in pipelines.SHAPES for kind in pipelines.RESCALE]
+def chosen_pipelines(names: Sequence[str]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return the pipelines' schedulers, guidances and shapes whose titles begin with one of the names, or all."""
+    every = pipelines.workloads()
     return [each for each in every if not names or any(pipelines.title(*each).startswith(name) for name in names)]

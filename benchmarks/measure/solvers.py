@@ -18,6 +18,10 @@ from .loops import compared
 from .timing import in_turns
 
 STEPS = 30
+DROP_IN, DOUBLED = "fastguide's scheduler", "diffusers, of the doubled output"
+"""The contenders whose model returns both predictions in one tensor, as a scheduler's step and a pipeline get it."""
+WHOLE = ", with set_timesteps"
+"""What follows their names if their loop begins with that."""
 _FLOW = FlowSchedule(shift=3.0)
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 _FLOWS = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
@@ -26,9 +30,11 @@ _FLOWS = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_p
 class Solver(NamedTuple):
     """A table, and diffusers' scheduler that makes the same steps."""
 
-    table: Callable[[], StepTable]
+    table: Callable[[], StepTable] | None
+    """``None``: only the schedulers are compared, as their noise is drawn otherwise than a table's."""
     scheduler: str
     config: dict[str, Any]
+    noisy: bool = False
 
 
 SOLVERS = {
@@ -52,8 +58,14 @@ SOLVERS = {
     "UniPC 2, flow": Solver(
         lambda: fastguide.unipc(_FLOW, STEPS), "UniPCMultistepScheduler", {**_FLOWS, "final_sigmas_type": "zero"}
     ),
+    "DEIS 3": Solver(
+        lambda: fastguide.deis(SCHEDULE, STEPS, solver_order=3),
+        "DEISMultistepScheduler",
+        {**_BETAS, "solver_order": 3},
+    ),
     "DEIS 2": Solver(lambda: fastguide.deis(SCHEDULE, STEPS), "DEISMultistepScheduler", _BETAS),
     "PNDM": Solver(lambda: fastguide.pndm(SCHEDULE, STEPS), "PNDMScheduler", {**_BETAS, "skip_prk_steps": True}),
+    "SA-Solver": Solver(None, "SASolverScheduler", _BETAS, noisy=True),
     "LMS 4": Solver(lambda: fastguide.lms(SCHEDULE, STEPS), "LMSDiscreteScheduler", _BETAS),
 }
 
@@ -70,7 +82,8 @@ def large_title(name: str) -> str:
 
 def titles() -> list[str]:
     """Return the names of all workloads."""
-    return [title(name) for name in SOLVERS for title in (small_title, large_title)]
+    small = [small_title(name) for name in SOLVERS]
+    return small + [large_title(name) for name, solver in SOLVERS.items() if solver.table is not None]
 
 
 def measure(title: str, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
@@ -79,7 +92,7 @@ def measure(title: str, device: torch.device, seconds: float) -> Iterator[dict[s
     for name, solver in SOLVERS.items():
         if title == small_title(name):
             yield from _small(row, solver, device, seconds)
-        elif title == large_title(name):
+        elif title == large_title(name) and solver.table is not None:
             yield from _large(row, solver.table(), device, seconds)
 
 
@@ -90,53 +103,75 @@ def _draw(shape: tuple[int, ...], count: int, device: torch.device) -> list[Tens
 
 def _small(row: dict[str, Any], solver: Solver, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     x_T, *predictions = _draw(SHAPES["SD 512"], 3, device)
-    table, guidance = solver.table().to(device), ClassifierFree(GUIDANCE_SCALE)
-    history = History(table, x_T)
-    steps = range(len(table))
-
-    staged = torch.empty_like(x_T) if table.scales_inputs else None  # the model's input, where that is not the sample
-
-    def ours() -> Tensor:
-        x = x_T
-        for call in steps:
-            x = guided_step(table, call, x, predictions, guidance, history=history, staged=staged)
-        return x
-
     try:
         theirs = _diffusers(solver, x_T, predictions)
     except NotRunError as reason:
         yield row | {"contender": "diffusers, and all beside it", "status": "not run", "reason": str(reason)}
         return
-    whole = {
-        "diffusers, with set_timesteps": _whole_loop("diffusers", solver, x_T, predictions),
-        "fastguide's scheduler, with set_timesteps": _whole_loop("fastguide.diffusers", solver, x_T, predictions),
-    }
-    yield from compared(row, {"diffusers": theirs, "fastguide": ours, **whole}, device, seconds)
+    calls = {"diffusers": theirs}
+    if solver.table is not None:
+        calls["fastguide"] = _table_loop(solver.table().to(device), x_T, predictions)
+    for name, package in ((DOUBLED, "diffusers"), (DROP_IN, "fastguide.diffusers")):
+        calls[name] = _scheduler_loop(package, solver, x_T, predictions, whole=False)
+        calls[name + WHOLE] = _scheduler_loop(package, solver, x_T, predictions, whole=True)
+    yield from compared(row, calls, device, seconds)
 
 
-def _whole_loop(package: str, solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callable[[], Tensor]:
-    """Return the loop of a package's scheduler from ``set_timesteps`` on, where fastguide's makes its table."""
-    scheduler: Any = getattr(importlib.import_module(package), solver.scheduler)(**solver.config)
-    both, uncond, cond = torch.cat(predictions), predictions[0], predictions[1]
-    fused = package != "diffusers"
+def _table_loop(table: StepTable, x_T: Tensor, predictions: list[Tensor]) -> Callable[[], Tensor]:
+    """Return the loop over a table, which writes the model's input as well, where that is not the sample."""
+    history, guidance = History(table, x_T), ClassifierFree(GUIDANCE_SCALE)
+    staged = torch.empty_like(x_T) if table.scales_inputs else None
 
     def loop() -> Tensor:
-        scheduler.set_timesteps(STEPS, device=x_T.device)
+        x = x_T
+        for call in range(len(table)):
+            x = guided_step(table, call, x, predictions, guidance, history=history, staged=staged)
+        return x
+
+    return loop
+
+
+def _scheduler_loop(
+    package: str, solver: Solver, x_T: Tensor, predictions: list[Tensor], *, whole: bool
+) -> Callable[[], Tensor]:
+    """Return the loop of a package's scheduler, whose model returns both predictions in one tensor.
+
+    Args:
+        whole: whether the loop begins with ``set_timesteps``.
+    """
+    scheduler: Any = getattr(importlib.import_module(package), solver.scheduler)(**solver.config)
+    output, fused = torch.cat(predictions), package != "diffusers"
+    scheduler.set_timesteps(STEPS, device=x_T.device)
+    unused = dict(scheduler.__dict__)
+
+    def loop() -> Tensor:
+        if whole:
+            scheduler.set_timesteps(STEPS, device=x_T.device)
+        else:
+            _reset(scheduler, unused)
+        if solver.noisy:
+            torch.manual_seed(0)
         x = x_T
         for t in scheduler.timesteps:
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
             if fused:
-                x = scheduler.step(both, t, x, return_dict=False, guidance_scale=GUIDANCE_SCALE)[0]
+                x = scheduler.step(output, t, x, return_dict=False, guidance_scale=GUIDANCE_SCALE)[0]
             else:
+                uncond, cond = output.chunk(2)
                 x = scheduler.step(uncond + GUIDANCE_SCALE * (cond - uncond), t, x, return_dict=False)[0]
         return x
 
     return loop
 
 
+def _reset(scheduler: Any, unused: dict[str, Any]) -> None:
+    """Put a scheduler back to what ``set_timesteps`` left, with empty histories: its own time is not the loop's."""
+    scheduler.__dict__.update({name: list(kept) if type(kept) is list else kept for name, kept in unused.items()})
+
+
 def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callable[[], Tensor]:
-    """Return the loop as pipelines write it, without its model."""
+    """Return diffusers' loop over two predictions, without a model."""
     try:
         import diffusers
     except ImportError:
@@ -147,8 +182,9 @@ def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callab
     unused = dict(scheduler.__dict__)
 
     def loop() -> Tensor:
-        # What set_timesteps leaves, with empty histories: its own time is not the loop's.
-        scheduler.__dict__.update({name: list(kept) if type(kept) is list else kept for name, kept in unused.items()})
+        _reset(scheduler, unused)
+        if solver.noisy:
+            torch.manual_seed(0)
         x = x_T
         for t in timesteps:
             if hasattr(scheduler, "scale_model_input"):

@@ -10,22 +10,35 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..contenders.registry import COMPILED, is_ours
-from ..measure.solvers import large_title, small_title
+from ..measure.pipelines import title as pipeline_title
+from ..measure.solvers import DOUBLED, DROP_IN, large_title, small_title
 
 Row = dict[str, Any]
 
 _SMALL = "SD 512, ddim, classifier-free, (1, 4, 64, 64), float32"
 _SMALL_NOISY = "SD 512, ddpm, classifier-free, (1, 4, 64, 64), float32"
 _LARGE = "pixels, ddim, classifier-free, (64, 3, 256, 256), float32"
-_PIPELINE = "pipeline, 50 DDIM steps, classifier-free, (1, 4, 64, 64)"
 _SOLVERS = {"flow Euler": 4.0, "Euler": 4.0, "DPM++ 2M": 10.0, "UniPC 2": 25.0, "LMS 4": 200.0}
 """How many times faster than diffusers' a small loop has to be."""
+_DROP_IN_STEPS = {
+    "flow Euler": 4.0, "Euler": 4.0, "DPM++ 2M": 8.0, "UniPC 2": 20.0, "DEIS 3": 20.0, "LMS 4": 100.0,
+    "SA-Solver": 20.0,
+}  # fmt: skip
+"""How many times faster than diffusers' scheduler's fastguide's has to be, step by step."""
+_PIPELINES = {"Euler": 1.5, "flow Euler": 1.5, "DPM++ 2M": 3.0, "UniPC": 8.0}
+"""How many times faster a pipeline whose model costs nothing has to be with each scheduler."""
 _LARGE_SOLVERS = ("DPM++ 2M", "UniPC 2", "DPM++ 3M")
-_RESCALED = "pipeline, 50 DDIM steps, rescaled, (1, 4, 64, 64)"
 _ACCELERATED = "fastguide, accelerate(pipe)"
 _BANDWIDTH_BYTES = 256e6  # of a step that shows a GPU's bandwidth
 _SLACK = 1.02  # two runs of one program differ by that
 _MEMORY_BOUND = 1e8  # bytes of a step that waits for the memory, where two runs differ by some percent
+
+
+def _pipeline(scheduler: str, guidance: str = "classifier-free") -> str:
+    return pipeline_title(scheduler, guidance, (1, 4, 64, 64))
+
+
+_PIPELINE, _RESCALED = _pipeline("DDIM"), _pipeline("DDIM", "rescaled")
 
 
 class _MissingError(Exception):
@@ -246,6 +259,24 @@ def targets(device: str) -> list[Target]:
                 at_least=least,
             )
             for name, least in _SOLVERS.items()
+        ),
+        *(
+            Target(
+                f"steps of {name} through fastguide's scheduler: times faster than diffusers'",
+                lambda run, name=name: run.times_faster(small_title(name), DROP_IN, DOUBLED),  # type: ignore[misc]
+                at_least=least,
+                cause="torch's own random numbers take most of a step" if name == "SA-Solver" else "",
+                known_to=10 if name == "SA-Solver" else least,
+            )
+            for name, least in _DROP_IN_STEPS.items()
+        ),
+        *(
+            Target(
+                f"the same pipeline with {name}: times faster than diffusers",
+                lambda run, name=name: run.times_faster(_pipeline(name), _ACCELERATED, "diffusers"),  # type: ignore[misc]
+                at_least=least,
+            )
+            for name, least in _PIPELINES.items()
         ),
         Target(
             "a pipeline whose model costs nothing, accelerated: times faster than diffusers",

@@ -59,6 +59,17 @@ class CountedLoop:
     """The same in float32, where ``returned`` is rounded."""
     like: Like | None = None
 
+    def is_current(self, scheduler: Any) -> bool:
+        """Tell whether the scheduler's tables and configuration are those that the loop began with."""
+        own, tables = scheduler.__dict__, self.tables
+        if own[scheduler._levels_in] is not tables.sigmas or own["timesteps"] is not tables.timesteps:
+            return False
+        try:
+            versions: Any = tables.sigmas._version, tables.timesteps._version
+        except RuntimeError:  # inference tensors, which count nothing
+            versions = version_of(tables.sigmas), version_of(tables.timesteps)
+        return versions == tables.versions and own["_internal_dict"] is tables.config
+
 
 def run_counted(
     scheduler: Any,
@@ -150,7 +161,7 @@ def run_again(
 
     ``source``: the generator that draws its noise.
     """
-    own, tables, returned = scheduler.__dict__, loop.tables, loop.returned
+    returned = loop.returned
     index, kinds = scheduler._step_index, kinds_of.get(like.token)
     if kinds is None or index != loop.following or arguments != loop.arguments or sample is not returned:
         return None
@@ -159,16 +170,13 @@ def run_again(
     predictions = predictions_again(output)
     if predictions is None:
         return None
-    if own[scheduler._levels_in] is not tables.sigmas or own["timesteps"] is not tables.timesteps:
+    if not loop.is_current(scheduler):
         return None
     try:
-        now = (tables.sigmas._version, tables.timesteps._version)
-        if now != tables.versions or sample._version != loop.version or output.dtype != like.model_dtype:
+        if sample._version != loop.version or output.dtype != like.model_dtype:
             return None
         seen = () if loop.made.second is None else versions_of(predictions)
     except RuntimeError:  # an inference tensor, which counts nothing
-        return None
-    if own["_internal_dict"] is not tables.config:
         return None
     assert index is not None
     call, state, history, out, staged = index - loop.begin, loop.state, loop.history, None, None

@@ -69,6 +69,8 @@ class CountedStep(SchedulerStep):
     float32_state: bool = True
     """Whether a loop keeps its sample in float32 where diffusers rounds it."""
 
+    _internal_dict: Any
+    """diffusers' ``config``, without the time that this takes."""
     _host: HostTables | None = None
     _counted: CountedLoop | None = None
     sigmas: Tensor
@@ -151,10 +153,9 @@ def counted_step(
     Raises:
         RuntimeError: the step does not follow the last one, in a loop that goes on from earlier ones.
     """
-    if is_dynamo_compiling() or (scheduler._refuses_integers and is_integer(timestep)):
+    real = type(timestep) is Tensor and timestep.is_floating_point()
+    if is_dynamo_compiling() or (scheduler._refuses_integers and not real and is_integer(timestep)):
         return None
-    if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
-        return None  # diffusers says what is missing
     output: Output = model_output
     scale, loop = guidance_scale, scheduler._counted
     if type(model_output) is not Tensor or type(sample) is not Tensor:
@@ -166,6 +167,8 @@ def counted_step(
             done = run_again(scheduler, loop, loop.like, arguments, output, sample, again, return_dict, scale)
             if done is not None:
                 return done
+    if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
+        return None  # diffusers says what is missing
     if scheduler._step_index is None:
         scheduler._init_step_index(timestep)
     index = scheduler._step_index

@@ -21,6 +21,7 @@ from .guidance_arguments import Scale
 from .host_alphas import HostAlphasOfVelocity
 from .host_tables import HostTables, on_host
 from .noise import Generators
+from .scaled_inputs import ScaledInputs
 from .step_signatures import Draws, StepWithGenerator
 
 __all__ = ["CMStochasticIterativeScheduler", "LCMScheduler", "SCMScheduler", "TCDScheduler"]
@@ -127,7 +128,7 @@ class SCMScheduler(StepWithGenerator, diffusers.SCMScheduler):  # type: ignore[m
         return torch.get_default_dtype()
 
 
-class CMStochasticIterativeScheduler(StepWithGenerator, diffusers.CMStochasticIterativeScheduler):  # type: ignore[metaclass]
+class CMStochasticIterativeScheduler(ScaledInputs, StepWithGenerator, diffusers.CMStochasticIterativeScheduler):  # type: ignore[metaclass]
     """``diffusers.CMStochasticIterativeScheduler`` with the fused step."""
 
     _plain_output = CMStochasticIterativeSchedulerOutput

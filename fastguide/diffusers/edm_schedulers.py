@@ -13,16 +13,17 @@ from ..solvers._unscaled import SigmaSteps
 from ..solvers.edm_dpm_solver import edm_dpm_solver_table
 from ..solvers.edm_euler import edm_euler_table
 from . import lazy_outputs
-from .counted_step import CountedStep, left
+from .counted_step import left
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .noise import Generators
+from .scaled_inputs import ScaledInputs
 from .step_signatures import Draws, StepWithChurn, StepWithGenerator
 
 __all__ = ["EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"]
 
 
-class EDM(CountedStep):
+class EDM(ScaledInputs):
     """What they share: the sigmas of diffusers, and what their model predicts."""
 
     def _why_not(self) -> str | None:

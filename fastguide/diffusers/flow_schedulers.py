@@ -69,7 +69,7 @@ class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteSch
         if per_token_timesteps is None:
             done = counted_step(
                 self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
-                draws=bool(self.config.stochastic_sampling), noise_dtype=torch.float32,
+                draws=self._internal_dict["stochastic_sampling"] is True, noise_dtype=torch.float32,
             )  # fmt: skip
             if done is not None:
                 return done

@@ -18,9 +18,10 @@ from ..solvers.euler_ancestral import euler_ancestral_table
 from ..solvers.heun import heun_table
 from ..solvers.lms import lms_table
 from . import lazy_outputs
-from .counted_step import CountedStep, counted_step, left
+from .counted_step import counted_step, left
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
+from .scaled_inputs import ScaledInputs
 from .step_signatures import Draws, StepWithChurn, StepWithGenerator, StepWithoutNoise
 from .two_calls import TwoCalls
 
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 
-class Sigmas(CountedStep):
+class Sigmas(ScaledInputs):
     """What they share: the prediction types that rows express, and the loop's calls."""
 
     _predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")

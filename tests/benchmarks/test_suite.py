@@ -160,12 +160,10 @@ def test_solvers_agree_with_diffusers_before_they_are_timed(name, monkeypatch):
     small, large = solvers.small_title(name), solvers.large_title(name)
     assert suites.chosen_solvers([small]) == [small]
     rows = list(solvers.measure(small, CPU, 0.01))
-    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert [row["status"] for row in rows] == ["ok"] * 6
     assert {row["contender"] for row in rows} == {
-        "diffusers",
-        "fastguide",
-        "diffusers, with set_timesteps",
-        "fastguide's scheduler, with set_timesteps",
+        *("diffusers", "fastguide", "diffusers, of the doubled output", "fastguide's scheduler"),
+        *("diffusers, of the doubled output, with set_timesteps", "fastguide's scheduler, with set_timesteps"),
     }
     rows = list(solvers.measure(large, CPU, 0.01))
     assert {row["contender"] for row in rows} == {"fastguide out=", "copy_ of the same bytes"}
@@ -179,20 +177,29 @@ def test_what_a_call_with_a_history_moves():
         assert solvers.moved_bytes(solvers.SOLVERS[name].table(), 15) == 4 * count
 
 
-@pytest.mark.parametrize("guidance", pipelines.RESCALE)
-def test_pipelines_agree_with_diffusers_before_they_are_timed(guidance):
+def test_a_solver_with_noise_compares_the_schedulers_alone(monkeypatch):
     pytest.importorskip("diffusers")
-    rows = list(pipelines.measure(guidance, (2, 3, 8, 8), CPU, 0.01))
+    monkeypatch.setattr(solvers, "SHAPES", {"SD 512": (2, 3, 8, 8), "pixels": (2, 3, 9, 9)})
+    rows = list(solvers.measure(solvers.small_title("SA-Solver"), CPU, 0.01))
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    assert solvers.large_title("SA-Solver") not in solvers.titles()
+
+
+@pytest.mark.parametrize("scheduler", pipelines.SCHEDULERS)
+@pytest.mark.parametrize("guidance", pipelines.RESCALE)
+def test_pipelines_agree_with_diffusers_before_they_are_timed(guidance, scheduler):
+    pytest.importorskip("diffusers")
+    rows = list(pipelines.measure(scheduler, guidance, (2, 3, 8, 8), CPU, 0.01))
     by_hand = [] if guidance == "rescaled" else ["fastguide, step(guidance_scale=)"]
     assert {row["contender"]: row["status"] for row in rows} == dict.fromkeys(
         ["diffusers", "fastguide, accelerate(pipe)", *by_hand], "ok"
     )
-    assert {row["workload"] for row in rows} == {f"pipeline, 50 DDIM steps, {guidance}, (2, 3, 8, 8)"}
+    assert {row["workload"] for row in rows} == {f"pipeline, 50 {scheduler} steps, {guidance}, (2, 3, 8, 8)"}
 
 
 def test_pipelines_are_chosen_by_their_titles():
-    assert len(suites.chosen_pipelines([])) == 4
-    assert suites.chosen_pipelines(["pipeline, 50 DDIM steps, rescaled, (1,"]) == [("rescaled", (1, 4, 64, 64))]
+    assert len(suites.chosen_pipelines([])) == 8
+    assert suites.chosen_pipelines(["pipeline, 50 DDIM steps, rescaled, (1,"]) == [("DDIM", "rescaled", (1, 4, 64, 64))]
 
 
 def test_without_what_is_optional_the_rest_runs(monkeypatch, tmp_path):
@@ -211,7 +218,7 @@ def test_without_what_is_optional_the_rest_runs(monkeypatch, tmp_path):
     rows = list(steps.measure(SMALL, CPU, 0.01))
     assert {r["contender"]: r["status"] for r in rows}["diffusers"] == "not run"
     assert [r["reason"] for r in loops.measure("policy", 2, CPU, 0.01)] == ["diffusers is not installed"]
-    assert [r["reason"] for r in pipelines.measure("rescaled", (1, 3, 8, 8), CPU, 0.01)] == [
+    assert [r["reason"] for r in pipelines.measure("DDIM", "rescaled", (1, 3, 8, 8), CPU, 0.01)] == [
         "diffusers is not installed"
     ]
     written = pages.write({"machine": {}, "rows": rows}, tmp_path)

@@ -70,15 +70,15 @@ def _taken_apart(output: Combined | Joined, sample: Tensor) -> tuple[Output, Any
     """Return the predictions of a combination, and what weighs them; ``None``: they are not of the sample's shape."""
     main = output.main if isinstance(output, Joined) else output
     main.check_unchanged()
-    terms, one_output = main.terms, main.terms[0].of.source
-    if all(term.of.piece is not None and term.of.source is one_output for term in terms):
+    terms, one_output = main.terms, main.terms[0][0].source
+    if all(of.piece is not None and of.source is one_output for of, *_ in terms):
         terms = tuple(sorted(terms, key=_piece_of))
     scale, whole = _scale_of(terms, main.scale), one_output.tensor
     if scale is not None and type(output) is Combined and main.dtype == whole.dtype:
-        halves = [term.of.piece for term in terms] == [(0, 2), (1, 2)] and terms[1].of.source is one_output
-        if halves and [whole.shape[0] // 2, *whole.shape[1:]] == list(sample.shape):
+        halves = terms[0][0].piece == (0, 2) and terms[1][0].piece == (1, 2) and terms[1][0].source is one_output
+        if halves and whole.shape[1:] == sample.shape[1:] and whole.shape[0] == 2 * sample.shape[0]:
             return whole, scale
-    predictions = tuple([term.of.value() for term in terms])
+    predictions = tuple([of.value() for of, *_ in terms])
     if any(prediction.shape != sample.shape for prediction in predictions):
         return None
     variance = output.rest.value() if isinstance(output, Joined) else None
@@ -87,17 +87,18 @@ def _taken_apart(output: Combined | Joined, sample: Tensor) -> tuple[Output, Any
     taken = Taken(predictions, variance, main.dtype)
     if scale is not None:
         return taken, scale
-    constants = tuple([term.constant for term in terms])
+    constants = tuple([constant for _, constant, _ in terms])
     if main.scale is None:
         if constants == (1.0,) and variance is None and main.dtype == predictions[0].dtype:
             return predictions[0], None
         return taken, Weights(constants)
-    return taken, Weights(constants, tuple([term.factor for term in terms]), main.scale)
+    return taken, Weights(constants, tuple([factor for _, _, factor in terms]), main.scale)
 
 
 def _piece_of(term: Term) -> tuple[int, int]:
-    assert term.of.piece is not None
-    return term.of.piece
+    piece = term[0].piece
+    assert piece is not None
+    return piece
 
 
 def _scale_of(terms: tuple[Term, ...], scale: Tensor | None) -> Scale | None:

@@ -15,75 +15,100 @@ import torch
 from torch import Tensor
 
 from .lazy_tensor import LazyTensor, plain
-from .traced import Combined, Joined, Term, Traced
+from .traced import Combined, Joined, Source, Term, Traced
 
 _LARGEST = 1e30
 """A number above this, or NaN, is no coefficient that the kernels' float32 could do with."""
 
 # ---- Arithmetic ----
 
-
-def _terms(operand: Any) -> tuple[tuple[Term, ...], Tensor | None] | None:
-    """Return an operand as a sum of terms, and their scale; ``None``: it is no linear combination."""
-    if type(operand) is Combined and operand._value is None:
-        return operand.terms, operand.scale
-    if type(operand) is not Traced:
-        return None
-    tensor, source = operand.source.tensor, operand.source
-    if tensor.requires_grad or not tensor.is_floating_point() or (source.escaped and tensor.is_inference()):
-        return None
-    return (Term(operand, 1.0, 0.0),), None
+Seen = tuple[tuple[Source, int | None], ...]
+Sum = tuple[tuple[Term, ...], Tensor | None, Seen]
+"""Terms, the scale of their factors, and the outputs that they are of, with their versions."""
 
 
-def _key(term: Term) -> Any:
-    return (id(term.of.source), term.of.piece) if term.of.piece is not None else id(term.of)
+def _as_sum(operand: Any) -> Sum | None:
+    """Return an operand as a sum of terms; ``None``: it is no linear combination that may wait."""
+    kind = type(operand)
+    if kind is Traced:
+        source = operand.source
+        return (((operand, 1.0, 0.0),), None, ((source, source.version()),)) if source.may_wait() else None
+    if kind is Combined and operand._value is None:
+        return operand.terms, operand.scale, operand.seen
+    return None
 
 
 def _are_alike(first: Traced, second: Traced) -> bool:
     """Tell whether both are outputs of the same pipeline, of the same shape and device."""
-    if first.source.fusion is not second.source.fusion:
-        return False
-    if first.source is second.source and first.piece is not None and second.piece is not None:
+    one, other = first.source, second.source
+    if one is other and first.piece is not None and second.piece is not None:
         return first.piece[1] == second.piece[1]
-    one, other = first.value(), second.value()
-    return one.shape == other.shape and one.device == other.device
+    if one.fusion is not other.fusion:
+        return False
+    left, right = first.value(), second.value()
+    return left.shape == right.shape and left.device == right.device
+
+
+def _is_same(first: Traced, second: Traced) -> bool:
+    if first is second:
+        return True
+    return first.piece is not None and first.source is second.source and first.piece == second.piece
+
+
+def _merged(left: tuple[Term, ...], right: tuple[Term, ...], sign: float) -> tuple[Term, ...]:
+    """Return the terms of both, the second ones with a sign."""
+    merged = list(left)
+    for of, constant, factor in right:
+        for place, (other, before, factor_before) in enumerate(merged):
+            if _is_same(of, other):
+                merged[place] = (other, before + sign * constant, factor_before + sign * factor)
+                break
+        else:
+            merged.append((of, sign * constant, sign * factor))
+    return tuple(merged)
+
+
+def _seen(left: Seen, right: Seen) -> Seen:
+    """Return the outputs of both; of one that both have, the version of the combination that has more."""
+    first, second = (left, right) if len(left) > len(right) else (right, left)
+    known = [source for source, _ in first]
+    return first + tuple([each for each in second if each[0] not in known])
 
 
 def _sum(function: Any, first: Any, second: Any, sign: float) -> Any:
     """Return the sum of two operands, the second with a sign; ``function``: of torch, which computes it."""
-    left, right = _terms(first), _terms(second)
-    if left is None or right is None:
+    left, right = _as_sum(first), _as_sum(second)
+    if left is None or right is None or first.dtype != second.dtype:
         return function(plain(first), plain(second))
     scale = left[1] if right[1] is None else right[1]
-    alike = first.dtype == second.dtype and _are_alike(left[0][0].of, right[0][0].of)
-    if not alike or (left[1] is not None and left[1] is not scale):
+    if left[1] is not scale and left[1] is not None:
         return function(plain(first), plain(second))
-    merged = {_key(term): term for term in left[0]}
-    for term in right[0]:
-        key, constant, factor = _key(term), sign * term.constant, sign * term.factor
-        before = merged.get(key)
-        if before is not None:
-            constant, factor = before.constant + constant, before.factor + factor
-        merged[key] = Term(term.of, constant, factor)
-    return Combined((function, first, second), tuple(merged.values()), scale, first.dtype)
+    if not _are_alike(left[0][0][0], right[0][0][0]):
+        return function(plain(first), plain(second))
+    terms, seen = _merged(left[0], right[0], sign), left[2]
+    if type(first) is Traced and type(second) is Combined and right[2][0][0] is first.source:
+        seen = right[2]  # the version of the earlier combination
+    elif len(right[2]) > 1 or right[2][0][0] is not seen[0][0]:
+        seen = _seen(seen, right[2])
+    return Combined((function, first, second), terms, scale, first.dtype, seen)
 
 
 def _product(function: Any, first: Any, second: Any, invert: bool = False) -> Any:
     """Return a combination times, or divided by, a number or a number for each sample."""
-    operand, other = (first, second) if _terms(first) is not None else (second, first)
-    found = _terms(operand)
-    if found is None or (invert and operand is second):
+    operand, other, found = first, second, _as_sum(first)
+    if found is None:
+        operand, other, found = second, first, None if invert else _as_sum(second)
+    if found is None:
         return function(plain(first), plain(second))
-    terms, scale = found
-    number = _number(other)
-    if number is not None:
-        by = 1.0 / number if invert and number else number
-        if not (invert and number == 0):
-            scaled = tuple([Term(of, constant * by, factor * by) for of, constant, factor in terms])
-            return Combined((function, first, second), scaled, scale, operand.dtype)
-    elif not invert and scale is None and _is_scale(other, operand):
-        scaled = tuple([Term(of, 0.0, constant) for of, constant, _ in terms])
-        return Combined((function, first, second), scaled, other, operand.dtype)
+    terms, scale, seen = found
+    number = other if type(other) is float and abs(other) < _LARGEST else _number(other)
+    if number is not None and not (invert and number == 0):
+        by = 1.0 / number if invert else number
+        scaled = tuple([(of, constant * by, factor * by) for of, constant, factor in terms])
+        return Combined((function, first, second), scaled, scale, operand.dtype, seen)
+    if number is None and not invert and scale is None and _is_scale(other, operand):
+        scaled = tuple([(of, 0.0, constant) for of, constant, _ in terms])
+        return Combined((function, first, second), scaled, other, operand.dtype, seen)
     return function(plain(first), plain(second))
 
 
@@ -106,21 +131,21 @@ def _is_scale(scale: Any, operand: Any) -> bool:
 
 
 def _negative(operand: Any) -> Any:
-    found = _terms(operand)
+    found = _as_sum(operand)
     if found is None:
         return operator.neg(plain(operand))
-    terms = tuple([Term(of, -constant, -factor) for of, constant, factor in found[0]])
-    return Combined((operator.neg, operand), terms, found[1], operand.dtype)
+    terms = tuple([(of, -constant, -factor) for of, constant, factor in found[0]])
+    return Combined((operator.neg, operand), terms, found[1], operand.dtype, found[2])
 
 
 def _cast(operand: Any, dtype: Any) -> Any:
     """Return an operand in another dtype: what is traced is cast in the step."""
     if dtype is None or operand.dtype == dtype:
         return operand
-    found = _terms(operand)
+    found = _as_sum(operand)
     if found is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return plain(operand).to(dtype)
-    return Combined((lambda tensor: tensor.to(dtype), operand), found[0], found[1], dtype)
+    return Combined((lambda tensor: tensor.to(dtype), operand), found[0], found[1], dtype, found[2])
 
 
 # ---- Views ----
@@ -132,7 +157,7 @@ def _chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
         return operand.chunk(chunks, dim)
     if type(operand) is Traced and operand._value is operand.source.tensor and dim == 0:
         tensor = operand.source.tensor
-        counted = isinstance(chunks, int) and chunks > 1 and tensor.dim() > 0 and not tensor.requires_grad
+        counted = type(chunks) is int and chunks > 1 and tensor.dim() > 0 and not tensor.requires_grad
         if counted and tensor.shape[0] % chunks == 0:
             return tuple([Traced(operand.source, None, (number, chunks)) for number in range(chunks)])
     return _parts(lambda each: each.chunk(chunks, dim), operand)
@@ -152,22 +177,24 @@ def _view(operand: Any, function: Callable[[Tensor], Any]) -> Any:
 
 def _parts(function: Callable[[Tensor], Any], operand: Any) -> Any:
     """Return parts of an operand, which a function of tensors makes: of each of its terms, if they are views."""
-    found = _terms(operand)
+    found = _as_sum(operand)
     if found is None or (found[1] is not None and found[1].dim() > 0):
         return function(plain(operand))
-    values = [term.of.value() for term in found[0]]
+    values = [of.value() for of, *_ in found[0]]
     made = [function(value) for value in values]
     if not all(_shares(part, value) for parts, value in zip(made, values, strict=True) for part in parts):
         return function(plain(operand))
-    traced = [[Traced(term.of.source, part) for part in parts] for term, parts in zip(found[0], made, strict=True)]
+    sources = [of.source for of, *_ in found[0]]
+    traced = [[Traced(source, part) for part in parts] for source, parts in zip(sources, made, strict=True)]
     if type(operand) is Traced:
         return tuple(traced[0])
     return tuple(
         Combined(
             (lambda tensor, number=number: function(tensor)[number], operand),
-            tuple(Term(of, *term[1:]) for of, term in zip(pieces, found[0], strict=True)),
+            tuple((of, *term[1:]) for of, term in zip(pieces, found[0], strict=True)),
             found[1],
             operand.dtype,
+            found[2],
         )
         for number, pieces in enumerate(zip(*traced, strict=True))
     )
@@ -248,6 +275,20 @@ _VIEWS = (
 )
 
 
+_OPERATORS = (
+    "__add__",
+    "__radd__",
+    "__sub__",
+    "__rsub__",
+    "__mul__",
+    "__rmul__",
+    "__truediv__",
+    "__neg__",
+    "__getitem__",
+)
+"""Which Python calls without keywords."""
+
+
 def _viewing(name: str) -> Callable[..., Any]:
     return lambda operand, *how: _view(operand, lambda tensor: getattr(tensor, name)(*plain(how)))
 
@@ -269,7 +310,9 @@ def _install() -> None:
         LazyTensor.rules |= dict.fromkeys(_names(*names), rule)
         for name in names:
             for kind in (Traced, Combined):
-                if name not in vars(kind) and hasattr(Tensor, name):
+                if name in _OPERATORS:
+                    setattr(kind, name, rule)
+                elif name not in vars(kind) and hasattr(Tensor, name):
                     setattr(kind, name, _with_keywords(name, rule))
     LazyTensor.rules |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _joined)
     LazyTensor.take_dim |= {torch.cat, torch.concat, torch.concatenate, *_names("chunk", "split", "unbind")}

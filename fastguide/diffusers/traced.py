@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,26 +44,36 @@ class Fusion:
 class Source:
     """One output of a model: the tensor itself, and who else may know of it."""
 
-    __slots__ = ("combined", "escaped", "fusion", "tensor")
+    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "tensor", "uncounted")
 
     def __init__(self, tensor: Tensor, fusion: Fusion | None) -> None:
         self.tensor = tensor
         self.fusion = fusion
         """``None``: of a guider, which is asked anew each time."""
+        self.dtype = tensor.dtype
+        self.is_linear = tensor.is_floating_point() and not tensor.requires_grad
+        """Whether combinations of it may wait."""
+        self.uncounted = tensor.is_inference()
+        """Whether torch does not count who writes to it."""
         self.escaped = False
         """Whether others than traced tensors have it, or a view of it."""
-        self.combined: list[weakref.ref[Combined]] = []
-        """What was combined of it in inference mode, in which torch does not count who writes to it."""
+        self.combined: list[weakref.ref[Combined]] | None = None
+        """What was combined of it, if it is not counted who writes to it."""
 
     def version(self) -> int | None:
         """Return how often the output was written to; ``None``: torch does not count that."""
-        return None if self.tensor.is_inference() else self.tensor._version
+        return None if self.uncounted else self.tensor._version
+
+    def may_wait(self) -> bool:
+        """Tell whether combinations of it may wait: nobody can write to it unseen."""
+        return self.is_linear and not (self.escaped and self.uncounted)
 
     def escape(self) -> None:
         """Note that others get it: in inference mode, what was combined of it is computed before they can write."""
         self.escaped = True
-        while self.combined:
-            node = self.combined.pop()()
+        pending, self.combined = self.combined, None
+        for reference in pending or ():
+            node = reference()
             if node is not None:
                 node.value()
 
@@ -78,6 +88,11 @@ class Traced(LazyTensor):
         self._value = value
         self.piece = piece
         """Which part of how many that the output has along its batch."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The output's."""
+        return self.source.dtype
 
     def value(self) -> Tensor:
         """Return the tensor for one's own use, which is not to write to it."""
@@ -102,21 +117,22 @@ def traced(output: Tensor, fusion: Fusion | None) -> Traced:
     return Traced(Source(output, fusion), output)
 
 
-class Term(NamedTuple):
-    """A traced tensor and its coefficient, ``constant + factor * scale`` with a scale that all terms share."""
-
-    of: Traced
-    constant: float
-    factor: float
+Term = tuple[Traced, float, float]
+"""A traced tensor and its coefficient, ``constant + factor * scale`` with a scale that all terms share."""
 
 
 class Combined(LazyTensor):
     """A linear combination of models' outputs, which is computed when it is asked for."""
 
-    __slots__ = ("_dtype", "made_by", "scale", "terms", "versions")
+    __slots__ = ("_dtype", "made_by", "scale", "seen", "terms")
 
     def __init__(
-        self, made_by: tuple[Any, ...], terms: tuple[Term, ...], scale: Tensor | None, dtype: torch.dtype
+        self,
+        made_by: tuple[Any, ...],
+        terms: tuple[Term, ...],
+        scale: Tensor | None,
+        dtype: torch.dtype,
+        seen: tuple[tuple[Source, int | None], ...],
     ) -> None:
         self._value = None
         self.made_by: tuple[Any, ...] | None = made_by
@@ -125,10 +141,15 @@ class Combined(LazyTensor):
         self.scale = scale
         """What factors multiply: one number, or one for each sample."""
         self._dtype = dtype
-        self.versions: tuple[int | None, ...] = tuple([term.of.source.version() for term in terms])
-        for term, version in zip(terms, self.versions, strict=True):
+        self.seen = seen
+        """The outputs, and how often each had been written to when it was first combined."""
+        if seen[0][1] is None:
+            self._register()
+
+    def _register(self) -> None:
+        for source, version in self.seen:
             if version is None:
-                term.of.source.combined.append(weakref.ref(self))
+                source.combined = [*(source.combined or ()), weakref.ref(self)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +158,7 @@ class Combined(LazyTensor):
 
     def like(self) -> Tensor:
         """Return a tensor of the same shape and device."""
-        return self.terms[0].of.value()
+        return self.terms[0][0].value()
 
     def is_pending(self) -> bool:
         """Tell whether nobody has seen its values."""
@@ -149,11 +170,12 @@ class Combined(LazyTensor):
         Raises:
             RuntimeError: one has been written to since.
         """
-        if tuple([term.of.source.version() for term in self.terms]) != self.versions:
-            raise RuntimeError(
-                "the model's output was written to after guidance had been taken from it: expected plain tensors for "
-                "that, as without fastguide.diffusers.accelerate() or a guider of fastguide's"
-            )
+        for source, version in self.seen:
+            if source.version() != version:
+                raise RuntimeError(
+                    "the model's output was written to after guidance had been taken from it: expected plain tensors "
+                    "for that, as without fastguide.diffusers.accelerate() or a guider of fastguide's"
+                )
 
     def value(self) -> Tensor:
         """Return the tensor for one's own use."""
@@ -166,9 +188,9 @@ class Combined(LazyTensor):
         return self._value
 
     def _compute(self) -> Tensor:
-        for term in self.terms:
-            if term.of.source.fusion is not None:
-                term.of.source.fusion.tries = False
+        for source, _ in self.seen:
+            if source.fusion is not None:
+                source.fusion.tries = False
         return self.value()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import Any
 
@@ -47,31 +48,47 @@ def trace_models(
             if isinstance(pipe, diffusers.DiTPipeline):
                 left_alone[path + name] = "DiTPipeline combines parts of channels by itself; only its step is fused"
             else:
-                compiled = model._compiled_call_impl is not None
+                wrapped = isinstance(model, torch._dynamo.OptimizedModule)  # which keeps no attributes of its own
                 trace = functools.partial(_trace, fusion)
-                hooks.append(_CompiledHook(model, fusion) if compiled else model.register_forward_hook(trace))
+                hooks.append(model.register_forward_hook(trace) if wrapped else _Call(model, fusion))
                 tried.append(path + name)
     return tried
 
 
-class _CompiledHook:
-    """Trace a model that is compiled in place, by ``model.compile()``: hooks of its own would be in the graph."""
+class _Call:
+    """Trace a model in the place where torch keeps what ``model.compile()`` made.
+
+    A forward hook takes three times as long, and would be in the graph of a model that is compiled in place.
+    """
 
     def __init__(self, model: torch.nn.Module, fusion: Fusion) -> None:
-        compiled = model._compiled_call_impl
-        assert compiled is not None
+        before = model._compiled_call_impl
+        self._model, self._before, self._fusion = model, before, fusion
+        self._function: Callable[..., Any] = model._call_impl if before is None else before
+        model._compiled_call_impl = self
 
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            output = compiled(*arguments, **keywords)
-            return _traced(fusion, output, sys._getframe(1)) if _may_trace(fusion) else output
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Return the model's output, traced if a pipeline's own code asked for it."""
+        output, fusion = self._function(*arguments, **keywords), self._fusion
+        if not fusion.tries or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
+            return output
+        frame = sys._getframe(2)  # who called Module.__call__
+        return _traced(fusion, output, frame if id(frame.f_code) in fusion.callers else sys._getframe(1))
 
-        self._model, self._compiled, self._call = model, compiled, call
-        model._compiled_call_impl = call
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Call:
+        """Trace the copy of the model, which has none of what ``model.compile()`` made."""
+        return _Call(copy.deepcopy(self._model, memo), copy.deepcopy(self._fusion, memo))
 
     def remove(self) -> None:
-        """Put the compiled call back, if it is in its place still."""
-        if self._model._compiled_call_impl is self._call:
-            self._model._compiled_call_impl = self._compiled
+        """Stop tracing; of several pipelines that share a model, each for itself."""
+        self._fusion = _NEVER
+        model = self._model
+        while isinstance(model._compiled_call_impl, _Call) and model._compiled_call_impl._fusion is _NEVER:
+            model._compiled_call_impl = model._compiled_call_impl._before
+
+
+_NEVER = Fusion()
+_NEVER.tries = False
 
 
 def _methods(pipe: Any) -> dict[int, CodeType]:
@@ -101,11 +118,9 @@ _CALLER = _frames_to_caller()  # to ask for the frames between them would take 1
 
 def _trace(fusion: Fusion, module: torch.nn.Module, arguments: Any, output: Any) -> Any:
     """Return a model's output traced: a forward hook."""
-    return _traced(fusion, output, sys._getframe(_CALLER)) if _may_trace(fusion) else output
-
-
-def _may_trace(fusion: Fusion) -> bool:
-    return fusion.tries and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing())
+    if not fusion.tries or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return output
+    return _traced(fusion, output, sys._getframe(_CALLER))
 
 
 def _traced(fusion: Fusion, output: Any, frame: Any) -> Any:

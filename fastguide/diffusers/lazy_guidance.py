@@ -70,13 +70,14 @@ def _taken_apart(output: Combined | Joined, sample: Tensor) -> tuple[Output, Any
     """Return the predictions of a combination, and what weighs them; ``None``: they are not of the sample's shape."""
     main = output.main if isinstance(output, Joined) else output
     main.check_unchanged()
-    terms, one_output = main.terms, main.terms[0][0].source
-    if all(of.piece is not None and of.source is one_output for of, *_ in terms):
+    terms = main.terms
+    if len(main.seen) == 1 and len(terms) > 1 and all([of.piece is not None for of, _, _ in terms]):  # noqa: C419
         terms = tuple(sorted(terms, key=_piece_of))
-    scale, whole = _scale_of(terms, main.scale), one_output.tensor
-    if scale is not None and type(output) is Combined and main.dtype == whole.dtype:
-        halves = terms[0][0].piece == (0, 2) and terms[1][0].piece == (1, 2) and terms[1][0].source is one_output
-        if halves and whole.shape[1:] == sample.shape[1:] and whole.shape[0] == 2 * sample.shape[0]:
+    scale = _scale_of(terms, main.scale)
+    if scale is not None and main is output and terms[0][0].piece == (0, 2):
+        source = terms[0][0].source
+        whole, shape = source.tensor, sample.shape
+        if terms[1][0].source is source and main.dtype is source.dtype and whole.shape == (2 * shape[0], *shape[1:]):
             return whole, scale
     predictions = tuple([of.value() for of, *_ in terms])
     if any(prediction.shape != sample.shape for prediction in predictions):

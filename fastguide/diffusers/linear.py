@@ -77,6 +77,10 @@ def _seen(left: Seen, right: Seen) -> Seen:
 
 def _sum(function: Any, first: Any, second: Any, sign: float) -> Any:
     """Return the sum of two operands, the second with a sign; ``function``: of torch, which computes it."""
+    if type(first) is Traced and first.piece is not None:
+        made = _sum_of_pieces(function, first, second, sign)
+        if made is not None:
+            return made
     left, right = _as_sum(first), _as_sum(second)
     if left is None or right is None or first.dtype != second.dtype:
         return function(plain(first), plain(second))
@@ -91,6 +95,26 @@ def _sum(function: Any, first: Any, second: Any, sign: float) -> Any:
     elif len(right[2]) > 1 or right[2][0][0] is not seen[0][0]:
         seen = _seen(seen, right[2])
     return Combined((function, first, second), terms, scale, first.dtype, seen)
+
+
+def _sum_of_pieces(function: Any, first: Traced, second: Any, sign: float) -> Combined | None:
+    """Return a sum in the common case, parts of one output's batch; ``None``: it is another one."""
+    source = first.source
+    if source.escaped or not source.is_linear:
+        return None
+    if type(second) is Traced:
+        if second.source is not source or second.piece is None or second is first or second.piece[1] != first.piece[1]:  # type: ignore[index]
+            return None
+        terms: tuple[Term, ...] = ((first, 1.0, 0.0), (second, sign, 0.0))
+        return Combined((function, first, second), terms, None, source.dtype, ((source, source.version()),))
+    if type(second) is not Combined or second._value is not None or second._dtype is not source.dtype:
+        return None
+    seen = second.seen
+    if len(seen) > 1 or seen[0][0] is not source or second.terms[0][0].piece is None:
+        return None
+    return Combined(
+        (function, first, second), _merged(((first, 1.0, 0.0),), second.terms, sign), second.scale, source.dtype, seen
+    )
 
 
 def _product(function: Any, first: Any, second: Any, invert: bool = False) -> Any:
@@ -151,6 +175,9 @@ def _cast(operand: Any, dtype: Any) -> Any:
 # ---- Views ----
 
 
+_HALVES = (0, 2), (1, 2)
+
+
 def _chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
     """Return the parts; those of a whole output along its batch without making tensors of them."""
     if type(operand) is Joined:
@@ -159,7 +186,10 @@ def _chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
         tensor = operand.source.tensor
         counted = type(chunks) is int and chunks > 1 and tensor.dim() > 0 and not tensor.requires_grad
         if counted and tensor.shape[0] % chunks == 0:
-            return tuple([Traced(operand.source, None, (number, chunks)) for number in range(chunks)])
+            source = operand.source
+            if chunks == 2:
+                return Traced(source, None, _HALVES[0]), Traced(source, None, _HALVES[1])
+            return tuple([Traced(source, None, (number, chunks)) for number in range(chunks)])
     return _parts(lambda each: each.chunk(chunks, dim), operand)
 
 
@@ -297,9 +327,11 @@ def _with_keywords(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
     """Return a rule as a method, which computes the tensor for what is said by keywords."""
 
     def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        if keywords and not set(keywords) <= {"dim"}:
-            return getattr(self.computed(), name)(*plain(arguments), **plain(keywords))
-        return rule(self, *arguments, *keywords.values())
+        if not keywords:
+            return rule(self, *arguments)
+        if set(keywords) <= {"dim"}:
+            return rule(self, *arguments, *keywords.values())
+        return getattr(self.computed(), name)(*plain(arguments), **plain(keywords))
 
     return method
 

@@ -127,7 +127,7 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
         loop = self._counted
         if loop is None or loop.following != place or old_original is not self._returned_original:
             return False
-        return place_of(self.timesteps, host_tables(self).host_timesteps, timestep_back) == place - 1
+        return place_of(self.timesteps, host_tables(self).timestep_values, timestep_back) == place - 1
 
     def step(
         self,
@@ -149,7 +149,7 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
         As in diffusers, ``eta``, ``use_clipped_model_output`` and ``variance_noise`` change nothing.
         """
         tables = host_tables(self)
-        place = place_of(self.timesteps, tables.host_timesteps, timestep)
+        place = place_of(self.timesteps, tables.timestep_values, timestep)
         served = self.num_inference_steps is not None and not isinstance(generator, DeviceGenerator)
         if place is not None and served and self._follows(place, old_pred_original_sample, timestep_back):
             self._step_index = place

@@ -23,10 +23,8 @@ class HostTables(NamedTuple):
     host_sigmas: Tensor
     """float64."""
     host_timesteps: Tensor
-
-    def values(self) -> tuple[list[float], list[Any]]:
-        """Return the sigmas and timesteps as numbers."""
-        return self.host_sigmas.tolist(), self.host_timesteps.tolist()
+    sigma_values: tuple[float, ...]
+    timestep_values: tuple[float, ...]
 
     def sigmas_from(self, begin: int) -> Tensor:
         """Return where the calls from a step on begin, and where the last one ends."""
@@ -60,7 +58,8 @@ def read_tables(scheduler: Any) -> HostTables:
     sigmas, timesteps = getattr(scheduler, scheduler._levels_in), scheduler.timesteps
     versions = version_of(sigmas), version_of(timesteps)
     host = sigmas.detach().to("cpu", torch.float64, copy=True), timesteps.detach().to("cpu", copy=True)
-    return HostTables(sigmas, timesteps, scheduler._internal_dict, versions, *host)
+    values = (tuple(tensor.tolist()) for tensor in host)
+    return HostTables(sigmas, timesteps, scheduler._internal_dict, versions, *host, *values)
 
 
 def host_tables(scheduler: Any) -> HostTables:

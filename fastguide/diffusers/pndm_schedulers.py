@@ -73,7 +73,7 @@ class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: 
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
         place = None
         if self.num_inference_steps:
-            place = place_of(self.timesteps, host_tables(self).host_timesteps, timestep)
+            place = place_of(self.timesteps, host_tables(self).timestep_values, timestep)
         if self.counter == 0 and place is not None:
             self._first_call = place
         follows = place is None or self.counter == 0 or self._is_told(place)
@@ -88,8 +88,8 @@ class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: 
 
     def _is_told(self, place: int) -> bool:
         """Tell whether a timestep at this place is the one of the next call."""
-        told, index = host_tables(self).host_timesteps, self._step_index
-        return index < len(told) and bool(told[place] == told[index])
+        told, index = host_tables(self).timestep_values, self._step_index
+        return index < len(told) and told[place] == told[index]
 
 
 class IPNDMScheduler(StepWithoutNoise, diffusers.IPNDMScheduler):  # type: ignore[metaclass]

@@ -104,7 +104,7 @@ class StepWithChurn(CountedStep):
         def draws(table: StepTable, call: int) -> bool:
             assert self._counted is not None
             place = self._churns_at(call, self._counted.begin)
-            return s_tmin <= float(host_tables(self).host_sigmas[place]) <= s_tmax
+            return s_tmin <= host_tables(self).sigma_values[place] <= s_tmax
 
         arguments = (s_churn, s_tmin, s_tmax, s_noise)
         done = counted_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def _check_timesteps(timesteps: Tensor, batch: int, trained: int) -> None:
                 raise IndexError(f"timestep: expected 0 to {trained - 1}, got {value}")
 
 
-def place_of(timesteps: Tensor, on_host: Tensor, timestep: Any) -> int | None:
+def place_of(timesteps: Tensor, on_host: Sequence[float], timestep: Any) -> int | None:
     """Return the place of a timestep, as far as the host knows it; ``None``: it does not, or there is none.
 
     Args:
@@ -111,8 +112,8 @@ def place_of(timesteps: Tensor, on_host: Tensor, timestep: Any) -> int | None:
         place = place_in(timesteps, timestep)
         if place is not None or timestep.device.type != "cpu":
             return place
-    found = (on_host == timestep).nonzero()
-    return int(found[0, 0]) if len(found) else None
+    value = timestep.item() if isinstance(timestep, Tensor) else timestep
+    return on_host.index(value) if value in on_host else None
 
 
 def place_in(timesteps: Tensor, timestep: Tensor) -> int | None:

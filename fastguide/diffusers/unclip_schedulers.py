@@ -71,8 +71,7 @@ class UnCLIPScheduler(HostAlphas, SchedulerStep, diffusers.UnCLIPScheduler):  # 
         if prev_timestep is None:
             return False
         told = host_timesteps(self)
-        values = torch.tensor(told, device="cpu")
-        here, there = (place_of(self.timesteps, values, value) for value in (timestep, prev_timestep))
+        here, there = (place_of(self.timesteps, told, value) for value in (timestep, prev_timestep))
         return True if here is not None and there == here + 1 else None
 
     def step(

@@ -65,9 +65,28 @@ SOLVERS = {
     ),
     "DEIS 2": Solver(lambda: fastguide.deis(SCHEDULE, STEPS), "DEISMultistepScheduler", _BETAS),
     "PNDM": Solver(lambda: fastguide.pndm(SCHEDULE, STEPS), "PNDMScheduler", {**_BETAS, "skip_prk_steps": True}),
-    "SA-Solver": Solver(None, "SASolverScheduler", _BETAS, noisy=True),
     "LMS 4": Solver(lambda: fastguide.lms(SCHEDULE, STEPS), "LMSDiscreteScheduler", _BETAS),
 }
+
+SOLVERS |= {
+    name: Solver(None, scheduler, config, noisy)
+    for name, scheduler, config, noisy in (
+        ("SA-Solver", "SASolverScheduler", _BETAS, True),
+        ("Euler ancestral", "EulerAncestralDiscreteScheduler", _BETAS, True),
+        ("DPM2 ancestral", "KDPM2AncestralDiscreteScheduler", _BETAS, True),
+        ("DPM++ 2S", "DPMSolverSinglestepScheduler", {**_BETAS, "lower_order_final": True}, False),
+        ("DPM++ 2M SDE", "DPMSolverMultistepScheduler", {**_BETAS, "algorithm_type": "sde-dpmsolver++"}, True),
+        ("flow Heun", "FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, False),
+        ("flow LCM", "FlowMatchLCMScheduler", {"shift": 3.0}, True),
+        ("EDM Euler", "EDMEulerScheduler", {}, False),
+        ("EDM DPM++ 2M", "EDMDPMSolverMultistepScheduler", {}, False),
+        ("IPNDM", "IPNDMScheduler", {}, False),
+        ("LCM", "LCMScheduler", {}, True),
+        ("TCD", "TCDScheduler", {}, True),
+        ("consistency", "CMStochasticIterativeScheduler", {}, True),
+        ("CogVideoX DDIM", "CogVideoXDDIMScheduler", {}, False),
+    )
+}  # those whose schedulers alone are compared
 
 
 def small_title(name: str) -> str:

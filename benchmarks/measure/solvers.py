@@ -161,7 +161,7 @@ def _scheduler_loop(
     scheduler: Any = getattr(importlib.import_module(package), solver.scheduler)(**solver.config)
     output, fused = torch.cat(predictions), package != "diffusers"
     scheduler.set_timesteps(STEPS, device=x_T.device)
-    unused = dict(scheduler.__dict__)
+    unused, scales = dict(scheduler.__dict__), hasattr(scheduler, "scale_model_input")
 
     def loop() -> Tensor:
         if whole:
@@ -172,7 +172,7 @@ def _scheduler_loop(
             torch.manual_seed(0)
         x = x_T
         for t in scheduler.timesteps:
-            if hasattr(scheduler, "scale_model_input"):
+            if scales:
                 scheduler.scale_model_input(x, t)
             if fused:
                 x = scheduler.step(output, t, x, return_dict=False, guidance_scale=GUIDANCE_SCALE)[0]
@@ -198,7 +198,7 @@ def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callab
     scheduler: Any = getattr(diffusers, solver.scheduler)(**solver.config)
     scheduler.set_timesteps(STEPS, device=x_T.device)
     timesteps, uncond, cond = scheduler.timesteps, predictions[0], predictions[1]
-    unused = dict(scheduler.__dict__)
+    unused, scales = dict(scheduler.__dict__), hasattr(scheduler, "scale_model_input")
 
     def loop() -> Tensor:
         _reset(scheduler, unused)
@@ -206,7 +206,7 @@ def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callab
             torch.manual_seed(0)
         x = x_T
         for t in timesteps:
-            if hasattr(scheduler, "scale_model_input"):
+            if scales:
                 scheduler.scale_model_input(x, t)
             guided = uncond + GUIDANCE_SCALE * (cond - uncond)
             x = scheduler.step(guided, t, x, return_dict=False)[0]

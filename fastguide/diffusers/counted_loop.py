@@ -59,6 +59,16 @@ class CountedLoop:
     """The same in float32, where ``returned`` is rounded."""
     like: Like | None = None
 
+    def may_begin_like_an_earlier_one(self, sample: Tensor) -> bool:
+        """Tell whether its first step may be like a step of an earlier loop over the same table; prepare for that."""
+        if self.returned is not None or not self.made.likes or sample.is_inference():
+            return False
+        like = self.made.likes[0]
+        if sample.dtype != like.model_dtype or sample.dtype not in (torch.float32, torch.float64):
+            return False  # a state that is kept besides the sample begins with a plan
+        self.like, self.returned, self.version = like, sample, sample._version
+        return True
+
     def is_current(self, scheduler: Any) -> bool:
         """Tell whether the scheduler's tables and configuration are those that the loop began with."""
         own, tables = scheduler.__dict__, self.tables

@@ -161,12 +161,11 @@ def counted_step(
     if type(model_output) is not Tensor or type(sample) is not Tensor:
         output, scale = resolved(model_output, sample, scale)
         sample = plain(sample)
-    if noise is None and path is None and loop is not None and loop.like is not None:
-        again = None if draws is False else _source_again(scheduler, loop, draws, noise_dtype, sample, generator)
-        if again is not False:
-            done = run_again(scheduler, loop, loop.like, arguments, output, sample, again, return_dict, scale)
-            if done is not None:
-                return done
+    repeats = noise is None and path is None
+    if repeats and loop is not None and loop.like is not None:
+        done = _again(scheduler, loop, arguments, output, sample, draws, noise_dtype, generator, return_dict, scale)
+        if done is not None:
+            return done
     if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
     if scheduler._step_index is None:
@@ -174,8 +173,13 @@ def counted_step(
     index = scheduler._step_index
     assert index is not None
     noise = plain(noise)
-    guidance = guidance_of(output, sample, scale, None, 1.0, "epsilon")
     loop = _loop_at(scheduler, index, arguments, sample)
+    if repeats and loop.may_begin_like_an_earlier_one(sample):
+        done = _again(scheduler, loop, arguments, output, sample, draws, noise_dtype, generator, return_dict, scale)
+        if done is not None:
+            return done
+        loop.returned = loop.like = None
+    guidance = guidance_of(output, sample, scale, None, 1.0, "epsilon")
     refusal = refusal_of(sample, output, None, noise)
     fitted = None
     if refusal is None and loop.table is not None:
@@ -201,9 +205,30 @@ def counted_step(
     loop.like = None
     if is_by_value(scale) and path is None:
         loop.like = Like(scale, guidance, token_of(guidance), loop.table, loop.table._token, model_dtype)
+        loop.made.likes[:] = [loop.like]
     loop.following, scheduler._step_index = index + 1, index + 1
     count_fused(scheduler, guidance)
     return scheduler._result(result, original, return_dict)
+
+
+def _again(
+    scheduler: CountedStep,
+    loop: CountedLoop,
+    arguments: tuple[Any, ...],
+    output: Output,
+    sample: Tensor,
+    draws: Callable[[StepTable, int], bool] | bool,
+    noise_dtype: torch.dtype | None,
+    generator: Generators,
+    return_dict: bool,
+    scale: Any,
+) -> Any:
+    """Make a step like an earlier one; ``None``: nothing was done."""
+    source = None if draws is False else _source_again(scheduler, loop, draws, noise_dtype, sample, generator)
+    if source is False:
+        return None
+    assert loop.like is not None
+    return run_again(scheduler, loop, loop.like, arguments, output, sample, source, return_dict, scale)
 
 
 def _source_again(

@@ -109,7 +109,7 @@ def test_a_scheduler_keeps_few_tables():
 
 
 def test_stochastic_steps_are_repeated_with_the_same_noise(monkeypatch):
-    """From the second step of a second loop on, a step is made without a plan, with the generator's next values."""
+    """In a later loop, steps are made without a plan, with the generator's next values."""
     from fastguide.diffusers import counted_step
 
     planned = []
@@ -120,5 +120,26 @@ def test_stochastic_steps_are_repeated_with_the_same_noise(monkeypatch):
     run(scheduler)
     planned.clear()
     got, _ = run(scheduler)
-    assert len(planned) == 2  # the first; and the last, whose noise is drawn but not used
+    assert len(planned) == 1  # the last, whose noise is drawn but not used
     torch.testing.assert_close(got, run(theirs)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_later_loop_begins_without_a_plan(monkeypatch):
+    from fastguide.diffusers import counted_step
+
+    planned = []
+    runs = counted_step.run_counted
+    monkeypatch.setattr(counted_step, "run_counted", lambda *a, **k: planned.append(1) or runs(*a, **k))
+    scheduler, theirs = made("EulerDiscreteScheduler")
+    for _ in range(2):
+        run(scheduler)
+    planned.clear()
+    got, _ = run(scheduler)
+    assert not planned
+    torch.testing.assert_close(got, run(theirs)[0], rtol=1e-5, atol=1e-5)
+    scheduler.set_timesteps(8)  # but not one with another output
+    with pytest.raises(ValueError, match="model_output: expected the sample's batch"):
+        scheduler.step(randn(4, 3, 8, 8), scheduler.timesteps[0], randn(*SHAPE))
+    got = scheduler.step(randn(*SHAPE).bfloat16(), scheduler.timesteps[0], randn(*SHAPE).bfloat16()).prev_sample
+    assert got.dtype == torch.bfloat16
+    assert scheduler._counted.state.dtype == torch.float32

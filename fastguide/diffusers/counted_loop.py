@@ -171,13 +171,12 @@ def run_again(
 
     ``source``: the generator that draws its noise.
     """
-    returned = loop.returned
     index, kinds = scheduler._step_index, kinds_of.get(like.token)
-    if kinds is None or index != loop.following or arguments != loop.arguments or sample is not returned:
+    if kinds is None or index != loop.following or arguments != loop.arguments or sample is not loop.returned:
         return None
     if type(guidance_scale) is not type(like.scale) or guidance_scale != like.scale:
         return None
-    predictions = predictions_again(output)
+    predictions = output if type(output) is Tensor else predictions_again(output)
     if predictions is None:
         return None
     if not loop.is_current(scheduler):

@@ -163,7 +163,10 @@ def counted_step(
         sample = plain(sample)
     repeats = noise is None and path is None
     if repeats and loop is not None and loop.like is not None:
-        done = _again(scheduler, loop, arguments, output, sample, draws, noise_dtype, generator, return_dict, scale)
+        if draws is False:
+            done = run_again(scheduler, loop, loop.like, arguments, output, sample, None, return_dict, scale)
+        else:
+            done = _again(scheduler, loop, arguments, output, sample, draws, noise_dtype, generator, return_dict, scale)
         if done is not None:
             return done
     if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:

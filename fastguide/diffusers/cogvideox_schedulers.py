@@ -151,8 +151,9 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
         tables = host_tables(self)
         place = place_of(self.timesteps, tables.timestep_values, timestep)
         served = self.num_inference_steps is not None and not isinstance(generator, DeviceGenerator)
+        reason: str | None = "an x_0 or a timestep that the last step does not lead to"
         if place is not None and served and self._follows(place, old_pred_original_sample, timestep_back):
-            self._step_index = place
+            self._step_index, reason = place, None
             twice = old_pred_original_sample is not None and int(self._next_timesteps(tables)[place]) >= 0
 
             def path(sample: Tensor, model_dtype: torch.dtype) -> Tensor:
@@ -167,7 +168,7 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
             if done is not None:
                 self._returned_original = None if as_output else done[1]
                 return done
-        output, sample = left(self, model_output, sample, guidance_scale)
+        output, sample = left(self, model_output, sample, guidance_scale, reason)
         unused = eta, use_clipped_model_output, generator, variance_noise
         given = output, old_pred_original_sample, timestep, timestep_back, sample
         return super().step(*given, *unused, return_dict)  # type: ignore[misc]

@@ -58,6 +58,8 @@ class CountedLoop:
     state: Tensor | None = None
     """The same in float32, where ``returned`` is rounded."""
     like: Like | None = None
+    why_not: str | None = None
+    """Why steps are left to diffusers."""
 
     def may_begin_like_an_earlier_one(self, sample: Tensor) -> bool:
         """Tell whether its first step may be like a step of an earlier loop over the same table; prepare for that."""

@@ -277,9 +277,8 @@ def _loop_at(scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sam
     made = loop_table(scheduler, tables, index, arguments, sample.device)
     table = made.table
     history = History(table, _contiguous_within(sample)) if table is not None and table.history_slots else None
-    loop = scheduler._counted = CountedLoop(tables, index, arguments, sample.shape, made, table, history, index)
-    if made.why_not is not None:
-        count(scheduler, LEFT + made.why_not)
+    loop = CountedLoop(tables, index, arguments, sample.shape, made, table, history, index, why_not=made.why_not)
+    scheduler._counted = loop
     return loop
 
 
@@ -301,7 +300,8 @@ def _leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str |
             )
         if loop.history is not None:
             loop.table = loop.history = None
-        count(scheduler, LEFT + (refusal or SHAPES))
+        loop.why_not = refusal or SHAPES
+    count(scheduler, LEFT + (loop.why_not or SHAPES))
     loop.following, loop.returned, loop.state = index + 1, None, None
 
 
@@ -313,7 +313,16 @@ def is_integer(timestep: Any) -> bool:
 
 
 def left(
-    scheduler: CountedStep, model_output: Tensor, sample: Tensor, guidance_scale: Scale | None
+    scheduler: CountedStep,
+    model_output: Tensor,
+    sample: Tensor,
+    guidance_scale: Scale | None,
+    reason: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the model's output, guided in plain torch, and the sample, for a step that is left to diffusers."""
+    """Return the model's output, guided in plain torch, and the sample, for a step that is left to diffusers.
+
+    ``reason``: why, if it is not counted yet.
+    """
+    if reason is not None:
+        count(scheduler, LEFT + reason)
     return combined(scheduler, model_output, sample, guidance_scale, None), plain(sample)

@@ -99,14 +99,16 @@ class TCDScheduler(_Distilled, diffusers.TCDScheduler):  # type: ignore[metaclas
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        if isinstance(eta, (int, float)) and 0 <= eta <= 1:
+        is_number = isinstance(eta, (int, float)) and 0 <= eta <= 1
+        reason = None if is_number else "an eta that is no number from 0 to 1"
+        if is_number:
             done = counted_step(
                 self, (float(eta),), model_output, timestep, sample, generator, return_dict, guidance_scale,
                 draws=self._draws_but_last if eta > 0 else False,
             )  # fmt: skip
             if done is not None:
                 return done
-        output, sample = left(self, model_output, sample, guidance_scale)
+        output, sample = left(self, model_output, sample, guidance_scale, reason)
         return super().step(output, timestep, sample, eta, generator, return_dict)  # type: ignore[misc]
 
 

@@ -81,7 +81,7 @@ class EDMEulerScheduler(EDM, StepWithChurn, diffusers.EDMEulerScheduler):  # typ
             return super().step(
                 model_output, timestep, sample, *churn, generator, return_dict, guidance_scale=guidance_scale
             )
-        output, sample = left(self, model_output, sample, guidance_scale)
+        output, sample = left(self, model_output, sample, guidance_scale, "an x_0 that is given")
         own = diffusers.EDMEulerScheduler.step
         return own(self, output, timestep, sample, *churn, generator, return_dict, pred_original_sample)
 

@@ -66,14 +66,15 @@ class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteSch
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        if per_token_timesteps is None:
+        reason = None if per_token_timesteps is None else "timesteps for each token"
+        if reason is None:
             done = counted_step(
                 self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
                 draws=self._internal_dict["stochastic_sampling"] is True, noise_dtype=torch.float32,
             )  # fmt: skip
             if done is not None:
                 return done
-        output, sample = left(self, model_output, sample, guidance_scale)
+        output, sample = left(self, model_output, sample, guidance_scale, reason)
         return super().step(  # type: ignore[misc]
             output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, per_token_timesteps, return_dict
         )

@@ -154,6 +154,17 @@ def _is_scale(scale: Any, operand: Any) -> bool:
     return fits and (scale.device == like.device or scale.dim() == 0)
 
 
+def _interpolated(first: Any, second: Any, weight: Any) -> Any:
+    """Return ``torch.lerp``."""
+    left, right = _as_sum(first), _as_sum(second)
+    if left is not None and right is not None and first.dtype == second.dtype:
+        made = _sum(operator.add, first, _product(operator.mul, weight, _sum(operator.sub, second, first, -1.0)), 1.0)
+        if type(made) is Combined:
+            made.made_by = (torch.lerp, first, second, weight)
+            return made
+    return torch.lerp(plain(first), plain(second), plain(weight))
+
+
 def _negative(operand: Any) -> Any:
     found = _as_sum(operand)
     if found is None:
@@ -244,6 +255,13 @@ def _joined(tensors: Any, dim: int = 0) -> Any:
     return torch.cat([plain(tensor) for tensor in tensors], dim)
 
 
+def _stacked(tensors: Any, dim: int = 0) -> Any:
+    """Return ``torch.stack``: of one tensor, it is a view."""
+    if isinstance(tensors, (list, tuple)) and len(tensors) == 1:
+        return tensors[0].unsqueeze(dim)
+    return torch.stack([plain(tensor) for tensor in tensors], dim)
+
+
 # ---- torch's functions, and Python's operators ----
 
 
@@ -290,6 +308,7 @@ _RULES: dict[tuple[str, ...], Callable[..., Any]] = {
     ("__rmul__",): lambda first, second: _mul(second, first),
     ("div", "__truediv__", "divide", "true_divide"): _div,
     ("neg", "__neg__", "negative"): _negative,
+    ("lerp",): _interpolated,
     ("to",): _moved,
     ("float",): lambda operand: _cast(operand, torch.float32),
     ("double",): lambda operand: _cast(operand, torch.float64),
@@ -347,7 +366,9 @@ def _install() -> None:
                 elif name not in vars(kind) and hasattr(Tensor, name):
                     setattr(kind, name, _with_keywords(name, rule))
     LazyTensor.rules |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _joined)
-    LazyTensor.take_dim |= {torch.cat, torch.concat, torch.concatenate, *_names("chunk", "split", "unbind")}
+    LazyTensor.rules[torch.stack] = _stacked
+    taking = _names("chunk", "split", "unbind")
+    LazyTensor.take_dim |= {torch.cat, torch.concat, torch.concatenate, torch.stack, *taking}
 
 
 _install()

@@ -206,7 +206,8 @@ def plan(
 
 def count_fused(scheduler: SchedulerStep, guidance: Guidance | None) -> None:
     """Count a fused step, for ``Acceleration.counts``."""
-    count(scheduler, "fused without guidance" if guidance is None else "fused with guidance")
+    guided = guidance is not None and (guidance.num_predictions > 1 or guidance.classifier is not None)
+    count(scheduler, "fused with guidance" if guided else "fused without guidance")
 
 
 def count(scheduler: SchedulerStep, what: str) -> None:

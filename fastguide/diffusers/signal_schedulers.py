@@ -24,6 +24,7 @@ from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .noise import Generators
 from .step_signatures import Draws, StepWithGenerator, StepWithoutNoise
+from .traced import Joined
 
 __all__ = [
     "DEISMultistepScheduler",
@@ -44,11 +45,16 @@ class _Signal(CountedStep):
         config = self.config
         if config.thresholding:
             return "dynamic thresholding"
-        if config.get("variance_type") in ("learned", "learned_range"):
-            return "a learned variance, which it drops"
         flow = bool(config.get("use_flow_sigmas"))
         known = ("flow_prediction",) if flow else ("epsilon", "v_prediction", "sample")
         return None if config.prediction_type in known else "a configuration that rows do not express"
+
+    def _predicted(self, output: Any) -> Any:
+        """Return a model's output without the variance that it learned, which diffusers drops; of images only."""
+        config = self._internal_dict
+        if config.get("variance_type") not in ("learned", "learned_range") or config["prediction_type"] != "epsilon":
+            return output
+        return output.main if type(output) is Joined else output[:, :3]
 
     def _signal_steps(self, tables: HostTables, begin: int) -> SignalSteps:
         sigmas = tables.sigmas_from(begin)
@@ -94,7 +100,8 @@ class DPMSolverMultistepScheduler(_Signal, diffusers.DPMSolverMultistepScheduler
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        stochastic = self.config.algorithm_type.startswith("sde")
+        stochastic = self._internal_dict["algorithm_type"].startswith("sde")
+        model_output = self._predicted(model_output)
         done = counted_step(
             self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
             draws=stochastic, noise_dtype=torch.float32, noise=variance_noise if stochastic else None,

@@ -48,6 +48,10 @@ class StepWithGenerator(CountedStep):
     def _draws(self) -> Draws:
         return True
 
+    def _predicted(self, output: Any) -> Any:
+        """Return what the scheduler takes of a model's output."""
+        return output
+
     def step(
         self,
         model_output: Tensor,
@@ -59,6 +63,7 @@ class StepWithGenerator(CountedStep):
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        model_output = self._predicted(model_output)
         done = counted_step(
             self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
             draws=self._draws(), noise_dtype=self._noise_dtype,

@@ -12,12 +12,14 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from .scheduler_step import SchedulerStep
 from .traced import Fusion, traced
 
-_MODELS = ("unet", "transformer")
+_MODELS = ("unet", "transformer", "transformer_2", "image_unet", "prior", "decoder")
+"""The names that pipelines have for what predicts."""
 
 
 def trace_models(
@@ -133,10 +135,20 @@ def _traced(fusion: Fusion, output: Any, frame: Any) -> Any:
             return output
         frame = frame.f_back  # through a wrapper, as torch.compile makes one
     kind = type(output)
-    if kind is tuple and output and type(output[0]) is Tensor:
-        return (traced(output[0], fusion), *output[1:])
+    if kind is tuple and output:
+        return (_of_first(output[0], fusion), *output[1:])
     if kind is Tensor:
         return traced(output, fusion)
-    if type(getattr(output, "sample", None)) is Tensor:
-        output.sample = traced(output.sample, fusion)
+    if isinstance(output, BaseOutput) and len(output):
+        name = next(iter(output))
+        setattr(output, name, _of_first(output[name], fusion))
     return output
+
+
+def _of_first(first: Any, fusion: Fusion) -> Any:
+    """Return a tensor traced, or each of a list of them, one a sample; anything else as it is."""
+    if type(first) is Tensor:
+        return traced(first, fusion)
+    if type(first) is list and first and all(type(each) is Tensor for each in first):
+        return [traced(each, fusion) for each in first]
+    return first

@@ -21,7 +21,7 @@ from .host_alphas import HostAlphas
 from .host_tables import HostTables, host_tables, on_host
 from .noise import Generators
 from .repeat import repeated
-from .scheduler_step import SchedulerStep, plan, run
+from .scheduler_step import LEFT, SchedulerStep, count, plan, run
 from .tables import UNDEFINED, host_alphas
 from .timesteps import host_timesteps, place_in, place_of
 
@@ -97,6 +97,8 @@ class UnCLIPScheduler(HostAlphas, SchedulerStep, diffusers.UnCLIPScheduler):  # 
             if planned is not None:
                 draws = isinstance(planned.row, Tensor) or planned.row > 0
                 return run(planned, generator, None, draws, return_dict)
+        else:
+            count(self, LEFT + "a timestep that none of its own leads to")
         output = combined(self, model_output, sample, guidance_scale, None)
         return super().step(output, timestep, sample, prev_timestep, generator, return_dict)  # type: ignore[misc]
 
@@ -148,11 +150,12 @@ class DDPMWuerstchenScheduler(CountedStep, diffusers.DDPMWuerstchenScheduler):  
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
         self._step_index = self._place_of(timestep)
+        reason = None if self._step_index is not None else "timesteps that are not the same one of its own"
         if self._step_index is not None:
             done = counted_step(
                 self, (), model_output, timestep, sample, generator, return_dict, guidance_scale, draws=True
             )
             if done is not None:
                 return done
-        output, sample = left(self, model_output, sample, guidance_scale)
+        output, sample = left(self, model_output, sample, guidance_scale, reason)
         return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]

@@ -91,7 +91,7 @@ COMPUTED = {
     "copied": lambda u, c: copy.deepcopy(u + 2.0 * (c - u)),
     "a keyword": lambda u, c: torch.add(u, c - u, alpha=2.0),
     "numpy": lambda u, c: torch.from_numpy((u + 2.0 * (c - u)).numpy()),
-    "interpolated": lambda u, c: torch.lerp(u, c, 2.0),
+    "interpolated by a tensor": lambda u, c: torch.lerp(u, c, torch.full((5,), 2.0)),
     "a function of numpy's": lambda u, c: torch.as_tensor(np.tanh(u + 2.0 * (c - u))),
     "an index": lambda u, c: torch.arange(5.0)[((u + 2.0 * (c - u)) > 9).long()],
     "assigned": lambda u, c: torch.zeros(2, 3, 5).index_put_((torch.arange(2),), u + 2.0 * (c - u)),
@@ -130,6 +130,8 @@ LINEAR = {  # of three predictions: what is made of them, and the weights
     "divided": (lambda p, q, r: (p + q) / 4.0, (0.25, 0.25, 0.0)),
     "cast first": (lambda p, q, r: (lambda u, c: u + 5.0 * (c - u))(p.double(), q.double()), (-4.0, 5.0, 0.0)),
     "cast last": (lambda p, q, r: (p + 5.0 * (q - p)).to(torch.bfloat16), (-4.0, 5.0, 0.0)),
+    "interpolated": (lambda p, q, r: torch.lerp(p, q, 5.0), (-4.0, 5.0, 0.0)),
+    "stacked alone": (lambda p, q, r: torch.stack([p + 5.0 * (q - p)], dim=1).squeeze(1), (-4.0, 5.0, 0.0)),
     "multiplied by a number": (lambda p, q, r: 0.7 * (p + 5.0 * (q - p)), (0.7 * -4.0, 3.5, 0.0)),
 }
 

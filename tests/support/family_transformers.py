@@ -1,0 +1,305 @@
+"""Small pipelines of diffusers' families whose models are transformers, and what they are called with.
+
+``transformer_pipelines`` has Stable Diffusion 3, FLUX and Wan; these are the others, and variants of those. None has a
+text encoder, and most have no autoencoder: the pipelines then take latents for an eighth of the picture's size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tests.support.family_pipelines import masked_picture, model_of, named, picture, prompts, with_random_weights
+from tests.support.scheduler_pair import diffusers
+from tests.support.transformer_pipelines import embeddings, flux, nothing, stable_diffusion_3, wan
+
+MASKS = "prompt_attention_mask", "negative_prompt_attention_mask"
+
+
+def pipeline_of(kind, transformer, scheduler, **also):
+    """Make a pipeline of a transformer, without encoders; its autoencoder is ``also``'s."""
+    parts = {"vae": None, **nothing("text_encoder", "tokenizer"), **also}
+    return getattr(diffusers, kind)(transformer=transformer, scheduler=scheduler, **parts)
+
+
+def flow(**config):
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+
+
+def masks(*names, tokens=5):
+    return {name: torch.ones(1, tokens, dtype=torch.long) for name in names or MASKS}
+
+
+# ---- Variants of those in transformer_pipelines ----
+
+
+def smaller_stable_diffusion_3():
+    pipe, given = stable_diffusion_3()
+    return pipe, {**given, "height": 8, "width": 8}
+
+
+def stable_diffusion_3_skipping_layers():
+    """Guide away from the model without one of its layers, too, as Stable Diffusion 3.5 Medium is used."""
+    pipe, given = smaller_stable_diffusion_3()
+    return pipe, {**given, "skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.6}
+
+
+def _from_image(kind, made, **also):
+    pipe, given = made
+    with_random_weights(pipe.vae).register_to_config(shift_factor=0.1)
+    return getattr(diffusers, kind)(**pipe.components), {**given, **also}
+
+
+def stable_diffusion_3_from_image():
+    made = smaller_stable_diffusion_3()
+    return _from_image("StableDiffusion3Img2ImgPipeline", made, image=picture(8), strength=0.75)
+
+
+def flux_from_image():
+    return _from_image("FluxImg2ImgPipeline", flux(guided=True), image=picture(), height=16, width=16, strength=0.75)
+
+
+def flux_inpainting():
+    return _from_image("FluxInpaintPipeline", flux(guided=True), **masked_picture(), strength=0.75)
+
+
+def flux_embedded():
+    pipe, given = flux()
+    return pipe, {**given, "guidance_scale": 3.5}
+
+
+def flux_guided():
+    return flux(guided=True)
+
+
+def wan_of_two_models():
+    """Make Wan 2.2: its second transformer takes over at the lower noise levels."""
+    pipe, given = wan()
+    other = with_random_weights(diffusers.WanTransformer3DModel(**pipe.transformer.config))
+    pipe = diffusers.WanPipeline(**{**pipe.components, "transformer_2": other}, boundary_ratio=0.875)
+    return pipe, {**given, "guidance_scale_2": 3.0}
+
+
+# ---- Images ----
+
+
+def qwen_image():
+    transformer = model_of(
+        "QwenImageTransformer2DModel", in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=8, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    scheduler = flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
+    pipe = pipeline_of("QwenImagePipeline", transformer, scheduler)
+    given = {**prompts(), **masks("prompt_embeds_mask", "negative_prompt_embeds_mask")}
+    return pipe, {**given, "height": 32, "width": 32, "true_cfg_scale": 4.0}
+
+
+def _sana_transformer(**config):
+    return model_of(
+        "SanaTransformer2DModel", in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2,
+        attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8,
+        caption_channels=8, sample_size=32, **config,
+    )  # fmt: skip
+
+
+def sana():
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    pipe = pipeline_of("SanaPipeline", _sana_transformer(), scheduler)
+    given = {**prompts(), **masks(), "negative_prompt": None}
+    return pipe, {**given, "height": 128, "width": 128, "guidance_scale": 4.5, "use_resolution_binning": False}
+
+
+def sana_sprint():
+    transformer = _sana_transformer(qk_norm="rms_norm_across_heads", guidance_embeds=True)
+    pipe = pipeline_of("SanaSprintPipeline", transformer, diffusers.SCMScheduler())
+    given = {**named("prompt_embeds", (5, 8)), **masks("prompt_attention_mask"), "intermediate_timesteps": None}
+    return pipe, {**given, "guidance_scale": 4.5, "height": 128, "width": 128, "use_resolution_binning": False}
+
+
+def _pixart(kind, scheduler, **also):
+    transformer = model_of(
+        "PixArtTransformer2DModel", in_channels=4, out_channels=8, num_layers=1, num_attention_heads=2,
+        attention_head_dim=4, cross_attention_dim=8, caption_channels=8, sample_size=8, norm_num_groups=4,
+    )  # fmt: skip
+    pipe = pipeline_of(kind, transformer, scheduler, **also)
+    given = {**prompts(), **masks(), "negative_prompt": None, "use_resolution_binning": False}
+    return pipe, {**given, "height": 64, "width": 64, "guidance_scale": 4.5}
+
+
+def pixart_alpha():
+    return _pixart("PixArtAlphaPipeline", diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_end=0.002))
+
+
+def pixart_sigma():
+    return _pixart("PixArtSigmaPipeline", diffusers.EulerDiscreteScheduler(beta_schedule="linear", beta_end=0.002))
+
+
+def pixart_sigma_perturbed():
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_end=0.002)
+    pipe, given = _pixart("PixArtSigmaPAGPipeline", scheduler, pag_applied_layers=["blocks.0"])
+    return pipe, {**given, "pag_scale": 2.0}
+
+
+def z_image(normalization=False):
+    transformer = model_of(
+        "ZImageTransformer2DModel", in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=8, axes_dims=[8, 4, 4], axes_lens=[64, 16, 16],
+    )  # fmt: skip
+    pipe = pipeline_of("ZImagePipeline", transformer, flow(shift=3.0))
+    positive, negative = embeddings((5, 8), (5, 8))
+    given = {"prompt_embeds": [positive[0]], "negative_prompt_embeds": [negative[0]]}
+    return pipe, {**given, "height": 32, "width": 32, "guidance_scale": 5.0, "cfg_normalization": normalization}
+
+
+def z_image_normalized():
+    return z_image(normalization=True)
+
+
+def lumina():
+    transformer = model_of(
+        "LuminaNextDiT2DModel", sample_size=4, in_channels=4, hidden_size=8, num_layers=1, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=8, cross_attention_dim=8,
+    )  # fmt: skip
+    pipe = pipeline_of("LuminaPipeline", transformer, flow())
+    given = {**prompts(), **masks()}
+    return pipe, {**given, "height": 32, "width": 32, "guidance_scale": 4.0}
+
+
+def lumina_2(**also):
+    transformer = model_of(
+        "Lumina2Transformer2DModel", sample_size=4, in_channels=4, hidden_size=16, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 2, 2), axes_lens=(32, 16, 16),
+        cap_feat_dim=8,
+    )  # fmt: skip
+    pipe = pipeline_of("Lumina2Pipeline", transformer, flow(shift=6.0))
+    given = {**prompts(), **masks()}
+    return pipe, {**given, "height": 32, "width": 32, "guidance_scale": 4.0, **also}
+
+
+def lumina_2_without_normalization():
+    return lumina_2(cfg_normalization=False)
+
+
+def lumina_2_truncated():
+    """Guide the first half of the steps only."""
+    return lumina_2(cfg_normalization=False, cfg_trunc_ratio=0.5)
+
+
+def aura_flow():
+    transformer = model_of(
+        "AuraFlowTransformer2DModel", sample_size=4, in_channels=4, out_channels=4, num_mmdit_layers=1,
+        num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+        caption_projection_dim=16, pos_embed_max_size=16,
+    )  # fmt: skip
+    pipe = pipeline_of("AuraFlowPipeline", transformer, flow(shift=1.73))
+    given = {**prompts(), **masks()}
+    return pipe, {**given, "height": 32, "width": 32, "guidance_scale": 3.5}
+
+
+# ---- Videos ----
+
+
+def ltx():
+    transformer = model_of(
+        "LTXVideoTransformer3DModel", in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, num_layers=1, caption_channels=8,
+    )  # fmt: skip
+    scheduler = flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1)
+    pipe = pipeline_of("LTXPipeline", transformer, scheduler)
+    given = {**prompts(), **masks()}
+    return pipe, {**given, "height": 64, "width": 64, "num_frames": 9, "guidance_scale": 3.0}
+
+
+def _ltx_with_autoencoder(kind, scheduler=None):
+    pipe, given = ltx()
+    widths = {"block_out_channels": (4,) * 4, "decoder_block_out_channels": (4,) * 4, "layers_per_block": (1,) * 5}
+    scaling = dict.fromkeys(("spatio_temporal_scaling", "decoder_spatio_temporal_scaling"), (True, True, False, False))
+    vae = model_of(
+        "AutoencoderKLLTXVideo", latent_channels=8, decoder_layers_per_block=(1,) * 5, patch_size=1, **widths, **scaling
+    )
+    parts = {**pipe.components, "vae": vae, "scheduler": scheduler or pipe.scheduler}
+    return getattr(diffusers, kind)(**parts), {**given, "height": 32, "width": 32, "num_frames": 5}
+
+
+def ltx_from_image():
+    """Make LTX with a first frame that is given: the step is that of the others."""
+    pipe, given = _ltx_with_autoencoder("LTXImageToVideoPipeline")
+    return pipe, {**given, "image": picture(32)}
+
+
+def ltx_with_conditions():
+    """Make LTX with a timestep for each token, of which those of given frames may differ."""
+    return _ltx_with_autoencoder("LTXConditionPipeline", flow())
+
+
+def hunyuan_video(*, guided=False):
+    transformer = model_of(
+        "HunyuanVideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+        num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=1, text_embed_dim=8,
+        pooled_projection_dim=8, rope_axes_dim=(2, 2, 4),
+    )  # fmt: skip
+    pipe = pipeline_of("HunyuanVideoPipeline", transformer, flow(shift=7.0), **nothing("text_encoder_2", "tokenizer_2"))
+    given = {
+        **prompts(), **named("pooled_prompt_embeds negative_pooled_prompt_embeds", (8,), (8,)),
+        **masks(),
+    }  # fmt: skip
+    if not guided:
+        given = {name: values for name, values in given.items() if not name.startswith("negative")}
+    scale = {"true_cfg_scale": 3.0} if guided else {"guidance_scale": 6.0}
+    return pipe, {**given, **scale, "height": 16, "width": 16, "num_frames": 5}
+
+
+def hunyuan_video_guided():
+    return hunyuan_video(guided=True)
+
+
+def _cogvideox(scheduler, **also):
+    transformer = model_of(
+        "CogVideoXTransformer3DModel", num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+        time_embed_dim=4, text_embed_dim=8, num_layers=1, sample_width=2, sample_height=2, sample_frames=5,
+        max_text_seq_length=5,
+    )  # fmt: skip
+    pipe = pipeline_of("CogVideoXPipeline", transformer, scheduler)
+    given = {**prompts(), "height": 16, "width": 16, "num_frames": 5, "guidance_scale": 6.0}
+    return pipe, {**given, **also}
+
+
+_COGVIDEOX = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def cogvideox_ddim():
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        **_COGVIDEOX, snr_shift_scale=3.0, clip_sample=False, set_alpha_to_one=True
+    )
+    return _cogvideox(scheduler)
+
+
+def cogvideox_dpm():
+    """Make CogVideoX-5b, whose scheduler is called with two timesteps, and with a scale for each step."""
+    scheduler = diffusers.CogVideoXDPMScheduler(
+        **_COGVIDEOX, snr_shift_scale=1.0, clip_sample=False, set_alpha_to_one=True
+    )
+    return _cogvideox(scheduler, use_dynamic_cfg=True)
+
+
+# ---- Sound ----
+
+
+def stable_audio():
+    from diffusers.pipelines.stable_audio import StableAudioProjectionModel
+
+    transformer = model_of(
+        "StableAudioDiTModel", sample_size=4, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=4,
+        num_attention_heads=2, num_key_value_attention_heads=1, cross_attention_dim=8, cross_attention_input_dim=8,
+        time_proj_dim=8, global_states_input_dim=16,
+    )  # fmt: skip
+    vae = model_of(
+        "AutoencoderOobleck", encoder_hidden_size=4, downsampling_ratios=[1, 2], decoder_channels=4,
+        decoder_input_channels=4, channel_multiples=[1, 2], sampling_rate=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    projection = StableAudioProjectionModel(text_encoder_dim=8, conditioning_dim=8, min_value=0, max_value=32).eval()
+    scheduler = diffusers.CosineDPMSolverMultistepScheduler(sigma_schedule="exponential")
+    pipe = pipeline_of("StableAudioPipeline", transformer, scheduler, vae=vae, projection_model=projection)
+    return pipe, {**prompts(), "guidance_scale": 7.0}

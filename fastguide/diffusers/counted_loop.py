@@ -93,8 +93,12 @@ def run_counted(
     model_dtype: torch.dtype,
     noise: Tensor | None,
     source: Any,
+    lead: int = 1,
 ) -> tuple[Tensor, Callable[[], Tensor] | Tensor | None]:
-    """Make a step; return the sample in the dtype that diffusers returns, and x_0, or what predicts it when asked."""
+    """Make a step; return the sample in the dtype that diffusers returns, and x_0, or what predicts it when asked.
+
+    ``lead``: how many dimensions the guidance has a scale for, of the sample's.
+    """
     table = loop.table
     assert table is not None
     promoted = sample.dtype if sample.dtype == model_dtype else torch.promote_types(sample.dtype, model_dtype)
@@ -119,10 +123,18 @@ def run_counted(
     now = second is not None and (loop.made.churned[call] or any(map(Tensor.is_inference, inputs)))
     original = empty_like(sample, promoted) if now else None
     out, returned = _new_for(given, sample, torch.float32 if rounds else dtype, dtype if rounds else None)
+    shape, staged = given.shape, returned
+    if lead > 1:  # frames are samples to the kernel
+        given, predictions, noise, original, out, staged = (
+            _flat(each, lead) for each in (given, predictions, noise, original, out, returned)
+        )
+        inputs = inputs_of(given, predictions)
     result = guided_step(
         table, call, given, predictions, guidance, noise=noise, generator=source, history=loop.history, anchor=anchor,
-        original=original, out=out, staged=returned,
+        original=original, out=out, staged=staged,
     )  # fmt: skip
+    if lead > 1:
+        result, original = result.view(shape), None if original is None else original.view(shape)
     loop.state = result if rounds else None
     loop.returned = result if returned is None else returned
     loop.version = version_of(loop.returned) or 0
@@ -131,11 +143,19 @@ def run_counted(
     if original is not None:  # x_0; for what is in its place, the inputs, which are in the cache still, are read again
         if scheduler._returns_original:
             return loop.returned, original
-        return loop.returned, guided_step(second, call, given, predictions, guidance, out=original)
+        guided_step(second, call, given, predictions, guidance, out=_flat(original, lead) if lead > 1 else original)
+        return loop.returned, original
     versions = tuple(tensor._version for tensor in inputs)
     return loop.returned, functools.partial(
-        _predict_second, second, call, inputs, versions, predictions, guidance, promoted
+        _predict_second, second, call, inputs, versions, predictions, guidance, promoted, shape
     )
+
+
+def _flat(tensors: Any, lead: int) -> Any:
+    """Return tensors whose first dimensions are one."""
+    if isinstance(tensors, list):
+        return [each.flatten(0, lead - 1) for each in tensors]
+    return None if tensors is None else tensors.flatten(0, lead - 1)
 
 
 def _new_for(
@@ -232,8 +252,10 @@ def _predict_second(
     predictions: Tensor | list[Tensor],
     guidance: Guidance | None,
     dtype: torch.dtype,
+    shape: torch.Size | None = None,
 ) -> Tensor:
     """Predict the x_0 of a step that was made, or what is in its place; the first of its inputs is the sample."""
     if tuple(tensor._version for tensor in inputs) != versions:
         raise RuntimeError("pred_original_sample: expected the inputs of its step as they were, got one changed")
-    return guided_step(second, call, inputs[0], predictions, guidance, out=empty_like(inputs[0], dtype))
+    made = guided_step(second, call, inputs[0], predictions, guidance, out=empty_like(inputs[0], dtype))
+    return made if shape is None else made.view(shape)

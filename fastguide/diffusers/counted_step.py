@@ -21,7 +21,7 @@ from ..step.repeat import token_of
 from .counted_loop import CountedLoop, Like, run_again, run_counted
 from .guidance_arguments import Scale, combined, guidance_of, is_by_value
 from .host_tables import HostTables, host_tables, read_tables
-from .lazy_guidance import Output, resolved
+from .lazy_guidance import Output, PerFrame, resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
 from .loop_tables import loop_table
@@ -158,8 +158,9 @@ def counted_step(
         return None
     output: Output = model_output
     scale, loop = guidance_scale, scheduler._counted
+    lead = 1
     if type(model_output) is not Tensor or type(sample) is not Tensor:
-        output, scale = resolved(model_output, sample, scale)
+        output, scale = resolved(model_output, sample, scale, per_frame=True)
         sample = plain(sample)
     repeats = noise is None and path is None
     if repeats and loop is not None and loop.like is not None:
@@ -182,6 +183,10 @@ def counted_step(
         if done is not None:
             return done
         loop.returned = loop.like = None
+    if type(scale) is PerFrame:
+        lead, scale = scale.lead, scale.scale
+        if loop.history is not None or noise is not None:
+            output, scale, lead = plain(model_output), None, 1
     guidance = guidance_of(output, sample, scale, None, 1.0, "epsilon")
     refusal = refusal_of(sample, output, None, noise)
     fitted = None
@@ -204,7 +209,7 @@ def counted_step(
     elif draws if isinstance(draws, bool) else draws(loop.table, call):
         adds = loop.table.adds_noise[call]
         drawn, source = noise_of(generator, sample, noise_dtype or model_dtype, adds=adds)
-    result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, model_dtype, drawn, source)
+    result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, model_dtype, drawn, source, lead)
     loop.like = None
     if is_by_value(scale) and path is None:
         loop.like = Like(scale, guidance, token_of(guidance), loop.table, loop.table._token, model_dtype)

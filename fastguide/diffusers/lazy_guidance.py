@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import linear as linear  # the rules, which are set by its import
 from .lazy_tensor import plain
-from .traced import Combined, Joined, Scale, Term
+from .traced import Combined, Joined, Scale, Term, leading
 
 
 class Taken(NamedTuple):
@@ -34,12 +34,25 @@ class Weights(NamedTuple):
     scale: Tensor | None = None
 
 
+class PerFrame(NamedTuple):
+    """A scale for each frame of each sample."""
+
+    scale: Tensor
+    """Flattened."""
+    lead: int
+    """How many dimensions of the sample it is for."""
+
+
 EXACT = 1e-12
 """How far coefficients may be from those of classifier-free guidance, which they are but for rounding."""
 
 
-def resolved(output: Any, sample: Tensor, guidance_scale: Any) -> tuple[Output, Any]:
+def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: bool = False) -> tuple[Output, Any]:
     """Return a step's model output and guidance scale; guidance that was left to the step is taken apart into both.
+
+    Args:
+        output, sample, guidance_scale: of ``step``.
+        per_frame: whether a scale may be ``PerFrame``; guidance with such is computed otherwise.
 
     Returns:
         The output, and the scale of the halves of its batch, that of its two predictions, the ``Weights`` of several,
@@ -56,7 +69,7 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any) -> tuple[Output, 
         raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
     if guidance_scale is None and type(output) in (Combined, Joined) and output.is_pending():
         taken = _taken_apart(output, sample)
-        if taken is not None:
+        if taken is not None and (per_frame or type(taken[1]) is not PerFrame):
             return taken
     output = plain(output)
     if not isinstance(output, Tensor):
@@ -88,6 +101,8 @@ def _taken_apart(output: Combined | Joined, sample: Tensor) -> tuple[Output, Any
     taken = Taken(predictions, variance, main.dtype)
     if scale is not None:
         return taken, scale
+    if main.scale is not None and leading(main.scale) > 1:
+        return None
     constants = tuple([constant for _, constant, _ in terms])
     if main.scale is None:
         if constants == (1.0,) and variance is None and main.dtype == predictions[0].dtype:
@@ -102,7 +117,7 @@ def _piece_of(term: Term) -> tuple[int, int]:
     return piece
 
 
-def _scale_of(terms: tuple[Term, ...], scale: Tensor | None) -> Scale | None:
+def _scale_of(terms: tuple[Term, ...], scale: Tensor | None) -> Scale | PerFrame | None:
     """Return the scale of two predictions' classifier-free guidance, the first one being the unconditional."""
     if len(terms) != 2:
         return None
@@ -110,5 +125,5 @@ def _scale_of(terms: tuple[Term, ...], scale: Tensor | None) -> Scale | None:
     if scale is None:
         return second if abs(first + second - 1) <= EXACT else None
     if (first, first_factor, second, second_factor) == (1.0, -1.0, 0.0, 1.0):
-        return scale.reshape(-1)
+        return scale.reshape(-1) if leading(scale) < 2 else PerFrame(scale.reshape(-1), leading(scale))
     return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .lazy_tensor import LazyTensor, plain
-from .traced import Combined, Joined, Source, Term, Traced
+from .traced import Combined, Joined, Source, Term, Traced, leading
 
 _LARGEST = 1e30
 """A number above this, or NaN, is no coefficient that the kernels' float32 could do with."""
@@ -145,12 +145,15 @@ def _number(value: Any) -> float | None:
 
 
 def _is_scale(scale: Any, operand: Any) -> bool:
-    """Tell whether a tensor is one number, or one a sample, that leaves an operand's dtype as it is."""
+    """Tell whether a tensor is one number, or one for each sample or frame, that leaves an operand's dtype as it is."""
     if type(scale) is not Tensor or scale.requires_grad or not scale.is_floating_point():
         return False
-    like = operand.like()
-    one_a_sample = (like.shape[0], *[1] * (like.dim() - 1)) if like.dim() else ()
-    fits = scale.dim() == 0 or (tuple(scale.shape) == one_a_sample and scale.dtype == operand.dtype)
+    like, lead = operand.like(), 0
+    if scale.dim() > 0:
+        if scale.dim() != like.dim() or scale.dtype != operand.dtype:
+            return False
+        lead = leading(scale)
+    fits = scale.shape[:lead] == like.shape[:lead]
     return fits and (scale.device == like.device or scale.dim() == 0)
 
 

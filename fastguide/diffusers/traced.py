@@ -194,6 +194,12 @@ class Combined(LazyTensor):
         return self.value()
 
 
+def leading(scale: Tensor) -> int:
+    """Return how many dimensions of a scale have a number for each element: 1 for samples, 2 for their frames."""
+    sizes = [size != 1 for size in scale.shape]
+    return max(1, len(sizes) - sizes[::-1].index(True)) if any(sizes) else min(1, len(sizes))
+
+
 class Joined(LazyTensor):
     """A combination with another output after it in the channels: guidance, and the variance that a model learned."""
 

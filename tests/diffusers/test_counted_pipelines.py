@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.diffusers.test_counted_schedulers import BETAS
-from tests.support.pipelines import prompts, stable_diffusion
+from tests.support.pipelines import FreeModel, prompts, stable_diffusion
 from tests.support.scheduler_pair import diffusers, fused
 from tests.support.transformer_pipelines import flux, stable_diffusion_3, wan
 
@@ -149,3 +149,51 @@ def test_pipelines_of_transformers_make_the_same_latents(name):
     assert done.counts == {kind: 13}
     fused.restore(pipe)
     assert torch.equal(run(5), before[5])
+
+
+class FramesPipeline(diffusers.DiffusionPipeline):
+    """A pipeline of videos whose guidance has a scale for each frame, as Stable Video Diffusion's."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, latents, steps):
+        self.scheduler.set_timesteps(steps)
+        frames = latents.shape[1]
+        scale = torch.linspace(1.0, 3.0, frames).unsqueeze(0).repeat(latents.shape[0], 1)
+        scale = scale.view(*scale.shape, 1, 1, 1).to(latents.dtype)
+        for t in self.scheduler.timesteps:
+            given = self.scheduler.scale_model_input(torch.cat([latents] * 2), t)
+            noise_pred_uncond, noise_pred_cond = self.unet(given, t)[0].chunk(2)
+            noise_pred = noise_pred_uncond + scale * (noise_pred_cond - noise_pred_uncond)
+            latents = self.scheduler.step(noise_pred, t, latents).prev_sample
+        return latents
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("EulerDiscreteScheduler", GUIDED),
+        ("EulerAncestralDiscreteScheduler", GUIDED),
+        ("DPMSolverMultistepScheduler", ALONE),  # a history is of samples, and not of frames
+        ("DDIMScheduler", ALONE),
+    ],
+)
+def test_a_scale_for_each_frame(name, kind, dtype):
+    model = FreeModel(lambda x: torch.tanh(0.7 * x) * torch.linspace(0.5, 1.0, len(x)).view(-1, 1, 1, 1, 1).to(x))
+    config = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
+    pipe = FramesPipeline(model, getattr(diffusers, name)(**config))
+    x = torch.randn(2, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.manual_seed(1)
+    before = pipe(x, 4)
+    done = fused.accelerate(pipe)
+    for _ in range(2):
+        torch.manual_seed(1)
+        got = pipe(x, 4)
+        assert got.dtype == before.dtype
+        tolerance = 2e-5 if dtype == torch.float32 else 0.05
+        assert (got - before).float().norm() <= tolerance * before.float().norm()
+    assert done.counts == {kind: 8}

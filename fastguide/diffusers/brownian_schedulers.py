@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..solvers import StepTable
 from ..solvers._dpm_sde import dpm_sde_table
-from .counted_step import counted_step, left
+from .counted_step import Drawing, counted_step, left
 from .edm_schedulers import EDM
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
@@ -72,9 +72,8 @@ class DPMSolverSDEScheduler(TwoCalls, Sigmas, diffusers.DPMSolverSDEScheduler): 
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        done = counted_step(
-            self, (s_noise,), model_output, timestep, sample, None, return_dict, guidance_scale, path=self._path
-        )
+        drawing = Drawing(None, path=self._path)
+        done = counted_step(self, (s_noise,), model_output, timestep, sample, return_dict, guidance_scale, drawing)
         if done is not None:
             return done
         output, sample = left(self, model_output, sample, guidance_scale)
@@ -122,7 +121,9 @@ class CosineDPMSolverMultistepScheduler(EDM, diffusers.CosineDPMSolverMultistepS
             drawn: Tensor = self.noise_sampler(self.sigmas[index], self.sigmas[index + 1]).to(sample.device)
             return drawn
 
-        done = counted_step(self, (), model_output, timestep, sample, None, return_dict, guidance_scale, path=path)
+        done = counted_step(
+            self, (), model_output, timestep, sample, return_dict, guidance_scale, Drawing(generator, path=path)
+        )
         if done is not None:
             return done
         output, sample = left(self, model_output, sample, guidance_scale)

@@ -15,7 +15,7 @@ from ..solvers.cogvideox_dpm import cogvideox_dpm_table
 from ..solvers.ddim import ddim_table
 from ..step.noise import DeviceGenerator
 from . import lazy_outputs
-from .counted_step import CountedStep, counted_step, left
+from .counted_step import CountedStep, Drawing, counted_step, left
 from .guidance_arguments import Scale, combined
 from .host_alphas import HostAlphasOfVelocity
 from .host_tables import HostTables, host_tables, on_host
@@ -163,8 +163,9 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
                 drawn: Tensor = randn_tensor(tuple(sample.shape), **how)
                 return drawn
 
+            drawing = Drawing(generator, path=path)
             as_output = return_dict and twice  # of its first and last step, diffusers returns a tuple in any case
-            done = counted_step(self, (), model_output, timestep, sample, None, as_output, guidance_scale, path=path)
+            done = counted_step(self, (), model_output, timestep, sample, as_output, guidance_scale, drawing)
             if done is not None:
                 self._returned_original = None if as_output else done[1]
                 return done

@@ -8,7 +8,7 @@ in float32 as well, and goes on from that as long as it is handed back the tenso
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from ..solvers import StepTable
 from ..step.history import History
 from ..step.memory import dense_within_sample, in_layout_of
+from ..step.noise import DeviceGenerator
 from ..step.repeat import token_of
 from .counted_loop import CountedLoop, Like, run_again, run_counted
 from .guidance_arguments import Scale, combined, guidance_of, is_by_value
@@ -123,32 +124,65 @@ class CountedStep(SchedulerStep):
         self._step_index = self.index_for_timestep(value, told)  # type: ignore[attr-defined]
 
 
+class Drawing(NamedTuple):
+    """Where a step's noise comes from; a step without one is deterministic."""
+
+    generator: Generators
+    draws: Callable[[StepTable, int], bool] | bool = True
+    """Whether diffusers draws noise at a call of the loop's table, also where it does not use it."""
+    dtype: torch.dtype | None = None
+    """In which it draws; ``None``: the model's."""
+    noise: Tensor | None = None
+    """Standard normal values in the place of a generator's."""
+    path: Callable[[Tensor, torch.dtype], Tensor | None] | None = None
+    """Makes such values of the sample and the model's dtype, where the step is made: for a path of Brownian motion."""
+
+    def draws_at(self, table: StepTable, call: int) -> bool:
+        """Tell whether diffusers draws at a call."""
+        return self.draws if isinstance(self.draws, bool) else self.draws(table, call)
+
+    def drawn(
+        self, table: StepTable, call: int, sample: Tensor, model_dtype: torch.dtype
+    ) -> tuple[Tensor | None, torch.Generator | DeviceGenerator | None]:
+        """Return a call's noise, or the generator that draws it in the step."""
+        noise = self.noise if self.path is None else self.path(sample, model_dtype)
+        if noise is not None:
+            return in_layout_of(sample, plain(noise)), None
+        if self.path is not None or not self.draws_at(table, call):
+            return None, None
+        return noise_of(self.generator, sample, self.dtype or model_dtype, adds=table.adds_noise[call])
+
+    def source_again(self, loop: CountedLoop, like: Like, index: int | None, sample: Tensor) -> Any:
+        """Return what draws in a step like an earlier one; ``None``: nothing does; ``False``: this needs a plan."""
+        if index is None or index != loop.following:
+            return False
+        call = index - loop.begin
+        if not self.draws_at(like.table, call):
+            return None
+        if not like.table.adds_noise[call] or (self.dtype or like.model_dtype) != sample.dtype:
+            return False
+        if self.generator is None:
+            return torch.default_generator
+        return self.generator if type(self.generator) is torch.Generator else False
+
+
 def counted_step(
     scheduler: CountedStep,
     arguments: tuple[Any, ...],
     model_output: Tensor,
     timestep: Any,
     sample: Tensor,
-    generator: Generators,
     return_dict: bool,
     guidance_scale: Scale | None,
-    *,
-    draws: Callable[[StepTable, int], bool] | bool = False,
-    noise_dtype: torch.dtype | None = None,
-    noise: Tensor | None = None,
-    path: Callable[[Tensor, torch.dtype], Tensor | None] | None = None,
+    drawing: Drawing | None = None,
 ) -> Any:
     """Make a scheduler's step; ``None``: it is left to diffusers' own ``step``.
 
     Args:
         scheduler: whose step it is.
         arguments: of ``step``, those that rows depend on.
-        model_output, timestep, sample, generator, return_dict, guidance_scale: of ``step``.
-        draws: whether diffusers draws noise at a call of the loop's table, also where it does not use it.
-        noise_dtype: in which it draws; ``None``: the model's.
-        noise: standard normal values in the place of a generator's.
-        path: makes such values of the sample and the model's dtype, for solvers whose noise is a path of Brownian
-            motion; it is called only where the step is made.
+        model_output, timestep, sample, return_dict, guidance_scale: of ``step``.
+        drawing: where its noise comes from.
 
     Raises:
         RuntimeError: the step does not follow the last one, in a loop that goes on from earlier ones.
@@ -158,35 +192,66 @@ def counted_step(
         return None
     output: Output = model_output
     scale, loop = guidance_scale, scheduler._counted
-    lead = 1
     if type(model_output) is not Tensor or type(sample) is not Tensor:
         output, scale = resolved(model_output, sample, scale, per_frame=True)
         sample = plain(sample)
-    repeats = noise is None and path is None
-    if repeats and loop is not None and loop.like is not None:
-        if draws is False:
-            done = run_again(scheduler, loop, loop.like, arguments, output, sample, None, return_dict, scale)
-        else:
-            done = _again(scheduler, loop, arguments, output, sample, draws, noise_dtype, generator, return_dict, scale)
+    if loop is not None and loop.like is not None:
+        done = _again(scheduler, loop, drawing, arguments, output, sample, return_dict, scale)
         if done is not None:
             return done
     if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
     if scheduler._step_index is None:
         scheduler._init_step_index(timestep)
-    index = scheduler._step_index
-    assert index is not None
-    noise = plain(noise)
-    loop = _loop_at(scheduler, index, arguments, sample)
-    if repeats and loop.may_begin_like_an_earlier_one(sample):
-        done = _again(scheduler, loop, arguments, output, sample, draws, noise_dtype, generator, return_dict, scale)
+    assert scheduler._step_index is not None
+    loop = _loop_at(scheduler, scheduler._step_index, arguments, sample)
+    if loop.may_begin_like_an_earlier_one(sample):
+        done = _again(scheduler, loop, drawing, arguments, output, sample, return_dict, scale)
         if done is not None:
             return done
         loop.returned = loop.like = None
+    if type(scale) is PerFrame and loop.history is not None:
+        output, scale = plain(model_output), None
+    return _planned_step(scheduler, loop, output, sample, return_dict, scale, drawing)
+
+
+def _again(
+    scheduler: CountedStep,
+    loop: CountedLoop,
+    drawing: Drawing | None,
+    arguments: tuple[Any, ...],
+    output: Output,
+    sample: Tensor,
+    return_dict: bool,
+    scale: Any,
+) -> Any:
+    """Make a step like an earlier one; ``None``: nothing was done."""
+    source, like = None, loop.like
+    assert like is not None
+    if drawing is not None:
+        if drawing.noise is not None or drawing.path is not None:
+            return None
+        source = drawing.source_again(loop, like, scheduler._step_index, sample)
+        if source is False:
+            return None
+    return run_again(scheduler, loop, like, arguments, output, sample, source, return_dict, scale)
+
+
+def _planned_step(
+    scheduler: CountedStep,
+    loop: CountedLoop,
+    output: Output,
+    sample: Tensor,
+    return_dict: bool,
+    scale: Any,
+    drawing: Drawing | None,
+) -> Any:
+    """Make a step that is checked first; ``None``: it is left to diffusers' own ``step``."""
+    index, lead = scheduler._step_index, 1
+    assert index is not None
     if type(scale) is PerFrame:
         lead, scale = scale.lead, scale.scale
-        if loop.history is not None or noise is not None:
-            output, scale, lead = plain(model_output), None, 1
+    noise = None if drawing is None else plain(drawing.noise)
     guidance = guidance_of(output, sample, scale, None, 1.0, "epsilon")
     refusal = refusal_of(sample, output, None, noise)
     fitted = None
@@ -198,67 +263,16 @@ def counted_step(
     if loop.table is None or refusal is not None or fitted is None:
         _leave(scheduler, loop, index, refusal)
         return None
-    model_dtype = output.dtype
-    call = index - loop.begin
-    drawn, source = noise, None
-    if noise is not None:
-        drawn = in_layout_of(sample, noise)
-    elif path is not None:
-        drawn = path(sample, model_dtype)
-        drawn = None if drawn is None else in_layout_of(sample, drawn)
-    elif draws if isinstance(draws, bool) else draws(loop.table, call):
-        adds = loop.table.adds_noise[call]
-        drawn, source = noise_of(generator, sample, noise_dtype or model_dtype, adds=adds)
-    result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, model_dtype, drawn, source, lead)
+    call, model_dtype = index - loop.begin, output.dtype
+    drawn = (None, None) if drawing is None else drawing.drawn(loop.table, call, sample, model_dtype)
+    result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, model_dtype, *drawn, lead)
     loop.like = None
-    if is_by_value(scale) and path is None:
+    if is_by_value(scale) and (drawing is None or drawing.path is None):
         loop.like = Like(scale, guidance, token_of(guidance), loop.table, loop.table._token, model_dtype)
         loop.made.likes[:] = [loop.like]
     loop.following, scheduler._step_index = index + 1, index + 1
     count_fused(scheduler, guidance)
     return scheduler._result(result, original, return_dict)
-
-
-def _again(
-    scheduler: CountedStep,
-    loop: CountedLoop,
-    arguments: tuple[Any, ...],
-    output: Output,
-    sample: Tensor,
-    draws: Callable[[StepTable, int], bool] | bool,
-    noise_dtype: torch.dtype | None,
-    generator: Generators,
-    return_dict: bool,
-    scale: Any,
-) -> Any:
-    """Make a step like an earlier one; ``None``: nothing was done."""
-    source = None if draws is False else _source_again(scheduler, loop, draws, noise_dtype, sample, generator)
-    if source is False:
-        return None
-    assert loop.like is not None
-    return run_again(scheduler, loop, loop.like, arguments, output, sample, source, return_dict, scale)
-
-
-def _source_again(
-    scheduler: CountedStep,
-    loop: CountedLoop,
-    draws: Callable[[StepTable, int], bool] | bool,
-    noise_dtype: torch.dtype | None,
-    sample: Tensor,
-    generator: Generators,
-) -> torch.Generator | bool | None:
-    """Return what draws in a step like the last one; ``None``: nothing does; ``False``: this needs a plan."""
-    index, like = scheduler._step_index, loop.like
-    if index is None or like is None or index != loop.following:
-        return False
-    call = index - loop.begin
-    if not (draws if isinstance(draws, bool) else draws(like.table, call)):
-        return None
-    if not like.table.adds_noise[call] or (noise_dtype or like.model_dtype) != sample.dtype:
-        return False
-    if generator is None:
-        return torch.default_generator
-    return generator if type(generator) is torch.Generator else False
 
 
 def _loop_at(scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sample: Tensor) -> CountedLoop:

@@ -16,7 +16,7 @@ from ..solvers.consistency import consistency_table
 from ..solvers.lcm import consistency_function, lcm_table
 from ..solvers.tcd import tcd_table
 from . import lazy_outputs
-from .counted_step import CountedStep, counted_step, left
+from .counted_step import CountedStep, Drawing, counted_step, left
 from .guidance_arguments import Scale
 from .host_alphas import HostAlphasOfVelocity
 from .host_tables import HostTables, on_host
@@ -102,10 +102,9 @@ class TCDScheduler(_Distilled, diffusers.TCDScheduler):  # type: ignore[metaclas
         is_number = isinstance(eta, (int, float)) and 0 <= eta <= 1
         reason = None if is_number else "an eta that is no number from 0 to 1"
         if is_number:
-            done = counted_step(
-                self, (float(eta),), model_output, timestep, sample, generator, return_dict, guidance_scale,
-                draws=self._draws_but_last if eta > 0 else False,
-            )  # fmt: skip
+            drawing = Drawing(generator, self._draws_but_last) if eta > 0 else None
+            given = (float(eta),), model_output, timestep, sample
+            done = counted_step(self, *given, return_dict, guidance_scale, drawing)
             if done is not None:
                 return done
         output, sample = left(self, model_output, sample, guidance_scale, reason)

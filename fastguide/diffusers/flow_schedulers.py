@@ -15,7 +15,7 @@ from ..schedules.flow import FlowSteps
 from ..solvers import StepTable
 from ..solvers.flow_match_euler import flow_match_euler_table
 from ..solvers.flow_match_heun import flow_match_heun_table
-from .counted_step import CountedStep, counted_step, left
+from .counted_step import CountedStep, Drawing, counted_step, left
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .noise import Generators
@@ -68,10 +68,9 @@ class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteSch
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
         reason = None if per_token_timesteps is None else "timesteps for each token"
         if reason is None:
-            done = counted_step(
-                self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
-                draws=self._internal_dict["stochastic_sampling"] is True, noise_dtype=torch.float32,
-            )  # fmt: skip
+            stochastic = self._internal_dict["stochastic_sampling"]
+            drawing = Drawing(generator, dtype=torch.float32) if stochastic else None
+            done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale, drawing)
             if done is not None:
                 return done
         output, sample = left(self, model_output, sample, guidance_scale, reason)

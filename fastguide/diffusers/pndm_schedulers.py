@@ -78,7 +78,7 @@ class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: 
             self._first_call = place
         follows = place is None or self.counter == 0 or self._is_told(place)
         if place is not None and follows:
-            done = counted_step(self, (), model_output, timestep, sample, None, return_dict, guidance_scale)
+            done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale)
             if done is not None:
                 return done
         elif self._counted is not None and self._counted.history is not None and self.counter:

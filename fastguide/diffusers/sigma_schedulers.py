@@ -163,7 +163,7 @@ class LMSDiscreteScheduler(Sigmas, diffusers.LMSDiscreteScheduler):  # type: ign
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
         if order in (1, 2, 3, 4):
-            done = counted_step(self, (order,), model_output, timestep, sample, None, return_dict, guidance_scale)
+            done = counted_step(self, (order,), model_output, timestep, sample, return_dict, guidance_scale)
             if done is not None:
                 return done
         output, sample = left(self, model_output, sample, guidance_scale)

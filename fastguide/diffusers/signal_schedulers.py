@@ -19,7 +19,7 @@ from ..solvers.deis import deis_table
 from ..solvers.dpm_solver_singlestep import singlestep_table
 from ..solvers.sa_solver import sa_solver_table
 from ..solvers.unipc import unipc_table
-from .counted_step import CountedStep, counted_step, left
+from .counted_step import CountedStep, Drawing, counted_step, left
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .noise import Generators
@@ -102,10 +102,8 @@ class DPMSolverMultistepScheduler(_Signal, diffusers.DPMSolverMultistepScheduler
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
         stochastic = self._internal_dict["algorithm_type"].startswith("sde")
         model_output = self._predicted(model_output)
-        done = counted_step(
-            self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
-            draws=stochastic, noise_dtype=torch.float32, noise=variance_noise if stochastic else None,
-        )  # fmt: skip
+        drawing = Drawing(generator, dtype=torch.float32, noise=variance_noise) if stochastic else None
+        done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale, drawing)
         if done is not None:
             return done
         output, sample = left(self, model_output, sample, guidance_scale)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..solvers import StepTable
 from ..solvers._unscaled import Churn, churn
-from .counted_step import CountedStep, counted_step, left
+from .counted_step import CountedStep, Drawing, counted_step, left
 from .guidance_arguments import Scale
 from .host_tables import HostTables, host_tables
 from .noise import Generators
@@ -32,7 +32,7 @@ class StepWithoutNoise(CountedStep):
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        done = counted_step(self, (), model_output, timestep, sample, None, return_dict, guidance_scale)
+        done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale)
         if done is not None:
             return done
         output, sample = left(self, model_output, sample, guidance_scale)
@@ -63,11 +63,9 @@ class StepWithGenerator(CountedStep):
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        model_output = self._predicted(model_output)
-        done = counted_step(
-            self, (), model_output, timestep, sample, generator, return_dict, guidance_scale,
-            draws=self._draws(), noise_dtype=self._noise_dtype,
-        )  # fmt: skip
+        model_output, draws = self._predicted(model_output), self._draws()
+        drawing = None if draws is False else Drawing(generator, draws, self._noise_dtype)
+        done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale, drawing)
         if done is not None:
             return done
         output, sample = left(self, model_output, sample, guidance_scale)
@@ -112,10 +110,8 @@ class StepWithChurn(CountedStep):
             return s_tmin <= host_tables(self).sigma_values[place] <= s_tmax
 
         arguments = (s_churn, s_tmin, s_tmax, s_noise)
-        done = counted_step(
-            self, arguments, model_output, timestep, sample, generator, return_dict, guidance_scale,
-            draws=draws if s_churn > 0 else False,
-        )  # fmt: skip
+        drawing = Drawing(generator, draws) if s_churn > 0 else None
+        done = counted_step(self, arguments, model_output, timestep, sample, return_dict, guidance_scale, drawing)
         if done is not None:
             return done
         output, sample = left(self, model_output, sample, guidance_scale)

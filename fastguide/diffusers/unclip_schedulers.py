@@ -15,7 +15,7 @@ from ..solvers import StepTable
 from ..solvers._wuerstchen import wuerstchen_table
 from ..solvers.ddpm import ddpm_table
 from . import lazy_outputs
-from .counted_step import CountedStep, counted_step, left
+from .counted_step import CountedStep, Drawing, counted_step, left
 from .guidance_arguments import Scale, combined
 from .host_alphas import HostAlphas
 from .host_tables import HostTables, host_tables, on_host
@@ -152,9 +152,8 @@ class DDPMWuerstchenScheduler(CountedStep, diffusers.DDPMWuerstchenScheduler):  
         self._step_index = self._place_of(timestep)
         reason = None if self._step_index is not None else "timesteps that are not the same one of its own"
         if self._step_index is not None:
-            done = counted_step(
-                self, (), model_output, timestep, sample, generator, return_dict, guidance_scale, draws=True
-            )
+            drawing = Drawing(generator)
+            done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale, drawing)
             if done is not None:
                 return done
         output, sample = left(self, model_output, sample, guidance_scale, reason)

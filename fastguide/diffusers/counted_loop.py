@@ -57,6 +57,10 @@ class CountedLoop:
     version: int = 0
     state: Tensor | None = None
     """The same in float32, where ``returned`` is rounded."""
+    staged: Tensor | None = None
+    """The model's input of ``returned``, where the step has written it."""
+    used: StepTable | None = None
+    """The table of the last step: ``table``, or the one that scales inputs as well."""
     like: Like | None = None
     why_not: str | None = None
     """Why steps are left to diffusers."""
@@ -99,8 +103,6 @@ def run_counted(
 
     ``lead``: how many dimensions the guidance has a scale for, of the sample's.
     """
-    table = loop.table
-    assert table is not None
     promoted = sample.dtype if sample.dtype == model_dtype else torch.promote_types(sample.dtype, model_dtype)
     dtype = model_dtype if scheduler._casts_back else promoted
     if scheduler._casts_back:  # after it has made the sample float32
@@ -123,7 +125,12 @@ def run_counted(
     now = second is not None and (loop.made.churned[call] or any(map(Tensor.is_inference, inputs)))
     original = empty_like(sample, promoted) if now else None
     out, returned = _new_for(given, sample, torch.float32 if rounds else dtype, dtype if rounds else None)
-    shape, staged = given.shape, returned
+    shape, table = given.shape, loop.table
+    loop.staged = None
+    if loop.made.staging and lead == 1 and not rounds:
+        table, loop.staged = loop.made.staging[0], _counted_like(given, dtype)
+    assert table is not None
+    loop.used, staged = table, returned if loop.staged is None else loop.staged
     if lead > 1:  # frames are samples to the kernel
         given, predictions, noise, original, out, staged = (
             _flat(each, lead) for each in (given, predictions, noise, original, out, returned)
@@ -156,6 +163,14 @@ def _flat(tensors: Any, lead: int) -> Any:
     if isinstance(tensors, list):
         return [each.flatten(0, lead - 1) for each in tensors]
     return None if tensors is None else tensors.flatten(0, lead - 1)
+
+
+def _counted_like(given: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a new tensor whose writes torch counts, in inference mode as well."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return empty_like(given, dtype)
+    return empty_like(given, dtype)
 
 
 def _new_for(
@@ -218,6 +233,11 @@ def run_again(
         given = state
     if state is not None or torch.is_inference_mode_enabled():
         out, staged = _new_for(given, sample, given.dtype, None if state is None else sample.dtype)
+    scaled = None
+    if loop.made.staging and state is None:
+        if like.table is not loop.made.staging[0]:
+            return None
+        scaled = staged = _counted_like(given, given.dtype)
     entries = None if history is None else history.entries
     result = repeat(
         kinds, call, given, predictions, like.guidance_token, None, None, None, source, None, None, entries, None,
@@ -228,7 +248,8 @@ def run_again(
     if history is not None:
         history.note(call)
     loop.state = None if state is None else result
-    loop.returned = answer = result if staged is None else staged
+    loop.returned = answer = result if state is None or staged is None else staged
+    loop.staged = scaled
     loop.version = answer._version
     loop.following = scheduler._step_index = index + 1
     if scheduler._fusion is not None:

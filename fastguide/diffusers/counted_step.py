@@ -268,7 +268,8 @@ def _planned_step(
     result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, model_dtype, *drawn, lead)
     loop.like = None
     if is_by_value(scale) and (drawing is None or drawing.path is None):
-        loop.like = Like(scale, guidance, token_of(guidance), loop.table, loop.table._token, model_dtype)
+        used = loop.used or loop.table
+        loop.like = Like(scale, guidance, token_of(guidance), used, used._token, model_dtype)
         loop.made.likes[:] = [loop.like]
     loop.following, scheduler._step_index = index + 1, index + 1
     count_fused(scheduler, guidance)

@@ -32,10 +32,20 @@ class LoopTable(NamedTuple):
     """Whose steps lead to the second tensor that diffusers returns, the predicted x_0 or what is in its place."""
     in_scales: tuple[float, ...]
     """What the model's inputs are multiplied by, call by call; the table itself leaves them as they are."""
+    scaling: StepTable | None
+    """The same, with that scale."""
+    staging: list[StepTable]
+    """``scaling`` on the device, once a loop was asked for the model's input of the very sample that a step returned:
+    from then on, steps write that input as well."""
     likes: list[Any]
     """What the last step of an earlier loop and those like it have in common, if there was one: see ``run_again``."""
     churned: tuple[bool, ...]
     """At which calls that has a part of the noise, which cannot be drawn again."""
+
+    def stage(self) -> None:
+        """Let steps write the model's next input as well."""
+        if not self.staging and self.table is not None and self.scaling is not None:
+            self.staging.append(replace(self.scaling, forms={}).to(self.table.device))
 
 
 def loop_table(
@@ -70,14 +80,14 @@ def _made(
         why_not = "sigmas that do not fall"
     depends = dict(config), tuple(map(_copied, state))
     if why_not is not None:
-        return LoopTable(*depends, None, why_not, None, (), [], ())
+        return LoopTable(*depends, None, why_not, None, (), None, [], [], ())
     made = scheduler._loop_table(tables, begin, *arguments)
     table = _with_plain_inputs(made).to(device)
     second = None
     if scheduler._output is not None:
         second = _second_table(table, scheduler._second_columns(tables, begin, *arguments))
     churned = tuple((table.coefficients()["x0_noise"] != 0).tolist())
-    return LoopTable(*depends, table, None, second, made.in_scales, [], churned)
+    return LoopTable(*depends, table, None, second, made.in_scales, made, [], [], churned)
 
 
 def _second_table(table: StepTable, second: Mapping[str, Tensor] | None) -> StepTable:

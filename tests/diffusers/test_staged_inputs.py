@@ -1,0 +1,75 @@
+"""The model's input of the very sample that a step returned is written by that step; all other inputs are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.scheduler_pair import SHAPE, pair, randn, set_steps
+
+NAMES = (
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"),
+    "CMStochasticIterativeScheduler",
+)
+
+
+def loop(scheduler, given=lambda x: x, edit=lambda x, number: x, dtype=torch.float32):
+    """Return the model's inputs; ``given``: what of a sample they are asked for."""
+    set_steps(scheduler, 6)
+    x, inputs = (randn(*SHAPE) * float(scheduler.init_noise_sigma)).to(dtype), []
+    generator = torch.Generator().manual_seed(1)
+    options = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
+    for number, t in enumerate(scheduler.timesteps):
+        inputs.append(scheduler.scale_model_input(given(x), t))
+        output = torch.tanh(inputs[-1][: len(x)])
+        x = edit(scheduler.step(output, t, x, return_dict=False, **options)[0], number)
+    return inputs
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inputs_are_diffusers(name, mode):
+    ours, theirs = pair(name)
+    with mode():
+        expected = loop(theirs)
+        for _ in range(3):  # the first loop is asked, the second writes them, the third repeats that
+            for got, wanted in zip(loop(ours), expected, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+    assert ours._counted.staged is not None
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "LMSDiscreteScheduler"])
+def test_inputs_of_other_samples_are_computed(name):
+    """Of doubled ones, as pipelines have them, of copies, and of those that were edited in place or replaced."""
+    for given in (lambda x: torch.cat([x, x]), torch.clone):
+        ours, theirs = pair(name)
+        for _ in range(2):
+            for got, wanted in zip(loop(ours, given), loop(theirs, given), strict=True):
+                torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+        assert not ours._counted.made.staging
+    for edit in (lambda x, n: x.mul_(0.9) if n == 2 else x, lambda x, n: x * 0.9 if n == 2 else x):
+        ours, theirs = pair(name)
+        for _ in range(3):
+            for got, wanted in zip(loop(ours, edit=edit), loop(theirs, edit=edit), strict=True):
+                torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_a_rounded_sample_s_input_is_computed():
+    ours, theirs = pair("EulerDiscreteScheduler")
+    for _ in range(3):
+        for got, wanted in zip(loop(ours, dtype=torch.bfloat16), loop(theirs, dtype=torch.bfloat16), strict=True):
+            assert got.dtype == torch.bfloat16
+            assert (got - wanted).norm() < 0.05 * wanted.norm()
+    assert ours._counted.staged is None
+
+
+def test_no_operation_of_torch_scales_it(monkeypatch):
+    ours, _ = pair("EulerDiscreteScheduler")
+    for _ in range(2):
+        loop(ours)
+    monkeypatch.setattr("diffusers.EulerDiscreteScheduler.scale_model_input", None)
+    ours.set_timesteps(6)
+    ours._step_index, x = 0, randn(*SHAPE)
+    x = ours.step(torch.tanh(x), ours.timesteps[0], x, return_dict=False)[0]
+    assert ours.scale_model_input(x, ours.timesteps[1]) is ours._counted.staged

@@ -19,14 +19,15 @@ FUSED_FORMS: dict[str, bool] = {
     "embedded": True,  # the scale is an input of the model, so there is one prediction too
     "u + s(c - u)": True,
     "c + s(c - u)": True,
-    "weights": False,  # (1 + s) c - s u, multiplied out
-    "lerp": False,
-    "scale per frame": False,
+    "weights": True,  # (1 + s) c - s u, multiplied out
+    "lerp": True,
+    "scale per frame": True,  # by schedulers that count their steps, and keep nothing of earlier ones
     "rescaled": False,  # to the standard deviation of c; most pipelines do so only on demand
     "norm rescaled": False,  # to the norm of c
     "adaptive projected": False,
-    "perturbed attention": False,
-    "more conditions": False,  # more than two predictions, or as many as there are edits
+    "perturbed attention": True,
+    "several conditions": True,  # a sum of more than two predictions
+    "more conditions": False,  # what is none, or of as many as there are edits
     "extra passes": False,  # of a model with parts left out: spatio-temporal, self-attention guidance
     "own guider": False,  # of diffusers.guiders, in the pipeline
     "other": False,
@@ -34,7 +35,17 @@ FUSED_FORMS: dict[str, bool] = {
 }
 """The forms of guidance, and whether they are left to the step."""
 
-SEEN_THROUGH: frozenset[str] = frozenset()
+SEEN_THROUGH: frozenset[str] = frozenset(
+    (
+        *(
+            f"{change} {when}"
+            for change in ("cast", "slice", "split", "negate", "shape")
+            for when in ("before", "after")
+        ),
+        *("conditional first", "not in halves", "halves of two calls"),
+        "another output before",  # of unCLIP's priors, whose only output has another name
+    )
+)
 """Changes of a prediction, before guidance or after it, that the tracer does not compute: see ``Guidance.changes``."""
 
 TRACED_MODELS: tuple[str, ...] = tracing._MODELS
@@ -81,7 +92,7 @@ def guidance_of(step: Step, methods: Iterable[str] = ()) -> Guidance:
     form = _particular(nodes)
     predictions = _predictions(nodes)
     if form is None and len(predictions) > 2:
-        form = _of_more_than_two(methods)
+        form = _of_more_than_two(nodes, methods)
     whole = next((node for node in nodes if _plain_form(node)), None)
     if form is None and whole is not None:
         return _plain(step.output, whole, own)
@@ -105,11 +116,20 @@ def _particular(nodes: Sequence[Node]) -> str | None:
     return None
 
 
-def _of_more_than_two(methods: Iterable[str]) -> str:
+def _of_more_than_two(nodes: Sequence[Node], methods: Iterable[str]) -> str:
     names = " ".join(methods)
     if "perturbed_attention" in names:
         return "perturbed attention"
-    return "extra passes" if re.search(r"spatio_temporal|modality_isolation|sag_", names) else "more conditions"
+    if re.search(r"spatio_temporal|modality_isolation|sag_", names):
+        return "extra passes"
+    return "several conditions" if all(_is_linear(node) for node in nodes) else "more conditions"
+
+
+_LINEAR = frozenset(("Add", "Sub", "cast", "slice", "split", "shape", "negate", "part", *_TRANSPARENT))
+
+
+def _is_linear(node: Node) -> bool:
+    return node.kind in _LINEAR or (node.kind in ("Mult", "Div") and bool(_operands(node, "scale")))
 
 
 def _of_two(nodes: Sequence[Node]) -> str:

@@ -52,11 +52,11 @@ class _Changes:
 def accelerate(pipe: Any) -> Acceleration:
     """Give a diffusers pipeline the fused step, and fuse its classifier-free guidance into it.
 
-    The scheduler becomes fastguide's of the same name, with the state that it has. The model's output is traced: where
-    the pipeline computes ``uncond + guidance_scale * (cond - uncond)`` of its halves and gives it to the scheduler, the
-    step does both in one pass and in float32; whatever else it computes is computed as before, such as rescaled
-    guidance or that of a pipeline's own making. Nothing is traced in inference mode, with gradients, in a compiled
-    model, or where the model is called by other code than the pipeline's methods.
+    The scheduler becomes fastguide's of the same name, with the state that it has. The models' outputs are traced: where
+    the pipeline gives the scheduler a sum of them, such as ``uncond + guidance_scale * (cond - uncond)``, the step does
+    both in one pass and in float32; whatever else it computes is computed as before, such as rescaled guidance.
+    Nothing is traced with gradients, or where a model is called by other code than the pipeline's methods. A model that
+    is compiled in place, by ``model.compile()``, has to be before.
 
     Pipelines within the pipeline are accelerated with it: the prior and the decoder of a combined one.
 
@@ -64,7 +64,7 @@ def accelerate(pipe: Any) -> Acceleration:
     ``restore(pipe)`` undoes it. A saved pipeline is diffusers' own.
 
     Args:
-        pipe: a pipeline with a scheduler; with ``unet`` or ``transformer``, its guidance is fused as well.
+        pipe: a pipeline with a scheduler; with ``unet``, ``transformer`` and the like, its guidance is fused as well.
 
     Returns:
         What was exchanged and tried, what was left alone and why (mostly a scheduler that is not served), and the

@@ -57,8 +57,7 @@ def test_a_combined_pipeline_is_served_if_all_its_parts_are():
     row = row_of(sources["CombinedPipeline"], {"DDIMScheduler"}, sources.get)
     assert (row.scheduler, row.other_schedulers) == ("DDIMScheduler", {"prior_scheduler": "UnCLIPScheduler"})
     assert not row.served
-    assert not row.fused
-    assert row.reasons == ("UnCLIPScheduler is not served", "another output before", "prior is not traced")
+    assert row.reasons == ("UnCLIPScheduler is not served",)
     assert row_of(sources["CombinedPipeline"], {"DDIMScheduler", "UnCLIPScheduler"}, sources.get).served
 
 
@@ -137,7 +136,7 @@ def test_shares_are_counted():
         row(True, U_FORM),
         row(True, "none"),
         row(True, "rescaled"),
-        row(True, C_FORM, ("cast before",)),
+        row(True, C_FORM, ("arithmetic before",)),
         row(False, "embedded"),
         row(False, "lerp", deprecated=True),
     ]
@@ -146,7 +145,7 @@ def test_shares_are_counted():
     text = page.report(rows)
     assert "default scheduler served           4 of 6,  66.7 %    without deprecated ones   4 of 5,  80.0 %" in text
     assert "fully fused                        2 of 6,  33.3 %    without deprecated ones   2 of 5,  40.0 %" in text
-    assert "cast before                                1                 1" in text
+    assert "arithmetic before                          1                 1" in text
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +227,7 @@ BY_HAND = {  # what somebody saw who read the pipeline: form, calls, changes
     "Krea2Pipeline": (C_FORM, CALLS, []),
     "LatentConsistencyModelPipeline": ("embedded", "", []),
     "LEditsPPPipelineStableDiffusion": ("more conditions", "", []),
-    "LTXConditionPipeline": (U_FORM, BATCH, ["negate after"]),
+    "LTXConditionPipeline": (U_FORM, BATCH, ["negate after", "a timestep for each token"]),
     "LTX2Pipeline": ("rescaled", "", []),
     "LongCatAudioDiTPipeline": (U_FORM, CALLS, []),
     "Lumina2Pipeline": ("norm rescaled", "", []),
@@ -243,14 +242,14 @@ BY_HAND = {  # what somebody saw who read the pipeline: form, calls, changes
     "StableCascadePriorPipeline": ("lerp", "", []),
     "StableDiffusion3Pipeline": (U_FORM, BATCH, []),
     "StableDiffusionGLIGENTextImagePipeline": (U_FORM, CALLS, ["halves of two calls"]),
-    "StableDiffusionInstructPix2PixPipeline": ("more conditions", "", []),
+    "StableDiffusionInstructPix2PixPipeline": ("several conditions", "", []),
     "StableDiffusionPAGPipeline": ("perturbed attention", "", []),
     "StableDiffusionPanoramaPipeline": (U_FORM, BATCH, ["slice before"]),
     "StableDiffusionSAGPipeline": ("extra passes", "", []),
     "StableDiffusionXLPipeline": (U_FORM, BATCH, []),
     "StableVideoDiffusionPipeline": ("scale per frame", "", []),
     "TextToVideoSDPipeline": (U_FORM, BATCH, ["shape after"]),
-    "VersatileDiffusionTextToImagePipeline": (U_FORM, BATCH, ["image_unet is not traced"]),
+    "VersatileDiffusionTextToImagePipeline": (U_FORM, BATCH, []),
     "WanPipeline": (U_FORM, CALLS, []),
     "ZImagePipeline": (
         C_FORM, BATCH, ["cast before", "slice before", "cast after", "negate after", "shape after"],

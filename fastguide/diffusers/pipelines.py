@@ -53,10 +53,10 @@ def accelerate(pipe: Any) -> Acceleration:
     """Give a diffusers pipeline the fused step, and fuse its classifier-free guidance into it.
 
     The scheduler becomes fastguide's of the same name, with the state that it has. The models' outputs are traced:
-    where the pipeline gives the scheduler a sum of them, such as ``uncond + guidance_scale * (cond - uncond)``, the step does
-    both in one pass and in float32; whatever else it computes is computed as before, such as rescaled guidance.
-    Nothing is traced with gradients, or where a model is called by other code than the pipeline's methods. A model that
-    is compiled in place, by ``model.compile()``, has to be before.
+    where the pipeline gives the scheduler a sum of them, such as ``uncond + guidance_scale * (cond - uncond)``, the
+    step does both in one pass and in float32; whatever else it computes is computed as before, such as rescaled
+    guidance. Nothing is traced with gradients, or where a model is called by other code than the pipeline's methods. A
+    model that is compiled in place, by ``model.compile()``, has to be before.
 
     Pipelines within the pipeline are accelerated with it: the prior and the decoder of a combined one.
 

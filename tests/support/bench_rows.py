@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.measure import solvers
 from benchmarks.measure.solvers import large_title, small_title
 from benchmarks.report import targets
 
@@ -45,6 +46,16 @@ def rows_of_a_run(ours=1.0):
             ok(small_title(name), *contender, "solvers")
             for name in targets._SOLVERS
             for contender in (("fastguide", 1e-4), ("diffusers", 1e-1))
+        ),
+        *(
+            ok(small_title(name), *contender, "solvers")
+            for name in targets._DROP_IN_STEPS
+            for contender in ((solvers.DROP_IN, 1e-4), (solvers.DOUBLED, 1e-1))
+        ),
+        *(
+            ok(targets._pipeline(name), *contender, "pipelines")
+            for name in targets._PIPELINES
+            for contender in ((targets._ACCELERATED, 1e-3), ("diffusers", 1e-1))
         ),
         *(
             ok(large_title(name), *contender, "solvers")

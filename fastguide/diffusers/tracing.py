@@ -142,6 +142,8 @@ def _traced(fusion: Fusion, output: Any, frame: Any) -> Any:
     if isinstance(output, BaseOutput) and len(output):
         name = next(iter(output))
         setattr(output, name, _of_first(output[name], fusion))
+    elif type(getattr(output, "sample", None)) is Tensor:
+        output.sample = traced(output.sample, fusion)
     return output
 
 

@@ -88,6 +88,10 @@ class CountedStep(SchedulerStep):
         """Return the columns that lead to the second tensor that diffusers returns; ``None``: it is x_0."""
         return None
 
+    def _in_scales(self, table: StepTable) -> list[float]:
+        """Return what diffusers scales the model's inputs by, in its own rounding; of schedulers that do."""
+        return []
+
     def _tables_are_set(self, device: str | torch.device | None) -> None:
         """Move the tables, which diffusers has made on the host; remember their values there."""
         host = read_tables(self)

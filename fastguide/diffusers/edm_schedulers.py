@@ -26,6 +26,8 @@ __all__ = ["EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"]
 class EDM(ScaledInputs):
     """What they share: the sigmas of diffusers, and what their model predicts."""
 
+    _divides = False
+
     def _why_not(self) -> str | None:
         if self.config.get("thresholding"):
             return "dynamic thresholding"

@@ -31,7 +31,7 @@ class LoopTable(NamedTuple):
     second: StepTable | None
     """Whose steps lead to the second tensor that diffusers returns, the predicted x_0 or what is in its place."""
     in_scales: tuple[float, ...]
-    """What the model's inputs are multiplied by, call by call; the table itself leaves them as they are."""
+    """What the scheduler divides or multiplies the model's inputs by, call by call; the table does not."""
     scaling: StepTable | None
     """The same, with that scale."""
     staging: list[StepTable]
@@ -87,7 +87,8 @@ def _made(
     if scheduler._output is not None:
         second = _second_table(table, scheduler._second_columns(tables, begin, *arguments))
     churned = tuple((table.coefficients()["x0_noise"] != 0).tolist())
-    return LoopTable(*depends, table, None, second, made.in_scales, made, [], [], churned)
+    in_scales = tuple(scheduler._in_scales(made))
+    return LoopTable(*depends, table, None, second, in_scales, made, [], [], churned)
 
 
 def _second_table(table: StepTable, second: Mapping[str, Tensor] | None) -> StepTable:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..solvers import StepTable
 from .counted_step import CountedStep
 from .lazy_tensor import plain
 
 
 class ScaledInputs(CountedStep):
-    """Mix this into a scheduler whose model gets ``in_scale * x``: diffusers makes the factor anew at each call."""
+    """Mix this into a scheduler of unscaled samples: diffusers makes the factor of its inputs anew at each call."""
+
+    _divides: ClassVar[bool] = True
+    """Whether diffusers divides by ``sqrt(sigma^2 + sigma_data^2)``, and does not multiply by the inverse."""
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Return what diffusers' own returns, up to the last digit; it is asked itself at a loop's first call."""
@@ -26,5 +30,18 @@ class ScaledInputs(CountedStep):
             if loop.staged is not None and sample._version == loop.version:
                 return loop.staged
             loop.made.stage()
-        scaled = plain(sample) * loop.made.in_scales[loop.following - loop.begin]
+        scale = loop.made.in_scales[loop.following - loop.begin]
+        scaled = plain(sample) / scale if self._divides else plain(sample) * scale
         return scaled
+
+    def _in_scales(self, table: StepTable) -> list[float]:
+        assert table.levels is not None
+        sigma = table.levels.sigma.float()  # in which diffusers computes them
+        divisors = (sigma**2 + self._sigma_data**2) ** 0.5
+        scales: list[float] = (divisors if self._divides else 1 / divisors).tolist()
+        return scales
+
+    @property
+    def _sigma_data(self) -> float:
+        """The standard deviation of the data, in the preconditioning of EDM."""
+        return float(self._internal_dict.get("sigma_data", 1.0))

@@ -81,13 +81,13 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
 
 def _taken_apart(output: Combined | Joined, sample: Tensor) -> tuple[Output, Any] | None:
     """Return the predictions of a combination, and what weighs them; ``None``: they are not of the sample's shape."""
+    output.check_unchanged()
     main = output.main if isinstance(output, Joined) else output
-    main.check_unchanged()
-    terms = main.terms
+    terms, scale_tensor = main.terms, None if main.scale is None else main.scale.tensor
     if len(main.seen) == 1 and len(terms) > 1 and all([of.piece is not None for of, _, _ in terms]):  # noqa: C419
         terms = tuple(sorted(terms, key=_piece_of))
-    scale = _scale_of(terms, main.scale)
-    if scale is not None and main is output and terms[0][0].piece == (0, 2):
+    scale = _scale_of(terms, scale_tensor)
+    if scale is not None and main is output and terms[0][0].piece == (0, 2) and terms[1][0].piece == (1, 2):
         source = terms[0][0].source
         whole, shape = source.tensor, sample.shape
         if terms[1][0].source is source and main.dtype is source.dtype and whole.shape == (2 * shape[0], *shape[1:]):
@@ -101,14 +101,14 @@ def _taken_apart(output: Combined | Joined, sample: Tensor) -> tuple[Output, Any
     taken = Taken(predictions, variance, main.dtype)
     if scale is not None:
         return taken, scale
-    if main.scale is not None and leading(main.scale) > 1:
+    if scale_tensor is not None and leading(scale_tensor) > 1:
         return None
     constants = tuple([constant for _, constant, _ in terms])
-    if main.scale is None:
+    if scale_tensor is None:
         if constants == (1.0,) and variance is None and main.dtype == predictions[0].dtype:
             return predictions[0], None
         return taken, Weights(constants)
-    return taken, Weights(constants, tuple([factor for _, _, factor in terms]), main.scale)
+    return taken, Weights(constants, tuple([factor for _, _, factor in terms]), scale_tensor)
 
 
 def _piece_of(term: Term) -> tuple[int, int]:

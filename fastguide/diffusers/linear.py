@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .lazy_tensor import LazyTensor, plain
-from .traced import Combined, Joined, Source, Term, Traced, leading
+from .traced import Combined, Joined, ScaleAsSeen, Source, Term, Traced, leading
 
 _LARGEST = 1e30
 """A number above this, or NaN, is no coefficient that the kernels' float32 could do with."""
@@ -23,7 +23,7 @@ _LARGEST = 1e30
 # ---- Arithmetic ----
 
 Seen = tuple[tuple[Source, int | None], ...]
-Sum = tuple[tuple[Term, ...], Tensor | None, Seen]
+Sum = tuple[tuple[Term, ...], ScaleAsSeen | None, Seen]
 """Terms, the scale of their factors, and the outputs that they are of, with their versions."""
 
 
@@ -33,7 +33,7 @@ def _as_sum(operand: Any) -> Sum | None:
     if kind is Traced:
         source = operand.source
         return (((operand, 1.0, 0.0),), None, ((source, source.version()),)) if source.may_wait() else None
-    if kind is Combined and operand._value is None:
+    if kind is Combined and operand.is_pending():
         return operand.terms, operand.scale, operand.seen
     return None
 
@@ -69,10 +69,14 @@ def _merged(left: tuple[Term, ...], right: tuple[Term, ...], sign: float) -> tup
 
 
 def _seen(left: Seen, right: Seen) -> Seen:
-    """Return the outputs of both; of one that both have, the version of the combination that has more."""
-    first, second = (left, right) if len(left) > len(right) else (right, left)
-    known = [source for source, _ in first]
-    return first + tuple([each for each in second if each[0] not in known])
+    """Return the outputs of both; of one that both have, the earlier version, as one of them may have lost it."""
+    if left == right:
+        return left
+    merged = dict(left)
+    for source, version in right:
+        before = merged.get(source, version)
+        merged[source] = before if version is None or before is None else min(before, version)
+    return tuple(merged.items())
 
 
 def _sum(function: Any, first: Any, second: Any, sign: float) -> Any:
@@ -85,15 +89,11 @@ def _sum(function: Any, first: Any, second: Any, sign: float) -> Any:
     if left is None or right is None or first.dtype != second.dtype:
         return function(plain(first), plain(second))
     scale = left[1] if right[1] is None else right[1]
-    if left[1] is not scale and left[1] is not None:
+    if left[1] is not None and scale is not None and not left[1].is_same(scale):
         return function(plain(first), plain(second))
     if not _are_alike(left[0][0][0], right[0][0][0]):
         return function(plain(first), plain(second))
-    terms, seen = _merged(left[0], right[0], sign), left[2]
-    if type(first) is Traced and type(second) is Combined and right[2][0][0] is first.source:
-        seen = right[2]  # the version of the earlier combination
-    elif len(right[2]) > 1 or right[2][0][0] is not seen[0][0]:
-        seen = _seen(seen, right[2])
+    terms, seen = _merged(left[0], right[0], sign), _seen(left[2], right[2])
     return Combined((function, first, second), terms, scale, first.dtype, seen)
 
 
@@ -103,14 +103,16 @@ def _sum_of_pieces(function: Any, first: Traced, second: Any, sign: float) -> Co
     if source.escaped or not source.is_linear:
         return None
     if type(second) is Traced:
-        if second.source is not source or second.piece is None or second is first or second.piece[1] != first.piece[1]:  # type: ignore[index]
+        piece, other = first.piece, second.piece
+        assert piece is not None
+        if second.source is not source or other is None or other == piece or other[1] != piece[1]:
             return None
         terms: tuple[Term, ...] = ((first, 1.0, 0.0), (second, sign, 0.0))
         return Combined((function, first, second), terms, None, source.dtype, ((source, source.version()),))
-    if type(second) is not Combined or second._value is not None or second._dtype is not source.dtype:
+    if type(second) is not Combined or second._dtype is not source.dtype or not second.is_pending():
         return None
-    seen = second.seen
-    if len(seen) > 1 or seen[0][0] is not source or second.terms[0][0].piece is None:
+    seen, piece = second.seen, second.terms[0][0].piece
+    if len(seen) > 1 or seen[0][0] is not source or piece is None or piece[1] != first.piece[1]:  # type: ignore[index]
         return None
     return Combined(
         (function, first, second), _merged(((first, 1.0, 0.0),), second.terms, sign), second.scale, source.dtype, seen
@@ -132,7 +134,9 @@ def _product(function: Any, first: Any, second: Any, invert: bool = False) -> An
         return Combined((function, first, second), scaled, scale, operand.dtype, seen)
     if number is None and not invert and scale is None and _is_scale(other, operand):
         scaled = tuple([(of, 0.0, constant) for of, constant, _ in terms])
-        return Combined((function, first, second), scaled, other, operand.dtype, seen)
+        as_seen = ScaleAsSeen.of(other)
+        first, second = (first, as_seen.tensor) if operand is first else (as_seen.tensor, second)
+        return Combined((function, first, second), scaled, as_seen, operand.dtype, seen)
     return function(plain(first), plain(second))
 
 
@@ -222,7 +226,7 @@ def _view(operand: Any, function: Callable[[Tensor], Any]) -> Any:
 def _parts(function: Callable[[Tensor], Any], operand: Any) -> Any:
     """Return parts of an operand, which a function of tensors makes: of each of its terms, if they are views."""
     found = _as_sum(operand)
-    if found is None or (found[1] is not None and found[1].dim() > 0):
+    if found is None or (found[1] is not None and found[1].tensor.dim() > 0):
         return function(plain(operand))
     values = [of.value() for of, *_ in found[0]]
     made = [function(value) for value in values]
@@ -239,14 +243,16 @@ def _parts(function: Callable[[Tensor], Any], operand: Any) -> Any:
             found[1],
             operand.dtype,
             found[2],
+            operand,
         )
         for number, pieces in enumerate(zip(*traced, strict=True))
     )
 
 
 def _shares(part: Any, whole: Tensor) -> bool:
-    storage = whole.untyped_storage().data_ptr()
-    return type(part) is Tensor and part.untyped_storage().data_ptr() == storage
+    if type(part) is not Tensor or part.dtype != whole.dtype:
+        return False
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 def _joined(tensors: Any, dim: int = 0) -> Any:
@@ -259,9 +265,13 @@ def _joined(tensors: Any, dim: int = 0) -> Any:
 
 
 def _stacked(tensors: Any, dim: int = 0) -> Any:
-    """Return ``torch.stack``: of one tensor, it is a view."""
+    """Return ``torch.stack``: of one tensor, it has one term for each of the tensor's."""
     if isinstance(tensors, (list, tuple)) and len(tensors) == 1:
-        return tensors[0].unsqueeze(dim)
+        found = _as_sum(tensors[0])
+        if found is not None and (found[1] is None or found[1].tensor.dim() == 0):
+            terms = tuple([(Traced(of.source, of.value().unsqueeze(dim)), *how) for of, *how in found[0]])
+            made_by = (lambda tensor: torch.stack([tensor], dim)), tensors[0]
+            return Combined(made_by, terms, found[1], tensors[0].dtype, found[2])  # type: ignore[arg-type]
     return torch.stack([plain(tensor) for tensor in tensors], dim)
 
 
@@ -283,7 +293,7 @@ def _moved(operand: Any, *arguments: Any) -> Any:
     if len(arguments) == 1 and isinstance(arguments[0], (str, torch.device)):
         same = operand.like().device == torch.device(arguments[0])
         return operand if same else plain(operand).to(*arguments)
-    return plain(operand).to(*arguments)
+    return plain(operand).to(*plain(arguments))
 
 
 def _add(first: Any, second: Any) -> Any:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Source:
         """Whether torch does not count who writes to it."""
         self.escaped = False
         """Whether others than traced tensors have it, or a view of it."""
-        self.combined: list[weakref.ref[Combined]] | None = None
+        self.combined: list[weakref.ref[Combined | Joined]] | None = None
         """What was combined of it, if it is not counted who writes to it."""
 
     def version(self) -> int | None:
@@ -121,21 +122,49 @@ Term = tuple[Traced, float, float]
 """A traced tensor and its coefficient, ``constant + factor * scale`` with a scale that all terms share."""
 
 
+class ScaleAsSeen(NamedTuple):
+    """A tensor that multiplies combinations, as it was when it first did."""
+
+    tensor: Tensor
+    """A copy, if torch does not count who writes to it."""
+    version: int
+
+    @classmethod
+    def of(cls, scale: Tensor) -> ScaleAsSeen:
+        """Return a scale as it is now."""
+        if scale.is_inference():
+            scale = scale.clone()
+            return cls(scale, 0)
+        return cls(scale, scale._version)
+
+    def is_same(self, other: ScaleAsSeen) -> bool:
+        """Tell whether another one is the same tensor, with the same values."""
+        return self.tensor is other.tensor and self.version == other.version
+
+    def is_changed(self) -> bool:
+        """Tell whether it has been written to since."""
+        return not self.tensor.is_inference() and self.tensor._version != self.version
+
+
+_UNCOUNTED = -1
+
+
 class Combined(LazyTensor):
     """A linear combination of models' outputs, which is computed when it is asked for."""
 
-    __slots__ = ("_dtype", "made_by", "scale", "seen", "terms")
+    __slots__ = ("_dtype", "base", "handed_out", "made_by", "scale", "seen", "terms")
 
     def __init__(
         self,
         made_by: tuple[Any, ...],
         terms: tuple[Term, ...],
-        scale: Tensor | None,
+        scale: ScaleAsSeen | None,
         dtype: torch.dtype,
         seen: tuple[tuple[Source, int | None], ...],
+        base: Combined | None = None,
     ) -> None:
         self._value = None
-        self.made_by: tuple[Any, ...] | None = made_by
+        self.made_by = made_by
         """The function that computes it, and its arguments."""
         self.terms = terms
         self.scale = scale
@@ -143,13 +172,12 @@ class Combined(LazyTensor):
         self._dtype = dtype
         self.seen = seen
         """The outputs, and how often each had been written to when it was first combined."""
-        if seen[0][1] is None:
-            self._register()
-
-    def _register(self) -> None:
-        for source, version in self.seen:
-            if version is None:
-                source.combined = [*(source.combined or ()), weakref.ref(self)]
+        self.base = base
+        """What it is a view of."""
+        self.handed_out: int | None = None
+        """How often its value had been written to when others got it; ``None``: nobody has."""
+        if seen[0][1] is None or (len(seen) > 1 and any([version is None for _, version in seen])):  # noqa: C419
+            register(self, seen)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,37 +189,81 @@ class Combined(LazyTensor):
         return self.terms[0][0].value()
 
     def is_pending(self) -> bool:
-        """Tell whether nobody has seen its values."""
-        return self._value is None
+        """Tell whether nobody has seen its values, or those that it is a view of."""
+        return self._value is None and (self.base is None or self.base.is_pending())
 
     def check_unchanged(self) -> None:
-        """Refuse outputs that are not what they were when they were combined.
+        """Refuse outputs and scales that are not what they were when they were combined.
 
         Raises:
             RuntimeError: one has been written to since.
         """
         for source, version in self.seen:
-            if source.version() != version:
-                raise RuntimeError(
-                    "the model's output was written to after guidance had been taken from it: expected plain tensors "
-                    "for that, as without fastguide.diffusers.accelerate() or a guider of fastguide's"
-                )
+            check_version(source, version)
+        if self.scale is not None and self.scale.is_changed():
+            raise RuntimeError(f"the scale of guidance {WRITTEN_TO}")
 
     def value(self) -> Tensor:
-        """Return the tensor for one's own use."""
-        if self._value is None:
-            self.check_unchanged()
-            assert self.made_by is not None
+        """Return the tensor for one's own use, as it was before others could write to it."""
+        value = self._value
+        if self.base is not None or value is None or self._may_be_written():
             function, *operands = self.made_by
-            self._value = function(*[own_value(operand) for operand in operands])
-            self.made_by = None
+            if self.base is None:
+                self.check_unchanged()
+            made: Tensor = function(*[own_value(operand) for operand in operands])
+            if self.base is None and value is None:
+                self._value = made
+            return made
+        return value
+
+    def _may_be_written(self) -> bool:
+        if self.handed_out is None:
+            return False
+        assert self._value is not None
+        return self.handed_out == _UNCOUNTED or self._value._version != self.handed_out
+
+    def computed(self) -> Tensor:
+        """Return the tensor, for any use, the same one each time."""
+        if self.handed_out is None:
+            stop_trying(self.seen)
+            if self.base is None:
+                self._value = self.value()
+            else:
+                function, _ = self.made_by
+                self._value = function(self.base.computed())
+            self.handed_out = _UNCOUNTED if self._value.is_inference() else self._value._version
+        assert self._value is not None
         return self._value
 
-    def _compute(self) -> Tensor:
-        for source, _ in self.seen:
-            if source.fusion is not None:
-                source.fusion.tries = False
-        return self.value()
+
+WRITTEN_TO = (
+    "was written to after guidance had been taken from it: expected plain tensors for that, as without "
+    "fastguide.diffusers.accelerate() or a guider of fastguide's"
+)
+
+
+def check_version(source: Source, version: int | None) -> None:
+    """Refuse an output that has been written to since.
+
+    Raises:
+        RuntimeError: it has.
+    """
+    if source.version() != version:
+        raise RuntimeError(f"the model's output {WRITTEN_TO}")
+
+
+def register(made: Combined | Joined, seen: Iterable[tuple[Source, int | None]]) -> None:
+    """Let what was made of outputs be computed before others can write to those, where torch does not count that."""
+    for source, version in seen:
+        if version is None:
+            source.combined = [*(source.combined or ()), weakref.ref(made)]
+
+
+def stop_trying(seen: Iterable[tuple[Source, int | None]]) -> None:
+    """Trace no more outputs in this run of the pipeline: guidance is used before the step."""
+    for source, _ in seen:
+        if source.fusion is not None:
+            source.fusion.tries = False
 
 
 def leading(scale: Tensor) -> int:
@@ -203,12 +275,15 @@ def leading(scale: Tensor) -> int:
 class Joined(LazyTensor):
     """A combination with another output after it in the channels: guidance, and the variance that a model learned."""
 
-    __slots__ = ("main", "rest")
+    __slots__ = ("main", "rest", "seen")
 
     def __init__(self, main: Combined, rest: Traced) -> None:
         self._value = None
         self.main = main
         self.rest = rest
+        self.seen = rest.source, rest.source.version()
+        """The other output, and how often it had been written to."""
+        register(self, (*main.seen, self.seen))
 
     def like(self) -> Tensor:
         """Return the tensor itself."""
@@ -220,11 +295,28 @@ class Joined(LazyTensor):
         return self.main.dtype
 
     def is_pending(self) -> bool:
-        """Tell whether nobody has seen its values."""
+        """Tell whether nobody has seen its values, or those of the combination."""
         return self._value is None and self.main.is_pending()
 
+    def check_unchanged(self) -> None:
+        """Refuse outputs that are not what they were when they were combined.
+
+        Raises:
+            RuntimeError: one has been written to since.
+        """
+        self.main.check_unchanged()
+        check_version(*self.seen)
+
+    def value(self) -> Tensor:
+        """Compute the tensor, for later use."""
+        if self._value is None:
+            check_version(*self.seen)
+            self._value = torch.cat([self.main.value(), self.rest.value()], 1)
+        return self._value
+
     def _compute(self) -> Tensor:
-        return torch.cat([self.main.computed(), own_value(self.rest)], 1)
+        stop_trying((*self.main.seen, self.seen))
+        return self.value()
 
     def split(self, split_size: Any, dim: int = 0) -> Any:
         """Return both parts, if it is they that are asked for."""

@@ -8,6 +8,7 @@ in float32 as well, and goes on from that as long as it is handed back the tenso
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import is_
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from ..step.history import History
 from ..step.memory import dense_within_sample, in_layout_of
 from ..step.noise import DeviceGenerator
 from ..step.repeat import token_of
-from .counted_loop import CountedLoop, Like, run_again, run_counted
+from .counted_loop import CopiedLoop, CountedLoop, Like
+from .counted_run import run_again, run_counted
+from .dtypes import Dtypes, NoiseRule, promoted
 from .guidance_arguments import Scale, combined, guidance_of, is_by_value
 from .host_tables import HostTables, host_tables, read_tables
 from .lazy_guidance import Output, PerFrame, resolved
@@ -29,6 +32,8 @@ from .loop_tables import loop_table
 from .noise import Generators, noise_of
 from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, fitted_predictions, refusal_of
 from .timesteps import place_in, version_of
+
+_UNCOPIED = ("_counted", "_kept_tables")
 
 
 class CountedStep(SchedulerStep):
@@ -50,8 +55,6 @@ class CountedStep(SchedulerStep):
     """The names of the attributes that rows depend on besides the configuration and diffusers' tables."""
     _levels_in: ClassVar[str] = "sigmas"
     """The name of the table that says where the steps lie."""
-    _casts_back: ClassVar[bool] = False
-    """Whether diffusers returns the model's dtype, and not the one to which sample and model promote."""
     _sigmas_on_device: ClassVar[bool] = False
     """Whether diffusers leaves ``sigmas`` on the device of the timesteps."""
     _sigmas_fall: ClassVar[bool] = True
@@ -74,15 +77,26 @@ class CountedStep(SchedulerStep):
     """diffusers' ``config``, without the time that this takes."""
     _host: HostTables | None = None
     _counted: CountedLoop | None = None
+    _copied_loop: CopiedLoop | None = None
+    """Of the scheduler that this one is a copy of, if it was copied in the middle of a loop."""
     sigmas: Tensor
     _step_index: int | None
     _begin_index: int | None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave a loop's tensors out of copies that are made in its middle, and the tables, which only save time."""
-        return {
-            name: value for name, value in super().__getstate__().items() if name not in ("_counted", "_kept_tables")
-        }
+        """Give copies what a loop goes on from, and not the tables, which only save time."""
+        kept = {name: value for name, value in super().__getstate__().items() if name not in _UNCOPIED}
+        if self._counted is not None:
+            kept["_copied_loop"] = self._counted.copied()
+        return kept
+
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return the dtypes of a step, by those of the sample and of the model's output."""
+        return promoted(sample, model)
+
+    def _attributes(self) -> list[Any]:
+        """Return what a loop's rows depend on besides the configuration and diffusers' tables."""
+        return [getattr(self, name) for name in self._state]
 
     def _second_columns(self, tables: HostTables, begin: int, *arguments: Any) -> Mapping[str, Tensor] | None:
         """Return the columns that lead to the second tensor that diffusers returns; ``None``: it is x_0."""
@@ -102,7 +116,7 @@ class CountedStep(SchedulerStep):
         levels = getattr(self, self._levels_in)
         versions = version_of(levels), version_of(self.timesteps)
         self._host = host._replace(sigmas=levels, timesteps=self.timesteps, versions=versions)
-        self._counted = None
+        self._counted = self._copied_loop = None
         if self._fusion is not None:
             self._fusion.tries = True
 
@@ -134,8 +148,8 @@ class Drawing(NamedTuple):
     generator: Generators
     draws: Callable[[StepTable, int], bool] | bool = True
     """Whether diffusers draws noise at a call of the loop's table, also where it does not use it."""
-    dtype: torch.dtype | None = None
-    """In which it draws; ``None``: the model's."""
+    dtype: NoiseRule = "model"
+    """In which it draws."""
     noise: Tensor | None = None
     """Standard normal values in the place of a generator's."""
     path: Callable[[Tensor, torch.dtype], Tensor | None] | None = None
@@ -146,15 +160,17 @@ class Drawing(NamedTuple):
         return self.draws if isinstance(self.draws, bool) else self.draws(table, call)
 
     def drawn(
-        self, table: StepTable, call: int, sample: Tensor, model_dtype: torch.dtype
+        self, table: StepTable, call: int, sample: Tensor, dtypes: Dtypes
     ) -> tuple[Tensor | None, torch.Generator | DeviceGenerator | None]:
         """Return a call's noise, or the generator that draws it in the step."""
-        noise = self.noise if self.path is None else self.path(sample, model_dtype)
+        noise = self.noise if self.path is None else self.path(sample, dtypes.model)
         if noise is not None:
             return in_layout_of(sample, plain(noise)), None
         if self.path is not None or not self.draws_at(table, call):
             return None, None
-        return noise_of(self.generator, sample, self.dtype or model_dtype, adds=table.adds_noise[call])
+        dtype, adds = dtypes.of_noise(self.dtype), table.adds_noise[call]
+        in_step = (dtype == torch.float64) == (dtypes.working == torch.float64)
+        return noise_of(self.generator, sample, dtype, adds=adds, in_step=in_step)
 
     def source_again(self, loop: CountedLoop, like: Like, index: int | None, sample: Tensor) -> Any:
         """Return what draws in a step like an earlier one; ``None``: nothing does; ``False``: this needs a plan."""
@@ -163,7 +179,7 @@ class Drawing(NamedTuple):
         call = index - loop.begin
         if not self.draws_at(like.table, call):
             return None
-        if not like.table.adds_noise[call] or (self.dtype or like.model_dtype) != sample.dtype:
+        if not like.table.adds_noise[call] or like.dtypes.of_noise(self.dtype) != sample.dtype:
             return False
         if self.generator is None:
             return torch.default_generator
@@ -205,18 +221,31 @@ def counted_step(
             return done
     if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
-    if scheduler._step_index is None:
-        scheduler._init_step_index(timestep)
-    assert scheduler._step_index is not None
-    loop = _loop_at(scheduler, scheduler._step_index, arguments, sample)
+    index = _index_of(scheduler, timestep)
+    dtypes = scheduler._dtypes(sample.dtype, output.dtype)
+    loop = _loop_at(scheduler, index, arguments, sample, dtypes.working)
+    if loop.table is not None and index - loop.begin >= len(loop.table):
+        return None  # diffusers says that there are no more
     if loop.may_begin_like_an_earlier_one(sample):
         done = _again(scheduler, loop, drawing, arguments, output, sample, return_dict, scale)
         if done is not None:
             return done
         loop.returned = loop.like = None
-    if type(scale) is PerFrame and loop.history is not None:
+    if type(scale) is PerFrame and (loop.history is not None or not sample.is_contiguous()):
         output, scale = plain(model_output), None
-    return _planned_step(scheduler, loop, output, sample, return_dict, scale, drawing)
+    return _planned_step(scheduler, loop, output, sample, return_dict, scale, drawing, dtypes)
+
+
+def _index_of(scheduler: CountedStep, timestep: Any) -> int:
+    """Return which step comes next; a loop that goes on from earlier ones ends where the counter is set back."""
+    index = scheduler._step_index
+    if index is None:
+        scheduler._init_step_index(timestep)
+        index, loop = scheduler._step_index, scheduler._counted
+        if loop is not None and loop.following != index:
+            scheduler._counted = None
+    assert index is not None
+    return index
 
 
 def _again(
@@ -249,6 +278,7 @@ def _planned_step(
     return_dict: bool,
     scale: Any,
     drawing: Drawing | None,
+    dtypes: Dtypes,
 ) -> Any:
     """Make a step that is checked first; ``None``: it is left to diffusers' own ``step``."""
     index, lead = scheduler._step_index, 1
@@ -267,30 +297,35 @@ def _planned_step(
     if loop.table is None or refusal is not None or fitted is None:
         _leave(scheduler, loop, index, refusal)
         return None
-    call, model_dtype = index - loop.begin, output.dtype
-    drawn = (None, None) if drawing is None else drawing.drawn(loop.table, call, sample, model_dtype)
-    result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, model_dtype, *drawn, lead)
+    call = index - loop.begin
+    drawn = (None, None) if drawing is None else drawing.drawn(loop.table, call, sample, dtypes)
+    used, result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, dtypes, *drawn, lead)
     loop.like = None
     if is_by_value(scale) and (drawing is None or drawing.path is None):
-        used = loop.used or loop.table
-        loop.like = Like(scale, guidance, token_of(guidance), used, used._token, model_dtype)
-        loop.made.likes[:] = [loop.like]
-    loop.following, scheduler._step_index = index + 1, index + 1
+        loop.like = loop.made.like = Like(scale, guidance, token_of(guidance), used, used._token, dtypes)
+    scheduler._step_index = index + 1
     count_fused(scheduler, guidance)
     return scheduler._result(result, original, return_dict)
 
 
-def _loop_at(scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sample: Tensor) -> CountedLoop:
+def _loop_at(
+    scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sample: Tensor, dtype: torch.dtype
+) -> CountedLoop:
     """Return the loop that goes on at a step, or a new one that begins there.
+
+    Args:
+        scheduler, index, arguments, sample: of the step.
+        dtype: in which the sample is kept from step to step.
 
     Raises:
         RuntimeError: the loop under way goes on from earlier steps, and this is not the next one.
     """
-    loop, tables = scheduler._counted, host_tables(scheduler)
-    if loop is not None and loop.tables is tables:
+    loop, tables, copied = scheduler._counted, host_tables(scheduler), scheduler._copied_loop
+    if loop is not None and loop.tables is tables and not loop.is_over:
         fits = loop.shape == sample.shape and (loop.table is None or loop.table.device == sample.device)
         follows = loop.following == index or (loop.history is None and index >= loop.begin)
-        if follows and loop.arguments == arguments and fits:
+        same = loop.arguments == arguments and all(map(is_, loop.attributes, scheduler._attributes()))
+        if fits and follows and same and (loop.history is None or loop.history.dtype == dtype):
             return loop
         if loop.history is not None:
             raise RuntimeError(
@@ -298,11 +333,19 @@ def _loop_at(scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sam
                 f"goes on from them, got step {index} with samples of {tuple(sample.shape)}; set_timesteps begins "
                 "another loop"
             )
-    made = loop_table(scheduler, tables, index, arguments, sample.device)
-    table = made.table
-    history = History(table, _contiguous_within(sample)) if table is not None and table.history_slots else None
-    loop = CountedLoop(tables, index, arguments, sample.shape, made, table, history, index, why_not=made.why_not)
-    scheduler._counted = loop
+    if copied is not None and not copied.fits(index, arguments, sample):
+        copied = None
+    begin = index if copied is None else copied.begin
+    made = loop_table(scheduler, tables, begin, arguments, sample.device)
+    history = None
+    if made.table is not None and made.table.history_slots:
+        history = History(made.table, _contiguous_within(sample).to(dtype))
+    loop = CountedLoop(
+        tables, begin, arguments, scheduler._attributes(), sample.shape, made, made.table, history, index
+    )
+    if copied is not None:
+        loop.go_on_from(copied)
+    scheduler._counted, scheduler._copied_loop = loop, None
     return loop
 
 
@@ -324,8 +367,7 @@ def _leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str |
             )
         if loop.history is not None:
             loop.table = loop.history = None
-        loop.why_not = refusal or SHAPES
-    count(scheduler, LEFT + (loop.why_not or SHAPES))
+    count(scheduler, LEFT + (refusal or loop.made.why_not or SHAPES))
     loop.following, loop.returned, loop.state = index + 1, None, None
 
 

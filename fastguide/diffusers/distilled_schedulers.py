@@ -17,6 +17,7 @@ from ..solvers.lcm import consistency_function, lcm_table
 from ..solvers.tcd import tcd_table
 from . import lazy_outputs
 from .counted_step import CountedStep, Drawing, counted_step, left
+from .dtypes import Dtypes, NoiseRule, with_default_noise
 from .guidance_arguments import Scale
 from .host_alphas import HostAlphasOfVelocity
 from .host_tables import HostTables, on_host
@@ -52,6 +53,7 @@ class LCMScheduler(_Distilled, StepWithGenerator, diffusers.LCMScheduler):  # ty
     """``diffusers.LCMScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyLCMOutput
+    _noise_dtype = "original"
     set_timesteps = on_host(diffusers.LCMScheduler.set_timesteps)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
@@ -102,7 +104,7 @@ class TCDScheduler(_Distilled, diffusers.TCDScheduler):  # type: ignore[metaclas
         is_number = isinstance(eta, (int, float)) and 0 <= eta <= 1
         reason = None if is_number else "an eta that is no number from 0 to 1"
         if is_number:
-            drawing = Drawing(generator, self._draws_but_last) if eta > 0 else None
+            drawing = Drawing(generator, self._draws_but_last, "original") if eta > 0 else None
             given = (float(eta),), model_output, timestep, sample
             done = counted_step(self, *given, return_dict, guidance_scale, drawing)
             if done is not None:
@@ -118,6 +120,10 @@ class SCMScheduler(StepWithGenerator, diffusers.SCMScheduler):  # type: ignore[m
     _levels_in = "timesteps"
     set_timesteps = on_host(diffusers.SCMScheduler.set_timesteps)
 
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step."""
+        return with_default_noise(sample, model)
+
     def _why_not(self) -> str | None:
         return None if self.config.prediction_type == "trigflow" else "a configuration that rows do not express"
 
@@ -125,7 +131,7 @@ class SCMScheduler(StepWithGenerator, diffusers.SCMScheduler):  # type: ignore[m
         return trigflow_table(tables.host_sigmas[begin:], self.config.sigma_data)
 
     @property
-    def _noise_dtype(self) -> torch.dtype:  # type: ignore[override]
+    def _noise_dtype(self) -> NoiseRule:  # type: ignore[override]
         return torch.get_default_dtype()
 
 

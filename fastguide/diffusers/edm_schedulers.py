@@ -92,6 +92,7 @@ class EDMDPMSolverMultistepScheduler(EDM, StepWithGenerator, diffusers.EDMDPMSol
     """``diffusers.EDMDPMSolverMultistepScheduler`` with the fused step."""
 
     _plain_output = SchedulerOutput
+    _noise_dtype = "original"
     set_timesteps = on_host(diffusers.EDMDPMSolverMultistepScheduler.set_timesteps)
 
     def _draws(self) -> Draws:

@@ -16,6 +16,7 @@ from ..solvers import StepTable
 from ..solvers.flow_match_euler import flow_match_euler_table
 from ..solvers.flow_match_heun import flow_match_heun_table
 from .counted_step import CountedStep, Drawing, counted_step, left
+from .dtypes import Dtypes, of_the_model
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .noise import Generators
@@ -28,9 +29,12 @@ __all__ = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", 
 class _Flow(CountedStep):
     """What they share: the sigmas of diffusers, on the device, and samples that it casts to the model's dtype."""
 
-    _casts_back = True
     _sigmas_on_device = True
     _refuses_integers = True
+
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step."""
+        return of_the_model(sample, model)
 
     def _why_not(self) -> str | None:
         return None
@@ -97,7 +101,7 @@ class FlowMatchLCMScheduler(_Flow, StepWithGenerator, diffusers.FlowMatchLCMSche
     """``diffusers.FlowMatchLCMScheduler`` with the fused step."""
 
     _plain_output = theirs_lcm.FlowMatchLCMSchedulerOutput
-    _noise_dtype = torch.float32
+    _noise_dtype = "original"
     _state = ("_scale_factors", "_upscale_mode")
     _scale_factors: list[float] | None
     _upscale_mode: str | None

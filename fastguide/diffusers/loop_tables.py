@@ -7,8 +7,8 @@ table is found again by these values, and by those of whatever else its rows dep
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,36 +16,42 @@ from torch import Tensor
 from ..solvers import ROW_COLUMNS, StepTable
 from .host_tables import HostTables
 
+_IN_SCALE = ROW_COLUMNS.index("in_scale")
 _MOST = 16
 """Tables that a scheduler keeps."""
 
 
-class LoopTable(NamedTuple):
+@dataclass
+class LoopTable:
     """The table of a scheduler's loop, or the reason why it has none."""
 
     config: dict[str, Any]
     state: tuple[Any, ...]
     """What the rows depend on besides the configuration, diffusers' tables and the arguments of ``step``."""
-    table: StepTable | None
-    why_not: str | None
-    second: StepTable | None
+    table: StepTable | None = None
+    why_not: str | None = None
+    second: StepTable | None = None
     """Whose steps lead to the second tensor that diffusers returns, the predicted x_0 or what is in its place."""
-    in_scales: tuple[float, ...]
+    churned: tuple[bool, ...] = ()
+    """At which calls that has a part of the noise, which cannot be drawn again."""
+    keeps: tuple[bool, ...] = ()
+    """After which calls the sample is kept besides the tensor that is returned, as the next call goes back to it."""
+    in_scales: tuple[float, ...] = ()
     """What the scheduler divides or multiplies the model's inputs by, call by call; the table does not."""
-    scaling: StepTable | None
-    """The same, with that scale."""
-    staging: list[StepTable]
+    scaling: StepTable | None = None
+    """The same table, with that scale."""
+    staging: StepTable | None = None
     """``scaling`` on the device, once a loop was asked for the model's input of the very sample that a step returned:
     from then on, steps write that input as well."""
-    likes: list[Any]
+    like: Any = None
     """What the last step of an earlier loop and those like it have in common, if there was one: see ``run_again``."""
-    churned: tuple[bool, ...]
-    """At which calls that has a part of the noise, which cannot be drawn again."""
 
     def stage(self) -> None:
-        """Let steps write the model's next input as well."""
-        if not self.staging and self.table is not None and self.scaling is not None:
-            self.staging.append(replace(self.scaling, forms={}).to(self.table.device))
+        """Let steps write the model's next input as well, but those that write a second copy of the sample."""
+        if self.staging is None and self.table is not None and self.scaling is not None:
+            rows = self.scaling.rows.clone()
+            rows[torch.tensor(self.keeps), _IN_SCALE] = 1.0
+            self.staging = replace(self.scaling, rows=rows, forms={}).to(self.table.device)
 
 
 def loop_table(
@@ -78,17 +84,19 @@ def _made(
     why_not = scheduler._why_not()
     if why_not is None and scheduler._sigmas_fall and not tables.fall:
         why_not = "sigmas that do not fall"
-    depends = dict(config), tuple(map(_copied, state))
+    depends = {name: _copied(value) for name, value in config.items()}, tuple(map(_copied, state))
     if why_not is not None:
-        return LoopTable(*depends, None, why_not, None, (), None, [], [], ())
+        return LoopTable(*depends, why_not=why_not)
     made = scheduler._loop_table(tables, begin, *arguments)
     table = _with_plain_inputs(made).to(device)
     second = None
     if scheduler._output is not None:
         second = _second_table(table, scheduler._second_columns(tables, begin, *arguments))
-    churned = tuple((table.coefficients()["x0_noise"] != 0).tolist())
+    columns = table.coefficients()
+    churned, goes_back = (tuple((columns[name] != 0).tolist()) for name in ("x0_noise", "out_anchor"))
+    keeps = (*goes_back[1:], False)
     in_scales = tuple(scheduler._in_scales(made))
-    return LoopTable(*depends, table, None, second, in_scales, made, [], [], churned)
+    return LoopTable(*depends, table, None, second, churned, keeps, in_scales, made)
 
 
 def _second_table(table: StepTable, second: Mapping[str, Tensor] | None) -> StepTable:
@@ -107,7 +115,7 @@ def _second_table(table: StepTable, second: Mapping[str, Tensor] | None) -> Step
 def _with_plain_inputs(table: StepTable) -> StepTable:
     """Return the table without a gradient, and without a scale of the model's inputs, which pipelines apply."""
     rows = table.rows.clone()
-    rows[:, ROW_COLUMNS.index("in_scale")] = 1.0
+    rows[:, _IN_SCALE] = 1.0
     return replace(table, rows=rows, forms={}, first_in_scale=1.0)
 
 

@@ -13,7 +13,7 @@ Generators = torch.Generator | list[torch.Generator] | DeviceGenerator | None
 
 
 def noise_of(
-    generator: Generators, sample: Tensor, dtype: torch.dtype, *, adds: bool
+    generator: Generators, sample: Tensor, dtype: torch.dtype, *, adds: bool, in_step: bool = True
 ) -> tuple[Tensor | None, torch.Generator | DeviceGenerator | None]:
     """Return a step's noise, or the generator that draws it in the step; at most one is not ``None``.
 
@@ -22,12 +22,13 @@ def noise_of(
         sample: x_t.
         dtype: of the model's output, in which diffusers draws.
         adds: whether the step's row adds noise. If not, diffusers draws all the same, and so does this.
+        in_step: whether noise of the sample's dtype may be drawn in the step: float64 is no rounded float32.
     """
     if isinstance(generator, DeviceGenerator):
         return None, generator
     if isinstance(generator, list) and len(generator) == 1:
         generator = generator[0]
-    if adds and dtype == sample.dtype and not torch.compiler.is_compiling():
+    if adds and in_step and dtype == sample.dtype and not torch.compiler.is_compiling():
         device = sample.device
         if generator is None and device.type == "cpu":
             return None, torch.default_generator

@@ -20,15 +20,16 @@ class ScaledInputs(CountedStep):
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Return what diffusers' own returns, up to the last digit; it is asked itself at a loop's first call."""
         loop = self._counted
-        if loop is None or loop.table is None or self._step_index != loop.following or not loop.is_current(self):
+        if loop is None or loop.table is None or not (loop.is_next(self._step_index) and loop.is_current(self)):
             theirs: Any = super().scale_model_input  # type: ignore[misc]
             scaled: Tensor = theirs(sample, timestep)
             return scaled
         if "is_scale_input_called" in self.__dict__:
             self.is_scale_input_called = True
-        if sample is loop.returned and loop.state is None:
-            if loop.staged is not None and sample._version == loop.version:
-                return loop.staged
+        if sample is loop.returned and (loop.state is None or loop.state.dtype == sample.dtype):
+            staged, loop.staged = loop.staged, None  # what is handed out may be written to
+            if staged is not None and sample._version == loop.version:
+                return staged
             loop.made.stage()
         scale = loop.made.in_scales[loop.following - loop.begin]
         scaled = plain(sample) / scale if self._divides else plain(sample) * scale

@@ -19,6 +19,7 @@ from ..solvers.heun import heun_table
 from ..solvers.lms import lms_table
 from . import lazy_outputs
 from .counted_step import counted_step, left
+from .dtypes import Dtypes, of_the_model
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .scaled_inputs import ScaledInputs
@@ -64,6 +65,11 @@ class EulerDiscreteScheduler(Sigmas, StepWithChurn, diffusers.EulerDiscreteSched
     _output = lazy_outputs.LazyEulerOutput
     set_timesteps = on_host(diffusers.EulerDiscreteScheduler.set_timesteps)
 
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step; a model that predicts x_0 has that very tensor in the output."""
+        dtypes = super()._dtypes(sample, model)
+        return dtypes._replace(original=model) if self._prediction == "sample" else dtypes
+
     def _loop_table(self, tables: HostTables, begin: int, *arguments: Any) -> StepTable:
         return euler_table(self._steps(tables, begin), self._churn(tables, begin, arguments), self._prediction)
 
@@ -72,10 +78,13 @@ class EulerAncestralDiscreteScheduler(Sigmas, StepWithGenerator, diffusers.Euler
     """``diffusers.EulerAncestralDiscreteScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyEulerAncestralOutput
-    _casts_back = True
     _refuses_integers = True
     _predictions = ("epsilon", "v_prediction")
     set_timesteps = on_host(diffusers.EulerAncestralDiscreteScheduler.set_timesteps)
+
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step."""
+        return of_the_model(sample, model)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         return euler_ancestral_table(self._steps(tables, begin), self._prediction)

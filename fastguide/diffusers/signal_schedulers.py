@@ -20,6 +20,7 @@ from ..solvers.dpm_solver_singlestep import singlestep_table
 from ..solvers.sa_solver import sa_solver_table
 from ..solvers.unipc import unipc_table
 from .counted_step import CountedStep, Drawing, counted_step, left
+from .dtypes import Dtypes, of_the_sample
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .noise import Generators
@@ -114,6 +115,7 @@ class DPMSolverSinglestepScheduler(_Signal, StepWithGenerator, diffusers.DPMSolv
     """``diffusers.DPMSolverSinglestepScheduler`` with the fused step."""
 
     order_list: list[int]
+    _noise_dtype = "original"
     _state = ("order_list",)
     set_timesteps = on_host(diffusers.DPMSolverSinglestepScheduler.set_timesteps)
 
@@ -139,6 +141,10 @@ class UniPCMultistepScheduler(_Signal, StepWithoutNoise, diffusers.UniPCMultiste
     disable_corrector: list[int]
     _state = ("solver_p", "disable_corrector", "predict_x0")
     set_timesteps = on_host(diffusers.UniPCMultistepScheduler.set_timesteps)
+
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step."""
+        return of_the_sample(sample, model)
 
     def _why_not(self) -> str | None:
         if self.solver_p is not None:
@@ -176,6 +182,10 @@ class SASolverScheduler(_Signal, StepWithGenerator, diffusers.SASolverScheduler)
     tau_func: Callable[[Any], float]
     _state = ("tau_func", "predict_x0")
     set_timesteps = on_host(diffusers.SASolverScheduler.set_timesteps)
+
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step."""
+        return of_the_sample(sample, model)
 
     def _why_not(self) -> str | None:
         if max(self.config.predictor_order, self.config.corrector_order - 1) > 3:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..solvers import StepTable
 from ..solvers._unscaled import Churn, churn
 from .counted_step import CountedStep, Drawing, counted_step, left
+from .dtypes import Dtypes, NoiseRule, of_the_model
 from .guidance_arguments import Scale
 from .host_tables import HostTables, host_tables
 from .noise import Generators
@@ -42,8 +43,8 @@ class StepWithoutNoise(CountedStep):
 class StepWithGenerator(CountedStep):
     """Mix this into a scheduler whose steps may draw noise."""
 
-    _noise_dtype: ClassVar[torch.dtype | None] = None
-    """In which diffusers draws; ``None``: the model's."""
+    _noise_dtype: NoiseRule = "model"
+    """In which diffusers draws."""
 
     def _draws(self) -> Draws:
         return True
@@ -76,8 +77,11 @@ class StepWithChurn(CountedStep):
     """Mix this into a scheduler whose steps may begin with noise (Karras et al. 2022, algorithm 2)."""
 
     _default_arguments = (0.0, 0.0, float("inf"), 1.0)
-    _casts_back = True
     _refuses_integers = True
+
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step."""
+        return of_the_model(sample, model)
 
     def _churn(self, tables: HostTables, begin: int, arguments: tuple[float, float, float, float]) -> Churn:
         """Return the churn of the calls from a step on; it is divided among all calls of diffusers' table."""

@@ -16,6 +16,7 @@ from ..solvers._wuerstchen import wuerstchen_table
 from ..solvers.ddpm import ddpm_table
 from . import lazy_outputs
 from .counted_step import CountedStep, Drawing, counted_step, left
+from .dtypes import Dtypes, of_the_model
 from .guidance_arguments import Scale, combined
 from .host_alphas import HostAlphas
 from .host_tables import HostTables, host_tables, on_host
@@ -111,12 +112,15 @@ class DDPMWuerstchenScheduler(CountedStep, diffusers.DDPMWuerstchenScheduler):  
 
     _plain_output = DDPMWuerstchenSchedulerOutput
     _levels_in = "timesteps"
-    _casts_back = True
     _steps_before_set_timesteps = True
     _state = ("s", "_init_alpha_cumprod")
     _step_index: int | None = None
     _alpha_cumprod: Callable[[Tensor, torch.device], Tensor]
     set_timesteps = on_host(diffusers.DDPMWuerstchenScheduler.set_timesteps)
+
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step."""
+        return of_the_model(sample, model)
 
     def _why_not(self) -> str | None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.diffusers.test_counted_schedulers import BETAS
+from tests.support.counted_loops import BETAS
 from tests.support.pipelines import FreeModel, prompts, stable_diffusion
 from tests.support.scheduler_pair import diffusers, fused
 from tests.support.transformer_pipelines import flux, stable_diffusion_3, wan

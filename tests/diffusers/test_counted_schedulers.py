@@ -3,130 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 
 import pytest
 import torch
 
-from tests.support.scheduler_pair import COUNTED, SHAPE, diffusers, fused, pair, randn, set_steps, steps_of
-
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
-ENDS = {"lower_order_final": True}
-STEPS = 12
-
-CASES = {  # name, configuration, options of step
-    "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}),
-    "flow stochastic": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}),
-    "flow stochastic inverted": (
-        "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True, "invert_sigmas": True}, {},
-    ),
-    "flow inverted": ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, {}),
-    "flow terminal karras": (
-        "FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1, "use_karras_sigmas": True}, {},
-    ),
-    "euler": ("EulerDiscreteScheduler", BETAS, {}),
-    "euler v churn": (
-        "EulerDiscreteScheduler", {**BETAS, "prediction_type": "v_prediction", "use_karras_sigmas": True},
-        {"s_churn": 4.0, "s_noise": 1.01},
-    ),
-    "euler sample churn in a window": (
-        "EulerDiscreteScheduler", {**BETAS, "prediction_type": "sample"},
-        {"s_churn": 4.0, "s_tmin": 0.5, "s_tmax": 6.0},
-    ),
-    "euler ancestral": ("EulerAncestralDiscreteScheduler", BETAS, {}),
-    "heun": ("HeunDiscreteScheduler", {**BETAS, "clip_sample": True}, {}),
-    "dpm2": ("KDPM2DiscreteScheduler", BETAS, {}),
-    "dpm2 ancestral": ("KDPM2AncestralDiscreteScheduler", {**BETAS, "timestep_spacing": "trailing"}, {}),
-    "lms": ("LMSDiscreteScheduler", BETAS, {}),
-    "lms of order 2": ("LMSDiscreteScheduler", {**BETAS, "use_karras_sigmas": True}, {"order": 2}),
-    "dpm++ 2m": ("DPMSolverMultistepScheduler", BETAS, {}),
-    "dpm++ 3m karras": ("DPMSolverMultistepScheduler", {**BETAS, "solver_order": 3, "use_karras_sigmas": True}, {}),
-    "dpm++ 2m sde": ("DPMSolverMultistepScheduler", {**BETAS, "algorithm_type": "sde-dpmsolver++"}, {}),
-    "dpm++ 2m flow": ("DPMSolverMultistepScheduler", FLOW, {}),
-    "dpm++ 2s": ("DPMSolverSinglestepScheduler", {**BETAS, **ENDS}, {}),
-    "dpm++ 3s flow": ("DPMSolverSinglestepScheduler", {**FLOW, **ENDS, "solver_order": 3}, {}),
-    "dpm++ 2s sde": ("DPMSolverSinglestepScheduler", {**BETAS, **ENDS, "algorithm_type": "sde-dpmsolver++"}, {}),
-    "unipc": ("UniPCMultistepScheduler", {**BETAS, "final_sigmas_type": "zero"}, {}),
-    "unipc 3 bh1": ("UniPCMultistepScheduler", {**BETAS, "solver_order": 3, "solver_type": "bh1",
-                                                "final_sigmas_type": "sigma_min"}, {}),
-    "unipc wan": ("UniPCMultistepScheduler", {**FLOW, "flow_shift": 5.0, "final_sigmas_type": "zero"}, {}),
-    "deis": ("DEISMultistepScheduler", BETAS, {}),
-    "pndm": ("PNDMScheduler", {**BETAS, "skip_prk_steps": True, "steps_offset": 1}, {}),
-    "pndm v": ("PNDMScheduler", {**BETAS, "skip_prk_steps": True, "prediction_type": "v_prediction"}, {}),
-    "flow heun": ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, {}),
-    "flow heun churn": (
-        "FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, {"s_churn": 3.0, "s_tmin": 0.2, "s_tmax": 0.9},
-    ),
-    "flow lcm": ("FlowMatchLCMScheduler", {"shift": 3.0}, {}),
-    "flow lcm inverted": ("FlowMatchLCMScheduler", {"invert_sigmas": True}, {}),
-    "edm euler": ("EDMEulerScheduler", {}, {}),
-    "edm euler v churn": (
-        "EDMEulerScheduler", {"prediction_type": "v_prediction", "final_sigmas_type": "sigma_min"},
-        {"s_churn": 3.0, "s_noise": 1.01, "s_tmax": 50.0},
-    ),
-    "edm dpm++ 2m": ("EDMDPMSolverMultistepScheduler", {}, {}),
-    "edm dpm++ 3m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 3, "sigma_schedule": "exponential"}, {}),
-    "edm dpm++ 2m sde heun": (
-        "EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, {},
-    ),
-    "lcm": ("LCMScheduler", {}, {}),
-    "lcm v clipped": ("LCMScheduler", {"prediction_type": "v_prediction", "clip_sample": True}, {}),
-    "tcd": ("TCDScheduler", {}, {}),
-    "tcd v": ("TCDScheduler", {"prediction_type": "v_prediction"}, {"eta": 0.7}),
-    "tcd deterministic": ("TCDScheduler", {"prediction_type": "sample"}, {"eta": 0.0}),
-    "scm": ("SCMScheduler", {}, {}),
-    "cm": ("CMStochasticIterativeScheduler", {}, {}),
-    "ipndm": ("IPNDMScheduler", {}, {}),
-    "dpm sde": ("DPMSolverSDEScheduler", {**BETAS, "noise_sampler_seed": 5}, {}),
-    "dpm sde v karras": (
-        "DPMSolverSDEScheduler",
-        {**BETAS, "prediction_type": "v_prediction", "use_karras_sigmas": True, "noise_sampler_seed": 5},
-        {"s_noise": 1.1},
-    ),
-    "cosine": ("CosineDPMSolverMultistepScheduler", {}, {}),
-    "cosine 1": ("CosineDPMSolverMultistepScheduler", {"solver_order": 1, "prediction_type": "epsilon"}, {}),
-    "sa": ("SASolverScheduler", BETAS, {}),
-    "sa flow": ("SASolverScheduler", FLOW, {}),
-}  # fmt: skip
-
-
-def model(x, t, condition):
-    return torch.tanh(0.7 * x + 0.3 * condition + torch.sin(torch.as_tensor(t).float() / 50).to(x)) - 0.2 * x
-
-
-def loop(scheduler, x, *, begin=None, dtype=None, generator=None, options=None, edit=None, steps=STEPS):
-    """Return each sample and predicted x_0, as a pipeline runs it, with a model that computes in ``dtype``."""
-    set_steps(scheduler, steps)
-    if begin is not None and hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin)
-    options = dict(options or {})
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        options["generator"] = generator
-    seen = []
-    for number, t in enumerate(steps_of(scheduler)[begin or 0 :]):
-        given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        uncond, cond = (model(given.to(dtype or given.dtype), t, value) for value in (0.0, 1.0))
-        result = scheduler.step(uncond + 3.0 * (cond - uncond), t, x, **options)
-        x = result.prev_sample if edit is None else edit(result.prev_sample, number)
-        seen.append((x, result[1] if len(result) > 1 else None))
-    return seen
-
-
-def first_of(scheduler):
-    return randn(*SHAPE) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-
-
-def largest_error(ours, theirs):
-    """And the dtypes are the same."""
-    found = [0.0]
-    for row, other in zip(ours, theirs, strict=True):
-        for a, b in zip(row, other, strict=True):
-            assert (a is None) == (b is None)
-            if b is not None:
-                assert a.dtype == b.dtype
-                found.append(((a.double() - b.double()).norm() / b.double().norm()).item())
-    return max(found)
+from tests.support.counted_loops import BETAS, CASES, ENDS, STEPS, first_of, largest_error, loop, model
+from tests.support.scheduler_pair import COUNTED, SHAPE, diffusers, fused, pair, randn, set_steps
 
 
 @pytest.mark.parametrize("begin", [None, 4])
@@ -189,9 +71,17 @@ def test_a_state_in_float32_is_three_times_nearer_to_float64(case):
         first = randn(*SHAPE, seed=seed) * float(getattr(ours, "init_noise_sigma", 1.0))
         exact = in_float64(ours, first)
         for label, scheduler in (("ours", ours), ("theirs", theirs), ("rounded", rounded)):
-            last = loop(scheduler, first.bfloat16(), dtype=torch.bfloat16, steps=40)[-1][0]
-            assert last.dtype == torch.bfloat16
-            state = scheduler._counted.state if label == "ours" else last
+            states = []
+
+            def note(x, number, scheduler=scheduler, states=states):
+                loop_under_way = getattr(scheduler, "_counted", None)
+                states.append(x if loop_under_way is None or loop_under_way.state is None else loop_under_way.state)
+                assert x.dtype == torch.bfloat16
+                return x
+
+            loop(scheduler, first.bfloat16(), dtype=torch.bfloat16, steps=40, edit=note)
+            state = states[-2]  # after its last step, a loop keeps nothing
+            assert state.dtype == (torch.float32 if label == "ours" else torch.bfloat16)
             errors.setdefault(label, []).append(((state.double() - exact).norm() / exact.norm()).item())
     mean = {label: sum(values) / len(values) for label, values in errors.items()}
     assert mean["theirs"] > 3 * mean["ours"]
@@ -199,9 +89,9 @@ def test_a_state_in_float32_is_three_times_nearer_to_float64(case):
 
 
 def in_float64(scheduler, first):
-    """The loop in float64 with a model whose output is rounded to bfloat16, beginning at the rounded noise."""
+    """All but the last step in float64 with a model whose output is rounded to bfloat16, from the rounded noise on."""
     x, table = first.bfloat16().double(), fused.step_table(scheduler, 40)
-    for call, t in enumerate(table.timesteps):
+    for call, t in enumerate(table.timesteps[:-1]):
         given = (table.in_scales[call] * x).to(torch.bfloat16)
         uncond, cond = (model(given, t, value) for value in (0.0, 1.0))
         row = {name: float(values[call]) for name, values in table.coefficients().items()}

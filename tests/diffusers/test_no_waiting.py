@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.diffusers.test_counted_schedulers import CASES
+from tests.support.counted_loops import CASES
 from tests.support.scheduler_pair import SHAPE, diffusers, fused, randn, set_steps, steps_of
 
 SERVED = [case for case in CASES if not case.startswith(("dpm sde", "cosine"))]

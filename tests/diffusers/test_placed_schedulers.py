@@ -186,6 +186,8 @@ def test_wuerstchen_runs_in_the_kernel_and_keeps_its_state_in_float32(monkeypatc
     monkeypatch.setattr("diffusers.DDPMWuerstchenScheduler.step", None)
     ours, _ = pair("DDPMWuerstchenScheduler")
     assert wuerstchen(ours, dtype=torch.bfloat16)[-1].dtype == torch.bfloat16
+    x, t = randn(*SHAPE).bfloat16(), ours.timesteps[:1].expand(len(randn(*SHAPE)))
+    assert ours.step(x, t, x).prev_sample.dtype == torch.bfloat16
     assert ours._counted.state.dtype == torch.float32
 
 

@@ -34,9 +34,21 @@ def test_inputs_are_diffusers(name, mode):
     with mode():
         expected = loop(theirs)
         for _ in range(3):  # the first loop is asked, the second writes them, the third repeats that
-            for got, wanted in zip(loop(ours), expected, strict=True):
+            staged = []
+            for got, wanted in zip(loop(ours, edit=noting(ours, staged)), expected, strict=True):
                 torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
-    assert ours._counted.staged is not None
+    assert staged[:-1] == [not keeps for keeps in ours._counted.made.keeps[:-1]]
+    assert any(staged)
+
+
+def noting(scheduler, staged):
+    """Return a callback that notes whether a step has written the model's next input."""
+
+    def note(x, number):
+        staged.append(scheduler._counted.staged is not None)
+        return x
+
+    return note
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "LMSDiscreteScheduler"])
@@ -57,11 +69,13 @@ def test_inputs_of_other_samples_are_computed(name):
 
 def test_a_rounded_sample_s_input_is_computed():
     ours, theirs = pair("EulerDiscreteScheduler")
+    staged = []
     for _ in range(3):
-        for got, wanted in zip(loop(ours, dtype=torch.bfloat16), loop(theirs, dtype=torch.bfloat16), strict=True):
+        got_inputs = loop(ours, dtype=torch.bfloat16, edit=noting(ours, staged))
+        for got, wanted in zip(got_inputs, loop(theirs, dtype=torch.bfloat16), strict=True):
             assert got.dtype == torch.bfloat16
             assert (got - wanted).norm() < 0.05 * wanted.norm()
-    assert ours._counted.staged is None
+    assert not any(staged)
 
 
 def test_no_operation_of_torch_scales_it(monkeypatch):
@@ -72,4 +86,8 @@ def test_no_operation_of_torch_scales_it(monkeypatch):
     ours.set_timesteps(6)
     ours._step_index, x = 0, randn(*SHAPE)
     x = ours.step(torch.tanh(x), ours.timesteps[0], x, return_dict=False)[0]
-    assert ours.scale_model_input(x, ours.timesteps[1]) is ours._counted.staged
+    staged = ours._counted.staged
+    assert ours.scale_model_input(x, ours.timesteps[1]) is staged
+    again = ours.scale_model_input(x, ours.timesteps[1])
+    assert again is not staged, "what was handed out may have been written to"
+    torch.testing.assert_close(again, staged)

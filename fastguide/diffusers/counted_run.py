@@ -1,0 +1,250 @@
+"""Run one step of a loop that a scheduler counts: the kernel's call, and what the loop keeps of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guidance import Guidance
+from ..solvers import StepTable
+from ..step.guided_step import guided_step
+from ..step.memory import empty_like
+from ..step.repeat import kinds_of, repeat
+from .counted_loop import CountedLoop, Like
+from .dtypes import Dtypes
+from .lazy_guidance import Output
+from .lazy_outputs import LazyOriginal
+from .repeat import predictions_again, versions_of
+from .scheduler_step import count_fused
+
+# ---- A step that was planned ----
+
+
+class _Outputs(NamedTuple):
+    """What a step writes, by which table."""
+
+    table: StepTable
+    out: Tensor | None
+    """The result; ``None``: a new tensor."""
+    returned: Tensor | None
+    """The same for others, if that is another tensor."""
+    staged: Tensor | None
+    """The model's next input."""
+    original: Tensor | None
+    """x_0, or what is in its place, if it cannot wait until it is asked for."""
+
+
+def run_counted(
+    scheduler: Any,
+    loop: CountedLoop,
+    call: int,
+    sample: Tensor,
+    predictions: Tensor | list[Tensor],
+    guidance: Guidance | None,
+    dtypes: Dtypes,
+    noise: Tensor | None,
+    source: Any,
+    lead: int = 1,
+) -> tuple[StepTable, Tensor, Callable[[], Tensor] | Tensor | None]:
+    """Make a step.
+
+    Args:
+        scheduler, loop, call, sample, predictions, guidance, dtypes: the step.
+        noise, source: its noise, or the generator that draws it.
+        lead: how many dimensions of the sample's the guidance has a scale for.
+
+    Returns:
+        The table that it was made by, the sample in the dtype that diffusers returns, and x_0, or what predicts it when
+        it is asked for.
+    """
+    given, anchor = loop.inputs(sample, dtypes)
+    to = _outputs(scheduler, loop, call, given, sample, predictions, dtypes, lead)
+    second, inputs = loop.made.second, inputs_of(given, predictions)
+    tensors = given, predictions, noise, to.original, to.out, to.returned if to.staged is None else to.staged
+    shape, original = given.shape, to.original
+    if lead > 1:  # frames are samples to the kernel
+        tensors = tuple([_flat(each, lead) for each in tensors])
+        inputs = inputs_of(tensors[0], tensors[1])
+    given, predictions, noise, original, out, staged = tensors
+    result = guided_step(
+        to.table, call, given, predictions, guidance, noise=noise, generator=source, history=loop.history,
+        anchor=anchor, original=original if scheduler._returns_original else None, out=out, staged=staged,
+    )  # fmt: skip
+    if original is not None and not scheduler._returns_original:  # the inputs are read again, from the cache still
+        assert second is not None
+        guided_step(second, call, given, predictions, guidance, out=original)
+    answer = loop.note(call, result.view(shape) if lead > 1 else result, to.returned, to.staged)
+    if to.original is not None or second is None:
+        return to.table, answer, to.original
+    versions = tuple(tensor._version for tensor in inputs)
+    later = functools.partial(
+        _predict_second, second, call, inputs, versions, predictions, guidance, dtypes.original, shape
+    )
+    return to.table, answer, later
+
+
+def _outputs(
+    scheduler: Any,
+    loop: CountedLoop,
+    call: int,
+    given: Tensor,
+    sample: Tensor,
+    predictions: Tensor | list[Tensor],
+    dtypes: Dtypes,
+    lead: int,
+) -> _Outputs:
+    """Return what a step is to write."""
+    made, table = loop.made, loop.table
+    assert table is not None
+    rounds = scheduler.float32_state and dtypes.is_rounded
+    keeps = rounds or made.keeps[call]
+    dtype = torch.float32 if rounds else dtypes.result
+    out, returned = _new_for(given, sample, dtype, dtypes.result if keeps else None)
+    staged = original = None
+    if made.staging is not None and lead == 1 and not rounds:
+        table, staged = made.staging, None if keeps else _counted_like(given, dtypes.result)
+    inference = any(map(Tensor.is_inference, inputs_of(given, predictions)))
+    if made.second is not None and (made.churned[call] or inference):
+        original = empty_like(sample, dtypes.original)
+    return _Outputs(table, out, returned, staged, original)
+
+
+def _flat(tensors: Any, lead: int) -> Any:
+    """Return tensors whose first dimensions are one."""
+    if isinstance(tensors, list):
+        return [each.flatten(0, lead - 1) for each in tensors]
+    return None if tensors is None else tensors.flatten(0, lead - 1)
+
+
+def _counted_like(given: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a new tensor whose writes torch counts, in inference mode as well."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return empty_like(given, dtype)
+    return empty_like(given, dtype)
+
+
+def _new_for(
+    given: Tensor, sample: Tensor, dtype: torch.dtype, returned: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return where a step is to write its result, and a second tensor, of the dtype ``returned``, if there is one.
+
+    ``None``: the step makes a new tensor itself. In inference mode, it would be one whose writes torch does not count.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return empty_like(given, dtype), None if returned is None else empty_like(sample, returned)
+    if returned is not None:
+        return empty_like(given, dtype), empty_like(sample, returned)
+    return None if given.dtype == dtype else empty_like(given, dtype), None
+
+
+def inputs_of(given: Tensor, predictions: Tensor | list[Tensor]) -> list[Tensor]:
+    """Return what a step computes from, its sample first."""
+    return [given, *predictions] if isinstance(predictions, list) else [given, predictions]
+
+
+# ---- A step like the last one ----
+
+
+def run_again(
+    scheduler: Any,
+    loop: CountedLoop,
+    like: Like,
+    arguments: tuple[Any, ...],
+    output: Output,
+    sample: Tensor,
+    source: Any,
+    return_dict: bool,
+    guidance_scale: Any,
+) -> Any:
+    """Make a step like the last one, without planning it; ``None``: nothing was done.
+
+    ``source``: the generator that draws its noise.
+    """
+    kinds, call, made = kinds_of.get(like.token), loop.following - loop.begin, loop.made
+    if kinds is None or not _is_like(scheduler, loop, like, arguments, output, sample, guidance_scale):
+        return None
+    predictions = output if type(output) is Tensor else predictions_again(output)
+    if predictions is None:
+        return None
+    try:
+        if sample._version != loop.version:
+            return None
+        seen = () if made.second is None else versions_of(predictions)
+    except RuntimeError:  # an inference tensor, which counts nothing
+        return None
+    state, history = loop.state, loop.history
+    rounds, keeps = scheduler.float32_state and like.dtypes.is_rounded, made.keeps[call]
+    if rounds != (state is not None and state.dtype != sample.dtype):
+        return None
+    given = state if state is not None and rounds else sample
+    out = returned = staged = None
+    if rounds or keeps or torch.is_inference_mode_enabled():
+        out, returned = _new_for(given, sample, given.dtype, sample.dtype if rounds or keeps else None)
+    if made.staging is not None and not rounds:
+        if like.table is not made.staging:
+            return None
+        staged = None if keeps else _counted_like(given, given.dtype)
+    entries = None if history is None else history.entries
+    result = repeat(
+        kinds, call, given, predictions, like.guidance_token, None, None, None, source, None, None, entries, None,
+        None, out, returned if staged is None else staged, None,
+    )  # fmt: skip
+    if result is None:
+        return None
+    if history is not None:
+        history.note(call)
+    answer = loop.note(call, result, returned, staged)
+    scheduler._step_index = loop.following
+    if scheduler._fusion is not None:
+        count_fused(scheduler, like.guidance)
+    second = made.second
+    if second is None:
+        return scheduler._plain_output(prev_sample=answer) if return_dict else (answer,)
+    original = functools.partial(
+        _predict_second, second, call, inputs_of(given, predictions), (given._version, *seen), predictions,
+        like.guidance, like.dtypes.original,
+    )  # fmt: skip
+    return scheduler._output(answer, original) if return_dict else (answer, LazyOriginal.of(answer, original))
+
+
+def _is_like(
+    scheduler: Any,
+    loop: CountedLoop,
+    like: Like,
+    arguments: tuple[Any, ...],
+    output: Output,
+    sample: Tensor,
+    guidance_scale: Any,
+) -> bool:
+    """Tell whether a step is the next one, with the sample of the last, and of that one's kind in all that is known."""
+    if scheduler._step_index != loop.following or loop.is_over or sample is not loop.returned:
+        return False
+    if arguments != loop.arguments or output.dtype != like.dtypes.model:
+        return False
+    if type(guidance_scale) is not type(like.scale) or guidance_scale != like.scale:
+        return False
+    churned = loop.made.churned
+    return not (churned and churned[loop.following - loop.begin]) and loop.is_current(scheduler)
+
+
+def _predict_second(
+    second: StepTable,
+    call: int,
+    inputs: list[Tensor],
+    versions: tuple[int, ...],
+    predictions: Tensor | list[Tensor],
+    guidance: Guidance | None,
+    dtype: torch.dtype,
+    shape: torch.Size | None = None,
+) -> Tensor:
+    """Predict the x_0 of a step that was made, or what is in its place; the first of its inputs is the sample."""
+    if tuple(tensor._version for tensor in inputs) != versions:
+        raise RuntimeError("pred_original_sample: expected the inputs of its step as they were, got one changed")
+    made = guided_step(second, call, inputs[0], predictions, guidance, out=empty_like(inputs[0], dtype))
+    return made if shape is None else made.view(shape)

@@ -18,6 +18,7 @@ from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .lazy_outputs import lazy
 from .sigma_schedulers import Sigmas, with_middles
+from .step_signatures import as_number
 from .two_calls import TwoCalls
 
 __all__ = ["CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"]
@@ -73,7 +74,9 @@ class DPMSolverSDEScheduler(TwoCalls, Sigmas, diffusers.DPMSolverSDEScheduler): 
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
         drawing = Drawing(None, path=self._path)
-        done = counted_step(self, (s_noise,), model_output, timestep, sample, return_dict, guidance_scale, drawing)
+        done = counted_step(
+            self, (as_number(s_noise),), model_output, timestep, sample, return_dict, guidance_scale, drawing
+        )
         if done is not None:
             return done
         output, sample = left(self, model_output, sample, guidance_scale)

@@ -23,7 +23,7 @@ from .noise import Generators
 from .repeat import repeated
 from .scheduler_step import SchedulerStep, plan, run
 from .tables import UNDEFINED
-from .timesteps import place_of
+from .timesteps import place_of, version_of
 
 __all__ = ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"]
 
@@ -101,6 +101,7 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
     _state = ("final_alpha_cumprod", "num_inference_steps")
     _step_index: int | None = None
     _returned_original: Any = None
+    _returned_version: int | None = None
     final_alpha_cumprod: Tensor
     set_timesteps = on_host(diffusers.CogVideoXDPMScheduler.set_timesteps)
 
@@ -127,7 +128,18 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
         loop = self._counted
         if loop is None or loop.following != place or old_original is not self._returned_original:
             return False
+        if type(old_original) is lazy_outputs.LazyOriginal:
+            if old_original.is_edited():
+                return False
+        elif version_of(old_original) != self._returned_version:
+            return False
         return place_of(self.timesteps, host_tables(self).timestep_values, timestep_back) == place - 1
+
+    def _note_original(self, original: Any) -> None:
+        """Note the x_0 that a step returned, from which the next one goes on, if there is one."""
+        loop = self._counted
+        self._returned_original = None if loop is None or loop.is_over else original
+        self._returned_version = None if type(original) is not Tensor else version_of(original)
 
     def step(
         self,
@@ -167,7 +179,7 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
             as_output = return_dict and twice  # of its first and last step, diffusers returns a tuple in any case
             done = counted_step(self, (), model_output, timestep, sample, as_output, guidance_scale, drawing)
             if done is not None:
-                self._returned_original = None if as_output else done[1]
+                self._note_original(None if as_output else done[1])
                 return done
         output, sample = left(self, model_output, sample, guidance_scale, reason)
         unused = eta, use_clipped_model_output, generator, variance_noise

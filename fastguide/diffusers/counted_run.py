@@ -109,7 +109,7 @@ def _outputs(
         table, staged = made.staging, None if keeps else _counted_like(given, dtypes.result)
     inference = any(map(Tensor.is_inference, inputs_of(given, predictions)))
     if made.second is not None and (made.churned[call] or inference):
-        original = empty_like(sample, dtypes.original)
+        original = _counted_like(sample, dtypes.original)
     return _Outputs(table, out, returned, staged, original)
 
 

@@ -20,12 +20,16 @@ from .counted_step import CountedStep, Drawing, counted_step, left
 from .dtypes import Dtypes, NoiseRule, with_default_noise
 from .guidance_arguments import Scale
 from .host_alphas import HostAlphasOfVelocity
-from .host_tables import HostTables, on_host
+from .host_tables import HostTables, host_tables, on_host
 from .noise import Generators
 from .scaled_inputs import ScaledInputs
 from .step_signatures import Draws, StepWithGenerator
+from .timesteps import place_of
 
 __all__ = ["CMStochasticIterativeScheduler", "LCMScheduler", "SCMScheduler", "TCDScheduler"]
+
+
+NOT_AT = "a timestep that is not the one of the next step"
 
 
 class _Distilled(HostAlphasOfVelocity, CountedStep):
@@ -44,6 +48,19 @@ class _Distilled(HostAlphasOfVelocity, CountedStep):
             return "timesteps that are not as many as its steps"
         known = self.config.prediction_type in ("epsilon", "v_prediction", "sample")
         return None if known else "a configuration that rows do not express"
+
+    def _is_at(self, timestep: Any) -> bool:
+        """Tell whether a step begins at the counter's timestep, as far as the host knows.
+
+        diffusers takes the level that a step begins at from the timestep that it is given, and where it leads to from
+        the counter.
+        """
+        told = host_tables(self).timestep_values
+        place = place_of(self.timesteps, told, timestep)
+        index = self._begin_index if self._step_index is None else self._step_index
+        if index is None:
+            return place is not None
+        return place is not None and index < len(told) and told[place] == told[index]
 
     def _draws_but_last(self, table: StepTable, call: int) -> bool:
         return call != len(table) - 1
@@ -68,6 +85,9 @@ class LCMScheduler(_Distilled, StepWithGenerator, diffusers.LCMScheduler):  # ty
 
     def _draws(self) -> Draws:
         return self._draws_but_last
+
+    def _why_not_at(self, timestep: Any) -> str | None:
+        return None if self._is_at(timestep) else NOT_AT
 
 
 class TCDScheduler(_Distilled, diffusers.TCDScheduler):  # type: ignore[metaclass]
@@ -103,7 +123,9 @@ class TCDScheduler(_Distilled, diffusers.TCDScheduler):  # type: ignore[metaclas
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
         is_number = isinstance(eta, (int, float)) and 0 <= eta <= 1
         reason = None if is_number else "an eta that is no number from 0 to 1"
-        if is_number:
+        if is_number and not self._is_at(timestep):
+            reason = NOT_AT
+        if reason is None:
             drawing = Drawing(generator, self._draws_but_last, "original") if eta > 0 else None
             given = (float(eta),), model_output, timestep, sample
             done = counted_step(self, *given, return_dict, guidance_scale, drawing)

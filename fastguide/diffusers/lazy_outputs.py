@@ -36,6 +36,11 @@ class LazyOriginal(Tensor):
 
     _predict: Callable[[], Tensor]
     _value: Tensor | None = None
+    _computed_at: int = 0
+
+    def is_edited(self) -> bool:
+        """Tell whether it has been written to since it was computed."""
+        return self._value is not None and (self._value.is_inference() or self._value._version != self._computed_at)
 
     @classmethod
     def of(cls, prev_sample: Tensor, predict_original: Callable[[], Tensor]) -> Any:
@@ -51,6 +56,7 @@ class LazyOriginal(Tensor):
             return value
         if value._value is None:
             value._value = value._predict()
+            value._computed_at = 0 if value._value.is_inference() else value._value._version
         return value._value
 
     @classmethod

@@ -20,6 +20,11 @@ Draws = Callable[[StepTable, int], bool] | bool
 """Whether diffusers draws noise at a call of a loop's table, also where it does not use it."""
 
 
+def as_number(value: Any) -> Any:
+    """Return an option of a step that rows depend on as a number, if it is a tensor of one element."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
 class StepWithoutNoise(CountedStep):
     """Mix this into a deterministic scheduler."""
 
@@ -53,6 +58,10 @@ class StepWithGenerator(CountedStep):
         """Return what the scheduler takes of a model's output."""
         return output
 
+    def _why_not_at(self, timestep: Any) -> str | None:
+        """Say why a step from a timestep is left to diffusers; ``None``: it is not."""
+        return None
+
     def step(
         self,
         model_output: Tensor,
@@ -64,12 +73,13 @@ class StepWithGenerator(CountedStep):
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        model_output, draws = self._predicted(model_output), self._draws()
-        drawing = None if draws is False else Drawing(generator, draws, self._noise_dtype)
-        done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale, drawing)
-        if done is not None:
-            return done
-        output, sample = left(self, model_output, sample, guidance_scale)
+        model_output, draws, reason = self._predicted(model_output), self._draws(), self._why_not_at(timestep)
+        if reason is None:
+            drawing = None if draws is False else Drawing(generator, draws, self._noise_dtype)
+            done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale, drawing)
+            if done is not None:
+                return done
+        output, sample = left(self, model_output, sample, guidance_scale, reason)
         return super().step(output, timestep, sample, generator, return_dict)  # type: ignore[misc]
 
 
@@ -113,7 +123,7 @@ class StepWithChurn(CountedStep):
             place = self._churns_at(call, self._counted.begin)
             return s_tmin <= host_tables(self).sigma_values[place] <= s_tmax
 
-        arguments = (s_churn, s_tmin, s_tmax, s_noise)
+        arguments = (as_number(s_churn), as_number(s_tmin), as_number(s_tmax), as_number(s_noise))
         drawing = Drawing(generator, draws) if s_churn > 0 else None
         done = counted_step(self, arguments, model_output, timestep, sample, return_dict, guidance_scale, drawing)
         if done is not None:

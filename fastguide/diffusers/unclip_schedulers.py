@@ -139,7 +139,8 @@ class DDPMWuerstchenScheduler(CountedStep, diffusers.DDPMWuerstchenScheduler):  
             place = place_in(self.timesteps, timestep[:1])
         if place is None and timestep.device.type == "cpu" and bool((timestep == timestep[0]).all()):
             told = host_tables(self).host_timesteps
-            place = int((told - timestep[0]).abs().argmin())
+            places = (told == timestep[0].to(told.dtype)).nonzero()
+            place = int(places[0]) if len(places) else None
         return None if place is None or place >= len(self.timesteps) - 1 else place
 
     def step(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import torch
 
 from tests.support.counted_loops import BETAS, CASES, ENDS, STEPS, first_of, largest_error, loop, model
-from tests.support.scheduler_pair import COUNTED, SHAPE, diffusers, fused, pair, randn, set_steps
+from tests.support.scheduler_pair import COUNTED, SHAPE, diffusers, fused, pair, randn, set_steps, steps_of
 
 
 @pytest.mark.parametrize("begin", [None, 4])
@@ -152,6 +154,87 @@ def test_a_step_out_of_order_is_refused_where_steps_go_on_from_earlier_ones():
         scheduler.step(randn(*SHAPE), scheduler.timesteps[5], x)
 
 
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_a_timestep_that_is_not_the_counter_s_is_taken_as_diffusers_does(name):
+    """From the timestep that it is given, to the one that the counter leads to."""
+    results = []
+    for scheduler in pair(name):
+        set_steps(scheduler, 6)
+        scheduler.set_begin_index(0)
+        x, seen = randn(*SHAPE), []
+        for t in (scheduler.timesteps[2], int(scheduler.timesteps[1]) + 7, scheduler.timesteps[2]):
+            x = scheduler.step(model(x, t, 1.0), t, x, generator=torch.Generator().manual_seed(1))[0]
+            seen.append((x, None))
+        results.append(seen)
+    assert largest_error(*results) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LMSDiscreteScheduler"])
+def test_a_counter_that_is_set_back_begins_another_loop(name):
+    """And one that is found again where it was goes on."""
+    scheduler, fresh = getattr(fused, name)(**BETAS), getattr(fused, name)(**BETAS)
+    expected = [x for x, _ in loop(fresh, first_of(fresh))]
+    loop(scheduler, first_of(scheduler))
+    scheduler._step_index, x = None, first_of(scheduler)
+    for number, t in enumerate(scheduler.timesteps):
+        if number == 4:
+            scheduler._step_index = None
+        given = scheduler.scale_model_input(x, t)
+        uncond, cond = (model(given, t, value) for value in (0.0, 1.0))
+        x = scheduler.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
+        torch.testing.assert_close(x, expected[number])
+
+
+def test_options_of_a_step_may_be_tensors():
+    """What they are when the step is made counts, not which tensor it is."""
+    noise, (ours, theirs) = torch.tensor(1.0), pair("EulerDiscreteScheduler", **BETAS)
+    results = []
+    for scheduler in (ours, theirs):
+        noise.fill_(1.0)
+        seen, generator = [], torch.Generator().manual_seed(1)
+        for _ in range(2):
+            set_steps(scheduler, 5)
+            x = first_of(scheduler)
+            for t in scheduler.timesteps:
+                x = scheduler.step(
+                    model(scheduler.scale_model_input(x, t), t, 1.0),
+                    t,
+                    x,
+                    s_churn=2.0,
+                    s_noise=noise,
+                    generator=generator,
+                ).prev_sample
+            seen.append((x, None))
+            noise.fill_(1.5)
+        results.append(seen)
+    assert largest_error(*results) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_finished_loop_keeps_no_tensors(name):
+    scheduler = getattr(fused, name)(**BETAS)
+    loop(scheduler, first_of(scheduler), dtype=torch.bfloat16)
+    counted = scheduler._counted
+    assert (counted.returned, counted.state, counted.staged, counted.history) == (None, None, None, None)
+
+
+def test_a_float32_state_that_is_turned_off_in_the_middle_is_dropped():
+    scheduler = fused.FlowMatchEulerDiscreteScheduler()
+
+    def turn_off(x, number):
+        scheduler.float32_state = number < 4
+        return x
+
+    got = loop(scheduler, first_of(scheduler).bfloat16(), dtype=torch.bfloat16, edit=turn_off)
+    for number, (x, _) in enumerate(got):
+        assert x.dtype == torch.bfloat16, number
+    assert scheduler._counted.state is None
+    scheduler.float32_state = True
+    again = loop(scheduler, first_of(scheduler).bfloat16(), dtype=torch.bfloat16)
+    assert torch.equal(got[4][0], again[4][0])
+    assert not torch.equal(got[-1][0], again[-1][0])
+
+
 def test_what_diffusers_refuses_is_refused():
     scheduler = fused.EulerDiscreteScheduler(**BETAS)
     scheduler.set_timesteps(STEPS)
@@ -206,14 +289,45 @@ def test_autograd_is_left_to_diffusers():
     assert torch.equal(*gradients)
 
 
-def test_a_copy_in_the_middle_of_a_loop_begins_its_own():
-    scheduler = fused.EulerDiscreteScheduler(**BETAS)
-    scheduler.set_timesteps(STEPS)
-    x, t = randn(*SHAPE), scheduler.timesteps
-    scheduler.is_scale_input_called = True
-    first = scheduler.step(x, t[0], x).prev_sample
-    copied = copy.deepcopy(scheduler)
-    assert torch.equal(copied.step(x, t[1], first).prev_sample, scheduler.step(x, t[1], first).prev_sample)
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda scheduler: pickle.loads(pickle.dumps(scheduler)),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [(case, how) for case in CASES for how in COPIES if not case.startswith(("dpm sde", "cosine"))
+     and not (case.startswith("sa") and how == "pickle")],
+)  # fmt: skip
+def test_a_copy_in_the_middle_of_a_loop_goes_on_as_the_loop_does(case, how):
+    """And neither disturbs the other. A path of Brownian motion is not copied in its middle, and pickle takes no
+    SA-Solver of diffusers, which has a function of its own.
+    """
+    name, config, options = CASES[case]
+    scheduler = getattr(fused, name)(**config)
+    copies = []
+
+    def copied(x, number):
+        if number == 3:
+            copies.append((COPIES[how](scheduler), x.clone()))
+        return x
+
+    generator = torch.Generator().manual_seed(3)
+    first = first_of(scheduler)
+    expected = [x for x, _ in loop(scheduler, first, edit=copied, generator=generator, options=options)]
+    ((other, x),) = copies
+    generator.manual_seed(3)
+    loop(getattr(fused, name)(**config), first, generator=generator, options=options, stop=4)
+    arguments = dict(options)
+    if "generator" in inspect.signature(other.step).parameters:
+        arguments["generator"] = generator
+    for number, t in enumerate(steps_of(other)[4:], start=4):
+        given = other.scale_model_input(x, t) if hasattr(other, "scale_model_input") else x
+        uncond, cond = (model(given, t, value) for value in (0.0, 1.0))
+        x = other.step(uncond + 3.0 * (cond - uncond), t, x, **arguments).prev_sample
+        torch.testing.assert_close(x, expected[number], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("pndm")])

@@ -76,6 +76,29 @@ def test_cogvideox_dpm_of_another_original_is_left_to_diffusers(edited):
     assert torch.equal(one.get_state(), two.get_state())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_cogvideox_dpm_of_an_original_edited_in_place_is_left_to_diffusers(mode):
+    def edit(i, x, old):
+        return x, (old.mul_(0.9) if i in (1, 2) else old)
+
+    def edit_of_the_same_object(i, x, old):
+        edit(i, x, old)
+        return x, old
+
+    for how in (edit, edit_of_the_same_object):
+        one, two = generators()
+        ours, theirs = pair("CogVideoXDPMScheduler")
+        with mode():
+            assert_same(cogvideox_dpm(ours, one, edit=how), cogvideox_dpm(theirs, two, edit=how))
+        assert torch.equal(one.get_state(), two.get_state())
+
+
+def test_cogvideox_dpm_keeps_nothing_after_its_last_step():
+    ours, _ = pair("CogVideoXDPMScheduler")
+    cogvideox_dpm(ours)
+    assert ours._returned_original is None
+
+
 def test_cogvideox_dpm_of_another_order_is_left_to_diffusers():
     results = []
     for scheduler in pair("CogVideoXDPMScheduler"):
@@ -189,6 +212,17 @@ def test_wuerstchen_runs_in_the_kernel_and_keeps_its_state_in_float32(monkeypatc
     x, t = randn(*SHAPE).bfloat16(), ours.timesteps[:1].expand(len(randn(*SHAPE)))
     assert ours.step(x, t, x).prev_sample.dtype == torch.bfloat16
     assert ours._counted.state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wuerstchen_of_a_timestep_near_one_of_its_own(dtype):
+    """diffusers takes where it leads to from the nearest of its own, and where it begins from itself."""
+    results = []
+    for scheduler in pair("DDPMWuerstchenScheduler"):
+        scheduler.set_timesteps(STEPS)
+        x, t = randn(*SHAPE) * 0.1, (scheduler.timesteps[3] + 0.02).to(dtype).expand(2)
+        results.append(scheduler.step(x, t, x, generator=torch.Generator().manual_seed(0)).prev_sample)
+    torch.testing.assert_close(*results)
 
 
 def test_wuerstchen_of_timesteps_that_differ_is_left_to_diffusers():

@@ -93,7 +93,7 @@ def model(x, t, condition):
     return torch.tanh(0.7 * x + 0.3 * condition + torch.sin(torch.as_tensor(t).float() / 50).to(x)) - 0.2 * x
 
 
-def loop(scheduler, x, *, begin=None, dtype=None, generator=None, options=None, edit=None, steps=STEPS):
+def loop(scheduler, x, *, begin=None, dtype=None, generator=None, options=None, edit=None, steps=STEPS, stop=None):
     """Return each sample and predicted x_0, as a pipeline runs it, with a model that computes in ``dtype``."""
     set_steps(scheduler, steps)
     if begin is not None and hasattr(scheduler, "set_begin_index"):
@@ -102,7 +102,7 @@ def loop(scheduler, x, *, begin=None, dtype=None, generator=None, options=None, 
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator
     seen = []
-    for number, t in enumerate(steps_of(scheduler)[begin or 0 :]):
+    for number, t in enumerate(steps_of(scheduler)[begin or 0 : stop]):
         given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         uncond, cond = (model(given.to(dtype or given.dtype), t, value) for value in (0.0, 1.0))
         result = scheduler.step(uncond + 3.0 * (cond - uncond), t, x, **options)

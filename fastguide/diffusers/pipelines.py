@@ -13,7 +13,7 @@ import diffusers
 from .scheduler_step import SchedulerStep
 from .served import SERVED
 from .traced import Fusion
-from .tracing import trace_models
+from .tracing import Traces, trace_models
 
 _CHANGES = "_fastguide_changes"
 
@@ -45,8 +45,8 @@ class _Changes:
     fusion: Fusion = field(default_factory=Fusion)
     schedulers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """fastguide's scheduler at each place, and the one before it."""
-    hooks: list[Any] = field(default_factory=list)
-    """The hooks of the traced models."""
+    traces: list[Traces] = field(default_factory=list)
+    """Those of its models."""
 
 
 def accelerate(pipe: Any) -> Acceleration:
@@ -90,7 +90,7 @@ def accelerate(pipe: Any) -> Acceleration:
     _check(pipe)
     changes = _changes_of(pipe)
     exchanged, left_alone = _exchange(pipe, changes)
-    tried = trace_models(_pipelines(pipe), changes.fusion, changes.hooks, left_alone)
+    tried = trace_models(_pipelines(pipe), changes.fusion, changes.traces, left_alone)
     if not exchanged and not left_alone:
         left_alone["pipe"] = "it has no scheduler"
     return Acceleration(exchanged, tried, left_alone, changes.fusion.counts)
@@ -118,8 +118,8 @@ def restore(pipe: Any) -> None:
             fused, before = changes.schedulers.get(path + name, (None, None))
             if getattr(part, name) is fused and not (is_copy and path):
                 setattr(part, name, before)
-    while changes.hooks and not is_copy:
-        changes.hooks.pop().remove()
+    while changes.traces and not is_copy:
+        changes.traces.pop().remove()
 
 
 def _check(pipe: Any) -> None:
@@ -139,14 +139,14 @@ def _is_copy(pipe: Any, changes: _Changes) -> bool:
 
 
 def _changes_of(pipe: Any) -> _Changes:
-    """Return the changes of a pipeline, without hooks; new ones if it has none, or those of another."""
+    """Return the changes of a pipeline, without traces; new ones if it has none, or those of another."""
     changes: _Changes | None = pipe.__dict__.get(_CHANGES)
     if changes is None or _is_copy(pipe, changes):
         before = {} if changes is None else dict(changes.schedulers)
         changes = pipe.__dict__[_CHANGES] = _Changes(weakref.ref(pipe), schedulers=before)
     changes.owner = weakref.ref(pipe)
-    while changes.hooks:
-        changes.hooks.pop().remove()
+    while changes.traces:
+        changes.traces.pop().remove()
     return changes
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Iterable
 from types import CodeType
 from typing import Any
 
@@ -23,14 +23,14 @@ _MODELS = ("unet", "transformer", "transformer_2", "image_unet", "prior", "decod
 
 
 def trace_models(
-    pipelines: Iterable[tuple[str, Any]], fusion: Fusion, hooks: list[Any], left_alone: dict[str, str]
+    pipelines: Iterable[tuple[str, Any]], fusion: Fusion, traces: list[Traces], left_alone: dict[str, str]
 ) -> list[str]:
     """Trace the models whose guidance may go to a fused step.
 
     Args:
         pipelines: each with what its parts' names begin with.
         fusion: the pipelines' own, whose ``callers`` become their methods.
-        hooks: to which each model's hook is added.
+        traces: to which those of each model are added.
         left_alone: to which models that stay as they are, are added, with the reason.
 
     Returns:
@@ -50,47 +50,121 @@ def trace_models(
             if isinstance(pipe, diffusers.DiTPipeline):
                 left_alone[path + name] = "DiTPipeline combines parts of channels by itself; only its step is fused"
             else:
-                wrapped = isinstance(model, torch._dynamo.OptimizedModule)  # which keeps no attributes of its own
-                trace = functools.partial(_trace, fusion)
-                hooks.append(model.register_forward_hook(trace) if wrapped else _Call(model, fusion))
+                traces.append(_watch_of(model).trace(model, fusion))
                 tried.append(path + name)
     return tried
 
 
-class _Call:
-    """Trace a model in the place where torch keeps what ``model.compile()`` made.
+class Traces:
+    """One pipeline's part in the tracing of a model; when it is gone, the model is traced for the others alone."""
+
+    def __init__(self, watch: _Watch, model: torch.nn.Module, fusion: Fusion) -> None:
+        self._watch, self._model, self.fusion = watch, weakref.ref(model), fusion
+        watch.traces = [other for other in watch.traces if other() is not None] + [weakref.ref(self)]
+
+    def remove(self) -> None:
+        """Stop tracing for this pipeline."""
+        self._watch.traces = [other for other in self._watch.traces if other() not in (None, self)]
+        model = self._model()
+        if model is not None and not self._watch.traces:
+            self._watch.leave(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Traces:
+        """Trace the copy of the model for the copy of the pipeline."""
+        model = copy.deepcopy(self._model(), memo)
+        assert model is not None
+        return _watch_of(model).trace(model, copy.deepcopy(self.fusion, memo))
+
+
+class _Watch:
+    """What watches a model's calls, for all pipelines that have it."""
+
+    def __init__(self) -> None:
+        self.traces: list[weakref.ref[Traces]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
+        return type(self)()  # the pipelines' copies come by themselves
+
+    def trace(self, model: torch.nn.Module, fusion: Fusion) -> Traces:
+        """Trace the model for one more pipeline."""
+        return Traces(self, model, fusion)
+
+    def leave(self, model: torch.nn.Module) -> None:
+        """Leave the model as it was."""
+        raise NotImplementedError(type(self).__name__)
+
+    def traced(self, output: Any, frame: Any) -> Any:
+        """Return a model's output, traced if the code of a pipeline asked for it.
+
+        ``frame``: of the caller, or of torch's functions between it and the model.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
+            return output
+        found = [each() for each in self.traces]
+        fusions = [each.fusion for each in found if each is not None and each.fusion.tries]
+        while fusions:
+            code = id(frame.f_code)
+            for fusion in fusions:
+                if code in fusion.callers:
+                    return _with_traced(output, fusion)
+            if frame.f_back is None or not frame.f_globals.get("__name__", "").startswith("torch."):
+                break
+            frame = frame.f_back  # through a wrapper, as torch.compile makes one
+        return output
+
+
+class _Call(_Watch):
+    """Watch a model from the place where torch keeps what ``model.compile()`` made.
 
     A forward hook takes three times as long, and would be in the graph of a model that is compiled in place.
     """
 
-    def __init__(self, model: torch.nn.Module, fusion: Fusion) -> None:
-        before = model._compiled_call_impl
-        self._model, self._before, self._fusion = model, before, fusion
-        self._function: Callable[..., Any] = model._call_impl if before is None else before
+    def watch(self, model: torch.nn.Module) -> _Call:
+        """Take the place of the model's call."""
+        self._model, self._before = weakref.ref(model), model._compiled_call_impl
         model._compiled_call_impl = self
+        return self
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Return the model's output, traced if a pipeline's own code asked for it."""
-        output, fusion = self._function(*arguments, **keywords), self._fusion
-        if not fusion.tries or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
-            return output
-        frame = sys._getframe(2)  # who called Module.__call__
-        return _traced(fusion, output, frame if id(frame.f_code) in fusion.callers else sys._getframe(1))
+        if self._before is None:
+            model = self._model()
+            assert model is not None  # whose call this is
+            output = model._call_impl(*arguments, **keywords)
+        else:
+            output = self._before(*arguments, **keywords)
+        return self.traced(output, sys._getframe(2))  # who called Module.__call__
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Call:
-        """Trace the copy of the model, which has none of what ``model.compile()`` made."""
-        return _Call(copy.deepcopy(self._model, memo), copy.deepcopy(self._fusion, memo))
-
-    def remove(self) -> None:
-        """Stop tracing; of several pipelines that share a model, each for itself."""
-        self._fusion = _NEVER
-        model = self._model
-        while isinstance(model._compiled_call_impl, _Call) and model._compiled_call_impl._fusion is _NEVER:
-            model._compiled_call_impl = model._compiled_call_impl._before
+    def leave(self, model: torch.nn.Module) -> None:
+        """Leave the model as it was."""
+        if model._compiled_call_impl is self:
+            model._compiled_call_impl = self._before
 
 
-_NEVER = Fusion()
-_NEVER.tries = False
+class _Hook(_Watch):
+    """Watch a compiled model that wraps another by a forward hook, as it keeps no attributes of its own."""
+
+    def watch(self, model: torch.nn.Module) -> _Hook:
+        """Become a hook of the model."""
+        self._handle = model.register_forward_hook(self)
+        return self
+
+    def __call__(self, module: torch.nn.Module, arguments: Any, output: Any) -> Any:
+        """Return the model's output, traced if a pipeline's own code asked for it."""
+        return self.traced(output, sys._getframe(_CALLER))
+
+    def leave(self, model: torch.nn.Module) -> None:
+        """Leave the model as it was."""
+        self._handle.remove()
+
+
+def _watch_of(model: torch.nn.Module) -> _Watch:
+    """Return what watches a model, a new one if nothing does."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        hooks = [hook for hook in model._forward_hooks.values() if isinstance(hook, _Hook)]
+        return hooks[0] if hooks else _Hook().watch(model)
+    call = model._compiled_call_impl
+    return call if isinstance(call, _Call) else _Call().watch(model)
 
 
 def _methods(pipe: Any) -> dict[int, CodeType]:
@@ -118,22 +192,8 @@ def _frames_to_caller() -> int:
 _CALLER = _frames_to_caller()  # to ask for the frames between them would take 10 us at each call
 
 
-def _trace(fusion: Fusion, module: torch.nn.Module, arguments: Any, output: Any) -> Any:
-    """Return a model's output traced: a forward hook."""
-    if not fusion.tries or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
-        return output
-    return _traced(fusion, output, sys._getframe(_CALLER))
-
-
-def _traced(fusion: Fusion, output: Any, frame: Any) -> Any:
-    """Return a model's output, or the first of several, traced if a pipeline's own code is what called the model.
-
-    ``frame``: of the caller, or of torch's functions between it and the model.
-    """
-    while id(frame.f_code) not in fusion.callers:
-        if frame.f_back is None or not frame.f_globals.get("__name__", "").startswith("torch."):
-            return output
-        frame = frame.f_back  # through a wrapper, as torch.compile makes one
+def _with_traced(output: Any, fusion: Fusion) -> Any:
+    """Return a model's output, traced, or with its first tensor traced."""
     kind = type(output)
     if kind is tuple and output:
         return (_of_first(output[0], fusion), *output[1:])

@@ -58,7 +58,7 @@ class FreePipeline(diffusers.DiffusionPipeline):
     def __init__(self, output, unet=None, scheduler=None):
         super().__init__()
         scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False)
-        self.register_modules(unet=unet or FreeModel(output), scheduler=scheduler)
+        self.register_modules(unet=FreeModel(output) if unet is None else unet, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(self, latents, steps, scale=7.5, rescale=0.0, after_step=lambda: None):

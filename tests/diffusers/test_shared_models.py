@@ -1,0 +1,99 @@
+"""Models that several pipelines have: each pipeline's guidance is fused, and none keeps a model or another alive."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.support.pipelines import FreePipeline
+from tests.support.scheduler_pair import diffusers, fused
+
+GUIDED = "fused with guidance"
+LATENTS = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+class OtherPipeline(diffusers.DiffusionPipeline):
+    """Of another class, with code of its own."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False))
+
+    @torch.no_grad()
+    def __call__(self, latents, steps):
+        self.scheduler.set_timesteps(steps)
+        for t in self.scheduler.timesteps:
+            uncond, cond = self.unet(latents, t)[0].chunk(2)
+            latents = self.scheduler.step(cond + 2.0 * (cond - uncond), t, latents, return_dict=False)[0]
+        return latents
+
+
+def model(compiled=False):
+    unet = FreePipeline(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2))).unet
+    return torch.compile(unet, backend="eager") if compiled else unet
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pipelines_of_two_classes_share_a_model(compiled):
+    unet = model(compiled)
+    first, second = FreePipeline(None, unet=unet), OtherPipeline(unet)
+    plain = [each(LATENTS, steps=3) for each in (first, second)]
+    done = [fused.accelerate(each) for each in (first, second)]
+    for _ in range(2):
+        for each, expected in zip((first, second), plain, strict=True):
+            torch.testing.assert_close(each(LATENTS, steps=3), expected)
+    assert [each.counts for each in done] == [Counter({GUIDED: 6})] * 2
+    fused.restore(first)
+    second(LATENTS, steps=3)
+    assert done[1].counts == {GUIDED: 9}
+    fused.restore(second)
+    assert first.unet._compiled_call_impl is None
+    assert not first.unet._forward_hooks
+
+
+def test_a_pipeline_that_is_gone_leaves_no_trace():
+    unet = model()
+    kept = FreePipeline(None, unet=unet)
+    done = fused.accelerate(kept)
+    for _ in range(1000):
+        fused.accelerate(FreePipeline(None, unet=unet, scheduler=kept.scheduler))
+        gc.collect(0)
+    gc.collect()
+    fused.accelerate(kept)
+    assert len(unet._compiled_call_impl.traces) == 1
+    kept(LATENTS, steps=3)
+    assert done.counts == {GUIDED: 3}
+
+
+def test_a_model_is_freed_with_its_pipeline():
+    """Without Python's collector of cycles, as a model may have gigabytes."""
+    gc.collect()
+    gc.disable()
+    try:
+        unet = model()
+        alive = weakref.ref(unet)
+        pipe = FreePipeline(None, unet=unet)
+        fused.accelerate(pipe)
+        pipe(LATENTS, steps=3)
+        del pipe, unet
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_deep_copy_is_traced_for_itself(compiled):
+    pipe = FreePipeline(None, unet=model(compiled))
+    done = fused.accelerate(pipe)
+    deep = copy.deepcopy(pipe)
+    again = fused.accelerate(deep)
+    assert torch.equal(deep(LATENTS, steps=3), pipe(LATENTS, steps=3))
+    assert done.counts == again.counts == {GUIDED: 3}
+    fused.restore(pipe)
+    deep(LATENTS, steps=3)
+    assert again.counts == {GUIDED: 6}

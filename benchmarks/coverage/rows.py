@@ -6,6 +6,7 @@ import ast
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from fastguide.diffusers.pipelines import LEFT_ALONE
 from fastguide.diffusers.served import SERVED
 
 from .defaults import default_scheduler, scheduler_arguments
@@ -92,6 +93,9 @@ def row_of(source: Source, served: Collection[str], find: Callable[[str], Source
     stepping = {step.scheduler for step, _ in steps}
     other_schedulers = {name: default_scheduler(source, name)[0] for name in others if inner or name in stepping}
     missing = [name for name in dict.fromkeys((scheduler, *other_schedulers.values())) if name not in served]
+    unserved = [f"{name} is not served" for name in missing]
+    if source.name in LEFT_ALONE:
+        unserved.append(LEFT_ALONE[source.name])
     return Row(
         pipeline=source.name,
         deprecated=source.module.startswith("deprecated"),
@@ -99,14 +103,14 @@ def row_of(source: Source, served: Collection[str], find: Callable[[str], Source
         by=by,
         origin=origin,
         other_schedulers=other_schedulers,
-        served=not missing,
+        served=not unserved,
         form=guidance.form,
         calls=guidance.calls,
         changes=guidance.changes,
         fused=guidance.fused,
         rescales_on_demand=guidance.form != "rescaled" and _rescales(source),
         on_demand=_on_demand(source, inner, guidance),
-        reasons=(*(f"{name} is not served" for name in missing), *_reasons(guidance)),
+        reasons=(*unserved, *_reasons(guidance)),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -79,11 +80,11 @@ def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) ->
     """
     ours = next((ours for theirs, ours in SERVED.items() if isinstance(scheduler, theirs)), None)
     if ours is None or not (ours._loop or issubclass(ours, CountedStep)):
-        raise TypeError(f"scheduler: expected one that fastguide serves, got {type(scheduler).__name__}")
+        raise TypeError(f"scheduler: expected one whose loop is a table of steps, got {type(scheduler).__name__}")
     own = copy.copy(scheduler)  # from_config would drop what a pipeline has changed in the configuration
     if own.config.get("thresholding"):
         raise ValueError("scheduler: expected one without dynamic thresholding, which is no row of a table")
-    most = own.config.num_train_timesteps
+    most = own.config.get("num_train_timesteps", math.inf)  # Wuerstchen's are real
     if not is_integer(num_inference_steps):
         raise TypeError(f"num_inference_steps: expected an integer, got {num_inference_steps!r}")
     if not 1 <= num_inference_steps <= most:

@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .timesteps import version_of
+
 
 class _AlphasCopy(NamedTuple):
     """``alphas_cumprod`` on the host, and a copy of it on a device."""
 
     host: Tensor
+    version: int | None
     device: Tensor
 
 
@@ -23,8 +26,9 @@ class HostAlphas:
     def _with_alphas_on_device(self, name: str, tensor: Tensor, *arguments: Any) -> Tensor:
         """Call diffusers' method of this name with ``alphas_cumprod`` on the tensor's device."""
         alphas, copied = self.alphas_cumprod, self._alphas_copy
-        if copied is None or copied.host is not alphas or copied.device.device != tensor.device:
-            copied = self._alphas_copy = _AlphasCopy(alphas, alphas.to(tensor.device))
+        version, on = version_of(alphas), None if copied is None else copied.device.device
+        if copied is None or copied.host is not alphas or copied.version != version or on != tensor.device:
+            copied = self._alphas_copy = _AlphasCopy(alphas, version, alphas.to(tensor.device))
         self.alphas_cumprod = copied.device
         try:
             result: Tensor = getattr(super(), name)(tensor, *arguments)

@@ -118,7 +118,7 @@ def place_of(timesteps: Tensor, on_host: Sequence[float], timestep: Any) -> int 
 
 def place_in(timesteps: Tensor, timestep: Tensor) -> int | None:
     """Return which element of ``timesteps`` a tensor of one element is a view of; ``None``: of none."""
-    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+    if timestep.untyped_storage()._cdata != timesteps.untyped_storage()._cdata:
         return None
     if timestep.dtype != timesteps.dtype:
         return None

@@ -80,16 +80,15 @@ def test_a_flow_shifted_otherwise_has_another_table():
 )
 def test_what_rows_depend_on_is_noticed(name, change):
     """Changed between set_timesteps and the first step of the second loop, as a table kept by mistake would miss it."""
-    scheduler, _ = made(name)
+    scheduler, theirs = made(name)
     first, table = run(scheduler)
-    fresh, _ = made(name)
-    for each in (scheduler, fresh):
+    for each in (scheduler, theirs):
         each.set_timesteps(8)
         change(each)
-    (got, another), (expected, _) = loop(scheduler), loop(fresh)
+    (got, another), (expected, _) = loop(scheduler), loop(theirs)
     assert another is not table
-    assert torch.equal(got, expected)
-    assert not torch.equal(got, first)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, first, rtol=1e-3, atol=1e-3)
 
 
 def test_copies_and_pickles_go_on_without_the_tables():

@@ -234,7 +234,7 @@ def test_a_sampler_of_classes_with_a_learned_variance():
 
 def test_what_a_sampler_cannot_be_made_of_is_refused():
     pipe = stable_diffusion("StableDiffusionPipeline", diffusers.ScoreSdeVeScheduler())
-    with pytest.raises(TypeError, match="scheduler: expected one that fastguide serves, got ScoreSdeVeScheduler"):
+    with pytest.raises(TypeError, match="scheduler: expected one whose loop is a table of steps, got ScoreSdeVe"):
         fused.sampler_from_pipeline(pipe)
     pipe.scheduler = scheduler_of("DDIMScheduler", thresholding=True)
     with pytest.raises(ValueError, match="scheduler: expected one without dynamic thresholding"):

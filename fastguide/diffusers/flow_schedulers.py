@@ -49,6 +49,10 @@ class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteSch
     _plain_output = theirs_euler.FlowMatchEulerDiscreteSchedulerOutput
     set_timesteps = on_host(diffusers.FlowMatchEulerDiscreteScheduler.set_timesteps)
 
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """Return the sample: pipelines ask for this of any class but diffusers' own, which has no such method."""
+        return sample
+
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         stochastic = bool(self.config.stochastic_sampling)
         inverted = bool(self.config.invert_sigmas) and not stochastic  # diffusers inverts the drift alone

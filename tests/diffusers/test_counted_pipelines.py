@@ -197,3 +197,24 @@ def test_a_scale_for_each_frame(name, kind, dtype):
         tolerance = 2e-5 if dtype == torch.float32 else 0.05
         assert (got - before).float().norm() <= tolerance * before.float().norm()
     assert done.counts == {kind: 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_for_each_frame_of_latents_that_lie_otherwise(dtype):
+    """Frames that are not one after the other in memory are guided by the pipeline."""
+    model = FreeModel(lambda x: torch.tanh(0.7 * x) * torch.linspace(0.5, 1.0, len(x)).view(-1, 1, 1, 1, 1).to(x))
+    pipe = FramesPipeline(model, diffusers.EulerDiscreteScheduler(prediction_type="v_prediction"))
+    x = torch.randn(2, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(1, 2)
+    before = pipe(x, 4)
+    done = fused.accelerate(pipe)
+    for _ in range(2):
+        got = pipe(x, 4)
+        tolerance = 2e-5 if dtype == torch.float32 else 0.05
+        assert (got - before).float().norm() <= tolerance * before.float().norm()
+    assert done.counts == {ALONE: 8}
+
+
+def test_inputs_of_a_flow_are_not_scaled():
+    """Bria's pipeline asks for it of any class but diffusers' own."""
+    x = torch.randn(2, 3)
+    assert fused.FlowMatchEulerDiscreteScheduler().scale_model_input(x, torch.tensor(1.0)) is x

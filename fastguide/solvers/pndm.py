@@ -117,10 +117,13 @@ def _called_twice(values: Tensor) -> Tensor:
 def _forms(steps: Sequence[tuple[float, float]], velocity: bool) -> list[Form]:
     """Return the forms of calls whose steps lead from one abar to another."""
     forms, kept = [], list[int]()
-    for call, (a, a_next) in enumerate(steps):
-        sample, prediction = _transfer(a, a_next, velocity)
-        if call == 1:  # again from the first one's sample, which is (x1 - prediction * m) / sample
-            forms.append(Form(anchor=1.0).add({0: -prediction / 2, 1: prediction / 2}))
+    factors = [_transfer(a, a_next, velocity) for a, a_next in steps]
+    for call, (sample, prediction) in enumerate(factors):
+        if call == 1:  # again from the first one's sample, which is (x1 - prediction * m) / sample with its factors
+            before, prediction_before = factors[0]
+            again = sample / before
+            first = prediction / 2 - again * prediction_before
+            forms.append(Form(anchor=again).add({0: first, 1: prediction / 2}))
             continue
         kept = [call, *kept][:4]
         weights = dict(zip(kept, ADAMS_BASHFORTH[len(kept) - 1], strict=True))

@@ -13,7 +13,7 @@ from tests.support.counted_loops import BETAS, CASES, ENDS, STEPS, first_of, lar
 from tests.support.scheduler_pair import COUNTED, SHAPE, diffusers, fused, pair, randn, set_steps, steps_of
 
 
-@pytest.mark.parametrize("begin", [None, 4])
+@pytest.mark.parametrize("begin", [None, 1, 4, 7])
 @pytest.mark.parametrize("case", CASES)
 def test_loops_in_float32_are_diffusers(case, begin):
     """diffusers' own coefficients are in float32, in which DEIS' and SA-Solver's lose digits."""
@@ -29,6 +29,15 @@ def test_loops_in_float32_are_diffusers(case, begin):
     count = "counter" if name.startswith("PNDM") else "step_index"
     assert getattr(ours, count) == getattr(theirs, count)
     assert ours._counted.table is not None
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("begin", range(STEPS))
+def test_pndm_begins_anywhere_as_diffusers_does(begin, prediction_type):
+    """At the timestep that is there twice as well, where diffusers repeats another step than the first."""
+    ours, theirs = pair("PNDMScheduler", skip_prk_steps=True, steps_offset=1, prediction_type=prediction_type)
+    got, expected = (loop(each, 0.1 * randn(*SHAPE), begin=begin) for each in (ours, theirs))
+    assert largest_error(got, expected) < 5e-6
 
 
 def test_one_step_of_a_consistency_model_draws_nothing():

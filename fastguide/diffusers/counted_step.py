@@ -102,6 +102,10 @@ class CountedStep(SchedulerStep):
         """Return the columns that lead to the second tensor that diffusers returns; ``None``: it is x_0."""
         return None
 
+    def _why_not_from(self, begin: int) -> str | None:
+        """Say why rows cannot express a loop that begins at a step, in this configuration; ``None``: they can."""
+        return None
+
     def _in_scales(self, table: StepTable) -> list[float]:
         """Return what diffusers scales the model's inputs by, in its own rounding; of schedulers that do."""
         return []

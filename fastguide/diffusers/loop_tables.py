@@ -81,7 +81,7 @@ def _made(
     config: dict[str, Any],
     state: tuple[Any, ...],
 ) -> LoopTable:
-    why_not = scheduler._why_not()
+    why_not = scheduler._why_not() or scheduler._why_not_from(begin)
     if why_not is None and scheduler._sigmas_fall and not tables.fall:
         why_not = "sigmas that do not fall"
     depends = {name: _copied(value) for name, value in config.items()}, tuple(map(_copied, state))

@@ -8,6 +8,10 @@ from .counted_step import CountedStep
 class TwoCalls(CountedStep):
     """Mix this into a scheduler whose steps make two calls, but the last."""
 
+    def _why_not_from(self, begin: int) -> str | None:
+        """Say why rows cannot express a loop that begins at a call; ``None``: they can."""
+        return "a loop that begins in the middle of a step" if begin % 2 else None
+
     @property
     def state_in_first_order(self) -> bool:
         """Whether the next call is the first one of its step."""

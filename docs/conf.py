@@ -27,8 +27,8 @@ napoleon_numpy_docstring = False
 # network, and names of types that annotations have as they are in the source.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|diffusers|collections|typing)\..*"),
-    ("py:class", r"Tensor|Callback|Condition|Generators|GradientForm|Scale"),
-    ("py:class", r"([\w.]+\.)?(GradientSource|Mode)"),
+    ("py:class", r"Tensor|Base|Callback|Condition|Generators|GradientForm|Scale"),
+    ("py:class", r"([\w.]+\.)?(FromMoments|GradientSource|Mode|Vector)"),
 ]
 
 

@@ -3,7 +3,19 @@
 from . import _require_torch as _require_torch  # isort: skip
 from . import solvers as solvers
 from ._version import __version__ as __version__
-from .guidance import Classifier, ClassifierFree, Composed, Guidance
+from .guidance import (
+    AdaptiveProjected,
+    Classifier,
+    ClassifierFree,
+    Composed,
+    Guidance,
+    MagnitudeAware,
+    PerpNeg,
+    Perturbed,
+    Tangential,
+    ZeroStar,
+    as_guidance,
+)
 from .sampling.sampler import Sampler
 from .sampling.trajectory import Trajectory
 from .schedules import FlowSchedule, NoiseSchedule, linear_quadratic_sigmas
@@ -25,6 +37,7 @@ from .training import (
 
 __all__ = [
     *solvers.__all__,
+    "AdaptiveProjected",
     "Classifier",
     "ClassifierFree",
     "Composed",
@@ -35,10 +48,16 @@ __all__ = [
     "Guidance",
     "History",
     "Inpainting",
+    "MagnitudeAware",
     "NoiseSchedule",
+    "PerpNeg",
+    "Perturbed",
     "Sampler",
+    "Tangential",
     "Trajectory",
+    "ZeroStar",
     "add_noise",
+    "as_guidance",
     "classifier_loss",
     "convert_prediction",
     "denoising_loss",

@@ -1,8 +1,27 @@
 """Guidance: each class sets the weights of the model's predictions, and subclasses ``Guidance`` of weights.py."""
 
+from .adaptive_projected import AdaptiveProjected
 from .classifier import Classifier
 from .classifier_free import ClassifierFree
 from .composed import Composed
+from .from_moments import as_guidance
+from .magnitude_aware import MagnitudeAware
+from .perp_neg import PerpNeg
+from .perturbed import Perturbed
+from .tangential import Tangential
 from .weights import Guidance
+from .zero_star import ZeroStar
 
-__all__ = ["Classifier", "ClassifierFree", "Composed", "Guidance"]
+__all__ = [
+    "AdaptiveProjected",
+    "Classifier",
+    "ClassifierFree",
+    "Composed",
+    "Guidance",
+    "MagnitudeAware",
+    "PerpNeg",
+    "Perturbed",
+    "Tangential",
+    "ZeroStar",
+    "as_guidance",
+]

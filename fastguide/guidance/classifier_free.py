@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
+from .formulas import begin, rescaled
+from .moment_weights import MomentWeights
+from .symbols import Vector, Vectors
 from .weights import Guidance, Scale, as_scale, as_scale_per_step, scale_columns
+
+
+def classifier_free(v: Vectors, guidance_scale: Any, guidance_rescale: Any) -> Vector:
+    """Return ``u + s * d``, rescaled."""
+    uncond, cond, shift = begin(v)
+    return rescaled(v, uncond + guidance_scale * shift, cond, guidance_rescale)
 
 
 class ClassifierFree(Guidance):
@@ -20,20 +30,29 @@ class ClassifierFree(Guidance):
             tensor of shape ``(steps, 1)``, or ``(steps, batch)`` for both; for a sliced table, those of its steps. A
             guidance interval is a column of scales that are 1 (or 0) outside of it. A tensor may live on the device;
             its values are then not checked, as that would wait for the device.
+        guidance_rescale: phi, 0 to 1, likewise: how far the guided prediction gets the standard deviation of the
+            conditional one, ``phi std(cond) / std(m) m + (1 - phi) m`` (Lin et al. 2023, section 3.4).
 
     >>> ClassifierFree(7.5), ClassifierFree([3.0, 7.5]).batch, ClassifierFree.per_step([1.0, 7.5, 1.0]).steps
     (ClassifierFree(2 predictions), 2, 3)
     """
 
-    def __init__(self, guidance_scale: Scale) -> None:
-        super().__init__(scale_columns(1.0, as_scale("guidance_scale", guidance_scale), 0.0), None)
+    def __init__(self, guidance_scale: Scale, *, guidance_rescale: Scale = 0.0) -> None:
+        scale = as_scale("guidance_scale", guidance_scale)
+        rescale = as_scale("guidance_rescale", guidance_rescale)
+        if isinstance(rescale, float) and rescale == 0.0:
+            super().__init__(scale_columns(1.0, scale, 0.0), None)
+            return
+        weights_from = MomentWeights.of(classifier_free, 2, {"guidance_scale": scale, "guidance_rescale": rescale})
+        shape = scale_columns(scale, rescale).shape[:2]
+        super().__init__(scale_columns(1.0, 1.0, 0.0).expand(*shape, -1), None, weights_from)
 
     @classmethod
-    def from_w(cls, w: Scale) -> ClassifierFree:
+    def from_w(cls, w: Scale, *, guidance_rescale: Scale = 0.0) -> ClassifierFree:
         """Return the paper's own form, ``(1 + w) * cond - w * uncond``, which is ``guidance_scale = 1 + w``."""
-        return cls(as_scale("w", w) + 1)
+        return cls(as_scale("w", w) + 1, guidance_rescale=guidance_rescale)
 
     @classmethod
-    def per_step(cls, guidance_scale: Sequence[float] | Tensor) -> ClassifierFree:
+    def per_step(cls, guidance_scale: Sequence[float] | Tensor, *, guidance_rescale: Scale = 0.0) -> ClassifierFree:
         """Return guidance with one scale per step, shape ``(steps,)``, the same for every sample."""
-        return cls(as_scale_per_step("guidance_scale", guidance_scale))
+        return cls(as_scale_per_step("guidance_scale", guidance_scale), guidance_rescale=guidance_rescale)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._counts import check_count
 from .._token import Token
 from ..schedules.predictions import GradientForm
+from .moment_weights import MomentWeights
 
 Scale: TypeAlias = "float | Sequence[float] | Tensor"
 
@@ -128,8 +129,14 @@ class Guidance:
         count = self.num_predictions
         if len(predictions) == 1:
             predictions = predictions[0].unflatten(0, (count, -1)).unbind(0)
-        weights = self.weights_from(predictions)
         batch = predictions[0].shape[0]
+        if isinstance(self.weights_from, MomentWeights):
+            made = self.weights_from.anchored(predictions).to(gradient_scale.dtype)
+            steps = max(made.shape[0], gradient_scale.shape[0])
+            made, scale = (each.expand(steps, batch, -1) for each in (made, gradient_scale))
+            self.weights_from.last_weights = weights = torch.cat([made, scale], -1)
+            return weights
+        weights = self.weights_from(predictions)
         if not isinstance(weights, Tensor) or weights.shape != (batch, count):
             got = f"shape {_shape(weights)}" if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"weights_from: expected it to return shape ({batch}, {count}), got {got}")
@@ -171,6 +178,15 @@ class Guidance:
             return None
         first = self._source[..., 0] - self._source[..., 1 : self.num_predictions].sum(-1)
         return tuple((first == 0).all(1).tolist())
+
+    @property
+    def last_weights(self) -> Tensor | None:
+        """What was made of the predictions last, on the device, for logging; ``None``: nothing, or not from moments.
+
+        The sum of all weights, those of all predictions but the first, and a classifier's scale; shape
+        (steps or 1, batch, num_predictions + 1).
+        """
+        return self.weights_from.last_weights if isinstance(self.weights_from, MomentWeights) else None
 
     def __add__(self, other: Guidance) -> Guidance:
         """Return guidance with the prediction weights of one operand and the classifier's gradient of the other."""

@@ -1,0 +1,97 @@
+"""Guidance whose weights are functions of the predictions' moments: the base of such, and anyone's own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .._counts import check_count
+from .moment_weights import MomentWeights
+from .symbols import Vector
+from .weights import Guidance, Scale, as_scale, scale_columns
+
+
+class FromMoments(Guidance):
+    """Guidance that a function of vectors defines; see ``as_guidance``.
+
+    Args:
+        function: called with ``v`` and the parameters and options, by name; returns the guided prediction, a vector.
+        num_predictions: number of predictions.
+        parameters: by name, each what ``ClassifierFree`` takes as a scale.
+        options: by name, what is the same for all steps and samples.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Vector],
+        num_predictions: int,
+        parameters: Mapping[str, Scale],
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        scales = {name: as_scale(name, value) for name, value in parameters.items()}
+        made = MomentWeights.of(function, num_predictions, scales, options)
+        shape = scale_columns(*scales.values()).shape[:2] if scales else (1, 1)
+        constants = scale_columns(*[1.0] * num_predictions, 0.0).expand(*shape, -1)
+        super().__init__(constants, None, made)
+
+
+def given(**values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parameters and the options of a guidance: ``None`` is an option, and so is a rescale of 0."""
+    rescale = values.get("guidance_rescale")
+    if isinstance(rescale, (int, float)) and not isinstance(rescale, bool) and rescale == 0:
+        values["guidance_rescale"] = None
+    options = {name: value for name, value in values.items() if value is None}
+    return {name: value for name, value in values.items() if value is not None}, options
+
+
+def as_guidance(predictions: int) -> Callable[[Callable[..., Vector]], Callable[..., FromMoments]]:
+    """Make a guidance of a function of vectors: it returns the guided prediction, and so defines the weights.
+
+    The function is called once for each guidance that is made, with symbols: ``v``, which has ``v.predictions`` and
+    ``v.dot``, ``v.sum``, ``v.norm``, ``v.std`` of vectors, and ``v.sqrt``, ``v.exp``, ``v.minimum``, ``v.maximum`` and
+    ``v.where`` of numbers, one for each sample; and with its parameters. Norms and inner products are over all but the
+    batch. It says which moments of the predictions it needs, and a program makes the weights of each sample from them
+    at each step, on the device.
+
+    Args:
+        predictions: their number, at least 2.
+
+    Returns:
+        The decorator. What it returns is called with the function's own parameters: a number, or one for each sample or
+        step as ``ClassifierFree`` takes a scale. A parameter that is ``None``, a bool or a string is an option: it has
+        that value while the function is traced, which may branch on it.
+
+    Raises:
+        TypeError: when a guidance is made: the function returns no vector, branches on a value that is not known yet,
+            or does what is no operation of vectors.
+
+    >>> @as_guidance(predictions=2)
+    ... def magnitude_aware(v, guidance_scale, alpha=8.0):
+    ...     uncond, cond = v.predictions
+    ...     shift = cond - uncond
+    ...     return uncond + (1 + (guidance_scale - 1) * v.exp(-alpha * v.norm(shift) / v.norm(uncond))) * shift
+    >>> guidance = magnitude_aware([3.0, 10.0])  # a scale for each of two samples
+    >>> guidance.num_predictions, guidance.batch
+    (2, 2)
+    """
+    check_count("predictions", predictions, 2)
+
+    def decorate(function: Callable[..., Vector]) -> Callable[..., FromMoments]:
+        if not callable(function):
+            raise TypeError(f"function: expected a callable, got {type(function).__name__}")
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def made(*arguments: Any, **keywords: Any) -> FromMoments:
+            bound = signature.bind(None, *arguments, **keywords)
+            bound.apply_defaults()
+            given = dict(list(bound.arguments.items())[1:])
+            options = {name: value for name, value in given.items() if value is None or isinstance(value, (bool, str))}
+            parameters = {name: value for name, value in given.items() if name not in options}
+            return FromMoments(function, predictions, parameters, options)
+
+        return made
+
+    return decorate

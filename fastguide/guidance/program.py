@@ -1,0 +1,124 @@
+"""Trace a guidance's function into a straight-line program, which makes the weights of a sample from its moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .symbols import OPERATIONS, Number, Scalar, Vector, Vectors
+
+Value = tuple[str, int | float | str]
+"""An operand: ``("input", name)``, ``("constant", number)``, or ``("step", index)`` of an earlier instruction."""
+
+
+class Instruction(NamedTuple):
+    """One operation of a program."""
+
+    operation: str
+    operands: tuple[Value, ...]
+
+
+class Program(NamedTuple):
+    """Instructions, and the weights that they end in.
+
+    A weight is the coefficient of a term: of the first prediction, which is the sum of all predictions' weights, and of
+    each difference of another one to it.
+    """
+
+    instructions: tuple[Instruction, ...]
+    weights: tuple[Value, ...]
+    inputs: tuple[str, ...]
+    """The moments and parameters that it reads, by name."""
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor | float]:
+        """Return the weights, each of the shape that its inputs broadcast to, or a number.
+
+        ``inputs``: the moments and parameters, by name.
+        """
+        made: list[Any] = []
+
+        def value(operand: Value) -> Any:
+            kind, what = operand
+            if kind == "input":
+                return inputs[str(what)]
+            return made[int(what)] if kind == "step" else what
+
+        for operation, operands in self.instructions:
+            made.append(_OF_TENSORS[operation](*[value(operand) for operand in operands]))
+        return [value(operand) for operand in self.weights]
+
+
+def _tensors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function of torch that needs tensors, for numbers as well."""
+
+    def called(*values: Any) -> Tensor:
+        like = next(value for value in values if isinstance(value, Tensor))
+        return function(*[value if isinstance(value, Tensor) else like.new_tensor(value) for value in values])
+
+    return called
+
+
+_OF_TENSORS: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "sqrt": torch.sqrt,
+    "exp": torch.exp,
+    "minimum": _tensors(torch.minimum),
+    "maximum": _tensors(torch.maximum),
+    "where": lambda condition, a, b: torch.where(condition > 0, a, b),
+}
+assert _OF_TENSORS.keys() == OPERATIONS.keys()
+
+
+def traced(
+    function: Callable[..., Vector], count: int, parameters: Sequence[str], options: Mapping[str, Any]
+) -> Program:
+    """Trace a guidance's function.
+
+    Args:
+        function: called with ``Vectors``, a symbol for each parameter, and the options; returns a vector.
+        count: number of predictions.
+        parameters: names of those that may differ between steps and samples.
+        options: what is the same for all.
+
+    Raises:
+        TypeError: it returns no vector, or does what a program cannot.
+    """
+    symbols = {name: Scalar("input", name) for name in parameters}
+    result = function(Vectors(count), **symbols, **options)
+    if not isinstance(result, Vector):
+        name = getattr(function, "__name__", "the function")
+        raise TypeError(f"guidance: expected {name} to return a vector, got {type(result).__name__}")
+    writer = _Writer()
+    weights = tuple([writer.value(coefficient) for coefficient in result.coefficients])
+    return Program(tuple(writer.instructions), weights, tuple(writer.inputs))
+
+
+class _Writer:
+    """Write instructions down, each once."""
+
+    def __init__(self) -> None:
+        self.instructions: list[Instruction] = []
+        self.inputs: dict[str, None] = {}
+        self._written: dict[Instruction, Value] = {}
+
+    def value(self, number: Number) -> Value:
+        """Return the operand that stands for a number, with the instructions that make it written before."""
+        if not isinstance(number, Scalar):
+            return "constant", number
+        if number.operation == "input":
+            (name,) = number.operands
+            self.inputs[name] = None
+            return "input", name
+        operands = tuple([self.value(operand) for operand in number.operands])
+        instruction = Instruction(number.operation, operands)
+        found = self._written.get(instruction)
+        if found is None:
+            found = self._written[instruction] = "step", len(self.instructions)
+            self.instructions.append(instruction)
+        return found

@@ -1,0 +1,286 @@
+"""Write a guidance with vectors and numbers: symbols that a function is traced with, once, into a program.
+
+A ``Vector`` is a linear combination of the predictions, which nobody computes. What is computed are its coefficients:
+the weights of the predictions, made of numbers that each sample has one of, a ``Scalar`` each. Scalars come from inner
+products of vectors, and these from the moments of the terms that all vectors are combinations of: the first prediction,
+and the differences of the others to it. So the function itself says which moments it needs, and how it makes weights.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+
+Number: TypeAlias = "float | Scalar"
+
+_SUPPORTED = (
+    "sums, differences and multiples of vectors; v.dot, v.sum, v.norm and v.std of them; and +, -, *, /, v.sqrt, "
+    "v.exp, v.minimum, v.maximum and v.where of the numbers that these give"
+)
+
+
+class Scalar:
+    """One number for each sample, known when a step is made: an operation, and what it is of.
+
+    Args:
+        operation: of ``OPERATIONS``, or ``"input"``.
+        operands: numbers and scalars, or the input's name.
+    """
+
+    __slots__ = ("operands", "operation")
+    __array_ufunc__ = None
+    """numpy's numbers leave their operators to it."""
+
+    def __init__(self, operation: str, *operands: Any) -> None:
+        self.operation, self.operands = operation, operands
+
+    def __add__(self, other: Any) -> Number:
+        return _scalar("add", self, other)
+
+    def __radd__(self, other: Any) -> Number:
+        return _scalar("add", other, self)
+
+    def __sub__(self, other: Any) -> Number:
+        return _scalar("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Number:
+        return _scalar("sub", other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return other * self if isinstance(other, Vector) else _scalar("mul", self, other)
+
+    def __rmul__(self, other: Any) -> Number:
+        return _scalar("mul", other, self)
+
+    def __truediv__(self, other: Any) -> Number:
+        return _scalar("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Number:
+        return _scalar("div", other, self)
+
+    def __neg__(self) -> Number:
+        return _scalar("sub", 0.0, self)
+
+    def __gt__(self, other: Any) -> Condition:
+        return Condition(_scalar("sub", self, other))
+
+    def __lt__(self, other: Any) -> Condition:
+        return Condition(_scalar("sub", other, self))
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            "guidance: expected no branch on a number that each sample has, as its value is not known while the "
+            "function is traced; use v.where(a > b, x, y)"
+        )
+
+    def __float__(self) -> NoReturn:
+        raise TypeError(
+            "guidance: expected no number that is read on the host, as its value is not known while the function is "
+            f"traced; supported are {_SUPPORTED}"
+        )
+
+    __int__ = __index__ = __float__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"a number that each sample has, in a guidance, has no {name!r}; supported are {_SUPPORTED}"
+        )
+
+
+class Condition(NamedTuple):
+    """Whether a number is above another one, for ``v.where``."""
+
+    difference: Number
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("guidance: expected no branch on a comparison of numbers that each sample has; use v.where")
+
+
+class Vector:
+    """A linear combination of the terms: the first prediction, and the differences of the others to it.
+
+    Args:
+        coefficients: one for each term.
+    """
+
+    __slots__ = ("coefficients",)
+    __array_ufunc__ = None
+
+    def __init__(self, coefficients: Sequence[Number]) -> None:
+        self.coefficients = tuple(coefficients)
+
+    def _combined(self, other: Any, sign: int) -> Vector:
+        if not isinstance(other, Vector):
+            raise TypeError(
+                f"guidance: expected a vector to be added to a vector, got {type(other).__name__}; supported are "
+                f"{_SUPPORTED}"
+            )
+        operation = "add" if sign > 0 else "sub"
+        return Vector([_scalar(operation, a, b) for a, b in zip(self.coefficients, other.coefficients, strict=True)])
+
+    def __add__(self, other: Any) -> Vector:
+        return self._combined(other, 1)
+
+    def __sub__(self, other: Any) -> Vector:
+        return self._combined(other, -1)
+
+    def __radd__(self, other: Any) -> Vector:
+        return self._combined(other, 1)
+
+    def __mul__(self, other: Any) -> Vector:
+        return Vector([_scalar("mul", a, _factor(other)) for a in self.coefficients])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Vector:
+        return Vector([_scalar("div", a, _factor(other)) for a in self.coefficients])
+
+    def __neg__(self) -> Vector:
+        return Vector([_scalar("sub", 0.0, a) for a in self.coefficients])
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("guidance: expected no branch on a vector, whose values nobody computes")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a vector of a guidance has no {name!r}; supported are {_SUPPORTED}")
+
+
+OPERATIONS = {"add": 2, "sub": 2, "mul": 2, "div": 2, "sqrt": 1, "exp": 1, "minimum": 2, "maximum": 2, "where": 3}
+"""Of scalars, with how many operands each has; ``where`` is its second operand if the first is above 0."""
+
+
+_OF_FLOATS: dict[str, Callable[..., float]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "sqrt": math.sqrt,
+    "exp": math.exp,
+    "minimum": min,
+    "maximum": max,
+}
+
+
+class Vectors:
+    """What a guidance's function is given: the predictions, and what can be computed of them.
+
+    Args:
+        count: number of predictions.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    @property
+    def predictions(self) -> tuple[Vector, ...]:
+        """The predictions, in the order that the step takes them in: unconditional first."""
+        first = [1.0] + [0.0] * (self._count - 1)
+        return tuple(
+            Vector([1.0 if term in (0, number) else 0.0 for term in range(self._count)]) if number else Vector(first)
+            for number in range(self._count)
+        )
+
+    @property
+    def numel(self) -> Scalar:
+        """The number of elements of a sample."""
+        return Scalar("input", "numel")
+
+    def dot(self, first: Vector, second: Vector) -> Number:
+        """Return the inner product of two vectors, over all but the batch."""
+        total: Number = 0.0
+        for i, a in enumerate(_vector("v.dot", first)):
+            for j, b in enumerate(_vector("v.dot", second)):
+                moment = Scalar("input", f"dot_{min(i, j)}_{max(i, j)}")
+                total = _scalar("add", total, _scalar("mul", _scalar("mul", a, b), moment))
+        return total
+
+    def sum(self, vector: Vector) -> Number:
+        """Return the sum of a vector's elements."""
+        total: Number = 0.0
+        for i, a in enumerate(_vector("v.sum", vector)):
+            total = _scalar("add", total, _scalar("mul", a, Scalar("input", f"sum_{i}")))
+        return total
+
+    def norm(self, vector: Vector) -> Number:
+        """Return the Euclidean norm of a vector."""
+        return self.sqrt(self.maximum(self.dot(vector, vector), 0.0))
+
+    def std(self, vector: Vector) -> Number:
+        """Return the standard deviation of a vector's elements, over ``numel - 1``, as ``torch.std`` does."""
+        total = self.sum(vector)
+        squares = self.dot(vector, vector) - total * total / self.numel
+        return self.sqrt(self.maximum(squares, 0.0) / (self.numel - 1.0))
+
+    def sqrt(self, value: Number) -> Number:
+        """Return the square root of a number."""
+        return _scalar("sqrt", value)
+
+    def exp(self, value: Number) -> Number:
+        """Return e to the power of a number."""
+        return _scalar("exp", value)
+
+    def minimum(self, first: Number, second: Number) -> Number:
+        """Return the lower of two numbers."""
+        return _scalar("minimum", first, second)
+
+    def maximum(self, first: Number, second: Number) -> Number:
+        """Return the higher of two numbers."""
+        return _scalar("maximum", first, second)
+
+    def where(self, condition: Condition | bool, first: Any, second: Any) -> Any:
+        """Return the first of two numbers or vectors where a comparison holds, else the second."""
+        if isinstance(condition, bool):  # of numbers that are known
+            return first if condition else second
+        if not isinstance(condition, Condition):
+            raise TypeError(f"v.where: expected a comparison such as a > b, got {type(condition).__name__}")
+        if isinstance(first, Vector) and isinstance(second, Vector):
+            pairs = zip(first.coefficients, second.coefficients, strict=True)
+            return Vector([_scalar("where", condition.difference, a, b) for a, b in pairs])
+        return _scalar("where", condition.difference, first, second)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"guidance: v has no {name!r}; supported are {_SUPPORTED}")
+
+
+def _vector(name: str, value: Any) -> tuple[Number, ...]:
+    if not isinstance(value, Vector):
+        raise TypeError(f"{name}: expected a vector, got {type(value).__name__}")
+    return value.coefficients
+
+
+def _factor(value: Any) -> Number:
+    if isinstance(value, Vector):
+        raise TypeError(f"guidance: expected no product of two vectors, element by element; supported are {_SUPPORTED}")
+    return _number(value)
+
+
+def _number(value: Any) -> Number:
+    if isinstance(value, Scalar):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"guidance: expected a number, got {type(value).__name__}; supported are {_SUPPORTED}")
+    return float(value)
+
+
+def _scalar(operation: str, *operands: Any) -> Number:
+    """Return an operation of numbers, without those that change nothing."""
+    numbers = [_number(operand) for operand in operands]
+    if all(type(number) is float for number in numbers) and operation in _OF_FLOATS:
+        return float(_OF_FLOATS[operation](*numbers))
+    first = numbers[0]
+    second = numbers[1] if len(numbers) > 1 else None
+    if operation in ("add", "sub") and second == 0.0:
+        return first
+    if operation == "add" and first == 0.0:
+        assert second is not None
+        return second
+    if operation == "mul" and 0.0 in (first, second):
+        return 0.0
+    if operation == "mul" and first == 1.0:
+        assert second is not None
+        return second
+    if operation in ("mul", "div") and second == 1.0:
+        return first
+    return Scalar(operation, *numbers)

@@ -72,6 +72,8 @@ class CountedLoop:
     """How often it had been written to."""
     state: Tensor | None = None
     """The same in float32, where ``returned`` is rounded, or kept for a next call that goes back to it."""
+    spare: Tensor | None = None
+    """A tensor that nobody else has, for a next ``state``."""
     staged: Tensor | None = None
     """The model's input of ``returned``, where the step has written it."""
     like: Like | None = None
@@ -120,6 +122,13 @@ class CountedLoop:
             given, anchor = given.to(dtypes.working), anchor.to(dtypes.working)
         return given, anchor
 
+    def private(self, given: Tensor, anchor: Tensor | None = None) -> Tensor | None:
+        """Return a tensor like a step's sample that nobody else has, to be written; ``None``: there is none yet."""
+        found = self.spare if self.state is None else self.state
+        if found is None or found is anchor or found.dtype != given.dtype or found.stride() != given.stride():
+            return None
+        return found
+
     def note(self, call: int, result: Tensor, returned: Tensor | None, staged: Tensor | None) -> Tensor:
         """Note a step that was made; return what the scheduler returns.
 
@@ -132,8 +141,10 @@ class CountedLoop:
         self.following = self.begin + call + 1
         self.is_over = self.table is not None and call + 1 == len(self.table)
         if self.is_over:
-            self.returned = self.state = self.staged = self.history = None
+            self.returned = self.state = self.spare = self.staged = self.history = None
             return result if returned is None else returned
+        if self.state is not None:
+            self.spare = self.state
         self.state = None if returned is None else result
         self.returned = answer = result if returned is None else returned
         self.version, self.staged = version_of(answer) or 0, staged

@@ -62,7 +62,7 @@ def run_counted(
         it is asked for.
     """
     given, anchor = loop.inputs(sample, dtypes)
-    to = _outputs(scheduler, loop, call, given, sample, predictions, dtypes, lead)
+    to = _outputs(scheduler, loop, call, given, anchor, sample, predictions, dtypes, lead)
     second, inputs = loop.made.second, inputs_of(given, predictions)
     tensors = given, predictions, noise, to.original, to.out, to.returned if to.staged is None else to.staged
     shape, original = given.shape, to.original
@@ -92,6 +92,7 @@ def _outputs(
     loop: CountedLoop,
     call: int,
     given: Tensor,
+    anchor: Tensor | None,
     sample: Tensor,
     predictions: Tensor | list[Tensor],
     dtypes: Dtypes,
@@ -104,6 +105,9 @@ def _outputs(
     keeps = rounds or made.keeps[call]
     dtype = torch.float32 if rounds else dtypes.result
     out, returned = _new_for(given, sample, dtype, dtypes.result if keeps else None)
+    if keeps and not rounds and given.dtype == dtypes.result:
+        private = loop.private(given, anchor)
+        out = out if private is None else private
     staged = original = None
     if made.staging is not None and lead == 1 and not rounds:
         table, staged = made.staging, None if keeps else _counted_like(given, dtypes.result)
@@ -185,7 +189,7 @@ def run_again(
     given = state if state is not None and rounds else sample
     out = returned = staged = None
     if rounds or keeps or torch.is_inference_mode_enabled():
-        out, returned = _new_for(given, sample, given.dtype, sample.dtype if rounds or keeps else None)
+        out, returned = _again_for(loop, given, sample, rounds, keeps)
     if made.staging is not None and not rounds:
         if like.table is not made.staging:
             return None
@@ -202,7 +206,7 @@ def run_again(
     answer = loop.note(call, result, returned, staged)
     scheduler._step_index = loop.following
     if scheduler._fusion is not None:
-        count_fused(scheduler, like.guidance)
+        count_fused(scheduler, like.guidance, is_last=loop.is_over)
     second = made.second
     if second is None:
         return scheduler._plain_output(prev_sample=answer) if return_dict else (answer,)
@@ -210,7 +214,19 @@ def run_again(
         _predict_second, second, call, inputs_of(given, predictions), (given._version, *seen), predictions,
         like.guidance, like.dtypes.original,
     )  # fmt: skip
-    return scheduler._output(answer, original) if return_dict else (answer, LazyOriginal.of(answer, original))
+    if return_dict:
+        return scheduler._output(answer, original)
+    return answer, LazyOriginal.of(answer, original, like.dtypes.original)
+
+
+def _again_for(
+    loop: CountedLoop, given: Tensor, sample: Tensor, rounds: bool, keeps: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return where a step like the last one writes its result, and what it returns instead, if it is not that."""
+    private = loop.private(given) if keeps and not rounds else None
+    if private is None:
+        return _new_for(given, sample, given.dtype, sample.dtype if rounds or keeps else None)
+    return private, _counted_like(sample, sample.dtype)
 
 
 def _is_like(

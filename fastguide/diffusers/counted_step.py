@@ -31,7 +31,7 @@ from .lazy_tensor import plain
 from .loop_tables import loop_table
 from .noise import Generators, noise_of
 from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, fitted_predictions, refusal_of
-from .timesteps import place_in, version_of
+from .timesteps import place_in, place_of, version_of
 
 _UNCOPIED = ("_counted", "_kept_tables")
 
@@ -98,6 +98,15 @@ class CountedStep(SchedulerStep):
         """Return what a loop's rows depend on besides the configuration and diffusers' tables."""
         return [getattr(self, name) for name in self._state]
 
+    def _is_at(self, timestep: Any) -> bool:
+        """Tell whether a step begins at the counter's timestep, as far as the host knows."""
+        told = host_tables(self).timestep_values
+        place = place_of(self.timesteps, told, timestep)
+        index = self._begin_index if self._step_index is None else self._step_index
+        if index is None:
+            return place is not None
+        return place is not None and index < len(told) and told[place] == told[index]
+
     def _second_columns(self, tables: HostTables, begin: int, *arguments: Any) -> Mapping[str, Tensor] | None:
         """Return the columns that lead to the second tensor that diffusers returns; ``None``: it is x_0."""
         return None
@@ -124,8 +133,10 @@ class CountedStep(SchedulerStep):
         if self._fusion is not None:
             self._fusion.tries = True
 
-    def _result(self, result: Tensor, original: Callable[[], Tensor] | Tensor | None, return_dict: bool) -> Any:
-        """Return what diffusers' ``step`` returns."""
+    def _result(
+        self, result: Tensor, original: Callable[[], Tensor] | Tensor | None, dtype: torch.dtype, return_dict: bool
+    ) -> Any:
+        """Return what diffusers' ``step`` returns; ``dtype``: of the x_0."""
         if self._output is None:
             return self._plain_output(prev_sample=result) if return_dict else (result,)
         if isinstance(original, Tensor):
@@ -133,7 +144,7 @@ class CountedStep(SchedulerStep):
                 return self._output.plain(result, original)
             return result, original
         assert original is not None
-        return self._output(result, original) if return_dict else (result, LazyOriginal.of(result, original))
+        return self._output(result, original) if return_dict else (result, LazyOriginal.of(result, original, dtype))
 
     def _init_step_index(self, timestep: Any) -> None:
         """Find the first step as diffusers does, on the host where it can be known there."""
@@ -142,7 +153,9 @@ class CountedStep(SchedulerStep):
             return
         told = host_tables(self).host_timesteps
         place = place_in(self.timesteps, timestep) if isinstance(timestep, Tensor) and timestep.numel() == 1 else None
-        value = told[place] if place is not None else torch.as_tensor(timestep).to("cpu")
+        if place is None and not isinstance(timestep, Tensor):
+            timestep = torch.as_tensor(timestep, dtype=told.dtype if isinstance(timestep, float) else None)
+        value = told[place] if place is not None else timestep.to("cpu")
         self._step_index = self.index_for_timestep(value, told)  # type: ignore[attr-defined]
 
 
@@ -164,16 +177,16 @@ class Drawing(NamedTuple):
         return self.draws if isinstance(self.draws, bool) else self.draws(table, call)
 
     def drawn(
-        self, table: StepTable, call: int, sample: Tensor, dtypes: Dtypes
+        self, table: StepTable, call: int, sample: Tensor, given: torch.dtype, dtypes: Dtypes
     ) -> tuple[Tensor | None, torch.Generator | DeviceGenerator | None]:
-        """Return a call's noise, or the generator that draws it in the step."""
+        """Return a call's noise, or the generator that draws it in the step, for a sample that is ``given``'s dtype."""
         noise = self.noise if self.path is None else self.path(sample, dtypes.model)
         if noise is not None:
             return in_layout_of(sample, plain(noise)), None
         if self.path is not None or not self.draws_at(table, call):
             return None, None
         dtype, adds = dtypes.of_noise(self.dtype), table.adds_noise[call]
-        in_step = (dtype == torch.float64) == (dtypes.working == torch.float64)
+        in_step = _draws_alike(dtype, given, sample)
         return noise_of(self.generator, sample, dtype, adds=adds, in_step=in_step)
 
     def source_again(self, loop: CountedLoop, like: Like, index: int | None, sample: Tensor) -> Any:
@@ -183,11 +196,23 @@ class Drawing(NamedTuple):
         call = index - loop.begin
         if not self.draws_at(like.table, call):
             return None
-        if not like.table.adds_noise[call] or like.dtypes.of_noise(self.dtype) != sample.dtype:
+        dtype = like.dtypes.of_noise(self.dtype)
+        given = sample.dtype if loop.state is None else loop.state.dtype
+        if not like.table.adds_noise[call] or dtype != sample.dtype or not _draws_alike(dtype, given, sample):
             return False
         if self.generator is None:
             return torch.default_generator
         return self.generator if type(self.generator) is torch.Generator else False
+
+
+def _draws_alike(dtype: torch.dtype, given: torch.dtype, sample: Tensor) -> bool:
+    """Tell whether noise that is drawn in one dtype is that of another, rounded, and leaves the generator alike.
+
+    float64 has another stream. On the host, torch draws 16 values at a time, and the rest in another way, by dtype.
+    """
+    if dtype == given:
+        return True
+    return torch.float64 not in (dtype, given) and (sample.is_cuda or sample.numel() % 16 == 0)
 
 
 def counted_step(
@@ -210,6 +235,7 @@ def counted_step(
 
     Raises:
         RuntimeError: the step does not follow the last one, in a loop that goes on from earlier ones.
+        IndexError: the loop is over.
     """
     real = type(timestep) is Tensor and timestep.is_floating_point()
     if is_dynamo_compiling() or (scheduler._refuses_integers and not real and is_integer(timestep)):
@@ -226,10 +252,17 @@ def counted_step(
     if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
     index = _index_of(scheduler, timestep)
+    if loop is not None and loop.is_over and index >= loop.following:
+        raise IndexError(
+            f"step: expected no more than the {loop.following - loop.begin} of this loop, got another one; set_timesteps "
+            "begins another loop"
+        )
+    if index >= len(scheduler.timesteps):
+        return None  # diffusers says that there are none
     dtypes = scheduler._dtypes(sample.dtype, output.dtype)
     loop = _loop_at(scheduler, index, arguments, sample, dtypes.working)
     if loop.table is not None and index - loop.begin >= len(loop.table):
-        return None  # diffusers says that there are no more
+        return None
     if loop.may_begin_like_an_earlier_one(sample):
         done = _again(scheduler, loop, drawing, arguments, output, sample, return_dict, scale)
         if done is not None:
@@ -302,14 +335,16 @@ def _planned_step(
         _leave(scheduler, loop, index, refusal)
         return None
     call = index - loop.begin
-    drawn = (None, None) if drawing is None else drawing.drawn(loop.table, call, sample, dtypes)
+    drawn: tuple[Any, Any] = (None, None)
+    if drawing is not None:
+        drawn = drawing.drawn(loop.table, call, sample, loop.inputs(sample, dtypes)[0].dtype, dtypes)
     used, result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, dtypes, *drawn, lead)
     loop.like = None
     if is_by_value(scale) and (drawing is None or drawing.path is None):
         loop.like = loop.made.like = Like(scale, guidance, token_of(guidance), used, used._token, dtypes)
     scheduler._step_index = index + 1
-    count_fused(scheduler, guidance)
-    return scheduler._result(result, original, return_dict)
+    count_fused(scheduler, guidance, is_last=loop.is_over)
+    return scheduler._result(result, original, dtypes.original, return_dict)
 
 
 def _loop_at(
@@ -333,9 +368,10 @@ def _loop_at(
             return loop
         if loop.history is not None:
             raise RuntimeError(
-                f"step: expected step {loop.following} of the loop, with samples and options like those before, as it "
-                f"goes on from them, got step {index} with samples of {tuple(sample.shape)}; set_timesteps begins "
-                "another loop"
+                f"step: expected step {loop.following} of the loop, with samples of {tuple(loop.shape)} in "
+                f"{_named(loop.history.dtype)} and options as before, as it goes on from them, got step {index} with "
+                f"samples of {tuple(sample.shape)} in {_named(dtype)}{'' if same else ' and others'}; set_timesteps "
+                "begins another loop"
             )
     if copied is not None and not copied.fits(index, arguments, sample):
         copied = None
@@ -351,6 +387,10 @@ def _loop_at(
         loop.go_on_from(copied)
     scheduler._counted, scheduler._copied_loop = loop, None
     return loop
+
+
+def _named(dtype: torch.dtype) -> str:
+    return "float64" if dtype == torch.float64 else "float32 or less"
 
 
 def _contiguous_within(sample: Tensor) -> Tensor:

@@ -20,20 +20,20 @@ from .counted_step import CountedStep, Drawing, counted_step, left
 from .dtypes import Dtypes, NoiseRule, with_default_noise
 from .guidance_arguments import Scale
 from .host_alphas import HostAlphasOfVelocity
-from .host_tables import HostTables, host_tables, on_host
+from .host_tables import HostTables, on_host
 from .noise import Generators
 from .scaled_inputs import ScaledInputs
-from .step_signatures import Draws, StepWithGenerator
-from .timesteps import place_of
+from .step_signatures import NOT_AT, Draws, StepWithGenerator
 
 __all__ = ["CMStochasticIterativeScheduler", "LCMScheduler", "SCMScheduler", "TCDScheduler"]
 
 
-NOT_AT = "a timestep that is not the one of the next step"
-
-
 class _Distilled(HostAlphasOfVelocity, CountedStep):
-    """What those of latent models share: rows over abar, and steps whose last one adds no noise."""
+    """What those of latent models share: rows over abar, and steps whose last one adds no noise.
+
+    diffusers takes the level that a step begins at from the timestep that it is given, and where it leads to from the
+    counter; rows have both from the counter.
+    """
 
     _levels_in = "alphas_cumprod"
     _sigmas_fall = False
@@ -48,19 +48,6 @@ class _Distilled(HostAlphasOfVelocity, CountedStep):
             return "timesteps that are not as many as its steps"
         known = self.config.prediction_type in ("epsilon", "v_prediction", "sample")
         return None if known else "a configuration that rows do not express"
-
-    def _is_at(self, timestep: Any) -> bool:
-        """Tell whether a step begins at the counter's timestep, as far as the host knows.
-
-        diffusers takes the level that a step begins at from the timestep that it is given, and where it leads to from
-        the counter.
-        """
-        told = host_tables(self).timestep_values
-        place = place_of(self.timesteps, told, timestep)
-        index = self._begin_index if self._step_index is None else self._step_index
-        if index is None:
-            return place is not None
-        return place is not None and index < len(told) and told[place] == told[index]
 
     def _draws_but_last(self, table: StepTable, call: int) -> bool:
         return call != len(table) - 1

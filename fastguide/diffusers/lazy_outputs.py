@@ -43,10 +43,10 @@ class LazyOriginal(Tensor):
         return self._value is not None and (self._value.is_inference() or self._value._version != self._computed_at)
 
     @classmethod
-    def of(cls, prev_sample: Tensor, predict_original: Callable[[], Tensor]) -> Any:
-        """Return the x_0 of a step, with the shape, dtype and device of its next sample."""
-        shape, dtype, device = prev_sample.shape, prev_sample.dtype, prev_sample.device
-        original: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    def of(cls, prev_sample: Tensor, predict_original: Callable[[], Tensor], dtype: torch.dtype | None = None) -> Any:
+        """Return the x_0 of a step, with the shape and device of its next sample, and that one's dtype or another."""
+        shape, device = prev_sample.shape, prev_sample.device
+        original: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype or prev_sample.dtype, device=device)
         original._predict = predict_original
         return original
 

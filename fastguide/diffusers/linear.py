@@ -259,9 +259,15 @@ def _joined(tensors: Any, dim: int = 0) -> Any:
     """Return ``torch.cat``: in the channels, of guidance and what the model returned besides."""
     if dim == 1 and isinstance(tensors, (list, tuple)) and len(tensors) == 2:
         main, rest = tensors
-        if type(main) is Combined and type(rest) is Traced and main.is_pending() and main.dtype == rest.dtype:
+        if type(main) is Combined and type(rest) is Traced and main.is_pending() and _may_be_joined(main, rest):
             return Joined(main, rest)
     return torch.cat([plain(tensor) for tensor in tensors], dim)
+
+
+def _may_be_joined(main: Combined, rest: Traced) -> bool:
+    first, second = main.like().shape, rest.value().shape
+    fits = len(first) == len(second) > 1 and first[:1] + first[2:] == second[:1] + second[2:]
+    return fits and rest.source.may_wait() and main.dtype == rest.dtype
 
 
 def _stacked(tensors: Any, dim: int = 0) -> Any:
@@ -280,10 +286,6 @@ def _stacked(tensors: Any, dim: int = 0) -> Any:
 
 def _names(*names: str) -> list[Any]:
     return [getattr(where, name) for name in names for where in (torch, Tensor) if hasattr(where, name)]
-
-
-def _reversed(function: Callable[[Any, Any, Any], Any], of: Any) -> Callable[[Any, Any], Any]:
-    return lambda first, second: function(of, second, first)
 
 
 def _moved(operand: Any, *arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -43,12 +44,24 @@ class Acceleration:
 class _Changes:
     """What ``restore`` undoes; it is kept as an attribute of the pipeline."""
 
-    owner: weakref.ref[Any]
+    owner: weakref.ref[Any] | None
+    """The pipeline; ``None``: it was unpickled, and is not traced."""
     fusion: Fusion = field(default_factory=Fusion)
     schedulers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """fastguide's scheduler at each place, and the one before it."""
     traces: list[Traces] = field(default_factory=list)
     """Those of its models."""
+
+    def __reduce__(self) -> Any:
+        """Leave the traces out of a pickle, where they would be of other models."""
+        return _Changes, (None, self.fusion, self.schedulers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Changes:
+        """Return those of a copied pipeline, which counts its own steps."""
+        fusion = copy.deepcopy(self.fusion, memo)
+        fusion.counts = Counter()
+        schedulers = copy.deepcopy(self.schedulers, memo)
+        return _Changes(self.owner, fusion, schedulers, copy.deepcopy(self.traces, memo))
 
 
 def accelerate(pipe: Any) -> Acceleration:
@@ -112,7 +125,8 @@ def restore(pipe: Any) -> None:
     changes: _Changes | None = pipe.__dict__.pop(_CHANGES, None)
     if changes is None:
         raise ValueError(
-            f"pipe: expected one that accelerate() was called on, got a {type(pipe).__name__} that was not"
+            f"pipe: expected one that accelerate() was called on, got a {type(pipe).__name__} that was not, or was "
+            "restored since"
         )
     is_copy = _is_copy(pipe, changes)
     for path, part in _pipelines(pipe):
@@ -131,12 +145,14 @@ def _check(pipe: Any) -> None:
     hint = ""
     if modular is not None and isinstance(pipe, modular):
         hint = "; a modular one takes a scheduler and a guider of fastguide.diffusers as its components"
+    if isinstance(pipe, type) and issubclass(pipe, diffusers.DiffusionPipeline):
+        hint = f" {pipe.__name__}; make one of it first"
     raise TypeError(f"pipe: expected a diffusers pipeline, got {type(pipe).__name__}{hint}")
 
 
 def _is_copy(pipe: Any, changes: _Changes) -> bool:
     """Tell whether a pipeline has its changes, and so its models, from another that has them still."""
-    owner = changes.owner()
+    owner = None if changes.owner is None else changes.owner()
     return owner is not None and owner is not pipe and owner.__dict__.get(_CHANGES) is changes
 
 

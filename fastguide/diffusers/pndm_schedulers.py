@@ -43,8 +43,11 @@ class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: 
         return self._first_call + self.counter
 
     @_step_index.setter
-    def _step_index(self, index: int) -> None:
-        self.counter = index - self._first_call
+    def _step_index(self, index: int | None) -> None:
+        if index is None:  # set back
+            self.counter, self._counted = 0, None
+        else:
+            self.counter = index - self._first_call
 
     def _why_not(self) -> str | None:
         if not self.config.skip_prk_steps:
@@ -82,7 +85,11 @@ class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: 
             if done is not None:
                 return done
         elif self._counted is not None and self._counted.history is not None and self.counter:
-            raise RuntimeError(f"timestep: expected that of call {self.counter} of the loop, got {timestep}")
+            told = host_tables(self).timestep_values
+            expected = told[self._step_index] if self._step_index < len(told) else "none, as the loop is over"
+            raise RuntimeError(
+                f"timestep: expected that of call {self.counter} of the loop, {expected}, got {timestep}"
+            )
         output, sample = left(self, model_output, sample, guidance_scale)
         return super().step(output, timestep, sample, return_dict)  # type: ignore[misc]
 

@@ -20,7 +20,7 @@ from ..solvers import StepTable
 from ..step.repeat import kinds_of, repeat
 from .lazy_guidance import Taken, resolved
 from .lazy_outputs import LazyOriginal
-from .scheduler_step import Plan, count_fused, predict_original
+from .scheduler_step import Plan, count_fused, is_last_row, predict_original
 from .timesteps import row_of
 
 
@@ -95,7 +95,7 @@ def repeated(
     if result is None:
         return None
     if scheduler._fusion is not None:
-        count_fused(scheduler, guidance)
+        count_fused(scheduler, guidance, is_last=is_last_row(scheduler, row))
     dtype = model_output.dtype
     original_later = partial(_original, table, row, sample, predictions, dtype, guidance, result, inputs_versions)
     if return_dict:

@@ -196,7 +196,7 @@ def plan(
     dtype = sample.dtype if sample.dtype == model_dtype else torch.promote_types(sample.dtype, model_dtype)
     if dtype == torch.float64:
         sample = sample.double()
-    count_fused(scheduler, guidance)
+    count_fused(scheduler, guidance, is_last=is_last_row(scheduler, row))
     if not torch.compiler.is_compiling():
         repeatable = gradient is None and is_by_value(guidance_scale)
         last = LastPlan.of(cache, arguments, guidance_scale, table, guidance) if repeatable else None
@@ -204,10 +204,18 @@ def plan(
     return Plan(table, row, sample, predictions, guidance, gradient, variance, model_dtype, dtype, scheduler._output)
 
 
-def count_fused(scheduler: SchedulerStep, guidance: Guidance | None) -> None:
-    """Count a fused step, for ``Acceleration.counts``."""
+def count_fused(scheduler: SchedulerStep, guidance: Guidance | None, *, is_last: bool) -> None:
+    """Count a fused step, for ``Acceleration.counts``; after the last one of a run, outputs are not traced."""
     guided = guidance is not None and (guidance.num_predictions > 1 or guidance.classifier is not None)
     count(scheduler, "fused with guidance" if guided else "fused without guidance")
+    if is_last and scheduler._fusion is not None:
+        scheduler._fusion.tries = False
+
+
+def is_last_row(scheduler: SchedulerStep, row: int | Tensor) -> bool:
+    """Tell whether a row is that of the last timestep that is set, as far as the host knows."""
+    cache = scheduler._timesteps_cache
+    return cache is not None and len(cache.values) > 0 and isinstance(row, int) and row == cache.values[-1]
 
 
 def count(scheduler: SchedulerStep, what: str) -> None:

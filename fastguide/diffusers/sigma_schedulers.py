@@ -45,6 +45,11 @@ class Sigmas(ScaledInputs):
         known = self.config.prediction_type in self._predictions
         return None if known else "a configuration that rows do not express"
 
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step; what a model that predicts x_0 returns is in the output as it is."""
+        dtypes = super()._dtypes(sample, model)
+        return dtypes._replace(original=model) if self._prediction == "sample" else dtypes
+
     def _steps(self, tables: HostTables, begin: int) -> SigmaSteps:
         return SigmaSteps(tables.sigmas_from(begin), tables.host_timesteps[begin:].double())
 
@@ -64,11 +69,6 @@ class EulerDiscreteScheduler(Sigmas, StepWithChurn, diffusers.EulerDiscreteSched
 
     _output = lazy_outputs.LazyEulerOutput
     set_timesteps = on_host(diffusers.EulerDiscreteScheduler.set_timesteps)
-
-    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
-        """Return those of a step; a model that predicts x_0 has that very tensor in the output."""
-        dtypes = super()._dtypes(sample, model)
-        return dtypes._replace(original=model) if self._prediction == "sample" else dtypes
 
     def _loop_table(self, tables: HostTables, begin: int, *arguments: Any) -> StepTable:
         return euler_table(self._steps(tables, begin), self._churn(tables, begin, arguments), self._prediction)

@@ -20,11 +20,11 @@ from ..solvers.dpm_solver_singlestep import singlestep_table
 from ..solvers.sa_solver import sa_solver_table
 from ..solvers.unipc import unipc_table
 from .counted_step import CountedStep, Drawing, counted_step, left
-from .dtypes import Dtypes, of_the_sample
+from .dtypes import Dtypes, of_the_model, of_the_sample, promoted
 from .guidance_arguments import Scale
-from .host_tables import HostTables, on_host
+from .host_tables import HostTables, host_tables, on_host
 from .noise import Generators
-from .step_signatures import Draws, StepWithGenerator, StepWithoutNoise
+from .step_signatures import NOT_AT, Draws, StepWithGenerator, StepWithoutNoise
 from .traced import Joined
 
 __all__ = [
@@ -75,6 +75,14 @@ class DPMSolverMultistepScheduler(_Signal, diffusers.DPMSolverMultistepScheduler
 
     set_timesteps = on_host(diffusers.DPMSolverMultistepScheduler.set_timesteps)
 
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step: diffusers returns that of what it converts the model's output to."""
+        config = self._internal_dict
+        unconverted = "sample" if config["algorithm_type"].endswith("++") else "epsilon"
+        if config["prediction_type"] == unconverted:
+            return of_the_model(sample, model)
+        return promoted(sample, model)
+
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         config, steps = self.config, self._signal_steps(tables, begin)
         columns = multistep_columns(
@@ -116,8 +124,14 @@ class DPMSolverSinglestepScheduler(_Signal, StepWithGenerator, diffusers.DPMSolv
 
     order_list: list[int]
     _noise_dtype = "original"
+    """Of what diffusers converts the model's output to."""
     _state = ("order_list",)
     set_timesteps = on_host(diffusers.DPMSolverSinglestepScheduler.set_timesteps)
+
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step."""
+        dtypes = promoted(sample, model)
+        return dtypes._replace(original=model) if self._internal_dict["prediction_type"] == "sample" else dtypes
 
     def _why_not(self) -> str | None:
         stochastic = self.config.algorithm_type.startswith("sde")
@@ -182,6 +196,16 @@ class SASolverScheduler(_Signal, StepWithGenerator, diffusers.SASolverScheduler)
     tau_func: Callable[[Any], float]
     _state = ("tau_func", "predict_x0")
     set_timesteps = on_host(diffusers.SASolverScheduler.set_timesteps)
+
+    def _why_not_at(self, timestep: Any) -> str | None:
+        """Leave a first step from another timestep to diffusers, which asks for its noise there; refuse a later one."""
+        if self._is_at(timestep):
+            return None
+        loop = self._counted
+        if loop is not None and loop.history is not None and loop.following == self._step_index:
+            told = host_tables(self).timestep_values[self._step_index]
+            raise RuntimeError(f"timestep: expected that of the loop's next step, {told}, got {timestep}")
+        return NOT_AT
 
     def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
         """Return those of a step."""

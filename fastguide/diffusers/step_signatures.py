@@ -16,6 +16,7 @@ from .guidance_arguments import Scale
 from .host_tables import HostTables, host_tables
 from .noise import Generators
 
+NOT_AT = "a timestep that is not the one of the next step"
 Draws = Callable[[StepTable, int], bool] | bool
 """Whether diffusers draws noise at a call of a loop's table, also where it does not use it."""
 

@@ -25,21 +25,27 @@ Scale = float | Tensor
 class Fusion:
     """What the models and schedulers of one pipeline know of each other: whether guidance is fused, and how often."""
 
-    __slots__ = ("callers", "counts", "tries")
+    __slots__ = ("__weakref__", "callers", "counts", "tries")
 
     def __init__(self) -> None:
         self.callers: dict[int, CodeType] = {}
         """The code of the pipelines' methods, whose calls of the models are traced, by identity."""
-        self.tries = True
-        """Whether models' outputs are traced. A run in which guidance is used before the step ends that, until the next
-        run: rescaled guidance, for example, is computed by the pipeline at every step."""
+        self.tries = False
+        """Whether models' outputs are traced: from ``set_timesteps`` on to the last step. A run in which guidance is
+        used before the step ends that: rescaled guidance, for example, is computed by the pipeline at every step."""
         self.counts: Counter[str] = Counter()
         """Steps, by what was done."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
         copied = Fusion()
         copied.callers = dict(self.callers)
+        copied.counts = self.counts  # of a scheduler that a pipeline copies for itself
+        copied.tries = self.tries
         return copied
+
+    def __reduce__(self) -> Any:
+        """Leave behind, in a pickle, whose code may be called: the pipeline there is not accelerated."""
+        return Fusion, ()
 
 
 class Source:

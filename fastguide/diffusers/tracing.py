@@ -60,20 +60,27 @@ class Traces:
 
     def __init__(self, watch: _Watch, model: torch.nn.Module, fusion: Fusion) -> None:
         self._watch, self._model, self.fusion = watch, weakref.ref(model), fusion
-        watch.traces = [other for other in watch.traces if other() is not None] + [weakref.ref(self)]
+        watch.traces.append(weakref.ref(self))
+        weakref.finalize(self, _leave_unless_watched, watch, self._model).atexit = False
 
     def remove(self) -> None:
         """Stop tracing for this pipeline."""
-        self._watch.traces = [other for other in self._watch.traces if other() not in (None, self)]
-        model = self._model()
-        if model is not None and not self._watch.traces:
-            self._watch.leave(model)
+        self._watch.traces = [other for other in self._watch.traces if other() is not self]
+        _leave_unless_watched(self._watch, self._model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traces:
         """Trace the copy of the model for the copy of the pipeline."""
         model = copy.deepcopy(self._model(), memo)
         assert model is not None
         return _watch_of(model).trace(model, copy.deepcopy(self.fusion, memo))
+
+
+def _leave_unless_watched(watch: _Watch, model: weakref.ref[torch.nn.Module]) -> None:
+    """Leave a model as it was if nobody traces it any more."""
+    watch.traces = [each for each in watch.traces if each() is not None]
+    left = model()
+    if left is not None and not watch.traces:
+        watch.leave(left)
 
 
 class _Watch:

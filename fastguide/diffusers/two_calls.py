@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .counted_step import CountedStep
 
 
@@ -15,7 +17,7 @@ class TwoCalls(CountedStep):
     @property
     def state_in_first_order(self) -> bool:
         """Whether the next call is the first one of its step."""
-        loop = self._counted
-        if loop is None or loop.table is None or self._step_index is None:
+        loop: Any = self._copied_loop if self._counted is None else self._counted
+        if loop is None or self._step_index is None or (self._counted is not None and self._counted.table is None):
             return bool(super().state_in_first_order)  # type: ignore[misc]
-        return (self._step_index - loop.begin) % 2 == 0
+        return bool((self._step_index - loop.begin) % 2 == 0)

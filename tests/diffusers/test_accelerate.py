@@ -74,9 +74,15 @@ def test_tracing_ends_for_a_run_that_uses_guidance_before_the_step():
     pipe = text_to_image()
     done = fused.accelerate(pipe)
     for rescale, counts in ((0.7, {ALONE: 4}), (0.0, {ALONE: 4, GUIDED: 4}), (0.7, {ALONE: 8, GUIDED: 4})):
-        pipe(**prompts(), **RUN, guidance_scale=6.0, guidance_rescale=rescale)
+        tried = []
+
+        def note(pipe, *arguments, tried=tried):
+            tried.append(pipe.scheduler._fusion.tries)
+            return {}
+
+        pipe(**prompts(), **RUN, guidance_scale=6.0, guidance_rescale=rescale, callback_on_step_end=note)
         assert done.counts == counts
-        assert pipe.scheduler._fusion.tries == (rescale == 0)
+        assert tried == [rescale == 0] * 3 + [False]  # no longer after the last step
 
 
 def test_counts_go_on_when_it_is_accelerated_again():

@@ -246,6 +246,65 @@ def test_a_float32_state_that_is_turned_off_in_the_middle_is_dropped():
     assert not torch.equal(got[-1][0], again[-1][0])
 
 
+@pytest.mark.parametrize("t", [3, 321.0])
+def test_sa_solver_takes_a_first_timestep_that_is_not_the_counter_s_as_diffusers_does(t):
+    results = []
+    for scheduler in pair("SASolverScheduler", **BETAS):
+        set_steps(scheduler, 6)
+        x = scheduler.step(randn(*SHAPE), t, randn(*SHAPE, seed=1), generator=torch.Generator().manual_seed(1))[0]
+        results.append([(x, None)])
+    assert largest_error(*results) == 0.0
+    scheduler = fused.SASolverScheduler(**BETAS)
+    set_steps(scheduler, 6)
+    x = scheduler.step(randn(*SHAPE), scheduler.timesteps[0], randn(*SHAPE)).prev_sample
+    with pytest.raises(RuntimeError, match=r"timestep: expected that of the loop's next step, 832, got 3"):
+        scheduler.step(randn(*SHAPE), 3, x)
+
+
+def test_a_consistency_model_s_timestep_may_be_a_number():
+    results = []
+    for scheduler in pair("CMStochasticIterativeScheduler"):
+        set_steps(scheduler, 4)
+        x, t = first_of(scheduler), float(scheduler.timesteps[1])
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(randn(*SHAPE), t, x, generator=torch.Generator().manual_seed(1)).prev_sample
+        results.append([(x, None)])
+    assert largest_error(*results) < 2e-6
+
+
+def test_pndm_may_be_set_back():
+    scheduler = fused.PNDMScheduler(skip_prk_steps=True)
+    expected = loop(scheduler, randn(*SHAPE))[-1][0]
+    scheduler._step_index, x = None, randn(*SHAPE)
+    for t in scheduler.timesteps:
+        uncond, cond = (model(x, t, value) for value in (0.0, 1.0))
+        x = scheduler.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
+    assert torch.equal(x, expected)
+    scheduler.set_timesteps(STEPS)
+    x = scheduler.step(randn(*SHAPE), scheduler.timesteps[0], randn(*SHAPE)).prev_sample
+    scheduler.step(randn(*SHAPE), scheduler.timesteps[1], x)
+    with pytest.raises(RuntimeError, match=r"timestep: expected that of call 2 of the loop, 830, got 250"):
+        scheduler.step(randn(*SHAPE), 250, x)
+
+
+@pytest.mark.parametrize(
+    "name", ["UniPCMultistepScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"]
+)
+def test_a_step_after_the_last_is_refused(name):
+    scheduler = getattr(fused, name)()
+    x = loop(scheduler, randn(*SHAPE))[-1][0]
+    with pytest.raises(IndexError, match="step: expected no more than the 12 of this loop, got another one"):
+        scheduler.step(x, scheduler.timesteps[-1], x)
+
+
+def test_what_a_loop_does_not_go_on_with_is_named():
+    scheduler = fused.UniPCMultistepScheduler(**BETAS)
+    scheduler.set_timesteps(STEPS)
+    x = scheduler.step(randn(*SHAPE), scheduler.timesteps[0], randn(*SHAPE)).prev_sample
+    with pytest.raises(RuntimeError, match=r"of \(2, 3, 8, 8\) in float32 or less .* of \(2, 3, 8, 8\) in float64;"):
+        scheduler.step(x.double(), scheduler.timesteps[1], x.double())
+
+
 def test_what_diffusers_refuses_is_refused():
     scheduler = fused.EulerDiscreteScheduler(**BETAS)
     scheduler.set_timesteps(STEPS)
@@ -307,12 +366,13 @@ COPIES = {
 }
 
 
+@pytest.mark.parametrize("at", [2, 3])
 @pytest.mark.parametrize(
     ("case", "how"),
     [(case, how) for case in CASES for how in COPIES if not case.startswith(("dpm sde", "cosine"))
      and not (case.startswith("sa") and how == "pickle")],
 )  # fmt: skip
-def test_a_copy_in_the_middle_of_a_loop_goes_on_as_the_loop_does(case, how):
+def test_a_copy_in_the_middle_of_a_loop_goes_on_as_the_loop_does(case, how, at):
     """And neither disturbs the other. A path of Brownian motion is not copied in its middle, and pickle takes no
     SA-Solver of diffusers, which has a function of its own.
     """
@@ -321,7 +381,7 @@ def test_a_copy_in_the_middle_of_a_loop_goes_on_as_the_loop_does(case, how):
     copies = []
 
     def copied(x, number):
-        if number == 3:
+        if number == at:
             copies.append((COPIES[how](scheduler), x.clone()))
         return x
 
@@ -330,11 +390,11 @@ def test_a_copy_in_the_middle_of_a_loop_goes_on_as_the_loop_does(case, how):
     expected = [x for x, _ in loop(scheduler, first, edit=copied, generator=generator, options=options)]
     ((other, x),) = copies
     generator.manual_seed(3)
-    loop(getattr(fused, name)(**config), first, generator=generator, options=options, stop=4)
+    loop(getattr(fused, name)(**config), first, generator=generator, options=options, stop=at + 1)
     arguments = dict(options)
     if "generator" in inspect.signature(other.step).parameters:
         arguments["generator"] = generator
-    for number, t in enumerate(steps_of(other)[4:], start=4):
+    for number, t in enumerate(steps_of(other)[at + 1 :], start=at + 1):
         given = other.scale_model_input(x, t) if hasattr(other, "scale_model_input") else x
         uncond, cond = (model(given, t, value) for value in (0.0, 1.0))
         x = other.step(uncond + 3.0 * (cond - uncond), t, x, **arguments).prev_sample

@@ -180,6 +180,25 @@ def test_a_learned_variance_is_joined_as_it_was(which, inference):
             assert torch.equal(resolved(joined, SAMPLE, None)[0], expected)
 
 
+def test_a_variance_that_others_have_is_joined_at_once():
+    """In inference mode, where torch does not count who writes to it."""
+    with torch.inference_mode():
+        variance = module.traced(WHOLE[:2].clone(), Fusion())
+        held = variance.contiguous()
+        uncond, cond = two_calls(WHOLE)
+        joined = torch.cat([uncond + 2.0 * (cond - uncond), variance], 1)
+        held.mul_(0.0)
+        u, c = WHOLE.chunk(2)
+        assert torch.equal(joined.clone(), torch.cat([u + 2.0 * (c - u), WHOLE[:2]], 1))
+
+
+def test_shapes_that_cannot_be_joined_are_refused_at_once():
+    variance = module.traced(randn(2, 3, 4), Fusion())
+    uncond, cond = two_calls(WHOLE)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        torch.cat([uncond + 2.0 * (cond - uncond), variance], 1)
+
+
 PIECES = {
     "the first half twice": lambda a, b: a[0] + 3.0 * (b[0] - a[0]),
     "the second half first": lambda a, b: a[1] + 3.0 * (b[0] - a[1]),

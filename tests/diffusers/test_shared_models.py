@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections import Counter
 
@@ -56,6 +57,58 @@ def test_pipelines_of_two_classes_share_a_model(compiled):
     assert not first.unet._forward_hooks
 
 
+class Watching(diffusers.DDIMScheduler):
+    """Notes what it is given."""
+
+    def step(self, model_output, timestep, sample, **how):
+        assert type(model_output) is torch.Tensor
+        return super().step(model_output, timestep, sample, **how)
+
+
+def test_a_pipeline_of_the_same_class_that_is_not_accelerated_gets_tensors():
+    """As does one that is restored; and neither ends the tracing of the accelerated one."""
+    unet = model()
+    left, restored = (FreePipeline(None, unet=unet, scheduler=Watching(clip_sample=False)) for _ in range(2))
+    pipe, other = FreePipeline(None, unet=unet), FreePipeline(None, unet=unet)
+    done = fused.accelerate(pipe)
+    fused.accelerate(other)
+    fused.restore(other)
+    for each in (left, pipe, restored, pipe):
+        each(LATENTS, steps=3)
+    assert done.counts == {GUIDED: 6}
+
+
+def test_an_accelerated_pipeline_may_be_pickled():
+    """What comes out is not traced until it is accelerated; its scheduler is fastguide's."""
+    pipe = FreePipeline(None, unet=model())
+    done = fused.accelerate(pipe)
+    expected = pipe(LATENTS, steps=3)
+    other, scheduler = (pickle.loads(pickle.dumps(each)) for each in (pipe, pipe.scheduler))
+    assert isinstance(other.scheduler, fused.DDIMScheduler)
+    assert isinstance(scheduler, fused.DDIMScheduler)
+    torch.testing.assert_close(other(LATENTS, steps=3), expected)
+    assert fused.accelerate(other).tried == ["unet"]
+    torch.testing.assert_close(other(LATENTS, steps=3), expected)
+    assert done.counts == {GUIDED: 3}
+    fused.restore(other)
+    assert type(other.scheduler) is diffusers.DDIMScheduler
+
+
+def test_a_scheduler_that_a_pipeline_copies_for_itself_counts_there():
+    pipe = FreePipeline(None, unet=model())
+    done = fused.accelerate(pipe)
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+    pipe(LATENTS, steps=3)
+    assert sum(done.counts.values()) == 3
+
+
+def test_a_model_that_nobody_traces_any_more_is_as_it_was():
+    unet = model()
+    fused.accelerate(FreePipeline(None, unet=unet))
+    gc.collect()
+    assert unet._compiled_call_impl is None
+
+
 def test_a_pipeline_that_is_gone_leaves_no_trace():
     unet = model()
     kept = FreePipeline(None, unet=unet)
@@ -64,7 +117,6 @@ def test_a_pipeline_that_is_gone_leaves_no_trace():
         fused.accelerate(FreePipeline(None, unet=unet, scheduler=kept.scheduler))
         gc.collect(0)
     gc.collect()
-    fused.accelerate(kept)
     assert len(unet._compiled_call_impl.traces) == 1
     kept(LATENTS, steps=3)
     assert done.counts == {GUIDED: 3}

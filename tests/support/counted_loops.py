@@ -33,6 +33,23 @@ CASES = {  # name, configuration, options of step
         {"s_churn": 4.0, "s_tmin": 0.5, "s_tmax": 6.0},
     ),
     "euler ancestral": ("EulerAncestralDiscreteScheduler", BETAS, {}),
+    "euler sample": ("EulerDiscreteScheduler", {**BETAS, "prediction_type": "sample"}, {}),
+    "heun sample": ("HeunDiscreteScheduler", {**BETAS, "prediction_type": "sample"}, {}),
+    "lms sample": ("LMSDiscreteScheduler", {**BETAS, "prediction_type": "sample"}, {}),
+    "dpm++ 2m sample": ("DPMSolverMultistepScheduler", {**BETAS, "prediction_type": "sample"}, {}),
+    "dpm 2m": (
+        "DPMSolverMultistepScheduler",
+        {**BETAS, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, {},
+    ),
+    "dpm 2m sde v": (
+        "DPMSolverMultistepScheduler",
+        {**BETAS, "algorithm_type": "sde-dpmsolver", "prediction_type": "v_prediction",
+         "final_sigmas_type": "sigma_min"}, {},
+    ),
+    "dpm++ 2s sde sample": (
+        "DPMSolverSinglestepScheduler",
+        {**BETAS, **ENDS, "algorithm_type": "sde-dpmsolver++", "prediction_type": "sample"}, {},
+    ),
     "heun": ("HeunDiscreteScheduler", {**BETAS, "clip_sample": True}, {}),
     "dpm2": ("KDPM2DiscreteScheduler", BETAS, {}),
     "dpm2 ancestral": ("KDPM2AncestralDiscreteScheduler", {**BETAS, "timestep_spacing": "trailing"}, {}),
@@ -93,7 +110,10 @@ def model(x, t, condition):
     return torch.tanh(0.7 * x + 0.3 * condition + torch.sin(torch.as_tensor(t).float() / 50).to(x)) - 0.2 * x
 
 
-def loop(scheduler, x, *, begin=None, dtype=None, generator=None, options=None, edit=None, steps=STEPS, stop=None):
+def loop(
+    scheduler, x, *, begin=None, dtype=None, generator=None, options=None, edit=None, steps=STEPS, stop=None,
+    as_output=True,
+):  # fmt: skip
     """Return each sample and predicted x_0, as a pipeline runs it, with a model that computes in ``dtype``."""
     set_steps(scheduler, steps)
     if begin is not None and hasattr(scheduler, "set_begin_index"):
@@ -105,8 +125,8 @@ def loop(scheduler, x, *, begin=None, dtype=None, generator=None, options=None, 
     for number, t in enumerate(steps_of(scheduler)[begin or 0 : stop]):
         given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         uncond, cond = (model(given.to(dtype or given.dtype), t, value) for value in (0.0, 1.0))
-        result = scheduler.step(uncond + 3.0 * (cond - uncond), t, x, **options)
-        x = result.prev_sample if edit is None else edit(result.prev_sample, number)
+        result = scheduler.step(uncond + 3.0 * (cond - uncond), t, x, **options, return_dict=as_output)
+        x = result[0] if edit is None else edit(result[0], number)
         seen.append((x, result[1] if len(result) > 1 else None))
     return seen
 

@@ -254,8 +254,8 @@ def counted_step(
     index = _index_of(scheduler, timestep)
     if loop is not None and loop.is_over and index >= loop.following:
         raise IndexError(
-            f"step: expected no more than the {loop.following - loop.begin} of this loop, got another one; set_timesteps "
-            "begins another loop"
+            f"step: expected no more than the {loop.following - loop.begin} of this loop, got another one; "
+            "set_timesteps begins another loop"
         )
     if index >= len(scheduler.timesteps):
         return None  # diffusers says that there are none

@@ -174,13 +174,8 @@ def run_again(
     if kinds is None or not _is_like(scheduler, loop, like, arguments, output, sample, guidance_scale):
         return None
     predictions = output if type(output) is Tensor else predictions_again(output)
-    if predictions is None:
-        return None
-    try:
-        if sample._version != loop.version:
-            return None
-        seen = () if made.second is None else versions_of(predictions)
-    except RuntimeError:  # an inference tensor, which counts nothing
+    seen = None if predictions is None else _versions_again(loop, sample, predictions)
+    if predictions is None or seen is None:
         return None
     state, history = loop.state, loop.history
     rounds, keeps = scheduler.float32_state and like.dtypes.is_rounded, made.keeps[call]
@@ -217,6 +212,16 @@ def run_again(
     if return_dict:
         return scheduler._output(answer, original)
     return answer, LazyOriginal.of(answer, original, like.dtypes.original)
+
+
+def _versions_again(loop: CountedLoop, sample: Tensor, predictions: Tensor | list[Tensor]) -> tuple[int, ...] | None:
+    """Return how often predictions were written to, if x_0 depends on that; ``None``: the sample was, or who knows."""
+    try:
+        if sample._version != loop.version:
+            return None
+        return () if loop.made.second is None else versions_of(predictions)
+    except RuntimeError:  # an inference tensor, which counts nothing
+        return None
 
 
 def _again_for(

@@ -212,7 +212,7 @@ def _fused(scheduler: Any) -> SchedulerStep | None:
     if isinstance(scheduler, SchedulerStep):
         return scheduler
     own = SERVED.get(type(scheduler))
-    if own is None or scheduler.config.get("thresholding"):
+    if own is None or _never_fused(scheduler) is not None:
         return None
     fused = own.__new__(own)
     fused.__dict__.update(scheduler.__dict__)
@@ -220,8 +220,18 @@ def _fused(scheduler: Any) -> SchedulerStep | None:
     return fused
 
 
+def _never_fused(scheduler: Any) -> str | None:
+    """Return what a configuration asks for that no step of a loop is fused with; ``None``: nothing."""
+    if scheduler.config.get("thresholding"):
+        return "dynamic thresholding"
+    kind: type = type(scheduler)
+    if kind is diffusers.PNDMScheduler and not scheduler.config.skip_prk_steps:
+        return "a warm-up by Runge and Kutta's method"
+    return None
+
+
 def _reason(scheduler: Any) -> str:
     kind = type(scheduler).__name__
     if type(scheduler) in SERVED:
-        return f"{kind}: dynamic thresholding is not in the fused step"
+        return f"{kind}: {_never_fused(scheduler)} is not in the fused step"
     return f"{kind}: it is not served, or a subclass of one that is"

@@ -65,33 +65,16 @@ def repeated(
         inputs_versions = sample._version, *versions_of(predictions)
     except (KeyError, RuntimeError):  # an attribute that a subclass computes; an inference tensor, which counts nothing
         return None
-    row = timestep
-    if type(row) is Tensor:  # a list, if it has several elements
-        row = row.tolist() if row.is_cpu else None if row.dim() else row_of(scheduler, row, sample)
-    if type(row) is not int:
+    row = _row(scheduler, timestep, sample)
+    if row is None:
         return None
     source = None
     if row != 0 if draws is None else draws:  # a row that adds no noise has no kind that takes a generator
         source = torch.default_generator if generator is None else generator
     result = repeat(
-        kinds,
-        row,
-        sample,
-        predictions,
-        guidance_token,
-        None,
-        None,
-        None,
-        source,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+        kinds, row, sample, predictions, guidance_token, None, None, None, source, None, None, None, None, None, None,
+        None, None,
+    )  # fmt: skip
     if result is None:
         return None
     if scheduler._fusion is not None:
@@ -101,6 +84,14 @@ def repeated(
     if return_dict:
         return scheduler._output(result, original_later)
     return result, LazyOriginal.of(result, original_later)
+
+
+def _row(scheduler: Any, timestep: Any, sample: Tensor) -> int | None:
+    """Return a timestep's row, if the host knows it; ``None``: it does not, or there are several."""
+    row = timestep
+    if type(row) is Tensor:  # a list, if it has several elements
+        row = row.tolist() if row.is_cpu else None if row.dim() else row_of(scheduler, row, sample)
+    return row if type(row) is int else None
 
 
 def _original(

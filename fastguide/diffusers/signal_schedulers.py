@@ -165,6 +165,8 @@ class UniPCMultistepScheduler(_Signal, StepWithoutNoise, diffusers.UniPCMultiste
             return "another scheduler for its predictor"
         if not 1 <= self.config.solver_order <= 3:
             return "an order above 3"
+        if not self.predict_x0 and self.config.final_sigmas_type == "zero":
+            return "predictions of noise down to a sigma of zero, which divide by it"
         return super()._why_not()
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:

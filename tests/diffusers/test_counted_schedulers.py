@@ -320,13 +320,14 @@ def test_what_rows_do_not_express_is_left_to_diffusers():
         ("DPMSolverMultistepScheduler", {"thresholding": True}),
         ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, **ENDS}),
         ("SASolverScheduler", {"predictor_order": 4}),
+        ("UniPCMultistepScheduler", {"predict_x0": False}),
         ("PNDMScheduler", {}),
     ):
         ours, theirs = pair(name, **BETAS, **config)
         got, expected = (
             loop(each, randn(*SHAPE), generator=torch.Generator().manual_seed(1)) for each in (ours, theirs)
         )
-        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(got, expected, strict=True))
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for (a, _), (b, _) in zip(got, expected, strict=True))
         assert ours._counted.table is None
 
 

@@ -269,6 +269,16 @@ def test_another_scheduler_is_named_and_left_alone():
     before = thresholding.scheduler
     assert "dynamic thresholding" in fused.accelerate(thresholding).left_alone["scheduler"]
     assert thresholding.scheduler is before
+    warm = stable_diffusion("StableDiffusionPipeline", scheduler_of_pndm())
+    done = fused.accelerate(warm)
+    assert done.left_alone == {
+        "scheduler": "PNDMScheduler: a warm-up by Runge and Kutta's method is not in the fused step"
+    }
+    assert type(warm.scheduler) is diffusers.PNDMScheduler
+
+
+def scheduler_of_pndm():
+    return diffusers.PNDMScheduler(beta_schedule="scaled_linear")
 
 
 def test_a_scheduler_that_is_fused_already_stays():

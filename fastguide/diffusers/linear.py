@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .halves import FIRST, SECOND, OfHalves, difference, guided, scaled
 from .lazy_tensor import LazyTensor, plain
 from .traced import Combined, Joined, ScaleAsSeen, Source, Term, Traced, leading
 
@@ -30,12 +31,19 @@ Sum = tuple[tuple[Term, ...], ScaleAsSeen | None, Seen]
 def _as_sum(operand: Any) -> Sum | None:
     """Return an operand as a sum of terms; ``None``: it is no linear combination that may wait."""
     kind = type(operand)
+    if kind is OfHalves:
+        operand, kind = operand.combined(), Combined
     if kind is Traced:
         source = operand.source
         return (((operand, 1.0, 0.0),), None, ((source, source.version()),)) if source.may_wait() else None
     if kind is Combined and operand.is_pending():
         return operand.terms, operand.scale, operand.seen
     return None
+
+
+def _general(operand: Any) -> Any:
+    """Return an operand as a combination, if it is one of halves."""
+    return operand.combined() if type(operand) is OfHalves else operand
 
 
 def _are_alike(first: Traced, second: Traced) -> bool:
@@ -81,6 +89,7 @@ def _seen(left: Seen, right: Seen) -> Seen:
 
 def _sum(function: Any, first: Any, second: Any, sign: float) -> Any:
     """Return the sum of two operands, the second with a sign; ``function``: of torch, which computes it."""
+    first, second = _general(first), _general(second)
     if type(first) is Traced and first.piece is not None:
         made = _sum_of_pieces(function, first, second, sign)
         if made is not None:
@@ -121,6 +130,7 @@ def _sum_of_pieces(function: Any, first: Traced, second: Any, sign: float) -> Co
 
 def _product(function: Any, first: Any, second: Any, invert: bool = False) -> Any:
     """Return a combination times, or divided by, a number or a number for each sample."""
+    first, second = _general(first), _general(second)
     operand, other, found = first, second, _as_sum(first)
     if found is None:
         operand, other, found = second, first, None if invert else _as_sum(second)
@@ -163,6 +173,7 @@ def _is_scale(scale: Any, operand: Any) -> bool:
 
 def _interpolated(first: Any, second: Any, weight: Any) -> Any:
     """Return ``torch.lerp``."""
+    first, second = _general(first), _general(second)
     left, right = _as_sum(first), _as_sum(second)
     if left is not None and right is not None and first.dtype == second.dtype:
         made = _sum(operator.add, first, _product(operator.mul, weight, _sum(operator.sub, second, first, -1.0)), 1.0)
@@ -173,6 +184,7 @@ def _interpolated(first: Any, second: Any, weight: Any) -> Any:
 
 
 def _negative(operand: Any) -> Any:
+    operand = _general(operand)
     found = _as_sum(operand)
     if found is None:
         return operator.neg(plain(operand))
@@ -184,6 +196,7 @@ def _cast(operand: Any, dtype: Any) -> Any:
     """Return an operand in another dtype: what is traced is cast in the step."""
     if dtype is None or operand.dtype == dtype:
         return operand
+    operand = _general(operand)
     found = _as_sum(operand)
     if found is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return plain(operand).to(dtype)
@@ -191,9 +204,6 @@ def _cast(operand: Any, dtype: Any) -> Any:
 
 
 # ---- Views ----
-
-
-_HALVES = (0, 2), (1, 2)
 
 
 def _chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
@@ -206,9 +216,19 @@ def _chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
         if counted and tensor.shape[0] % chunks == 0:
             source = operand.source
             if chunks == 2:
-                return Traced(source, None, _HALVES[0]), Traced(source, None, _HALVES[1])
+                return Traced(source, None, FIRST), Traced(source, None, SECOND)
             return tuple([Traced(source, None, (number, chunks)) for number in range(chunks)])
     return _parts(lambda each: each.chunk(chunks, dim), operand)
+
+
+def _halved(self: Traced, chunks: int, dim: int = 0) -> Any:
+    """Return the parts of an output, as its method: mostly halves along the batch."""
+    source = self.source
+    if chunks == 2 and dim == 0 and self._value is source.tensor and source.is_linear:
+        shape = source.tensor.shape
+        if shape and shape[0] % 2 == 0:
+            return Traced(source, None, FIRST), Traced(source, None, SECOND)
+    return _chunk(self, chunks, dim)
 
 
 def _split(operand: Any, split_size: Any, dim: int = 0) -> Any:
@@ -225,6 +245,7 @@ def _view(operand: Any, function: Callable[[Tensor], Any]) -> Any:
 
 def _parts(function: Callable[[Tensor], Any], operand: Any) -> Any:
     """Return parts of an operand, which a function of tensors makes: of each of its terms, if they are views."""
+    operand = _general(operand)
     found = _as_sum(operand)
     if found is None or (found[1] is not None and found[1].tensor.dim() > 0):
         return function(plain(operand))
@@ -258,7 +279,7 @@ def _shares(part: Any, whole: Tensor) -> bool:
 def _joined(tensors: Any, dim: int = 0) -> Any:
     """Return ``torch.cat``: in the channels, of guidance and what the model returned besides."""
     if dim == 1 and isinstance(tensors, (list, tuple)) and len(tensors) == 2:
-        main, rest = tensors
+        main, rest = _general(tensors[0]), tensors[1]
         if type(main) is Combined and type(rest) is Traced and main.is_pending() and _may_be_joined(main, rest):
             return Joined(main, rest)
     return torch.cat([plain(tensor) for tensor in tensors], dim)
@@ -273,6 +294,7 @@ def _may_be_joined(main: Combined, rest: Traced) -> bool:
 def _stacked(tensors: Any, dim: int = 0) -> Any:
     """Return ``torch.stack``: of one tensor, it has one term for each of the tensor's."""
     if isinstance(tensors, (list, tuple)) and len(tensors) == 1:
+        tensors = [_general(tensors[0])]
         found = _as_sum(tensors[0])
         if found is not None and (found[1] is None or found[1].tensor.dim() == 0):
             terms = tuple([(Traced(of.source, of.value().unsqueeze(dim)), *how) for of, *how in found[0]])
@@ -299,15 +321,18 @@ def _moved(operand: Any, *arguments: Any) -> Any:
 
 
 def _add(first: Any, second: Any) -> Any:
-    return _sum(operator.add, first, second, 1.0)
+    made = guided(first, second) if type(second) is OfHalves else guided(second, first)
+    return _sum(operator.add, first, second, 1.0) if made is None else made
 
 
 def _sub(first: Any, second: Any) -> Any:
-    return _sum(operator.sub, first, second, -1.0)
+    made = difference(first, second)
+    return _sum(operator.sub, first, second, -1.0) if made is None else made
 
 
 def _mul(first: Any, second: Any) -> Any:
-    return _product(operator.mul, first, second)
+    made = scaled(first, second) if type(second) is OfHalves else scaled(second, first)
+    return _product(operator.mul, first, second) if made is None else made
 
 
 def _div(first: Any, second: Any) -> Any:
@@ -375,11 +400,12 @@ def _install() -> None:
     for names, rule in rules.items():
         LazyTensor.rules |= dict.fromkeys(_names(*names), rule)
         for name in names:
-            for kind in (Traced, Combined):
+            for kind in (Traced, Combined, OfHalves):
                 if name in _OPERATORS:
                     setattr(kind, name, rule)
                 elif name not in vars(kind) and hasattr(Tensor, name):
                     setattr(kind, name, _with_keywords(name, rule))
+    Traced.chunk = _halved  # type: ignore[attr-defined]
     LazyTensor.rules |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _joined)
     LazyTensor.rules[torch.stack] = _stacked
     taking = _names("chunk", "split", "unbind")

@@ -107,17 +107,17 @@ class _Watch:
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
             return output
-        found = [each() for each in self.traces]
-        fusions = [each.fusion for each in found if each is not None and each.fusion.tries]
-        while fusions:
-            code = id(frame.f_code)
-            for fusion in fusions:
-                if code in fusion.callers:
-                    return _with_traced(output, fusion)
-            if frame.f_back is None or not frame.f_globals.get("__name__", "").startswith("torch."):
-                break
+        while True:
+            code, tries = id(frame.f_code), False
+            for each in self.traces:
+                traces = each()
+                if traces is not None and traces.fusion.tries:
+                    if code in traces.fusion.callers:
+                        return _with_traced(output, traces.fusion)
+                    tries = True
+            if not tries or frame.f_back is None or not frame.f_globals.get("__name__", "").startswith("torch."):
+                return output
             frame = frame.f_back  # through a wrapper, as torch.compile makes one
-        return output
 
 
 class _Call(_Watch):

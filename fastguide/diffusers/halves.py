@@ -1,0 +1,107 @@
+"""Stand for classifier-free guidance of the two halves of one output, as most pipelines write it, with few objects.
+
+``uncond + scale * (cond - uncond)`` is three operations, and a ``Combined`` for each takes longer than the step that
+follows. So their results are of this class as long as nothing else is done with them; for anything else, they become
+combinations.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lazy_tensor import LazyTensor
+from .traced import Combined, Term, Traced
+
+DIFFERENCE, SCALED, GUIDED = range(3)
+"""``cond - uncond``, that times a number, and ``uncond`` and that."""
+FIRST, SECOND = (0, 2), (1, 2)
+"""The halves, which ``chunk`` gives these very tuples."""
+
+
+class OfHalves(LazyTensor):
+    """The difference of an output's halves, a multiple of it, or guidance with that."""
+
+    __slots__ = ("_general", "cond", "form", "scale", "uncond", "version")
+
+    def __init__(self, uncond: Traced, cond: Traced, version: int, form: int, scale: float) -> None:
+        self._value = None
+        self._general: Combined | None = None
+        self.uncond, self.cond = uncond, cond
+        self.version = version
+        """How often the output had been written to when the difference was taken."""
+        self.form = form
+        self.scale = scale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The output's."""
+        return self.uncond.source.dtype
+
+    def like(self) -> Tensor:
+        """Return a tensor of the same shape and device."""
+        return self.uncond.value()
+
+    def is_bare(self) -> bool:
+        """Tell whether nothing else was done with it."""
+        return self._general is None
+
+    def is_pending(self) -> bool:
+        """Tell whether nobody has seen its values."""
+        return self._general is None or self._general.is_pending()
+
+    def combined(self) -> Combined:
+        """Return the combination that it is, the same one each time."""
+        if self._general is None:
+            self._general = self._made()
+        return self._general
+
+    def value(self) -> Tensor:
+        """Return the tensor for one's own use."""
+        return self.combined().value()
+
+    def computed(self) -> Tensor:
+        """Return the tensor, for any use, the same one each time."""
+        return self.combined().computed()
+
+    def _made(self) -> Combined:
+        uncond, cond, scale, dtype = self.uncond, self.cond, self.scale, self.dtype
+        seen = ((uncond.source, self.version),)
+        terms: tuple[Term, ...] = ((cond, 1.0, 0.0), (uncond, -1.0, 0.0))
+        made = Combined((operator.sub, cond, uncond), terms, None, dtype, seen)
+        if self.form != DIFFERENCE and scale != 1.0:
+            terms = ((cond, scale, 0.0), (uncond, -scale, 0.0))
+            made = Combined((operator.mul, scale, made), terms, None, dtype, seen)
+        if self.form == GUIDED:
+            terms = ((uncond, 1.0 - scale, 0.0), (cond, scale, 0.0))
+            made = Combined((operator.add, uncond, made), terms, None, dtype, seen)
+        return made
+
+
+def difference(first: Any, second: Any) -> OfHalves | None:
+    """Return ``first - second`` of an output's second and first half; ``None``: they are not those."""
+    if type(first) is not Traced or type(second) is not Traced or first.piece is not SECOND:
+        return None
+    source = first.source
+    if second.piece is not FIRST or second.source is not source or source.uncounted or not source.is_linear:
+        return None
+    return OfHalves(second, first, source.tensor._version, DIFFERENCE, 1.0)
+
+
+def scaled(scale: Any, of: Any) -> OfHalves | None:
+    """Return a number times a difference; ``None``: they are not those."""
+    if type(of) is not OfHalves or type(scale) is not float or of.form != DIFFERENCE or of._general is not None:
+        return None
+    return OfHalves(of.uncond, of.cond, of.version, SCALED, scale) if abs(scale) < 1e30 else None
+
+
+def guided(uncond: Any, of: Any) -> OfHalves | None:
+    """Return the first half and a multiple of the difference; ``None``: they are not those."""
+    if type(of) is not OfHalves or uncond is not of.uncond or of.form == GUIDED or of._general is not None:
+        return None
+    if uncond.source.tensor._version != of.version:
+        return None
+    return OfHalves(uncond, of.cond, of.version, GUIDED, of.scale)

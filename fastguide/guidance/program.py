@@ -51,14 +51,20 @@ class Program(NamedTuple):
         return [value(operand) for operand in self.weights]
 
 
-def _tensors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function of torch that needs tensors, for numbers as well."""
+def _minimum(first: Any, second: Any) -> Tensor:
+    """Return the lower of two; a number is not made a tensor, which would copy it to the device."""
+    if not isinstance(first, Tensor):
+        first, second = second, first
+    lower: Tensor = torch.minimum(first, second) if isinstance(second, Tensor) else first.clamp(max=second)
+    return lower
 
-    def called(*values: Any) -> Tensor:
-        like = next(value for value in values if isinstance(value, Tensor))
-        return function(*[value if isinstance(value, Tensor) else like.new_tensor(value) for value in values])
 
-    return called
+def _maximum(first: Any, second: Any) -> Tensor:
+    """Return the higher of two; likewise."""
+    if not isinstance(first, Tensor):
+        first, second = second, first
+    higher: Tensor = torch.maximum(first, second) if isinstance(second, Tensor) else first.clamp(min=second)
+    return higher
 
 
 _OF_TENSORS: dict[str, Callable[..., Any]] = {
@@ -68,8 +74,8 @@ _OF_TENSORS: dict[str, Callable[..., Any]] = {
     "div": lambda a, b: a / b,
     "sqrt": torch.sqrt,
     "exp": torch.exp,
-    "minimum": _tensors(torch.minimum),
-    "maximum": _tensors(torch.maximum),
+    "minimum": _minimum,
+    "maximum": _maximum,
     "where": lambda condition, a, b: torch.where(condition > 0, a, b),
 }
 assert _OF_TENSORS.keys() == OPERATIONS.keys()

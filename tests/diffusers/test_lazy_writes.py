@@ -222,3 +222,26 @@ def test_pieces_of_other_sizes_are_not_taken_for_halves():
     got = stepped(quarters[0] + 3.0 * (quarters[2] - quarters[0]))
     expected = whole[:2] + 3.0 * (whole[4:6] - whole[:2])
     torch.testing.assert_close(got, stepped(expected))
+
+
+@pytest.mark.parametrize("by", ["a product", "a sum"])
+def test_guidance_of_a_half_that_was_written_to_between_is_refused(by):
+    """The difference was taken before, and is not computed yet."""
+    u, c = halves_of_one(WHOLE.clone())
+    shift = c - u
+    scaled = 3.0 * shift if by == "a sum" else None
+    u.mul_(2.0)
+    with pytest.raises(RuntimeError, match="was written to after guidance had been taken from it"):
+        resolved(u + (3.0 * shift if scaled is None else scaled), SAMPLE, None)
+
+
+def test_halves_of_a_difference_that_was_asked_for_are_those_that_were_seen():
+    """What is done with a difference after its values were read and written to has the written ones."""
+    u, c = halves_of_one(WHOLE.clone())
+    shift = c - u
+    earlier = u + 3.0 * shift
+    shift.mul_(0.5)
+    later = u + 3.0 * shift
+    first, second = WHOLE.chunk(2)
+    torch.testing.assert_close(stepped(earlier), stepped(first + 3.0 * (second - first)))
+    torch.testing.assert_close(stepped(later), stepped(first + 3.0 * (0.5 * (second - first))))

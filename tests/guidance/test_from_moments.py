@@ -313,3 +313,22 @@ def test_deviations_and_sums_are_torch_s():
     u, c = given
     expected = std(c) * u + c.flatten(1).sum(1).view(-1, 1, 1, 1) * (c - u)
     torch.testing.assert_close(guided(measured(), given), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_copied_to_the_device_once_it_was_used():
+    """Constants of a formula are no tensors, and parameters are moved once: a captured loop has no place for copies."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            names.append(str(function))
+            return function(*arguments, **(keywords or {}))
+
+    names = []
+    for guidance, _ in FORMULAS.values():
+        given = predictions(guidance.num_predictions, dtype=torch.float32)
+        guided_step(TABLE, 3, torch.zeros(SHAPE), given, guidance)
+        with Note():
+            guided_step(TABLE, 3, torch.zeros(SHAPE), given, guidance)
+    assert any("linalg" in name or "dot" in name or "mul" in name for name in names)
+    assert not [name for name in names if "lift_fresh" in name or "_local_scalar_dense" in name or "item" in name]

@@ -12,9 +12,14 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+_PART = 4096
+"""Elements that are added up in the predictions' own precision; the sums of such parts are added up in float64."""
+
 
 def moments_of(predictions: Sequence[Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Return moments of each sample, in float64, shape (batch,).
+
+    What a sample has does not depend on the others of its batch, to the bit: parts begin with the sample.
 
     Args:
         predictions: each of shape (batch, ...).
@@ -23,20 +28,21 @@ def moments_of(predictions: Sequence[Tensor], names: Collection[str]) -> dict[st
     first = predictions[0]
     exact = torch.float64 if any(each.dtype == torch.float64 for each in predictions) else torch.float32
     base = first.to(exact)
-    terms = [base.double().flatten(1)] + [None] * (len(predictions) - 1)
+    terms: dict[int, Tensor] = {0: base.flatten(1)}
     wanted = {name: [int(part) for part in name.split("_")[1:]] for name in names if name[:4] in ("dot_", "sum_")}
-
-    def term(number: int) -> Tensor:
-        if terms[number] is None:
-            terms[number] = (predictions[number].to(exact) - base).double().flatten(1)
-        found = terms[number]
-        assert found is not None
-        return found
-
-    made = {}
-    for name, numbers in wanted.items():
-        values = [term(number) for number in numbers]
-        made[name] = values[0].sum(1) if len(values) == 1 else torch.linalg.vecdot(values[0], values[1])
+    for number in sorted({number for numbers in wanted.values() for number in numbers} - {0}):
+        terms[number] = (predictions[number].to(exact) - base).flatten(1)
+    made = {
+        name: _added(terms[numbers[0]] if len(numbers) == 1 else terms[numbers[0]] * terms[numbers[1]])
+        for name, numbers in wanted.items()
+    }
     if "numel" in names:
-        made["numel"] = torch.full((1,), float(terms[0].shape[1]), dtype=torch.float64, device=first.device)  # type: ignore[union-attr]
+        made["numel"] = torch.full((1,), float(terms[0].shape[1]), dtype=torch.float64, device=first.device)
     return made
+
+
+def _added(values: Tensor) -> Tensor:
+    """Return the sum of each row, in float64."""
+    whole = values.shape[1] // _PART * _PART
+    parts = values[:, :whole].unflatten(1, (-1, _PART)).sum(-1) if whole else values[:, :0]
+    return parts.double().sum(1) + values[:, whole:].sum(1).double()

@@ -28,7 +28,7 @@ napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|diffusers|collections|typing)\..*"),
     ("py:class", r"Tensor|Base|Callback|Condition|Generators|GradientForm|Scale"),
-    ("py:class", r"([\w.]+\.)?(FromMoments|GradientSource|Mode|Vector)"),
+    ("py:class", r"([\w.]+\.)?(FromMoments|GradientSource|Mode|MomentWeights|Vector)"),
 ]
 
 

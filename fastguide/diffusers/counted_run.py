@@ -103,11 +103,7 @@ def _outputs(
     assert table is not None
     rounds = scheduler.float32_state and dtypes.is_rounded
     keeps = rounds or made.keeps[call]
-    dtype = torch.float32 if rounds else dtypes.result
-    out, returned = _new_for(given, sample, dtype, dtypes.result if keeps else None)
-    if keeps and not rounds and given.dtype == dtypes.result:
-        private = loop.private(given, anchor)
-        out = out if private is None else private
+    out, returned = _places(loop, given, anchor, sample, dtypes.result, rounds, keeps)
     staged = original = None
     if made.staging is not None and lead == 1 and not rounds:
         table, staged = made.staging, None if keeps else _counted_like(given, dtypes.result)
@@ -130,6 +126,22 @@ def _counted_like(given: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):
             return empty_like(given, dtype)
     return empty_like(given, dtype)
+
+
+def _places(
+    loop: CountedLoop,
+    given: Tensor,
+    anchor: Tensor | None,
+    sample: Tensor,
+    dtype: torch.dtype,
+    rounds: bool,
+    keeps: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return where a step writes its result, and what it returns instead, of ``dtype``, if it keeps the result."""
+    private = loop.private(given, anchor) if keeps and not rounds and given.dtype == dtype else None
+    if private is not None:
+        return private, _counted_like(sample, dtype)
+    return _new_for(given, sample, torch.float32 if rounds else dtype, dtype if keeps else None)
 
 
 def _new_for(
@@ -184,7 +196,7 @@ def run_again(
     given = state if state is not None and rounds else sample
     out = returned = staged = None
     if rounds or keeps or torch.is_inference_mode_enabled():
-        out, returned = _again_for(loop, given, sample, rounds, keeps)
+        out, returned = _places(loop, given, None, sample, sample.dtype, rounds, rounds or keeps)
     if made.staging is not None and not rounds:
         if like.table is not made.staging:
             return None
@@ -222,16 +234,6 @@ def _versions_again(loop: CountedLoop, sample: Tensor, predictions: Tensor | lis
         return () if loop.made.second is None else versions_of(predictions)
     except RuntimeError:  # an inference tensor, which counts nothing
         return None
-
-
-def _again_for(
-    loop: CountedLoop, given: Tensor, sample: Tensor, rounds: bool, keeps: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return where a step like the last one writes its result, and what it returns instead, if it is not that."""
-    private = loop.private(given) if keeps and not rounds else None
-    if private is None:
-        return _new_for(given, sample, given.dtype, sample.dtype if rounds or keeps else None)
-    return private, _counted_like(sample, sample.dtype)
 
 
 def _is_like(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .lazy_tensor import LazyTensor
-from .traced import Combined, Term, Traced
+from .traced import LARGEST, Combined, Term, Traced
 
 DIFFERENCE, SCALED, GUIDED = range(3)
 """``cond - uncond``, that times a number, and ``uncond`` and that."""
@@ -49,19 +49,11 @@ class OfHalves(LazyTensor):
         """Tell whether nothing else was done with it."""
         return self._general is None
 
-    def is_pending(self) -> bool:
-        """Tell whether nobody has seen its values."""
-        return self._general is None or self._general.is_pending()
-
     def combined(self) -> Combined:
         """Return the combination that it is, the same one each time."""
         if self._general is None:
             self._general = self._made()
         return self._general
-
-    def value(self) -> Tensor:
-        """Return the tensor for one's own use."""
-        return self.combined().value()
 
     def computed(self) -> Tensor:
         """Return the tensor, for any use, the same one each time."""
@@ -95,7 +87,7 @@ def scaled(scale: Any, of: Any) -> OfHalves | None:
     """Return a number times a difference; ``None``: they are not those."""
     if type(of) is not OfHalves or type(scale) is not float or of.form != DIFFERENCE or of._general is not None:
         return None
-    return OfHalves(of.uncond, of.cond, of.version, SCALED, scale) if abs(scale) < 1e30 else None
+    return OfHalves(of.uncond, of.cond, of.version, SCALED, scale) if abs(scale) < LARGEST else None
 
 
 def guided(uncond: Any, of: Any) -> OfHalves | None:

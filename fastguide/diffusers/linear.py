@@ -16,10 +16,7 @@ from torch import Tensor
 
 from .halves import FIRST, SECOND, OfHalves, difference, guided, scaled
 from .lazy_tensor import LazyTensor, plain
-from .traced import Combined, Joined, ScaleAsSeen, Source, Term, Traced, leading
-
-_LARGEST = 1e30
-"""A number above this, or NaN, is no coefficient that the kernels' float32 could do with."""
+from .traced import LARGEST, Combined, Joined, ScaleAsSeen, Source, Term, Traced, leading
 
 # ---- Arithmetic ----
 
@@ -137,7 +134,7 @@ def _product(function: Any, first: Any, second: Any, invert: bool = False) -> An
     if found is None:
         return function(plain(first), plain(second))
     terms, scale, seen = found
-    number = other if type(other) is float and abs(other) < _LARGEST else _number(other)
+    number = other if type(other) is float and abs(other) < LARGEST else _number(other)
     if number is not None and not (invert and number == 0):
         by = 1.0 / number if invert else number
         scaled = tuple([(of, constant * by, factor * by) for of, constant, factor in terms])
@@ -155,7 +152,7 @@ def _number(value: Any) -> float | None:
         if not isinstance(value, Real) or isinstance(value, bool):
             return None
         value = float(value)
-    return value if abs(value) < _LARGEST else None
+    return value if abs(value) < LARGEST else None
 
 
 def _is_scale(scale: Any, operand: Any) -> bool:

@@ -22,7 +22,7 @@ Draws = Callable[[StepTable, int], bool] | bool
 
 
 def as_number(value: Any) -> Any:
-    """Return an option of a step that rows depend on as a number, if it is a tensor of one element."""
+    """Return an option of a step that rows depend on as a number; for one on a device, this waits for the device."""
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
@@ -124,7 +124,9 @@ class StepWithChurn(CountedStep):
             place = self._churns_at(call, self._counted.begin)
             return s_tmin <= host_tables(self).sigma_values[place] <= s_tmax
 
-        arguments = (as_number(s_churn), as_number(s_tmin), as_number(s_tmax), as_number(s_noise))
+        arguments = (s_churn, s_tmin, s_tmax, s_noise)
+        if Tensor in map(type, arguments):
+            arguments = tuple(map(as_number, arguments))
         drawing = Drawing(generator, draws) if s_churn > 0 else None
         done = counted_step(self, arguments, model_output, timestep, sample, return_dict, guidance_scale, drawing)
         if done is not None:

@@ -20,12 +20,14 @@ from torch import Tensor
 from .lazy_tensor import LazyTensor, plain
 
 Scale = float | Tensor
+LARGEST = 1e30
+"""A number above this, or NaN, is no coefficient that the kernels' float32 could do with."""
 
 
 class Fusion:
     """What the models and schedulers of one pipeline know of each other: whether guidance is fused, and how often."""
 
-    __slots__ = ("__weakref__", "callers", "counts", "tries")
+    __slots__ = ("callers", "counts", "tries")
 
     def __init__(self) -> None:
         self.callers: dict[int, CodeType] = {}

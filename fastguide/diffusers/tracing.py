@@ -6,6 +6,7 @@ import copy
 import inspect
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from types import CodeType
 from typing import Any
@@ -83,22 +84,19 @@ def _leave_unless_watched(watch: _Watch, model: weakref.ref[torch.nn.Module]) ->
         watch.leave(left)
 
 
-class _Watch:
+class _Watch(ABC):
     """What watches a model's calls, for all pipelines that have it."""
 
     def __init__(self) -> None:
         self.traces: list[weakref.ref[Traces]] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
-        return type(self)()  # the pipelines' copies come by themselves
-
     def trace(self, model: torch.nn.Module, fusion: Fusion) -> Traces:
         """Trace the model for one more pipeline."""
         return Traces(self, model, fusion)
 
+    @abstractmethod
     def leave(self, model: torch.nn.Module) -> None:
         """Leave the model as it was."""
-        raise NotImplementedError(type(self).__name__)
 
     def traced(self, output: Any, frame: Any) -> Any:
         """Return a model's output, traced if the code of a pipeline asked for it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .formulas import LEAST_NORM, Base, begin, check_base, rescaled
-from .from_moments import FromMoments, given
+from .from_moments import FromMoments, parameters_and_options
 from .symbols import Vector, Vectors
 from .weights import Scale
 
@@ -50,7 +50,7 @@ class AdaptiveProjected(FromMoments):
         base: Base = "uncond",
     ) -> None:
         check_base(base)
-        parameters, options = given(
+        parameters, options = parameters_and_options(
             guidance_scale=guidance_scale, eta=eta, norm_threshold=norm_threshold, guidance_rescale=guidance_rescale
         )
         super().__init__(adaptive_projected, 2, parameters, options | {"base": base})

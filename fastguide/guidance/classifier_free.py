@@ -10,7 +10,7 @@ from torch import Tensor
 from .formulas import begin, rescaled
 from .moment_weights import MomentWeights
 from .symbols import Vector, Vectors
-from .weights import Guidance, Scale, as_scale, as_scale_per_step, scale_columns
+from .weights import Guidance, Scale, as_scale, as_scale_per_step, scale_columns, stand_in_columns
 
 
 def classifier_free(v: Vectors, guidance_scale: Any, guidance_rescale: Any) -> Vector:
@@ -44,8 +44,7 @@ class ClassifierFree(Guidance):
             super().__init__(scale_columns(1.0, scale, 0.0), None)
             return
         weights_from = MomentWeights.of(classifier_free, 2, {"guidance_scale": scale, "guidance_rescale": rescale})
-        shape = scale_columns(scale, rescale).shape[:2]
-        super().__init__(scale_columns(1.0, 1.0, 0.0).expand(*shape, -1), None, weights_from)
+        super().__init__(stand_in_columns(2, (scale, rescale)), None, weights_from)
 
     @classmethod
     def from_w(cls, w: Scale, *, guidance_rescale: Scale = 0.0) -> ClassifierFree:

@@ -10,7 +10,7 @@ from typing import Any
 from .._counts import check_count
 from .moment_weights import MomentWeights
 from .symbols import Vector
-from .weights import Guidance, Scale, as_scale, scale_columns
+from .weights import Guidance, Scale, as_scale, stand_in_columns
 
 
 class FromMoments(Guidance):
@@ -32,12 +32,10 @@ class FromMoments(Guidance):
     ) -> None:
         scales = {name: as_scale(name, value) for name, value in parameters.items()}
         made = MomentWeights.of(function, num_predictions, scales, options)
-        shape = scale_columns(*scales.values()).shape[:2] if scales else (1, 1)
-        constants = scale_columns(*[1.0] * num_predictions, 0.0).expand(*shape, -1)
-        super().__init__(constants, None, made)
+        super().__init__(stand_in_columns(num_predictions, scales.values()), None, made)
 
 
-def given(**values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def parameters_and_options(**values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the parameters and the options of a guidance: ``None`` is an option, and so is a rescale of 0."""
     rescale = values.get("guidance_rescale")
     if isinstance(rescale, (int, float)) and not isinstance(rescale, bool) and rescale == 0:
@@ -87,9 +85,9 @@ def as_guidance(predictions: int) -> Callable[[Callable[..., Vector]], Callable[
         def made(*arguments: Any, **keywords: Any) -> FromMoments:
             bound = signature.bind(None, *arguments, **keywords)
             bound.apply_defaults()
-            given = dict(list(bound.arguments.items())[1:])
-            options = {name: value for name, value in given.items() if value is None or isinstance(value, (bool, str))}
-            parameters = {name: value for name, value in given.items() if name not in options}
+            values = dict(list(bound.arguments.items())[1:])
+            options = {name: value for name, value in values.items() if value is None or isinstance(value, (bool, str))}
+            parameters = {name: value for name, value in values.items() if name not in options}
             return FromMoments(function, predictions, parameters, options)
 
         return made

@@ -19,7 +19,7 @@ _PART = 4096
 def moments_of(predictions: Sequence[Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Return moments of each sample, in float64, shape (batch,).
 
-    What a sample has does not depend on the others of its batch, to the bit: parts begin with the sample.
+    Parts begin with the sample: on the host, what it has does not depend on the others of its batch, to the bit.
 
     Args:
         predictions: each of shape (batch, ...).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .formulas import LEAST_NORM, rescaled
-from .from_moments import FromMoments, given
+from .from_moments import FromMoments, parameters_and_options
 from .symbols import Vector, Vectors
 from .weights import Scale
 
@@ -35,7 +35,7 @@ class PerpNeg(FromMoments):
     """
 
     def __init__(self, guidance_scale: Scale, neg_scale: Scale = 1.0, *, guidance_rescale: Scale = 0.0) -> None:
-        parameters, options = given(
+        parameters, options = parameters_and_options(
             guidance_scale=guidance_scale, neg_scale=neg_scale, guidance_rescale=guidance_rescale
         )
         super().__init__(perp_neg, 3, parameters, options)

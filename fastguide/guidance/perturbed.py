@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .formulas import Base, begin, check_base, rescaled
-from .from_moments import FromMoments, given
+from .from_moments import FromMoments, parameters_and_options
 from .symbols import Vector, Vectors
 from .weights import Scale
 
@@ -45,7 +45,7 @@ class Perturbed(FromMoments):
         base: Base = "uncond",
     ) -> None:
         check_base(base)
-        parameters, options = given(
+        parameters, options = parameters_and_options(
             guidance_scale=guidance_scale,
             perturbed_guidance_scale=perturbed_guidance_scale,
             guidance_rescale=guidance_rescale,

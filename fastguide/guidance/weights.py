@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -33,7 +33,7 @@ class GradientSource(Protocol):
     def gradient(self, sample: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor: ...  # noqa: D102
 
 
-WeightsFrom: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
+WeightsFrom: TypeAlias = Callable[[Sequence[Tensor]], Tensor] | MomentWeights
 
 
 class Guidance:
@@ -73,7 +73,7 @@ class Guidance:
         self._copies: dict[tuple[torch.device, torch.dtype], torch.cuda.Event] = {}
 
     @classmethod
-    def from_predictions(cls, weights_from: WeightsFrom, num_predictions: int) -> Guidance:
+    def from_predictions(cls, weights_from: Callable[[Sequence[Tensor]], Tensor], num_predictions: int) -> Guidance:
         """Return guidance whose weights are computed from each step's predictions, such as rescaled guidance.
 
         Args:
@@ -222,6 +222,12 @@ def scale_columns(*columns: float | Tensor) -> Tensor:
     return torch.stack(
         torch.broadcast_tensors(*(torch.as_tensor(c, dtype=like.dtype, device=like.device) for c in columns)), -1
     )
+
+
+def stand_in_columns(num_predictions: int, scales: Iterable[float | Tensor]) -> Tensor:
+    """Return columns in the place of weights that are made at each step, for as many steps and samples as scales."""
+    shape = scale_columns(0.0, *scales).shape[:2]
+    return scale_columns(*[1.0] * num_predictions, 0.0).expand(*shape, -1)
 
 
 def as_scale(name: str, value: Scale) -> float | Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .formulas import Base, begin, check_base, rescaled
-from .from_moments import FromMoments, given
+from .from_moments import FromMoments, parameters_and_options
 from .symbols import Vector, Vectors
 from .weights import Scale
 
@@ -34,5 +34,5 @@ class ZeroStar(FromMoments):
 
     def __init__(self, guidance_scale: Scale, *, guidance_rescale: Scale = 0.0, base: Base = "uncond") -> None:
         check_base(base)
-        parameters, options = given(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
+        parameters, options = parameters_and_options(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
         super().__init__(zero_star, 2, parameters, options | {"base": base})

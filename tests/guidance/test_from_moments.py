@@ -229,6 +229,13 @@ def test_what_is_not_finite_stays_in_its_sample():
     assert not bool(got[1].isfinite().any())
 
 
+def test_a_scale_on_a_device_is_not_read_on_the_host():
+    """``meta`` tensors have no values that could be read."""
+    scale = torch.full((3,), 2.0, device="meta")
+    assert ZeroStar(scale).batch == 3
+    assert ClassifierFree(scale, guidance_rescale=0.5).batch == 3
+
+
 def test_weights_may_be_looked_at():
     guidance, given = MagnitudeAware(10.0), predictions(2)
     assert guidance.last_weights is None

@@ -251,12 +251,13 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
     for name, extra in (
         ("operator", f"{on_torch} '-DFASTGUIDE_CUDA_CODE=\"{description}\"'"),
         ("run", on_torch),
+        ("run_on_cpu", on_torch),
         ("repeat", include),  # for the header of DLPack
     ):
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: compile {escape(source / 'binding' / f'{name}.cpp')}", f"  extra = {extra}"]
     for name, flags in INSTRUCTION_SETS.items():
-        for file in ("step", "noise"):
+        for file in ("step", "moments", "noise"):
             objects.append(f"{file}_{name}.o")
             lines += [
                 f"build {file}_{name}.o: compile {escape(source / 'kernels' / 'cpu' / f'{file}.cpp')}",

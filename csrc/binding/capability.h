@@ -45,19 +45,19 @@ inline Capability select_capability(int level) {
   return selected_capability.load(std::memory_order_relaxed);
 }
 
-inline StepRange selected_step_range() {
+inline StepFunctions selected_functions() {
   switch (selected_capability.load(std::memory_order_relaxed)) {
     case Capability::baseline:
-      return baseline::step_range;
+      return {baseline::step_range, baseline::part_moments};
 #if defined(__x86_64__)
     case Capability::avx2:
-      return avx2::step_range;
+      return {avx2::step_range, avx2::part_moments};
     case Capability::avx512:
-      return avx512::step_range;
+      return {avx512::step_range, avx512::part_moments};
 #else
     case Capability::avx2:
     case Capability::avx512:  // never the best elsewhere
-      return baseline::step_range;
+      return {baseline::step_range, baseline::part_moments};
 #endif
   }
   FASTGUIDE_UNREACHABLE();

@@ -18,6 +18,7 @@ namespace fastguide {
   X(inpainting_type) \
   X(cpu) \
   X(requires_grad) \
+  X(last_weights) \
   X(storage_offset) \
   X(device) \
   X(is_grad_enabled) \

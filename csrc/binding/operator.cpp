@@ -19,7 +19,9 @@
 #include "binding/tensors.h"
 #include "kernels/arguments.h"
 #include "kernels/cursor.h"
+#include "kernels/weights.h"
 #include "maths/element.h"
+#include "maths/program.h"
 #include "maths/step.h"
 #if defined(FASTGUIDE_CUDA)
 #include "kernels/gpu/launch.h"
@@ -231,6 +233,70 @@ void read_history(const Tensor& history, const Layout& layout, StepArguments* a)
                   "history: expected the dtype of rows");
 }
 
+// Reads the program that makes the weights, and checks that each of its words is a place that there is.
+void read_program(const Tensor& program, const Layout& layout, StepArguments* a) {
+  check_device("program", program, layout);
+  const int64_t samples = program.dim() == 2 ? program.sizes()[0] : 0,
+                words = program.dim() == 2 ? program.sizes()[1] : 0;
+  STD_TORCH_CHECK(
+      program.scalar_type() == ScalarType::Int && (samples == 1 || samples == layout.batch) && program.is_contiguous(),
+      "program: expected int32 of shape (1 or ", layout.batch, ", words), contiguous");
+  a->program = static_cast<const int32_t*>(program.const_data_ptr());
+  a->program_stride = samples > 1 ? words : 0;
+  const int terms = terms_of(*a);
+  STD_TORCH_CHECK(a->num_predictions >= 2 && terms <= kMaxTerms, "program: expected 2 to ", kMaxTerms,
+                  " predictions with it, the sample counted, got ", terms);
+  const int64_t inputs = moments_of(terms) + kOtherInputs + a->num_parameters;
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    const int32_t* next = program_of(*a, sample);
+    const int64_t instructions = words > terms ? next[0] : -1;
+    STD_TORCH_CHECK(instructions >= 0 && inputs + instructions <= kMaxValues && words_of(terms, instructions) <= words,
+                    "program: expected at most ", kMaxValues, " values, and the words of all instructions");
+    ++next;
+    for (int k = 0; k < terms; ++k, ++next) {
+      STD_TORCH_CHECK(*next >= 0 && *next < inputs + instructions,
+                      "program: expected weights that are among its values");
+    }
+    for (int64_t n = 0; n < instructions; ++n) {
+      bool known = *next >= 0 && *next < static_cast<int32_t>(Operation::count);
+      ++next;
+      for (int k = 1; k < kInstructionWords; ++k, ++next) known = known && *next >= 0 && *next < inputs + n;
+      STD_TORCH_CHECK(known, "program: expected operations of earlier values, got another in instruction ", n);
+    }
+  }
+}
+
+// Reads what makes the weights from moments, and where they go.
+void read_moments(const Operands& operands, const Layout& layout, StepArguments* a) {
+  STD_TORCH_CHECK(operands.program.has_value() == operands.parameters.has_value() &&
+                      operands.program.has_value() == operands.made.has_value(),
+                  "program: expected program, parameters and made together");
+  if (!operands.program.has_value()) return;
+  STD_TORCH_CHECK(layout.is_cpu, "program: expected none on a GPU");
+  const Tensor &parameters = *operands.parameters, &made = *operands.made;
+  check_device("parameters", parameters, layout);
+  STD_TORCH_CHECK(parameters.scalar_type() == ScalarType::Double && parameters.dim() == 3 &&
+                      (parameters.sizes()[0] == a->steps || parameters.sizes()[0] == 1) &&
+                      (parameters.sizes()[1] == layout.batch || parameters.sizes()[1] == 1) &&
+                      parameters.sizes()[2] <= kMaxValues && parameters.is_contiguous(),
+                  "parameters: expected float64 of shape (", a->steps, " or 1, ", layout.batch,
+                  " or 1, numbers), contiguous");
+  a->num_parameters = static_cast<int>(parameters.sizes()[2]);
+  a->parameters = static_cast<const double*>(parameters.const_data_ptr());
+  a->parameters_step_stride = parameters.sizes()[0] > 1 ? parameters.strides()[0] : 0;
+  a->parameters_batch_stride = parameters.sizes()[1] > 1 ? parameters.strides()[1] : 0;
+  check_device("made", made, layout);
+  const int64_t columns = a->num_predictions + 1;
+  STD_TORCH_CHECK(element_of("made", made) == (a->double_precision ? Element::float64 : Element::float32) &&
+                      made.dim() == 2 && made.sizes()[0] == layout.batch &&
+                      (made.sizes()[1] == columns || made.sizes()[1] == columns + 1) && made.is_contiguous(),
+                  "made: expected the dtype of rows, shape (", layout.batch, ", ", columns,
+                  " or one more), contiguous");
+  a->weighs_sample = made.sizes()[1] > columns;
+  a->made = made.mutable_data_ptr();
+  read_program(*operands.program, layout, a);
+}
+
 // ---- The operators ----
 
 void read(const Operands& operands, const Layout& layout, std::vector<Input>* predictions, StepArguments* a) {
@@ -243,6 +309,7 @@ void read(const Operands& operands, const Layout& layout, std::vector<Input>* pr
   read_noise(operands, layout, a);
   if (operands.staged.has_value()) a->staged_copies = read_copies("staged", *operands.staged, layout, &a->staged);
   if (operands.history.has_value()) read_history(*operands.history, layout, a);
+  read_moments(operands, layout, a);
 }
 
 // The boxed function of the operator: its arguments are the stack's entries.
@@ -318,6 +385,17 @@ FASTGUIDE_EXPORT const char* fastguide_arguments() {
   return FASTGUIDE_ARGUMENTS(FASTGUIDE_NAME);
 #undef FASTGUIDE_NAME
 }
+
+// The operations of a program, in order, each followed by a comma.
+FASTGUIDE_EXPORT const char* fastguide_operations() {
+#define FASTGUIDE_NAME(name) #name ","
+  return FASTGUIDE_OPERATIONS(FASTGUIDE_NAME);
+#undef FASTGUIDE_NAME
+}
+
+// The most terms and values of a program.
+FASTGUIDE_EXPORT int fastguide_program_terms() { return fastguide::kMaxTerms; }
+FASTGUIDE_EXPORT int fastguide_program_values() { return fastguide::kMaxValues; }
 
 // The architectures that the GPU kernels were compiled for, or "none: " and the reason.
 FASTGUIDE_EXPORT const char* fastguide_cuda_code() { return FASTGUIDE_CUDA_CODE; }

@@ -30,6 +30,7 @@ FASTGUIDE_PYTHON void PyErr_SetString(PyObject* kind, const char* message);
 FASTGUIDE_PYTHON PyObject* PyErr_Occurred();
 FASTGUIDE_PYTHON PyObject* PyObject_Type(PyObject* object);
 FASTGUIDE_PYTHON PyObject* PyObject_GetAttr(PyObject* object, PyObject* name);
+FASTGUIDE_PYTHON int PyObject_SetAttr(PyObject* object, PyObject* name, PyObject* value);
 FASTGUIDE_PYTHON int PyObject_IsTrue(PyObject* object);
 FASTGUIDE_PYTHON int PyObject_RichCompareBool(PyObject* first, PyObject* second, int operation);
 FASTGUIDE_PYTHON PyObject* PyObject_CallFunctionObjArgs(PyObject* callable, ...);

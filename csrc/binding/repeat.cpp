@@ -26,7 +26,8 @@ enum class NewOutput : int { no, small, any };
 struct Kind {
   // Compared by identity: Python keeps them alive. cursor: null if the index is an integer or a tensor.
   const PyObject *guidance, *cursor, *backend;
-  PyObject* launch;  // makes the step, of a call's objects; null: the record does
+  PyObject* launch;               // makes the step, of a call's objects; null: the record does
+  PyObject *weights_from, *made;  // whose last_weights are what the step has made; null: it makes none
   bool by_integer;
   char row;  // of the table's rows, which this kind's are like; see `repeat`
   bool takes_generator;
@@ -179,6 +180,7 @@ PyObject* make_step(Call& call, const Kind& kind) {
     return nothing();  // the operator says why
   }
   if (kind.draws && !draw(z, call.object(Given::generator))) return nullptr;
+  if (kind.weights_from != nullptr) PyObject_SetAttr(kind.weights_from, python.last_weights, kind.made);
   if (kind.launch != nullptr) return launch(kind, call, out.get(), z) ? out.release() : nullptr;
   try {
     const OtherThreads others(!kind.record.is_cpu || a.batch * a.elements_per_sample >= kGrain);
@@ -233,13 +235,13 @@ bool is_of_call(const Call& call, const Record& record, const Input* inputs, boo
   return same;
 }
 
-// describe(record, row, by_cursor, new_output, draws, noise, launch, index, sample, ...): the bytes of the kind of a
-// step that was made; None: steps like it are not repeated.
+// describe(record, row, by_cursor, new_output, draws, noise, launch, weights_from, made, index, sample, ...): the bytes
+// of the kind of a step that was made; None: steps like it are not repeated.
 //
 // record: bytes from fastguide::record_step. row: the byte of its row, of no meaning without an integer. out: that of
 // the step, even where it was new. noise: what was drawn, or None.
 PyObject* describe(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
-  constexpr int kOwn = 7;
+  constexpr int kOwn = 9;
   if (count != static_cast<std::ptrdiff_t>(Given::count) + kOwn) return nullptr;
   Call call(objects + kOwn);
   if (!call.read()) return nothing();
@@ -254,6 +256,8 @@ PyObject* describe(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
   kind.backend = call.object(Given::backend);
   kind.cursor = PyObject_IsTrue(objects[2]) == 1 ? call.object(Given::index) : nullptr;
   kind.launch = objects[6] == python.none ? nullptr : objects[6];
+  kind.weights_from = objects[7] == python.none ? nullptr : objects[7];
+  kind.made = objects[8];
   kind.by_integer = call.by_integer;
   kind.row = static_cast<char>(PyLong_AsLongLong(objects[1]));
   kind.takes_generator = call.object(Given::generator) != python.none;

@@ -4,12 +4,9 @@
 #if defined(FASTGUIDE_CUDA)
 #include <torch/csrc/stable/accelerator.h>
 #endif
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "binding/capability.h"
 #include "binding/tensors.h"
-#include "kernels/cpu/launch.h"
 #include "kernels/cursor.h"
 #include "maths/step.h"
 #if defined(FASTGUIDE_CUDA)
@@ -21,8 +18,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace fastguide {
 namespace {
-
-constexpr int64_t kNoiseGrain = kGrain / 4;  // the same where noise is drawn too, which takes several times as long
 
 // On a GPU the host does not wait for indices: the kernel checks them.
 void check_position(const StepArguments& a, bool is_cpu) {
@@ -61,18 +56,6 @@ void check_memory(const StepArguments& a) {
   STD_TORCH_CHECK(a.out.data != a.original.data || a.out.data == nullptr, "original: expected other memory than out's");
 }
 
-void run_on_cpu(const StepArguments& a) {
-  const int64_t total = a.batch * a.elements_per_sample;
-  const StepRange step_range = selected_step_range();
-  const int64_t grain = a.noise_kind == Noise::portable ? kNoiseGrain : kGrain;
-  if (total <= grain) {
-    step_range(a, 0, total);
-  } else {
-    torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { step_range(a, begin, end); });
-  }
-  if (a.cursor != nullptr) advance(a, position_of(a, 0), 0, 1);
-}
-
 void run_on_gpu(const StepArguments& a, int32_t device) {
   for_each_output(a, [](Argument name, const Output& output, int) {
     STD_TORCH_CHECK(output.element != Element::float64, name_of(name), ": expected no float64 tensors on a GPU");
@@ -85,6 +68,7 @@ void run_on_gpu(const StepArguments& a, int32_t device) {
                   "out: expected a CPU tensor, as this torch has no CUDA");
   STD_TORCH_CHECK(a.num_predictions <= kMaxPredictions, "predictions: expected at most ", kMaxPredictions,
                   " on a GPU, got ", a.num_predictions);
+  STD_TORCH_CHECK(a.program == nullptr, "program: expected none on a GPU");
   STD_TORCH_CHECK(!a.double_precision, "sample: expected float32, bfloat16 or float16 on a GPU, got float64");
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

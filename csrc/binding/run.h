@@ -16,4 +16,7 @@ void check(const StepArguments& a, bool is_cpu);
 // Makes a step that was checked. Throws if a GPU refuses it.
 void run(const StepArguments& a, bool is_cpu, int32_t device);
 
+// The same of a step that has elements, on the CPU.
+void run_on_cpu(const StepArguments& a);
+
 }  // namespace fastguide

@@ -34,7 +34,10 @@ namespace fastguide {
   X(OptionalTensor, known) \
   X(OptionalTensor, known_noise) \
   X(OptionalTensor, anchor) \
-  X(OptionalTensor, history)
+  X(OptionalTensor, history) \
+  X(OptionalTensor, program) \
+  X(OptionalTensor, parameters) \
+  X(OptionalTensor, made)
 
 enum class Argument : int {
 #define FASTGUIDE_ENUMERATOR(type, name) name,
@@ -104,6 +107,14 @@ struct StepArguments {
   const void* weights;          // (steps or 1, batch or 1, max(num_predictions, 1) + 1)
   int64_t weights_step_stride;  // 0: the same at every step
   int64_t weights_batch_stride;
+  // Unless null, it makes the weights from moments (maths/program.h); of the others, the gradient's scale is left.
+  const int32_t* program;
+  int64_t program_stride;    // 0: the same for all samples
+  const double* parameters;  // (steps or 1, batch or 1, num_parameters)
+  int num_parameters;
+  int64_t parameters_step_stride, parameters_batch_stride;
+  void* made;              // gets the weights: (batch, made_columns)
+  bool weighs_sample;      // whether the last of a sample's weights is the sample's own
   int64_t index;           // the row of every sample, unless indices or the cursor give it
   const int64_t* indices;  // one for all (stride 0) or one a sample (stride 1)
   int64_t indices_stride;

@@ -101,6 +101,15 @@ FASTGUIDE_INLINE T fused(T a, T b, T c) {
 #endif
 }
 
+// The row with w_x folded into it: the guided prediction is m + w_x*x.
+template <typename T>
+FASTGUIDE_INLINE Row<T> with_sample_weight(const Row<T>& row, T weight) {
+  Row<T> weighed = row;
+  weighed.x0_sample = fused(row.x0_pred, weight, row.x0_sample);
+  if (row.out_pred != T(0)) weighed.out_sample = fused(row.out_pred, weight, row.out_sample);
+  return weighed;
+}
+
 // exp without branches, so that a loop over it vectorises; exact to 1 unit in the last place. Cody-Waite reduction and
 // the minimax polynomial of Cephes' expf; overflow and subnormals as in libm.
 FASTGUIDE_INLINE float exponential(float x) {

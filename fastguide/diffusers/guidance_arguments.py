@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..guidance import Classifier, ClassifierFree, Guidance
-from ..guidance.weights import as_scale, scale_columns
+from ..guidance.scales import as_scale, scale_columns
 from ..schedules.predictions import GradientForm
 from .lazy_guidance import EXACT, Output, Taken, Weights, resolved
 from .lazy_tensor import plain

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..schedules.predictions import GradientForm
-from .weights import Guidance, Scale, as_scale, as_scale_per_step, scale_columns
+from .scales import Scale, as_scale, as_scale_per_step, scale_columns
+from .weights import Guidance
 
 
 class Classifier(Guidance):

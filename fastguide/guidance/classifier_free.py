@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .formulas import begin, rescaled
 from .moment_weights import MomentWeights
+from .scales import Scale, as_scale, as_scale_per_step, scale_columns, stand_in_columns
 from .symbols import Vector, Vectors
-from .weights import Guidance, Scale, as_scale, as_scale_per_step, scale_columns, stand_in_columns
+from .weights import Guidance
 
 
 def classifier_free(v: Vectors, guidance_scale: Any, guidance_rescale: Any) -> Vector:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .weights import Guidance, Scale, as_scale, scale_columns
+from .scales import Scale, as_scale, scale_columns
+from .weights import Guidance
 
 
 class Composed(Guidance):

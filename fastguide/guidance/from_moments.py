@@ -9,8 +9,9 @@ from typing import Any
 
 from .._counts import check_count
 from .moment_weights import MomentWeights
+from .scales import Scale, as_scale, stand_in_columns
 from .symbols import Vector
-from .weights import Guidance, Scale, as_scale, stand_in_columns
+from .weights import Guidance
 
 
 class FromMoments(Guidance):

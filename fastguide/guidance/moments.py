@@ -1,8 +1,9 @@
 """Add up the moments of a sample's predictions: inner products and sums of the terms that vectors are made of.
 
-The terms are the first prediction and the differences of the others to it, as the step reads them. A difference of
-predictions is exact in float32 where they nearly agree; from moments of the predictions themselves it would come out as
-the difference of three nearly equal numbers, and lose up to three digits of it.
+The terms are the first prediction, the differences of the others to it, as the step reads them, and the sample, where
+it has a weight too. A difference of predictions is exact in float32 where they nearly agree; from moments of the
+predictions themselves it would come out as the difference of three nearly equal numbers, and lose up to three digits of
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ _PART = 4096
 """Elements that are added up in the predictions' own precision; the sums of such parts are added up in float64."""
 
 
-def moments_of(predictions: Sequence[Tensor], names: Collection[str]) -> dict[str, Tensor]:
+def moments_of(
+    predictions: Sequence[Tensor], names: Collection[str], sample: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return moments of each sample, in float64, shape (batch,).
 
     Parts begin with the sample: on the host, what it has does not depend on the others of its batch, to the bit.
@@ -24,6 +27,7 @@ def moments_of(predictions: Sequence[Tensor], names: Collection[str]) -> dict[st
     Args:
         predictions: each of shape (batch, ...).
         names: those that are wanted: ``dot_i_j`` of two terms, ``sum_i`` of one, ``numel``. Others are left out.
+        sample: the term behind those of the predictions.
     """
     first = predictions[0]
     exact = torch.float64 if any(each.dtype == torch.float64 for each in predictions) else torch.float32
@@ -31,7 +35,11 @@ def moments_of(predictions: Sequence[Tensor], names: Collection[str]) -> dict[st
     terms: dict[int, Tensor] = {0: base.flatten(1)}
     wanted = {name: [int(part) for part in name.split("_")[1:]] for name in names if name[:4] in ("dot_", "sum_")}
     for number in sorted({number for numbers in wanted.values() for number in numbers} - {0}):
-        terms[number] = (predictions[number].to(exact) - base).flatten(1)
+        if number < len(predictions):
+            terms[number] = (predictions[number].to(exact) - base).flatten(1)
+        else:
+            assert sample is not None
+            terms[number] = sample.to(exact).flatten(1)
     made = {
         name: _added(terms[numbers[0]] if len(numbers) == 1 else terms[numbers[0]] * terms[numbers[1]])
         for name, numbers in wanted.items()

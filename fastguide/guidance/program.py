@@ -112,19 +112,40 @@ class _Writer:
         self.instructions: list[Instruction] = []
         self.inputs: dict[str, None] = {}
         self._written: dict[Instruction, Value] = {}
+        self._values: dict[int, Value] = {}
+        """By the identity of symbols, all of which live until the program is written."""
 
     def value(self, number: Number) -> Value:
         """Return the operand that stands for a number, with the instructions that make it written before."""
-        if not isinstance(number, Scalar):
-            return "constant", number
+        waiting = [number]
+        while waiting:
+            latest = waiting[-1]
+            missing = [each for each in _operands(latest) if isinstance(each, Scalar) and id(each) not in self._values]
+            if missing:
+                waiting += reversed(missing)
+            else:
+                self._write(waiting.pop())
+        return self._value(number)
+
+    def _value(self, number: Number) -> Value:
+        return self._values[id(number)] if isinstance(number, Scalar) else ("constant", number)
+
+    def _write(self, number: Number) -> None:
+        if not isinstance(number, Scalar) or id(number) in self._values:
+            return
         if number.operation == "input":
             (name,) = number.operands
             self.inputs[name] = None
-            return "input", name
-        operands = tuple([self.value(operand) for operand in number.operands])
-        instruction = Instruction(number.operation, operands)
+            self._values[id(number)] = "input", name
+            return
+        instruction = Instruction(number.operation, tuple([self._value(each) for each in number.operands]))
         found = self._written.get(instruction)
         if found is None:
             found = self._written[instruction] = "step", len(self.instructions)
             self.instructions.append(instruction)
-        return found
+        self._values[id(number)] = found
+
+
+def _operands(number: Number) -> tuple[Any, ...]:
+    """Return what has to be written before a number."""
+    return number.operands if isinstance(number, Scalar) and number.operation != "input" else ()

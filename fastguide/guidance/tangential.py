@@ -6,8 +6,8 @@ from typing import Any
 
 from .formulas import Base, begin, check_base, rescaled
 from .from_moments import FromMoments, parameters_and_options
+from .scales import Scale
 from .symbols import Vector, Vectors
-from .weights import Scale
 
 
 def tangential(v: Vectors, guidance_scale: Any, guidance_rescale: Any, base: str) -> Vector:

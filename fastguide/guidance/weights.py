@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -12,11 +12,9 @@ from .._counts import check_count
 from .._token import Token
 from ..schedules.predictions import GradientForm
 from .moment_weights import MomentWeights
-
-Scale: TypeAlias = "float | Sequence[float] | Tensor"
+from .scales import scale_columns
 
 _HOST = torch.device("cpu")
-_LARGEST = torch.finfo(torch.float32).max  # the kernels compute in float32
 
 
 class GradientSource(Protocol):
@@ -108,8 +106,7 @@ class Guidance:
         """Tell whether ``weights`` returns the same memory from now on, on this device, and nobody has to wait."""
         kind = type(self)
         ours = kind.weights is Guidance.weights and kind.weights_for is Guidance.weights_for
-        waited = all(where != device for where, _ in self._copies)
-        return ours and self.weights_from is None and waited
+        return ours and all(where != device for where, _ in self._copies)
 
     def weights_for(self, predictions: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the weights of a step with these predictions: constants, or what ``weights_from`` makes of them."""
@@ -118,12 +115,15 @@ class Guidance:
             return constants
         return self.anchored_weights(predictions, constants[..., -1:])
 
-    def anchored_weights(self, predictions: Sequence[Tensor], gradient_scale: Tensor) -> Tensor:
+    def anchored_weights(
+        self, predictions: Sequence[Tensor], gradient_scale: Tensor, parameters: Tensor | None = None
+    ) -> Tensor:
         """Return what ``weights_from`` makes of the predictions, as kernels read it: (steps or 1, batch, columns).
 
         Args:
             predictions: one tensor for each weight, or one that holds them all along the batch.
             gradient_scale: the scale s, of shape (steps or 1, batch or 1, 1).
+            parameters: of a program, see ``MomentWeights.anchored``.
         """
         assert self.weights_from is not None
         count = self.num_predictions
@@ -131,7 +131,7 @@ class Guidance:
             predictions = predictions[0].unflatten(0, (count, -1)).unbind(0)
         batch = predictions[0].shape[0]
         if isinstance(self.weights_from, MomentWeights):
-            made = self.weights_from.anchored(predictions).to(gradient_scale.dtype)
+            made = self.weights_from.anchored(predictions, parameters).to(gradient_scale.dtype)
             steps = max(made.shape[0], gradient_scale.shape[0])
             made, scale = (each.expand(steps, batch, -1) for each in (made, gradient_scale))
             self.weights_from.last_weights = weights = torch.cat([made, scale], -1)
@@ -207,64 +207,6 @@ class Guidance:
     def __repr__(self) -> str:
         form = "" if self.form is None else f", gradient form {self.form!r}"
         return f"{type(self).__name__}({self.num_predictions} predictions{form})"
-
-
-def scale_columns(*columns: float | Tensor) -> Tensor:
-    """Return shape (steps or 1, batch or 1, columns), from numbers and scales of shape (steps or 1, batch or 1)."""
-    scales = [c for c in columns if isinstance(c, Tensor)]
-    if not scales:  # cheap, as guidance may be made in the loop
-        return torch.tensor([[columns]], dtype=torch.float64, device="cpu")
-    like = next((scale for scale in scales if scale.device != _HOST), scales[0])
-    for what, dim in (("steps", 0), ("samples", 1)):
-        sizes = {scale.shape[dim] for scale in scales} - {1}
-        if len(sizes) > 1:
-            raise ValueError(f"guidance_scales: expected scales for as many {what} everywhere, got {sorted(sizes)}")
-    return torch.stack(
-        torch.broadcast_tensors(*(torch.as_tensor(c, dtype=like.dtype, device=like.device) for c in columns)), -1
-    )
-
-
-def stand_in_columns(num_predictions: int, scales: Iterable[float | Tensor]) -> Tensor:
-    """Return columns in the place of weights that are made at each step, for as many steps and samples as scales."""
-    shape = scale_columns(0.0, *scales).shape[:2]
-    return scale_columns(*[1.0] * num_predictions, 0.0).expand(*shape, -1)
-
-
-def as_scale(name: str, value: Scale) -> float | Tensor:
-    """Return a scale as a number, or as shape (steps or 1, batch or 1): float64 on the host, else float32."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not abs(value) <= _LARGEST:
-            raise ValueError(f"{name}: expected a finite number (in float32), got {value}")
-        return float(value)
-    if isinstance(value, Tensor):
-        if value.requires_grad or value.dtype == torch.bool or value.is_complex():
-            got = "one that requires grad" if value.requires_grad else f"one of {value.dtype}"
-            raise TypeError(f"{name}: expected a tensor of real numbers without grad, got {got}")
-        scale = value.to(torch.float64 if value.device == _HOST else torch.float32)
-    elif not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {type(value).__name__}")
-    else:
-        try:
-            scale = torch.tensor(value, dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{name}: expected a sequence of numbers, got {value!r}") from error
-    if scale.dim() > 2 or scale.numel() == 0:
-        raise ValueError(
-            f"{name}: expected a number, shape (batch,), (steps, 1) or (steps, batch), got shape {_shape(scale)}"
-        )
-    if scale.device == _HOST and not bool((scale.abs() <= _LARGEST).all()):
-        bad = next(v for v in scale.flatten().tolist() if not abs(v) <= _LARGEST)
-        raise ValueError(f"{name}: expected finite values (in float32), got {bad}")
-    return scale.reshape(1, -1) if scale.dim() < 2 else scale
-
-
-def as_scale_per_step(name: str, value: Sequence[float] | Tensor) -> Tensor:
-    """Return scales given for each step, as shape (steps, 1)."""
-    scale = as_scale(name, value)
-    if not isinstance(scale, Tensor) or scale.shape[0] != 1:
-        got = scale if not isinstance(scale, Tensor) else f"shape {_shape(scale)}"
-        raise ValueError(f"{name}: expected one number a step, shape (steps,), got {got}")
-    return scale.reshape(-1, 1)
 
 
 def _common(what: str, first: int, second: int) -> int:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..guidance import Guidance
+from ..guidance.moment_weights import MomentWeights
+from ..guidance.program import Program
 from ..solvers.table import ROW_COLUMNS, StepTable
 from ..step.backends.registry import StepFunction
 from ..step.cursor import CURSOR_COLUMNS, Cursor
@@ -58,7 +60,8 @@ class StateKey(NamedTuple):
     model_dtype: torch.dtype
     conditions: Signature
     predictions: int
-    weights_from: ByIdentity | None
+    weights_from: Program | ByIdentity | None
+    makes_weights: bool  # whether the step itself makes them, by its program
     classifier: tuple[object, ...] | None
     labels: bool
     scales_per_sample: bool
@@ -109,7 +112,8 @@ class StateKey(NamedTuple):
             model_dtype=model_dtype,
             conditions=request.conditions_signature,
             predictions=guidance.num_predictions,
-            weights_from=None if guidance.weights_from is None else ByIdentity(guidance.weights_from),
+            weights_from=_what_makes_weights(guidance),
+            makes_weights=device in request.backend.makes_weights,
             classifier=None if classifier is None else (guidance.form, *map(ByIdentity, classifier.functions)),
             labels=request.labels is not None,
             scales_per_sample=guidance.batch > 1 or slots is not None,
@@ -136,6 +140,12 @@ class StateKey(NamedTuple):
             if ours != theirs:
                 return f"{name} {ours}, got {theirs}"
         return "the same"
+
+
+def _what_makes_weights(guidance: Guidance) -> Program | ByIdentity | None:
+    if isinstance(guidance.weights_from, MomentWeights):
+        return guidance.weights_from.program  # whose parameters are in a buffer
+    return None if guidance.weights_from is None else ByIdentity(guidance.weights_from)
 
 
 class SamplerState:
@@ -202,11 +212,18 @@ class SamplerState:
         self.rows = torch.zeros(key.capacity, len(ROW_COLUMNS), dtype=arithmetic, device=key.device)
         self.weights = torch.zeros(shape, dtype=arithmetic, device=key.device)
         self.weights_without_uncond = self.weights[..., 1:].clone() if key.skips_uncond else None
+        self.program = self.parameters = self.made = None
+        if isinstance(self._guidance.weights_from, MomentWeights):
+            self.program, parameters = self._guidance.weights_from.on(key.device)
+            self.parameters = parameters.new_zeros(key.capacity, scales, parameters.shape[-1])
+            columns = len(self._guidance.weights_from.program.weights) + 1
+            self.made = torch.zeros(self.batch, columns, dtype=arithmetic, device=key.device)
         self._no_gradient_scale = torch.zeros(1, 1, 1, dtype=arithmetic, device=key.device)
         self._samples = torch.arange(scales, device=key.device)
 
     def _step_arguments(self) -> StepArguments:
         """Return the operator's arguments, in its order, with what is the same at every step."""
+        makes_weights = self.key.makes_weights
         generator, inpainting = self.noise.generator, self.inpainting or (None, None, None)
         return StepArguments(
             out=self.sample,
@@ -230,6 +247,9 @@ class SamplerState:
             known=inpainting[1],
             known_noise=inpainting[2],
             history=self.history,
+            program=self.program if makes_weights else None,
+            parameters=self.parameters if makes_weights else None,
+            made=self.made if makes_weights else None,
         )
 
     # ---- Between steps ----
@@ -282,6 +302,12 @@ class SamplerState:
         weights = guidance.weights(self.key.device, self.weights.dtype).expand(len(table), -1, -1)
         rows = slice(begin, begin + len(table))
         self.weights[rows, samples].copy_(weights)
+        if isinstance(guidance.weights_from, MomentWeights):
+            assert self.parameters is not None
+            assert self.made is not None
+            _, parameters = guidance.weights_from.on(self.key.device)
+            self.parameters[rows, samples].copy_(parameters.expand(len(table), -1, -1))
+            guidance.weights_from.last_weights = self.made[None] if self.key.makes_weights else None
         if self.weights_without_uncond is not None:  # m without p_0, whose weight is zero: anchored at p_1
             self.weights_without_uncond[rows, samples, :1].copy_(weights[..., :1])
             self.weights_without_uncond[rows, samples, 1:].copy_(weights[..., 2:])
@@ -299,11 +325,13 @@ class SamplerState:
         """Call the model, combine its predictions, and make each sample's step, at the row in the cursor."""
         gradient = None if self._guidance.classifier is None else self._gradient()
         predictions, variance = self.model_call(skip_uncond)
-        if self._guidance.weights_from is not None:
-            weights = self._guidance.anchored_weights(predictions, self._gradient_scale())
-            self._step.once(predictions, gradient, variance, weights)
-        else:
+        made_by = self._guidance.weights_from
+        if made_by is None or (self.program is not None and self.key.makes_weights):
             self._step(predictions, gradient, variance, self.weights_without_uncond if skip_uncond else None)
+            return
+        parameters = None if self.parameters is None else self._present(self.parameters)
+        weights = self._guidance.anchored_weights(predictions, self._gradient_scale(), parameters)
+        self._step.once(predictions, gradient, variance, weights)
 
     def _gradient(self) -> Tensor:
         assert self._guidance.classifier is not None
@@ -315,5 +343,9 @@ class SamplerState:
         """Return the present row's scale of the gradient, shape (1, batch or 1, 1), without reading it on the host."""
         if self._guidance.classifier is None:
             return self._no_gradient_scale
+        return self._present(self.weights[..., -1:])
+
+    def _present(self, values: Tensor) -> Tensor:
+        """Return the present rows of what is given for each row and sample, shape (1, batch or 1, columns)."""
         row = self.cursor.state[:, _INDEX].clamp(max=self.key.capacity - 1)  # finished samples are one row further
-        return self.weights[row, self._samples, -1].reshape(1, -1, 1)
+        return values[row, self._samples].unsqueeze(0)

@@ -42,7 +42,8 @@ class Objects(NamedTuple):
     cpu: Any
     """Its torch.device."""
     requires_grad: str
-    """A name, as are ``device``, ``current_level`` and ``generator``."""
+    """A name, as are ``last_weights``, ``device``, ``current_level`` and ``generator``."""
+    last_weights: str
     storage_offset: Any
     """A function of a tensor."""
     device: str

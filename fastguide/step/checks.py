@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..guidance import Guidance
+from ..guidance.moment_weights import MomentWeights
 from ..solvers.table import StepTable
 from .backends.registry import Backend
 from .cursor import CURSOR_COLUMNS, Cursor
@@ -78,11 +79,11 @@ def validate(
         empty_like(sample) if out is None else out, original, staged, sample, inputs,
         table.device_rows(guidance.form, dtype, anchor is not None), guidance.weights(sample.device, dtype), row or 0,
         indices, *optional_inputs, noise, seeds, None, 0, state, timestep, mask, known, known_noise,
-        anchor, entries_of(history),
+        anchor, entries_of(history), None, None, None,
     ))  # fmt: skip
     _check_layouts(arguments, stacked, out)
     if guidance.weights_from is not None:
-        arguments = arguments._replace(weights=guidance.weights_for(inputs, sample.device, dtype))
+        arguments = _with_weights_from(backend, arguments, guidance)
     if generator is not None:
         _check_that_it_can_draw(generator, backend, sample, cursor)
     writes = out is not None or original is not None or staged is not None or history is not None
@@ -159,6 +160,15 @@ def check_number(backend: Backend, device: torch.device, guidance: Guidance) -> 
     most, count = backend.most_predictions, guidance.num_predictions
     if device.type == "cuda" and most is not None and count > most:
         raise ValueError(f"guidance: expected at most {most} predictions on a GPU ({backend.name}), got {count}")
+
+
+def _with_weights_from(backend: Backend, arguments: StepArguments, guidance: Guidance) -> StepArguments:
+    """Add the weights that are made of the predictions, or what a backend makes them with in its step."""
+    made_by, sample, dtype = guidance.weights_from, arguments.sample, arguments.rows.dtype
+    if isinstance(made_by, MomentWeights) and sample.device.type in backend.makes_weights:
+        program, parameters = made_by.on(sample.device)
+        return arguments._replace(program=program, parameters=parameters, made=made_by.place_for(sample, dtype))
+    return arguments._replace(weights=guidance.weights_for(arguments.predictions, sample.device, dtype))
 
 
 def _check_roles(table: StepTable, guidance: Guidance, gradient: Tensor | None, variance: Tensor | None) -> None:

@@ -55,6 +55,13 @@ class StepArguments(NamedTuple):
     """What the last call wrote, where the caller has changed it since: the sample itself unless it is given."""
     history: Tensor | None = None
     """``History.entries``: slots of a sample each, one after the other along the batch, in the arithmetic's dtype."""
+    program: Tensor | None = None
+    """Makes the weights of each sample from its predictions' moments, see ``fastguide.guidance.encoded``: int32 of
+    shape (1 or batch, words). ``weights`` then give the gradient's scale alone."""
+    parameters: Tensor | None = None
+    """What the program computes with beside moments: float64 of shape (calls or 1, batch or 1, numbers)."""
+    made: Tensor | None = None
+    """The weights that the program makes: (batch, predictions + 1), or one more, which is the sample's own."""
 
     def named_inputs(self) -> list[tuple[str, Tensor]]:
         """Return the tensors that are read element by element, each with its name in messages."""
@@ -77,7 +84,7 @@ def elementwise(a: StepArguments) -> tuple[Tensor | None, ...]:
 
 ELEMENTWISE: tuple[str, ...] = elementwise(StepArguments._make(StepArguments._fields))  # type: ignore[assignment]
 """The names of those fields."""
-WRITTEN = ("out", "original", "staged", "philox", "cursor", "timestep", "history")
+WRITTEN = ("out", "original", "staged", "philox", "cursor", "timestep", "history", "made")
 """Fields that the step writes."""
 INPUTS = tuple(name for name in ELEMENTWISE if name not in WRITTEN)
 MAY_BE_OUTPUT = ("sample", "predictions", "gradient", "variance", "noise")

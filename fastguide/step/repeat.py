@@ -20,6 +20,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..guidance import Guidance
+from ..guidance.moment_weights import MomentWeights
 from ..solvers.table import StepTable
 from .backends import native
 from .backends.registry import Backend
@@ -100,7 +101,8 @@ def remember(
         same.made += 1
         if 1 < same.made <= _MOST_TRIES:
             kinds = kinds_of.get(table._token) or (_rows(table),)
-            kind = describe(kinds[0], call, arguments, chosen)
+            made_by = None if guidance is None else guidance.weights_from
+            kind = describe(kinds[0], call, arguments, chosen, made_by if isinstance(made_by, MomentWeights) else None)
             if kind is not None:
                 kinds_of[table._token] = (kinds[0], kind, *kinds[1:_MOST_KINDS])
 
@@ -120,7 +122,7 @@ def _may_be_repeated(table: Any, guidance: Guidance | None, call: Call, argument
         return False
     if type(call.index) is not int and table.undefined_rows:  # whose steps the checks refuse one by one
         return False
-    if guidance is not None and not guidance.is_constant_on(arguments.sample.device):
+    if guidance is not None and not _has_constant_weights(guidance, arguments):
         return False
     if call.generator is None:
         return True
@@ -132,7 +134,15 @@ def _may_be_repeated(table: Any, guidance: Guidance | None, call: Call, argument
     )
 
 
-def describe(rows: bytes, call: Call, arguments: StepArguments, backend: Backend) -> tuple[Any, ...] | None:
+def _has_constant_weights(guidance: Guidance, arguments: StepArguments) -> bool:
+    """Tell whether the operator's arguments for the guidance are the same in further steps."""
+    made_before = guidance.weights_from is not None and arguments.program is None
+    return not made_before and guidance.is_constant_on(arguments.sample.device)
+
+
+def describe(
+    rows: bytes, call: Call, arguments: StepArguments, backend: Backend, weights_from: MomentWeights | None = None
+) -> tuple[Any, ...] | None:
     """Return the kind of a step that an operator has made, as ``Kinds`` have it; ``None``: it cannot be repeated.
 
     Args:
@@ -140,12 +150,14 @@ def describe(rows: bytes, call: Call, arguments: StepArguments, backend: Backend
         call: the arguments of ``guided_step``.
         arguments: of the operator.
         backend: whose operator it was.
+        weights_from: gets what the step makes as its ``last_weights``.
     """
     if _functions is None:
         return None
     record = torch.empty(native.record_words(arguments.weights.shape[-1]), dtype=torch.int64, device="cpu")
     torch.ops.fastguide.record_step(*arguments, record=record)
     launch = None if backend.relaunch is None else backend.relaunch(arguments)
+    made = None if weights_from is None else weights_from.last_weights
     new = _GIVEN if call.out is not None else _SMALL if needs_no_advice(arguments.sample) else _LARGE
     described = _functions.describe(
         ctypes.string_at(record.data_ptr(), record.nbytes),
@@ -155,12 +167,15 @@ def describe(rows: bytes, call: Call, arguments: StepArguments, backend: Backend
         call.generator is not None and arguments.noise is not None,
         arguments.noise,
         launch,
+        weights_from,
+        made,
         *call._replace(out=arguments.out),
     )
     if described is None:
         return None
     cursor = call.index if type(call.index) is Cursor else None
-    constants = arguments.rows, arguments.weights, arguments.cursor, arguments.timestep
+    a = arguments
+    constants = a.rows, a.weights, a.cursor, a.timestep, a.program, a.parameters, a.made, weights_from, made
     return (described, call.guidance, cursor, call.backend, launch, *constants)
 
 
@@ -191,6 +206,7 @@ def _attached() -> native.PythonFunctions | None:
         inpainting_type=Inpainting,
         cpu=torch.device("cpu"),
         requires_grad="requires_grad",
+        last_weights="last_weights",
         storage_offset=Tensor.storage_offset,
         device="device",
         is_grad_enabled=torch.is_grad_enabled,

@@ -384,7 +384,8 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
   if (!is_live(a, position)) return;
   const T* weights =
       static_cast<const T*>(a.weights) + position.index * a.weights_step_stride + sample * a.weights_batch_stride;
-  const Row<T> row = with_gradient_scale(row_at<T>(a, position.index), gradient_scale(weights, a.num_predictions));
+  Row<T> row = with_gradient_scale(row_at<T>(a, position.index), gradient_scale(weights, a.num_predictions));
+  if (a.weighs_sample) row = with_sample_weight(row, weights[a.num_predictions + 1]);
   PairWeights<T> pair = pair_weights(weights, a.num_predictions);
   if constexpr (sizeof(T) == sizeof(float)) {
     if (const StepChunks chunks = choose_chunks(a)) return chunks(a, row, pair, sample, begin, end);

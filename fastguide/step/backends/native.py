@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...guidance.encoded import MOST_TERMS, MOST_VALUES
+from ...guidance.symbols import OPERATIONS
 from ...solvers.table import ROW_COLUMNS
 from ..call import Call, Objects
 from .registry import Backend
@@ -28,6 +30,9 @@ CAPABILITY_VARIABLE = "FASTGUIDE_CPU_CAPABILITY"
 _EXPORTS = (
     "fastguide_row_columns",
     "fastguide_arguments",
+    "fastguide_operations",
+    "fastguide_program_terms",
+    "fastguide_program_values",
     "fastguide_cpu_capability",
     "fastguide_cuda_code",
     "fastguide_driver_too_old",
@@ -80,6 +85,7 @@ def backend() -> Backend:
         devices=("cpu", "cuda") if on_gpus else ("cpu",),
         status=f"C++, instruction set {cpu_capability()}{bound}; CUDA code: {code}",
         torch_stream=on_gpus,
+        makes_weights=("cpu",),
         checks_overlap=True,
         repeats=True,
         most_predictions=_library.fastguide_gpu_predictions(),
@@ -109,6 +115,9 @@ def _load() -> ctypes.CDLL:
     _check_list(found.fastguide_row_columns, ROW_COLUMNS)
     arguments = torch.ops.fastguide.guided_step.default._schema.arguments
     _check_list(found.fastguide_arguments, [f"{_ARGUMENT_TYPES[str(a.type)]} {a.name}" for a in arguments])
+    _check_list(found.fastguide_operations, tuple(OPERATIONS))
+    _check_number(found.fastguide_program_terms, MOST_TERMS)
+    _check_number(found.fastguide_program_values, MOST_VALUES)
     _check_list(found.fastguide_call, Call._fields)
     _check_list(found.fastguide_objects, Objects._fields)
     torch.ops.load_library(str(LIBRARY))
@@ -129,6 +138,14 @@ def _check_list(exported: Any, expected: Sequence[str]) -> None:
                 f"{LIBRARY}: another library, or another version: "
                 f"{exported.__name__}: expected {ours or 'nothing more'}, got {theirs or 'nothing more'}"
             )
+
+
+def _check_number(exported: Any, expected: int) -> None:
+    got = exported()
+    if got != expected:
+        raise OSError(
+            f"{LIBRARY}: another library, or another version: {exported.__name__}: expected {expected}, got {got}"
+        )
 
 
 def cuda_code() -> str:

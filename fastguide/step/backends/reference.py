@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...guidance.encoded import decode
+from ...guidance.moments import moments_of
 from ...solvers.table import ROW_COLUMNS
 from ..noise import portable_noise
 from ..operator import StepArguments, library
@@ -31,15 +33,22 @@ def guided_step(*arguments: object) -> None:
     sample, batch, dtype = a.sample, a.sample.shape[0], a.rows.dtype
     steps, first, live = _position(a)
     row = {name: _per_sample(a.rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
-    weight = [_per_sample(w, sample) for w in _selected(a.weights, steps, batch).unbind(-1)]
-    scale = weight[-1]
+    count = a.weights.shape[-1] - 1
+    split = _split(a.predictions, count, batch)
+    weights = _selected(a.weights, steps, batch)
+    if a.program is not None:
+        weights = _made(a, split, steps, weights[:, -1:])
+    weight = [_per_sample(w, sample) for w in weights.unbind(-1)]
+    scale = weight[count]
 
     x = sample.to(dtype)
-    p = [prediction.to(dtype) for prediction in _split(a.predictions, a.weights.shape[-1] - 1, batch)]
+    p = [prediction.to(dtype) for prediction in split]
     # m = sum_k w_k p_k, anchored at p_0: weight[0] is the sum of all w_k
     m = weight[0] * p[0] if p else torch.zeros_like(x)
     for k in range(1, len(p)):
         m = m + weight[k] * (p[k] - p[0])
+    if len(weight) > count + 1:
+        m = m + weight[-1] * x
 
     x0 = row["x0_sample"] * x + row["x0_pred"] * m
     if a.gradient is not None:
@@ -85,6 +94,30 @@ def guided_step(*arguments: object) -> None:
 
 
 library.impl("guided_step", guided_step, "CompositeExplicitAutograd")
+
+
+def _made(a: StepArguments, predictions: list[Tensor], steps: Tensor, scale: Tensor) -> Tensor:
+    """Return the weights that each sample's program makes of its moments, and write them down."""
+    assert a.program is not None
+    assert a.parameters is not None
+    assert a.made is not None
+    batch, with_sample = a.sample.shape[0], a.made.shape[1] > len(predictions) + 1
+    parameters = _selected(a.parameters, steps, batch)
+    named = {name: a.rows.index_select(0, steps)[:, k].double() for k, name in enumerate(ROW_COLUMNS)}
+    named |= {f"parameter_{k}": values for k, values in enumerate(parameters.unbind(-1))}
+    terms = len(predictions) + with_sample
+    given = [prediction.to(a.rows.dtype) for prediction in predictions]
+    columns: list[Tensor] = []
+    for words in a.program.tolist():
+        program = decode(words, terms, a.parameters.shape[-1])
+        moments = moments_of(given, program.inputs, a.sample if with_sample else None)
+        weights = [torch.as_tensor(weight).expand(batch) for weight in program.run(moments | named)]
+        columns.append(torch.stack(weights, -1))
+    rows = columns[0] if len(columns) == 1 else torch.stack([made[k] for k, made in enumerate(columns)])
+    scale = scale.expand(batch, -1).double()
+    made = torch.cat([rows[:, : len(predictions)], scale, rows[:, len(predictions) :]], -1).to(a.rows.dtype)
+    _write(a.made, made, None)
+    return made
 
 
 def _with_history(

@@ -24,6 +24,8 @@ class Backend(NamedTuple):
     """What it is, or why it runs nowhere, in a line."""
     torch_stream: bool = False
     """Whether its kernel on a GPU draws torch's own noise."""
+    makes_weights: tuple[str, ...] = ()
+    """Types of devices on which its step makes weights from moments; elsewhere they are made before it."""
     checks_overlap: bool = False
     """Whether it refuses by itself, before it writes, an output that shares a part of an input's memory."""
     repeats: bool = False

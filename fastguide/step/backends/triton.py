@@ -83,7 +83,8 @@ def _version() -> str:
 
 
 _SCALARS = ("index", "philox_threads")
-_TENSORS = tuple(place for place, name in enumerate(StepArguments._fields) if name not in _SCALARS)
+_OF_PROGRAMS = ("program", "parameters", "made")  # here, weights are made before the step
+_TENSORS = tuple(place for place, name in enumerate(StepArguments._fields) if name not in (*_SCALARS, *_OF_PROGRAMS))
 _WITH_STRIDES = tuple(
     place
     for place, name in enumerate(StepArguments._fields)
@@ -193,6 +194,8 @@ class Relaunch:
 
 
 def _check(a: StepArguments) -> None:
+    if a.program is not None:
+        raise RuntimeError("program: expected none in Triton; the native and reference backends run one")
     floats = (*elementwise(a), a.staged, a.history, *a.predictions, a.rows)
     if torch.float64 in [tensor.dtype for tensor in floats if tensor is not None]:
         raise RuntimeError("sample: expected no float64 tensors in Triton; the native and reference backends take them")

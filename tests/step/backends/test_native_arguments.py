@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from fastguide import ROW_COLUMNS
+from fastguide.guidance.encoded import MOST_TERMS, MOST_VALUES
+from fastguide.guidance.symbols import OPERATIONS
 from fastguide.step.backends import native
 from fastguide.step.call import Call, Objects
 
@@ -28,13 +30,17 @@ LISTS = {
     "fastguide_arguments": ARGUMENTS,
     "fastguide_call": Call._fields,
     "fastguide_objects": Objects._fields,
+    "fastguide_operations": tuple(OPERATIONS),
 }
+NUMBERS = {"fastguide_program_terms": MOST_TERMS, "fastguide_program_values": MOST_VALUES}
 
 
 def library_with(folder, **changed):
     """Compile a library that exports all functions, and the lists, some of them changed."""
-    lists = LISTS | changed
-    functions = [f"int {name}(void) {{ return 0; }}" for name in native._EXPORTS if name not in lists]
+    numbers = {name: changed.get(name, number) for name, number in NUMBERS.items()}
+    lists = {name: changed.get(name, values) for name, values in LISTS.items()}
+    others = [name for name in native._EXPORTS if name not in lists]
+    functions = [f"int {name}(void) {{ return {numbers.get(name, 0)}; }}" for name in others]
     for name, values in lists.items():
         functions.append(f'const char* {name}(void) {{ return "{"".join(f"{value}," for value in values)}"; }}')
     source, library = folder / "lists.c", folder / "_native.so"
@@ -57,9 +63,12 @@ def swapped(values, i, j):
         ("row_columns", ROW_COLUMNS[:-1], "expected x0_noise, got nothing more"),
         ("row_columns", [*ROW_COLUMNS, "out_more"], "expected nothing more, got out_more"),
         ("arguments", swapped(ARGUMENTS, 9, 10), "expected OptionalTensor gradient, got OptionalTensor variance"),
-        ("arguments", ARGUMENTS[:-1], "expected OptionalTensor history, got nothing more"),
+        ("arguments", ARGUMENTS[:-1], "expected OptionalTensor made, got nothing more"),
         ("arguments", [*ARGUMENTS, "OptionalTensor history"], "expected nothing more, got OptionalTensor history"),
         ("arguments", ["OptionalTensor out", *ARGUMENTS[1:]], "expected Tensor out, got OptionalTensor out"),
+        ("operations", swapped(tuple(OPERATIONS), 0, 1), "expected add, got sub"),
+        ("program_terms", 4, f"expected {MOST_TERMS}, got 4"),
+        ("program_values", 2 * MOST_VALUES, f"expected {MOST_VALUES}, got {2 * MOST_VALUES}"),
         ("call", swapped(Call._fields, 4, 5), "expected gradient, got variance"),
         ("objects", swapped(Objects._fields, 0, 1), "expected none, got true_object"),
     ],

@@ -1,0 +1,49 @@
+// A sample's weights, made from its moments by its program. Host and device, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/arguments.h"
+#include "kernels/cursor.h"
+#include "maths/inline.h"
+#include "maths/program.h"
+
+namespace fastguide {
+
+// Elements of a sample that are added up in the arithmetic's own precision; the sums of such parts are added up in
+// double, in order. Parts begin with the sample: its bits depend on nothing but its own elements.
+constexpr int64_t kPart = 4096;
+
+FASTGUIDE_INLINE int64_t parts_of(const StepArguments& a) { return (a.elements_per_sample + kPart - 1) / kPart; }
+
+// The weights of so many terms, as a step reads them, with the gradient's scale behind those of the predictions.
+FASTGUIDE_INLINE int made_columns(const StepArguments& a) { return a.num_predictions + 1 + (a.weighs_sample ? 1 : 0); }
+
+FASTGUIDE_INLINE int terms_of(const StepArguments& a) { return a.num_predictions + (a.weighs_sample ? 1 : 0); }
+
+FASTGUIDE_INLINE const int32_t* program_of(const StepArguments& a, int64_t sample) {
+  return a.program + sample * a.program_stride;
+}
+
+// Fills a program's inputs behind the moments, and runs it. values: kMaxValues, the first of them the moments.
+template <typename T>
+FASTGUIDE_INLINE void make_weights(const StepArguments& a, int64_t sample, int64_t index, double* values, T* weights) {
+  const int terms = terms_of(a);
+  const Row<T>& row = row_at<T>(a, index);
+  double* next = values + moments_of(terms);
+  *next++ = double(a.elements_per_sample);
+  *next++ = double(row.x0_scale);
+  *next++ = double(row.x0_sample);
+  *next++ = double(row.x0_pred);
+  const double* parameters = a.parameters + index * a.parameters_step_stride + sample * a.parameters_batch_stride;
+  for (int k = 0; k < a.num_parameters; ++k) *next++ = parameters[k];
+  const int32_t* program = program_of(a, sample);
+  run_program(program, terms, int(next - values), values);
+  const T* constants =
+      static_cast<const T*>(a.weights) + index * a.weights_step_stride + sample * a.weights_batch_stride;
+  for (int k = 0; k < a.num_predictions; ++k) weights[k] = T(values[program[1 + k]]);
+  weights[a.num_predictions] = constants[a.num_predictions];
+  if (a.weighs_sample) weights[a.num_predictions + 1] = T(values[program[1 + a.num_predictions]]);
+}
+
+}  // namespace fastguide

@@ -1,0 +1,88 @@
+// A guidance's program: makes the weights of a sample from the moments of its predictions. Host and device, no torch.
+//
+// The guided prediction is a vector over terms: p_0, the differences p_k - p_0, and in some programs the sample x. The
+// inner products and sums of these are a sample's moments. A program computes with them in double, straight ahead, and
+// its results are the terms' weights: see fastguide/guidance/encoded.py, which writes it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "maths/inline.h"
+
+namespace fastguide {
+
+// X(name), in the order of fastguide.guidance.symbols.OPERATIONS: the loader compares them.
+#define FASTGUIDE_OPERATIONS(X) \
+  X(add) \
+  X(sub) \
+  X(mul) \
+  X(div) \
+  X(sqrt) \
+  X(exp) \
+  X(minimum) \
+  X(maximum) \
+  X(where)
+
+enum class Operation : int32_t {
+#define FASTGUIDE_ENUMERATOR(name) name,
+  FASTGUIDE_OPERATIONS(FASTGUIDE_ENUMERATOR)
+#undef FASTGUIDE_ENUMERATOR
+      count
+};
+
+constexpr int kMaxTerms = 8;
+// The most values of a program: what it computes with, and what it computes.
+constexpr int kMaxValues = 256;
+// An instruction: the operation, and the places of its operands among the values. It writes the next value.
+constexpr int kInstructionWords = 4;
+
+// Of so many terms: t_i . t_j for i <= j, row by row, and then the sum of each.
+constexpr int moments_of(int terms) { return terms * (terms + 3) / 2; }
+constexpr int kMaxMoments = moments_of(kMaxTerms);
+
+// Behind the moments: elements of a sample, x0_scale, x0_sample and x0_pred of its row; then the parameters.
+constexpr int kOtherInputs = 4;
+
+// A program is its number of instructions, the places of the terms' weights, and the instructions.
+FASTGUIDE_INLINE int64_t words_of(int terms, int64_t instructions) {
+  return 1 + terms + kInstructionWords * instructions;
+}
+
+FASTGUIDE_INLINE double result_of(Operation operation, double a, double b, double c) {
+  switch (operation) {
+    case Operation::add:
+      return a + b;
+    case Operation::sub:
+      return a - b;
+    case Operation::mul:
+      return a * b;
+    case Operation::div:
+      return a / b;
+    case Operation::sqrt:
+      return ::sqrt(a);
+    case Operation::exp:
+      return ::exp(a);
+    case Operation::minimum:
+      return a < b || a != a ? a : b;  // NaN if one is, as torch.minimum
+    case Operation::maximum:
+      return a > b || a != a ? a : b;
+    case Operation::where:
+      return a > 0 ? b : c;
+    case Operation::count:
+      break;
+  }
+  FASTGUIDE_UNREACHABLE();
+}
+
+// Runs a program: `values` has its inputs, and gets its results behind them. Its words have been checked.
+FASTGUIDE_INLINE void run_program(const int32_t* program, int terms, int inputs, double* values) {
+  const int instructions = program[0];
+  const int32_t* next = program + 1 + terms;
+  FASTGUIDE_ROLL
+  for (int n = 0; n < instructions; ++n, next += kInstructionWords) {
+    values[inputs + n] = result_of(Operation(next[0]), values[next[1]], values[next[2]], values[next[3]]);
+  }
+}
+
+}  // namespace fastguide

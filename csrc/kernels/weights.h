@@ -27,11 +27,14 @@ FASTGUIDE_INLINE const int32_t* program_of(const StepArguments& a, int64_t sampl
 
 // Fills a program's inputs behind the moments, and runs it. values: kMaxValues, the first of them the moments.
 template <typename T>
-FASTGUIDE_INLINE void make_weights(const StepArguments& a, int64_t sample, int64_t index, double* values, T* weights) {
+FASTGUIDE_INLINE void make_weights(const StepArguments& a, int64_t sample, const Position& position, double* values,
+                                   T* weights) {
   const int terms = terms_of(a);
+  const int64_t index = position.index;
   const Row<T>& row = row_at<T>(a, index);
   double* next = values + moments_of(terms);
   *next++ = double(a.elements_per_sample);
+  *next++ = double(index - position.first);
   *next++ = double(row.x0_scale);
   *next++ = double(row.x0_sample);
   *next++ = double(row.x0_pred);

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .formulas import begin, rescaled
+from .formulas import begin, check_space, rescaled
 from .moment_weights import MomentWeights
 from .scales import Scale, as_scale, as_scale_per_step, scale_columns, stand_in_columns
-from .symbols import Vector, Vectors
+from .symbols import Space, Vector, Vectors
 from .weights import Guidance
 
 
@@ -33,18 +33,21 @@ class ClassifierFree(Guidance):
             its values are then not checked, as that would wait for the device.
         guidance_rescale: phi, 0 to 1, likewise: how far the guided prediction gets the standard deviation of the
             conditional one, ``phi std(cond) / std(m) m + (1 - phi) m`` (Lin et al. 2023, section 3.4).
+        space: whose deviations these are: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
 
     >>> ClassifierFree(7.5), ClassifierFree([3.0, 7.5]).batch, ClassifierFree.per_step([1.0, 7.5, 1.0]).steps
     (ClassifierFree(2 predictions), 2, 3)
     """
 
-    def __init__(self, guidance_scale: Scale, *, guidance_rescale: Scale = 0.0) -> None:
+    def __init__(self, guidance_scale: Scale, *, guidance_rescale: Scale = 0.0, space: Space = "prediction") -> None:
+        check_space(space)
         scale = as_scale("guidance_scale", guidance_scale)
         rescale = as_scale("guidance_rescale", guidance_rescale)
         if isinstance(rescale, float) and rescale == 0.0:
             super().__init__(scale_columns(1.0, scale, 0.0), None)
             return
-        weights_from = MomentWeights.of(classifier_free, 2, {"guidance_scale": scale, "guidance_rescale": rescale})
+        parameters = {"guidance_scale": scale, "guidance_rescale": rescale}
+        weights_from = MomentWeights.of(classifier_free, 2, parameters, space=space)
         super().__init__(stand_in_columns(2, (scale, rescale)), None, weights_from)
 
     @classmethod

@@ -16,8 +16,8 @@ MOST_TERMS = 8
 """The most terms of a program: predictions, and the sample."""
 MOST_VALUES = 256
 """The most values of a program."""
-OTHER_INPUTS = ("numel", "x0_scale", "x0_sample", "x0_pred")
-"""Behind the moments: the number of a sample's elements, and how its row makes x_0."""
+OTHER_INPUTS = ("numel", "step", "x0_scale", "x0_sample", "x0_pred")
+"""Behind the moments: a sample's number of elements, the calls that its loop has made, and how its row makes x_0."""
 
 _OPERATIONS = tuple(OPERATIONS)
 _INSTRUCTION_WORDS = 4

@@ -6,9 +6,9 @@ form of the papers whose scale is less by one.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from .symbols import Vector, Vectors
+from .symbols import Space, Vector, Vectors
 
 Base: TypeAlias = Literal["uncond", "cond"]
 """Which prediction guidance is added to."""
@@ -35,6 +35,12 @@ def check_base(base: Any) -> None:
     """Refuse what is not the name of a base."""
     if base not in ("uncond", "cond"):
         raise ValueError(f"base: expected 'uncond' or 'cond', got {base!r}")
+
+
+def check_space(space: Any) -> None:
+    """Refuse what is not the name of a space."""
+    if space not in get_args(Space):
+        raise ValueError(f"space: expected one of {get_args(Space)}, got {space!r}")
 
 
 def rescaled(v: Vectors, guided: Vector, cond: Vector, guidance_rescale: Any) -> Vector:

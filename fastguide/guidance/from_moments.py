@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .._counts import check_count
+from .formulas import check_space
 from .moment_weights import MomentWeights
 from .scales import Scale, as_scale, stand_in_columns
-from .symbols import Vector
+from .symbols import Space, Vector
 from .weights import Guidance
 
 
@@ -22,6 +23,7 @@ class FromMoments(Guidance):
         num_predictions: number of predictions.
         parameters: by name, each what ``ClassifierFree`` takes as a scale.
         options: by name, what is the same for all steps and samples.
+        space: what the function gets predictions as: ``"prediction"``, or ``"original"``, x_0.
     """
 
     def __init__(
@@ -30,9 +32,11 @@ class FromMoments(Guidance):
         num_predictions: int,
         parameters: Mapping[str, Scale],
         options: Mapping[str, Any] | None = None,
+        space: Space = "prediction",
     ) -> None:
+        check_space(space)
         scales = {name: as_scale(name, value) for name, value in parameters.items()}
-        made = MomentWeights.of(function, num_predictions, scales, options)
+        made = MomentWeights.of(function, num_predictions, scales, options, space)
         super().__init__(stand_in_columns(num_predictions, scales.values()), None, made)
 
 
@@ -45,17 +49,22 @@ def parameters_and_options(**values: Any) -> tuple[dict[str, Any], dict[str, Any
     return {name: value for name, value in values.items() if value is not None}, options
 
 
-def as_guidance(predictions: int) -> Callable[[Callable[..., Vector]], Callable[..., FromMoments]]:
+def as_guidance(
+    predictions: int, space: Space = "prediction"
+) -> Callable[[Callable[..., Vector]], Callable[..., FromMoments]]:
     """Make a guidance of a function of vectors: it returns the guided prediction, and so defines the weights.
 
-    The function is called once for each guidance that is made, with symbols: ``v``, which has ``v.predictions`` and
-    ``v.dot``, ``v.sum``, ``v.norm``, ``v.std`` of vectors, and ``v.sqrt``, ``v.exp``, ``v.minimum``, ``v.maximum`` and
-    ``v.where`` of numbers, one for each sample; and with its parameters. Norms and inner products are over all but the
-    batch. It says which moments of the predictions it needs, and a program makes the weights of each sample from them
-    at each step, on the device.
+    The function is called once for each guidance that is made, with symbols: ``v``, which has the vectors
+    ``v.predictions`` and ``v.sample`` (x_t), the number ``v.step`` of calls that the loop has made before, ``v.dot``,
+    ``v.sum``, ``v.norm``, ``v.std`` of vectors, and ``v.sqrt``, ``v.exp``, ``v.minimum``, ``v.maximum`` and ``v.where``
+    of numbers, one for each sample; and with its parameters. Norms and inner products are over all but the batch. It
+    says which moments of the predictions it needs, and a program makes the weights of each sample from them at each
+    step, on the device.
 
     Args:
-        predictions: their number, at least 2.
+        predictions: their number, 2 to 8, or 7 if the sample has a weight.
+        space: what the function gets predictions as: ``"prediction"``, what the model predicts; or ``"original"``, the
+            x_0 that each of them says, where the row says it: not from noise at alpha = 0.
 
     Returns:
         The decorator. What it returns is called with the function's own parameters: a number, or one for each sample or
@@ -89,7 +98,7 @@ def as_guidance(predictions: int) -> Callable[[Callable[..., Vector]], Callable[
             values = dict(list(bound.arguments.items())[1:])
             options = {name: value for name, value in values.items() if value is None or isinstance(value, (bool, str))}
             parameters = {name: value for name, value in values.items() if name not in options}
-            return FromMoments(function, predictions, parameters, options)
+            return FromMoments(function, predictions, parameters, options, space)
 
         return made
 

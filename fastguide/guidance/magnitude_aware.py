@@ -7,7 +7,7 @@ from typing import Any
 from .formulas import LEAST_NORM, Base, begin, check_base, rescaled
 from .from_moments import FromMoments, parameters_and_options
 from .scales import Scale
-from .symbols import Vector, Vectors
+from .symbols import Space, Vector, Vectors
 
 
 def magnitude_aware(v: Vectors, guidance_scale: Any, alpha: Any, guidance_rescale: Any, base: str) -> Vector:
@@ -31,6 +31,7 @@ class MagnitudeAware(FromMoments):
         alpha: how fast the scale falls with the difference's length.
         guidance_rescale: phi, 0 to 1: how far the guided prediction gets the standard deviation of the conditional one.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
+        space: what predictions are taken as: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
 
     >>> MagnitudeAware(10.0)
     MagnitudeAware(2 predictions)
@@ -43,9 +44,10 @@ class MagnitudeAware(FromMoments):
         alpha: Scale = 8.0,
         guidance_rescale: Scale = 0.0,
         base: Base = "uncond",
+        space: Space = "prediction",
     ) -> None:
         check_base(base)
         parameters, options = parameters_and_options(
             guidance_scale=guidance_scale, alpha=alpha, guidance_rescale=guidance_rescale
         )
-        super().__init__(magnitude_aware, 2, parameters, options | {"base": base})
+        super().__init__(magnitude_aware, 2, parameters, options | {"base": base}, space)

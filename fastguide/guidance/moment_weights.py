@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .encoded import encode
-from .moments import moments_of
 from .program import Program, traced
 from .scales import scale_columns
-from .symbols import Vector
+from .symbols import Space, Vector
+
+_ACTIVE = "active"
+"""The parameter of programs that are not for every step."""
 
 
 class MomentWeights:
@@ -21,14 +23,22 @@ class MomentWeights:
     Args:
         program: makes them.
         parameters: by name, each a number or of shape (steps or 1, batch or 1), on any device.
+        active: bools on the host, one a step: elsewhere the weights are those of the conditional prediction alone.
 
     Raises:
         ValueError: the program is too large for the kernels, or has too many predictions.
     """
 
-    def __init__(self, program: Program, parameters: Mapping[str, float | Tensor]) -> None:
-        self.program, self._names = program, tuple(parameters)
-        encoded = encode(program, self._names)
+    def __init__(
+        self, program: Program, parameters: Mapping[str, float | Tensor], active: Tensor | None = None
+    ) -> None:
+        self._always = program, dict(parameters)
+        self.active = active
+        if active is not None:
+            program = program.where(_ACTIVE, [1.0, 1.0])
+            parameters = {**parameters, _ACTIVE: active.double().view(-1, 1)}
+        self.program, self.names = program, tuple(parameters)
+        encoded = encode(program, self.names)
         self._words = torch.tensor([encoded.words], dtype=torch.int32, device="cpu")
         self._parameters = scale_columns(*parameters.values(), *encoded.constants).double()
         self._on_devices: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -36,7 +46,7 @@ class MomentWeights:
         """Where steps write their weights, and that as ``last_weights`` has it."""
         self.last_weights: Tensor | None = None
         """What was made last, as the step read it: the sum of all weights, those of all predictions but the first, and
-        a classifier's scale, on the device; shape (steps or 1, batch, columns)."""
+        a classifier's scale, and the sample's own if it has one, on the device; shape (1, batch, columns)."""
 
     @classmethod
     def of(
@@ -45,9 +55,15 @@ class MomentWeights:
         count: int,
         parameters: Mapping[str, float | Tensor],
         options: Mapping[str, Any] | None = None,
+        space: Space = "prediction",
     ) -> MomentWeights:
         """Return the weights that a function makes; see ``traced``."""
-        return cls(traced(function, count, tuple(parameters), options or {}), parameters)
+        return cls(traced(function, count, tuple(parameters), options or {}, space), parameters)
+
+    def where(self, active: Tensor) -> MomentWeights:
+        """Return the same weights at some of the steps, and the conditional prediction's alone at the others."""
+        both = active if self.active is None else active & self.active
+        return MomentWeights(*self._always, both)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the program as kernels read it, int32 of shape (1, words), and its parameters and constants.
@@ -69,20 +85,3 @@ class MomentWeights:
             found = self._made[key] = place, place[None]
         place, self.last_weights = found
         return place
-
-    def anchored(self, predictions: Sequence[Tensor], parameters: Tensor | None = None) -> Tensor:
-        """Return the sum of all weights, and those of all predictions but the first, by torch's own operations.
-
-        They are float64, of shape (steps or 1, batch, predictions).
-
-        Args:
-            predictions: one for each weight.
-            parameters: those of a step, as ``on`` returns them; ``None``: all of them.
-        """
-        batch, device = predictions[0].shape[0], predictions[0].device
-        if parameters is None:
-            _, parameters = self.on(device)
-        named = dict(zip(self._names, parameters.unbind(-1), strict=False))
-        weights = self.program.run(moments_of(predictions, self.program.inputs) | named)
-        like = torch.zeros(1, batch, dtype=torch.float64, device=device)
-        return torch.stack(torch.broadcast_tensors(*[like + weight for weight in weights]), -1)

@@ -7,7 +7,7 @@ from typing import Any
 from .formulas import Base, begin, check_base, rescaled
 from .from_moments import FromMoments, parameters_and_options
 from .scales import Scale
-from .symbols import Vector, Vectors
+from .symbols import Space, Vector, Vectors
 
 
 def perturbed(
@@ -31,6 +31,7 @@ class Perturbed(FromMoments):
         perturbed_guidance_scale: s_p, likewise.
         guidance_rescale: phi, 0 to 1: how far the guided prediction gets the standard deviation of the conditional one.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
+        space: what predictions are taken as: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
 
     >>> Perturbed(7.5, 3.0)
     Perturbed(3 predictions)
@@ -43,6 +44,7 @@ class Perturbed(FromMoments):
         *,
         guidance_rescale: Scale = 0.0,
         base: Base = "uncond",
+        space: Space = "prediction",
     ) -> None:
         check_base(base)
         parameters, options = parameters_and_options(
@@ -50,4 +52,4 @@ class Perturbed(FromMoments):
             perturbed_guidance_scale=perturbed_guidance_scale,
             guidance_rescale=guidance_rescale,
         )
-        super().__init__(perturbed, 3, parameters, options | {"base": base})
+        super().__init__(perturbed, 3, parameters, options | {"base": base}, space)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .symbols import OPERATIONS, Number, Scalar, Vector, Vectors
+from .symbols import OPERATIONS, Number, Scalar, Space, Vector, Vectors
 
 Value = tuple[str, int | float | str]
 """An operand: ``("input", name)``, ``("constant", number)``, or ``("step", index)`` of an earlier instruction."""
@@ -24,14 +24,25 @@ class Instruction(NamedTuple):
 class Program(NamedTuple):
     """Instructions, and the weights that they end in.
 
-    A weight is the coefficient of a term: of the first prediction, which is the sum of all predictions' weights, and of
-    each difference of another one to it.
+    A weight is the coefficient of a term: of the first prediction, which is the sum of all predictions' weights, of
+    each difference of another one to it, and of the sample, where the program has to do with it.
     """
 
     instructions: tuple[Instruction, ...]
     weights: tuple[Value, ...]
     inputs: tuple[str, ...]
     """The moments and parameters that it reads, by name."""
+
+    def where(self, name: str, others: Sequence[float]) -> Program:
+        """Return a program whose weights are other ones unless an input is above 0; beyond those, they are 0."""
+        first = len(self.instructions)
+        numbers = [*others, *[0.0] * (len(self.weights) - len(others))]
+        chosen = [
+            Instruction("where", (("input", name), weight, ("constant", number)))
+            for weight, number in zip(self.weights, numbers, strict=True)
+        ]
+        weights = tuple([("step", first + k) for k in range(len(chosen))])
+        return Program((*self.instructions, *chosen), weights, (*self.inputs, name))
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor | float]:
         """Return the weights, each of the shape that its inputs broadcast to, or a number.
@@ -82,7 +93,11 @@ assert _OF_TENSORS.keys() == OPERATIONS.keys()
 
 
 def traced(
-    function: Callable[..., Vector], count: int, parameters: Sequence[str], options: Mapping[str, Any]
+    function: Callable[..., Vector],
+    count: int,
+    parameters: Sequence[str],
+    options: Mapping[str, Any],
+    space: Space = "prediction",
 ) -> Program:
     """Trace a guidance's function.
 
@@ -91,17 +106,22 @@ def traced(
         count: number of predictions.
         parameters: names of those that may differ between steps and samples.
         options: what is the same for all.
+        space: what the function gets the predictions as.
 
     Raises:
         TypeError: it returns no vector, or does what a program cannot.
     """
     symbols = {name: Scalar("input", name) for name in parameters}
-    result = function(Vectors(count), **symbols, **options)
+    v = Vectors(count, space)
+    result = function(v, **symbols, **options)
     if not isinstance(result, Vector):
         name = getattr(function, "__name__", "the function")
         raise TypeError(f"guidance: expected {name} to return a vector, got {type(result).__name__}")
     writer = _Writer()
-    weights = tuple([writer.value(coefficient) for coefficient in result.coefficients])
+    weights = tuple([writer.value(coefficient) for coefficient in v.guided_prediction(result).coefficients])
+    of_sample = {f"sum_{count}", *(f"dot_{term}_{count}" for term in range(count + 1))}
+    if weights[count] == ("constant", 0.0) and not of_sample & writer.inputs.keys():
+        weights = weights[:count]
     return Program(tuple(writer.instructions), weights, tuple(writer.inputs))
 
 

@@ -32,7 +32,13 @@ def scale_columns(*columns: float | Tensor) -> Tensor:
 def stand_in_columns(num_predictions: int, scales: Iterable[float | Tensor]) -> Tensor:
     """Return columns in the place of weights that are made at each step, for as many steps and samples as scales."""
     shape = scale_columns(0.0, *scales).shape[:2]
-    return scale_columns(*[1.0] * num_predictions, 0.0).expand(*shape, -1)
+    return conditional_columns(num_predictions).expand(*shape, -1)
+
+
+def conditional_columns(num_predictions: int) -> Tensor:
+    """Return the columns of the conditional prediction alone, the second one, of shape (1, 1, num_predictions + 1)."""
+    second = [float(term == 1) for term in range(1, num_predictions)]
+    return scale_columns(1.0, *second, 0.0)
 
 
 def as_scale(name: str, value: Scale) -> float | Tensor:

@@ -3,7 +3,8 @@
 A ``Vector`` is a linear combination of the predictions, which nobody computes. What is computed are its coefficients:
 the weights of the predictions, made of numbers that each sample has one of, a ``Scalar`` each. Scalars come from inner
 products of vectors, and these from the moments of the terms that all vectors are combinations of: the first prediction,
-and the differences of the others to it. So the function itself says which moments it needs, and how it makes weights.
+the differences of the others to it, and the sample. So the function itself says which moments it needs, and how it
+makes weights.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 Number: TypeAlias = "float | Scalar"
+Space: TypeAlias = Literal["prediction", "original"]
+"""What a guidance takes predictions as."""
 
 _SUPPORTED = (
     "sums, differences and multiples of vectors; v.dot, v.sum, v.norm and v.std of them; and +, -, *, /, v.sqrt, "
@@ -99,7 +102,7 @@ class Condition(NamedTuple):
 
 
 class Vector:
-    """A linear combination of the terms: the first prediction, and the differences of the others to it.
+    """A linear combination of the terms: the first prediction, the differences of the others to it, and the sample.
 
     Args:
         coefficients: one for each term.
@@ -168,24 +171,51 @@ class Vectors:
 
     Args:
         count: number of predictions.
+        space: what the predictions are taken as: ``"prediction"``, what the model predicts; or ``"original"``, the
+            x_0 that each of them says, ``x0_scale * (x0_sample * x + x0_pred * p)`` by the step's row.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, count: int, space: Space = "prediction") -> None:
+        self._count, self._space = count, space
 
     @property
     def predictions(self) -> tuple[Vector, ...]:
         """The predictions, in the order that the step takes them in: unconditional first."""
-        first = [1.0] + [0.0] * (self._count - 1)
-        return tuple(
-            Vector([1.0 if term in (0, number) else 0.0 for term in range(self._count)]) if number else Vector(first)
-            for number in range(self._count)
-        )
+        own = [self._term(0), *(self._term(0) + self._term(number) for number in range(1, self._count))]
+        if self._space == "prediction":
+            return tuple(own)
+        return tuple(self._sample_part() + self._prediction_part() * prediction for prediction in own)
+
+    @property
+    def sample(self) -> Vector:
+        """The sample x_t."""
+        return self._term(self._count)
+
+    def guided_prediction(self, result: Vector) -> Vector:
+        """Return a function's result as a prediction of the model's."""
+        if self._space == "prediction":
+            return result
+        return (result - self._sample_part()) / self._prediction_part()
+
+    def _term(self, number: int) -> Vector:
+        return Vector([float(term == number) for term in range(self._count + 1)])
+
+    def _sample_part(self) -> Vector:
+        scale: Vector = Scalar("input", "x0_scale") * Scalar("input", "x0_sample") * self.sample
+        return scale
+
+    def _prediction_part(self) -> Number:
+        return _scalar("mul", Scalar("input", "x0_scale"), Scalar("input", "x0_pred"))
 
     @property
     def numel(self) -> Scalar:
         """The number of elements of a sample."""
         return Scalar("input", "numel")
+
+    @property
+    def step(self) -> Scalar:
+        """How many calls of the model the loop has made before."""
+        return Scalar("input", "step")
 
     def dot(self, first: Vector, second: Vector) -> Number:
         """Return the inner product of two vectors, over all but the batch."""

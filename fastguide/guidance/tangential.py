@@ -7,7 +7,7 @@ from typing import Any
 from .formulas import Base, begin, check_base, rescaled
 from .from_moments import FromMoments, parameters_and_options
 from .scales import Scale
-from .symbols import Vector, Vectors
+from .symbols import Space, Vector, Vectors
 
 
 def tangential(v: Vectors, guidance_scale: Any, guidance_rescale: Any, base: str) -> Vector:
@@ -38,12 +38,20 @@ class Tangential(FromMoments):
         guidance_scale: what ``ClassifierFree`` takes.
         guidance_rescale: phi, 0 to 1: how far the guided prediction gets the standard deviation of the conditional one.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
+        space: what predictions are taken as: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
 
     >>> Tangential(7.5)
     Tangential(2 predictions)
     """
 
-    def __init__(self, guidance_scale: Scale, *, guidance_rescale: Scale = 0.0, base: Base = "uncond") -> None:
+    def __init__(
+        self,
+        guidance_scale: Scale,
+        *,
+        guidance_rescale: Scale = 0.0,
+        base: Base = "uncond",
+        space: Space = "prediction",
+    ) -> None:
         check_base(base)
         parameters, options = parameters_and_options(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
-        super().__init__(tangential, 2, parameters, options | {"base": base})
+        super().__init__(tangential, 2, parameters, options | {"base": base}, space)

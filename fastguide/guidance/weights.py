@@ -11,8 +11,9 @@ from torch import Tensor
 from .._counts import check_count
 from .._token import Token
 from ..schedules.predictions import GradientForm
+from .intervals import Calls, calls_within
 from .moment_weights import MomentWeights
-from .scales import scale_columns
+from .scales import conditional_columns, scale_columns
 
 _HOST = torch.device("cpu")
 
@@ -115,27 +116,19 @@ class Guidance:
             return constants
         return self.anchored_weights(predictions, constants[..., -1:])
 
-    def anchored_weights(
-        self, predictions: Sequence[Tensor], gradient_scale: Tensor, parameters: Tensor | None = None
-    ) -> Tensor:
+    def anchored_weights(self, predictions: Sequence[Tensor], gradient_scale: Tensor) -> Tensor:
         """Return what ``weights_from`` makes of the predictions, as kernels read it: (steps or 1, batch, columns).
 
         Args:
             predictions: one tensor for each weight, or one that holds them all along the batch.
             gradient_scale: the scale s, of shape (steps or 1, batch or 1, 1).
-            parameters: of a program, see ``MomentWeights.anchored``.
         """
-        assert self.weights_from is not None
+        if self.weights_from is None or isinstance(self.weights_from, MomentWeights):
+            raise TypeError("guidance: expected weights that a function makes of the predictions")
         count = self.num_predictions
         if len(predictions) == 1:
             predictions = predictions[0].unflatten(0, (count, -1)).unbind(0)
         batch = predictions[0].shape[0]
-        if isinstance(self.weights_from, MomentWeights):
-            made = self.weights_from.anchored(predictions, parameters).to(gradient_scale.dtype)
-            steps = max(made.shape[0], gradient_scale.shape[0])
-            made, scale = (each.expand(steps, batch, -1) for each in (made, gradient_scale))
-            self.weights_from.last_weights = weights = torch.cat([made, scale], -1)
-            return weights
         weights = self.weights_from(predictions)
         if not isinstance(weights, Tensor) or weights.shape != (batch, count):
             got = f"shape {_shape(weights)}" if isinstance(weights, Tensor) else type(weights).__name__
@@ -174,6 +167,8 @@ class Guidance:
 
         ``None``: the host does not know, as the weights are on a device or made from the predictions.
         """
+        if isinstance(self.weights_from, MomentWeights) and self.weights_from.active is not None:
+            return tuple((~self.weights_from.active).tolist())
         if self._source.device != _HOST or self.weights_from is not None:
             return None
         first = self._source[..., 0] - self._source[..., 1 : self.num_predictions].sum(-1)
@@ -183,10 +178,46 @@ class Guidance:
     def last_weights(self) -> Tensor | None:
         """What was made of the predictions last, on the device, for logging; ``None``: nothing, or not from moments.
 
-        The sum of all weights, those of all predictions but the first, and a classifier's scale; shape
-        (steps or 1, batch, num_predictions + 1).
+        The sum of all weights, those of all predictions but the first, a classifier's scale, and the sample's own
+        weight if it has one; shape (1, batch, num_predictions + 1 or 2). The next step overwrites it.
         """
         return self.weights_from.last_weights if isinstance(self.weights_from, MomentWeights) else None
+
+    def within(
+        self, table: Calls, start: float = 0.0, stop: float = 1.0, *, sigma: tuple[float, float] | None = None
+    ) -> Guidance:
+        """Return this guidance in an interval of a table's calls, and the conditional prediction alone outside of it.
+
+        Outside, a classifier has no part either. The sampler's ``skip_unconditional`` leaves the unconditional
+        prediction out there (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+
+        Args:
+            table: of the loop, whole; a slice of it needs guidance of its own.
+            start: the fraction of the calls, 0 to 1, before the first that is guided.
+            stop: the fraction of them that the last guided one ends; ``0.2, 0.8`` of 50 calls are 10 to 39.
+            sigma: a low and a high noise level sigma / alpha: guided are, of these, calls above the one and up to the
+                other. The table has to know its levels.
+
+        Raises:
+            ValueError: a bound is not as described, or the scales are for another number of steps.
+            TypeError: the weights are made by ``from_predictions``: the function itself may tell steps apart.
+
+        >>> from fastguide import ClassifierFree, NoiseSchedule, ddim
+        >>> guidance = ClassifierFree(7.5).within(ddim(NoiseSchedule.linear(), 10), 0.2, 0.8)
+        >>> guidance.steps, sum(guidance.steps_without_unconditional())
+        (10, 4)
+        """
+        active = calls_within(table, start, stop, sigma)
+        if self.steps not in (1, len(active)):
+            raise ValueError(f"table: expected as many calls as there are scales, {self.steps}, got {len(active)}")
+        inside = active.view(-1, 1, 1).to(self._source.device)
+        conditional = conditional_columns(self.num_predictions).to(self._source)
+        weights = torch.where(inside, self._source, conditional)
+        if self.weights_from is None:
+            return Guidance(weights, self.classifier)
+        if not isinstance(self.weights_from, MomentWeights):
+            raise TypeError("guidance: expected weights that are no function's of the predictions, to be left out")
+        return Guidance(weights, self.classifier, self.weights_from.where(active))
 
     def __add__(self, other: Guidance) -> Guidance:
         """Return guidance with the prediction weights of one operand and the classifier's gradient of the other."""

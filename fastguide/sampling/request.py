@@ -131,12 +131,12 @@ def _check_run(table: StepTable, guidance: Guidance, x_T: Tensor, options: Model
 def _skips_uncond(options: ModelOptions, guidance: Guidance, calls: int) -> tuple[bool, ...]:
     if not options.skip_unconditional or guidance.num_predictions < 2:
         return (False,) * calls
-    if guidance.weights_from is not None:
-        raise ValueError(
-            "skip_unconditional: expected constant weights, got some that are made from the predictions, among them "
-            "the unconditional one"
-        )
     flags = guidance.steps_without_unconditional()
+    if flags is None and guidance.weights_from is not None:
+        raise ValueError(
+            "skip_unconditional: expected constant weights, or guidance within an interval, got weights that are made "
+            "from the predictions at every step, among them the unconditional one"
+        )
     if flags is None:
         raise ValueError("skip_unconditional: expected scales that the host knows, got a tensor on a device")
     return flags * calls if len(flags) == 1 else flags

@@ -17,6 +17,7 @@ from ..step.cursor import CURSOR_COLUMNS, Cursor
 from ..step.cursor_step import CursorStep
 from ..step.memory import empty_like, empty_strided, in_layout_of
 from ..step.operator import StepArguments
+from ..step.weigh import weighed
 from . import conditioning as conditioning
 from .conditioning import NamedConditions, Signature
 from .model_call import ModelCall, ModelOptions
@@ -179,7 +180,10 @@ class SamplerState:
                 batched=key.batched,
                 learned_variance=key.learned_variance,
             )
-        self._step = CursorStep(key.step, self._step_arguments(), self.cursor)
+        arguments = self._step_arguments()
+        self._step = CursorStep(key.step, arguments, self.cursor)
+        without_program = arguments._replace(program=None, parameters=None, made=None)
+        self._step_without_uncond = CursorStep(key.step, without_program, self.cursor)
         self._loaded: tuple[StepTable, Guidance] | None = None
 
     def _make_sample_buffers(self) -> None:
@@ -326,12 +330,20 @@ class SamplerState:
         gradient = None if self._guidance.classifier is None else self._gradient()
         predictions, variance = self.model_call(skip_uncond)
         made_by = self._guidance.weights_from
-        if made_by is None or (self.program is not None and self.key.makes_weights):
-            self._step(predictions, gradient, variance, self.weights_without_uncond if skip_uncond else None)
+        if skip_uncond:
+            self._step_without_uncond(predictions, gradient, variance, self.weights_without_uncond)
             return
-        parameters = None if self.parameters is None else self._present(self.parameters)
-        weights = self._guidance.anchored_weights(predictions, self._gradient_scale(), parameters)
-        self._step.once(predictions, gradient, variance, weights)
+        if made_by is None or (self.program is not None and self.key.makes_weights):
+            self._step(predictions, gradient, variance, None)
+            return
+        arguments = self._step.arguments(predictions, gradient, variance)
+        if isinstance(made_by, MomentWeights):
+            assert self.parameters is not None
+            arguments = weighed(arguments, made_by, self.parameters)
+        else:
+            weights = self._guidance.anchored_weights(predictions, self._gradient_scale())
+            arguments = arguments._replace(weights=weights)
+        self._step.once(arguments)
 
     def _gradient(self) -> Tensor:
         assert self._guidance.classifier is not None
@@ -343,9 +355,5 @@ class SamplerState:
         """Return the present row's scale of the gradient, shape (1, batch or 1, 1), without reading it on the host."""
         if self._guidance.classifier is None:
             return self._no_gradient_scale
-        return self._present(self.weights[..., -1:])
-
-    def _present(self, values: Tensor) -> Tensor:
-        """Return the present rows of what is given for each row and sample, shape (1, batch or 1, columns)."""
         row = self.cursor.state[:, _INDEX].clamp(max=self.key.capacity - 1)  # finished samples are one row further
-        return values[row, self._samples].unsqueeze(0)
+        return self.weights[row, self._samples, -1].reshape(1, -1, 1)

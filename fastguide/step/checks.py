@@ -22,6 +22,7 @@ from .memory import DTYPES, counted_layout, dense_within_sample, empty_like, sam
 from .noise import DeviceGenerator
 from .operator import ELEMENTWISE, NAMES, StepArguments, elementwise
 from .overlaps import check_memory
+from .weigh import weighed
 
 Generator: TypeAlias = "torch.Generator | DeviceGenerator"
 
@@ -165,8 +166,10 @@ def check_number(backend: Backend, device: torch.device, guidance: Guidance) -> 
 def _with_weights_from(backend: Backend, arguments: StepArguments, guidance: Guidance) -> StepArguments:
     """Add the weights that are made of the predictions, or what a backend makes them with in its step."""
     made_by, sample, dtype = guidance.weights_from, arguments.sample, arguments.rows.dtype
-    if isinstance(made_by, MomentWeights) and sample.device.type in backend.makes_weights:
+    if isinstance(made_by, MomentWeights):
         program, parameters = made_by.on(sample.device)
+        if sample.device.type not in backend.makes_weights:
+            return weighed(arguments, made_by, parameters)
         return arguments._replace(program=program, parameters=parameters, made=made_by.place_for(sample, dtype))
     return arguments._replace(weights=guidance.weights_for(arguments.predictions, sample.device, dtype))
 

@@ -51,7 +51,8 @@ class CursorStep:
             call = self._call(predictions, weights, gradient, variance)
             if repeat(self._kinds, *call) is not None:
                 return
-        arguments = self.once(predictions, gradient, variance, weights)
+        arguments = self.arguments(predictions, gradient, variance)._replace(weights=weights)
+        self.once(arguments)
         self._made += 1
         if can_repeat and 1 < self._made <= _MOST_TRIES and not is_watched():
             assert self._backend is not None
@@ -60,15 +61,13 @@ class CursorStep:
             if kind is not None:
                 self._kinds = (*self._kinds, kind)
 
-    def once(
-        self, predictions: list[Tensor], gradient: Tensor | None, variance: Tensor | None, weights: Tensor
-    ) -> StepArguments:
-        """Make a step by the operator, as with weights that will not come again; return its arguments."""
-        arguments = self._arguments._replace(
-            predictions=predictions, gradient=gradient, variance=variance, weights=weights
-        )
+    def arguments(self, predictions: list[Tensor], gradient: Tensor | None, variance: Tensor | None) -> StepArguments:
+        """Return the operator's arguments for a step with these."""
+        return self._arguments._replace(predictions=predictions, gradient=gradient, variance=variance)
+
+    def once(self, arguments: StepArguments) -> None:
+        """Make a step by the operator, as with weights that will not come again."""
         self._step(*arguments)
-        return arguments
 
     def _call(self, predictions: Any, weights: Tensor, gradient: Tensor | None, variance: Tensor | None) -> Any:
         a = self._arguments

@@ -5,15 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastguide
 from fastguide import AdaptiveProjected, ClassifierFree, Guidance, MagnitudeAware, Perturbed, Tangential, ZeroStar
 from tests.support.scheduler_pair import diffusers
 
+ONE = torch.ones(1, dtype=torch.float64)
+PREDICTION = fastguide.StepTable.from_columns(
+    torch.tensor([0]), {"x0_scale": ONE, "x0_pred": ONE, "out_x0": ONE}, name="the prediction"
+)
 SHAPE = (2, 16, 24)  # packed, as diffusers' magnitude-aware guider takes no other
 
 GUIDERS = {  # ours, diffusers' class and options, and how far they may be from each other
     "plain": (lambda **how: ClassifierFree(7.5, **how), "ClassifierFreeGuidance", {"guidance_scale": 7.5}, 1e-12),
     "zero star": (  # diffusers' factor is float32
-        lambda **how: ZeroStar(7.5, **how),
+        lambda **how: ZeroStar(7.5, zero_init_steps=0, **how),
         "ClassifierFreeZeroStarGuidance", {"guidance_scale": 7.5, "zero_init_steps": 0}, 1e-6,
     ),
     "projected": (
@@ -52,8 +57,5 @@ def test_the_weights_are_the_guider_s(name, rescale):
     cond, weak = (uncond + 0.3 * torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
     given = [uncond, cond, weak][: guidance.num_predictions]
     expected = guider.forward(cond, uncond, *given[2:]).pred
-    total, *others = guidance.weights_for(given, uncond.device, torch.float64)[0].T[:-1]
-    got = total.view(-1, 1, 1) * uncond
-    for weight, each in zip(others, given[1:], strict=True):
-        got = got + weight.view(-1, 1, 1) * (each - uncond)
+    got = fastguide.guided_step(PREDICTION, 0, torch.zeros_like(uncond), given, guidance)
     assert (got - expected).norm() <= tolerance * expected.norm()

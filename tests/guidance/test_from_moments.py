@@ -89,9 +89,9 @@ FORMULAS = {
     "rescaled in the paper's form": (
         ClassifierFree.from_w(2.0, guidance_rescale=0.5), lambda u, c: rescaled(c + 2.0 * (c - u), c, 0.5),
     ),
-    "zero star": (ZeroStar(5.0), zero_star(5.0)),
-    "zero star of cond": (ZeroStar(5.0, base="cond"), zero_star(5.0, cond=True)),
-    "zero star, rescaled": (ZeroStar(5.0, guidance_rescale=0.3), zero_star(5.0, 0.3)),
+    "zero star": (ZeroStar(5.0, zero_init_steps=0), zero_star(5.0)),
+    "zero star of cond": (ZeroStar(5.0, zero_init_steps=0, base="cond"), zero_star(5.0, cond=True)),
+    "zero star, rescaled": (ZeroStar(5.0, zero_init_steps=0, guidance_rescale=0.3), zero_star(5.0, 0.3)),
     "projected": (AdaptiveProjected(7.5, norm_threshold=5.0), projected(7.5, 0.0, 5.0)),
     "projected, all kept": (AdaptiveProjected(7.5, eta=1.0, norm_threshold=3.0), projected(7.5, 1.0, 3.0)),
     "projected, of any length": (AdaptiveProjected(7.5, eta=0.2, norm_threshold=None), projected(7.5, 0.2, 1e9)),
@@ -120,24 +120,20 @@ def predictions(count, distance=0.3, dtype=torch.float64, shape=SHAPE):
     return [each.to(dtype) for each in (first, *others)]
 
 
-def guided(guidance, given):
-    """The guided prediction by the weights that the step reads, in float64."""
-    device = torch.device("cpu")
-    total, *others = guidance.weights_for(given, device, torch.float64)[0].T[:-1]
-    first = given[0].double()
-    m = total.view(-1, 1, 1, 1) * first
-    for weight, each in zip(others, given[1:], strict=True):
-        m = m + weight.view(-1, 1, 1, 1) * (each.double() - first)
-    return m
+def guided(guidance, given, backend=None):
+    """The guided prediction, in float64."""
+    x = torch.zeros(given[0].shape, dtype=torch.float64)
+    return guided_step(PREDICTION, 0, x, given, guidance, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("distance", [1.0, 0.1, 1e-3])
 @pytest.mark.parametrize("name", FORMULAS)
-def test_weights_are_the_formula_s(name, distance):
+def test_weights_are_the_formula_s(name, distance, backend):
     guidance, formula = FORMULAS[name]
     given = predictions(guidance.num_predictions, distance)
     expected = formula(*given)
-    assert (guided(guidance, given) - expected).norm() <= 1e-12 * expected.norm()
+    assert (guided(guidance, given, backend) - expected).norm() <= 1e-12 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,9 +153,8 @@ def double(value):
     return torch.tensor([value], dtype=torch.float64)
 
 
-PREDICTION = fastguide.StepTable.from_columns(
-    torch.tensor([0]), {"x0_scale": double(1.0), "x0_pred": double(1.0), "out_x0": double(1.0)}, name="the prediction"
-)
+ONLY_THE_PREDICTION = {"x0_scale": double(1.0), "x0_pred": double(1.0), "out_x0": double(1.0)}
+PREDICTION = fastguide.StepTable.from_columns(torch.tensor([0]), ONLY_THE_PREDICTION, name="the prediction")
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -178,7 +173,7 @@ def test_a_step_takes_them(name, whole):
 
 def test_scales_of_samples_and_steps():
     given = predictions(2)
-    per_sample = ZeroStar([1.0, 5.0, 9.0], guidance_rescale=torch.tensor([0.0, 0.5, 1.0]))
+    per_sample = ZeroStar([1.0, 5.0, 9.0], zero_init_steps=0, guidance_rescale=torch.tensor([0.0, 0.5, 1.0]))
     assert per_sample.batch == 3
     got = guided(per_sample, given)
     for sample, (scale, phi) in enumerate(((1.0, 0.0), (5.0, 0.5), (9.0, 1.0))):
@@ -186,11 +181,14 @@ def test_scales_of_samples_and_steps():
         torch.testing.assert_close(got[sample], expected, rtol=1e-12, atol=1e-12)
     per_step = ClassifierFree.per_step([1.0, 4.0], guidance_rescale=0.5)
     assert per_step.steps == 2
-    weights = per_step.weights_for(given, torch.device("cpu"), torch.float64)
-    assert weights.shape == (2, 3, 3)
-    expected = rescaled(given[0] + 4.0 * (given[1] - given[0]), given[1], 0.5)
-    ratio = (expected / (given[0] + 4.0 * (given[1] - given[0]))).flatten(1)[:, 0]
-    torch.testing.assert_close(weights[1, :, 0], ratio, rtol=1e-10, atol=1e-10)
+    two = fastguide.StepTable.from_columns(
+        torch.tensor([1, 0]), {name: values.expand(2) for name, values in ONLY_THE_PREDICTION.items()}, name="two"
+    )
+    for backend in ("native", "reference"):
+        for step, scale in enumerate((1.0, 4.0)):
+            got = guided_step(two, step, torch.zeros_like(given[0]), given, per_step, backend=backend)
+            expected = rescaled(given[0] + scale * (given[1] - given[0]), given[1], 0.5)
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_sampler_takes_them():
@@ -209,8 +207,8 @@ def test_a_sampler_takes_them():
 def test_degenerate_predictions_are_defined():
     zero, some = torch.zeros(SHAPE, dtype=torch.float64), predictions(2)[0]
     for guidance in (
-        ClassifierFree(4.0, guidance_rescale=0.7), ZeroStar(4.0), AdaptiveProjected(4.0), Tangential(4.0),
-        MagnitudeAware(4.0),
+        ClassifierFree(4.0, guidance_rescale=0.7), ZeroStar(4.0, zero_init_steps=0), AdaptiveProjected(4.0),
+        Tangential(4.0), MagnitudeAware(4.0),
     ):  # fmt: skip
         assert torch.equal(guided(guidance, [zero, zero]), zero)
         assert bool(guided(guidance, [zero, some]).isfinite().all())

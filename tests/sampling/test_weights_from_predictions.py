@@ -136,7 +136,9 @@ def test_other_functions_have_states_of_their_own(recorded):  # noqa: F811
 
 def test_the_unconditional_prediction_cannot_be_left_out():
     sampler = Sampler(model, TABLE, RESCALED, skip_unconditional=True)
-    with pytest.raises(ValueError, match="skip_unconditional: expected constant weights, got some that are made from"):
+    with pytest.raises(
+        ValueError, match="skip_unconditional: expected constant weights, or guidance within an interval, got"
+    ):
         sampler(randn(), **CONDITIONS)
 
 

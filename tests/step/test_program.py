@@ -189,12 +189,12 @@ def test_a_repeated_step_makes_its_weights(monkeypatch):
 
 # ---- What is refused ----
 
-WORDS = torch.tensor([[1, 0, 9, 2, 0, 1, 0]], dtype=torch.int32)  # w0 = <u, u>, w1 = the product of two moments
+WORDS = torch.tensor([[1, 0, 10, 2, 0, 1, 0]], dtype=torch.int32)  # w0 = <u, u>, w1 = the product of two moments
 REFUSED = {
     "an operation that is none": (WORDS, 3, 9, "expected operations of earlier values, got another in instruction 0"),
-    "an operand that is made later": (WORDS, 5, 9, "expected operations of earlier values"),
+    "an operand that is made later": (WORDS, 5, 10, "expected operations of earlier values"),
     "a negative place": (WORDS, 4, -1, "expected operations of earlier values"),
-    "a weight beyond the values": (WORDS, 1, 10, "expected weights that are among its values"),
+    "a weight beyond the values": (WORDS, 1, 11, "expected weights that are among its values"),
     "more instructions than words": (WORDS, 0, 2, "and the words of all instructions"),
     "more instructions than values": (WORDS, 0, 10**6, f"at most {MOST_VALUES} values"),
 }

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...guidance.encoded import decode
-from ...guidance.moments import moments_of
 from ...solvers.table import ROW_COLUMNS
 from ..noise import portable_noise
 from ..operator import StepArguments, library
+from ..weigh import position_of, selected, split, weights_of
 from .registry import Backend
 
 
@@ -31,18 +31,18 @@ def guided_step(*arguments: object) -> None:
     if a.philox is not None:
         raise ValueError("generator: the reference takes a torch.Generator, and no DeviceGenerator")
     sample, batch, dtype = a.sample, a.sample.shape[0], a.rows.dtype
-    steps, first, live = _position(a)
+    steps, first, live = position_of(a)
     row = {name: _per_sample(a.rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
     count = a.weights.shape[-1] - 1
-    split = _split(a.predictions, count, batch)
-    weights = _selected(a.weights, steps, batch)
+    each = split(a.predictions, count, batch)
+    weights = selected(a.weights, steps, batch)
     if a.program is not None:
-        weights = _made(a, split, steps, weights[:, -1:])
+        weights = _made(a, each, (steps, first), weights[:, -1:])
     weight = [_per_sample(w, sample) for w in weights.unbind(-1)]
     scale = weight[count]
 
     x = sample.to(dtype)
-    p = [prediction.to(dtype) for prediction in split]
+    p = [prediction.to(dtype) for prediction in each]
     # m = sum_k w_k p_k, anchored at p_0: weight[0] is the sum of all w_k
     m = weight[0] * p[0] if p else torch.zeros_like(x)
     for k in range(1, len(p)):
@@ -96,27 +96,20 @@ def guided_step(*arguments: object) -> None:
 library.impl("guided_step", guided_step, "CompositeExplicitAutograd")
 
 
-def _made(a: StepArguments, predictions: list[Tensor], steps: Tensor, scale: Tensor) -> Tensor:
+def _made(a: StepArguments, predictions: list[Tensor], position: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
     """Return the weights that each sample's program makes of its moments, and write them down."""
     assert a.program is not None
     assert a.parameters is not None
     assert a.made is not None
-    batch, with_sample = a.sample.shape[0], a.made.shape[1] > len(predictions) + 1
-    parameters = _selected(a.parameters, steps, batch)
-    named = {name: a.rows.index_select(0, steps)[:, k].double() for k, name in enumerate(ROW_COLUMNS)}
-    named |= {f"parameter_{k}": values for k, values in enumerate(parameters.unbind(-1))}
-    terms = len(predictions) + with_sample
-    given = [prediction.to(a.rows.dtype) for prediction in predictions]
-    columns: list[Tensor] = []
-    for words in a.program.tolist():
-        program = decode(words, terms, a.parameters.shape[-1])
-        moments = moments_of(given, program.inputs, a.sample if with_sample else None)
-        weights = [torch.as_tensor(weight).expand(batch) for weight in program.run(moments | named)]
-        columns.append(torch.stack(weights, -1))
-    rows = columns[0] if len(columns) == 1 else torch.stack([made[k] for k, made in enumerate(columns)])
-    scale = scale.expand(batch, -1).double()
-    made = torch.cat([rows[:, : len(predictions)], scale, rows[:, len(predictions) :]], -1).to(a.rows.dtype)
-    _write(a.made, made, None)
+    batch, count, terms = a.sample.shape[0], len(predictions), a.made.shape[1] - 1
+    given = enumerate(selected(a.parameters, position[0], batch).unbind(-1))
+    parameters = {f"parameter_{k}": values for k, values in given}
+    programs = [decode(words, terms, a.parameters.shape[-1]) for words in a.program.tolist()]
+    tables = [weights_of(a, predictions, program, position, parameters) for program in programs]
+    weights = tables[0] if len(tables) == 1 else torch.stack([table[k] for k, table in enumerate(tables)])
+    scale = scale.double().expand(batch, -1)
+    made = torch.cat([weights[:, :count], scale, weights[:, count:]], -1).to(a.rows.dtype)
+    a.made.copy_(made)
     return made
 
 
@@ -143,19 +136,6 @@ def _inpainted(row: dict[str, Tensor], result: Tensor, painted: Tensor, known: T
     return torch.where(painted == 1, result, torch.where(painted == 0, level, blended))
 
 
-def _position(a: StepArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each sample's row, the row of its first step, and whether it is not finished; one for all, or (batch,)."""
-    rows = a.rows
-    steps = torch.full((1,), a.index, device=rows.device) if a.indices is None else a.indices.reshape(-1)
-    live, first = torch.ones_like(steps, dtype=torch.bool), torch.zeros_like(steps)
-    if a.cursor is not None:
-        steps, end, first, _ = a.cursor.unbind(1)
-        live = steps < end
-        steps = torch.where(live, steps, 0)
-    # Compiled code would count from the end; a row beyond the table is refused.
-    return torch.where(steps < 0, rows.shape[0], steps), first, live
-
-
 def _advance(cursor: Tensor, timestep: Tensor | None, rows: Tensor, steps: Tensor, live: Tensor) -> None:
     """Move the cursors on, and write the timesteps of the next model call."""
     if timestep is not None:
@@ -167,22 +147,6 @@ def _advance(cursor: Tensor, timestep: Tensor | None, rows: Tensor, steps: Tenso
 
 def _write(out: Tensor, values: Tensor, finished: Tensor | None) -> None:
     out.copy_(values if finished is None else torch.where(finished, out, values.to(out.dtype)))
-
-
-def _split(predictions: list[Tensor], count: int, batch: int) -> list[Tensor]:
-    """Return all predictions, also where one tensor holds them one after the other along the batch."""
-    if len(predictions) == 1 and count > 1:
-        return list(predictions[0].unflatten(0, (count, batch)).unbind(0))
-    return predictions
-
-
-def _selected(weights: Tensor, steps: Tensor, batch: int) -> Tensor:
-    """Return each sample's weights, shape (batch or 1, columns), from (steps or 1, batch or 1, columns)."""
-    if weights.shape[0] == 1:
-        return weights[0]
-    if steps.numel() == 1:
-        return weights.index_select(0, steps)[0]
-    return weights.expand(-1, batch, -1)[steps, torch.arange(batch, device=weights.device)]
 
 
 def _per_sample(values: Tensor, sample: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""Make a step's weights from moments by torch's own operations: for backends whose kernels do not make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..guidance.moment_weights import MomentWeights
+from ..guidance.moments import moments_of
+from ..guidance.program import Program
+from ..solvers.table import ROW_COLUMNS
+from .operator import StepArguments
+
+
+def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> StepArguments:
+    """Return the arguments of a step with the weights that a program makes, and no program.
+
+    Where the sample has a weight too, it is one more prediction.
+
+    Args:
+        a: the step's arguments; ``weights`` give the gradient's scale.
+        made_by: has the program, and keeps what was made.
+        parameters: its parameters and constants, of shape (calls or 1, batch or 1, numbers).
+    """
+    batch = a.sample.shape[0]
+    count = a.weights.shape[-1] - 1
+    predictions = split(a.predictions, count, batch)
+    steps, first, _ = position_of(a)
+    named = dict(zip(made_by.names, selected(parameters, steps, batch).unbind(-1), strict=False))
+    terms = weights_of(a, predictions, made_by.program, (steps, first), named)
+    scale = selected(a.weights, steps, batch)[:, -1:].double().expand(batch, -1)
+    made = torch.cat([terms[:, :count], scale, terms[:, count:]], -1).to(a.weights.dtype)
+    made_by.last_weights = made[None]
+    if terms.shape[1] > count:
+        of_sample = made[:, -1:]
+        made = torch.cat([made[:, :1] + of_sample, made[:, 1:count], of_sample, made[:, count : count + 1]], -1)
+        predictions = [*predictions, a.sample]
+    return a._replace(predictions=predictions, weights=made[None], program=None, parameters=None, made=None)
+
+
+def weights_of(
+    a: StepArguments,
+    predictions: Sequence[Tensor],
+    program: Program,
+    position: tuple[Tensor, Tensor],
+    parameters: dict[str, Tensor],
+) -> Tensor:
+    """Return the weights of the terms of each sample, float64 of shape (batch, terms).
+
+    Args:
+        a: the step's arguments.
+        predictions: one for each weight.
+        program: makes them.
+        position: the row of each sample, and of its first step, of shape (1,) or (batch,).
+        parameters: the program's, by name, each of shape (1,) or (batch,).
+    """
+    batch = a.sample.shape[0]
+    steps, first = position
+    row = {name: values.double() for name, values in zip(ROW_COLUMNS, _row(a.rows, steps).unbind(-1), strict=True)}
+    given = [prediction.to(a.rows.dtype) for prediction in predictions]
+    row["step"] = (steps - first).double()
+    moments = moments_of(given, program.inputs, a.sample.to(a.rows.dtype))
+    like = torch.zeros(batch, dtype=torch.float64, device=a.sample.device)
+    return torch.stack([like + weight for weight in program.run(moments | row | parameters)], -1)
+
+
+def position_of(a: StepArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each sample's row, the row of its first step, and whether it is not finished; one for all, or (batch,)."""
+    rows = a.rows
+    steps = torch.full((1,), a.index, device=rows.device) if a.indices is None else a.indices.reshape(-1)
+    live, first = torch.ones_like(steps, dtype=torch.bool), torch.zeros_like(steps)
+    if a.cursor is not None:
+        steps, end, first, _ = a.cursor.unbind(1)
+        live = steps < end
+        steps = torch.where(live, steps, 0)
+    # Compiled code would count from the end; a row beyond the table is refused.
+    return torch.where(steps < 0, rows.shape[0], steps), first, live
+
+
+def split(predictions: list[Tensor], count: int, batch: int) -> list[Tensor]:
+    """Return all predictions, also where one tensor holds them one after the other along the batch."""
+    if len(predictions) == 1 and count > 1:
+        return list(predictions[0].unflatten(0, (count, batch)).unbind(0))
+    return list(predictions)
+
+
+def selected(values: Tensor, steps: Tensor, batch: int) -> Tensor:
+    """Return what each sample has, shape (batch or 1, columns), from (steps or 1, batch or 1, columns)."""
+    if values.shape[0] == 1:
+        return values[0]
+    if steps.numel() == 1:
+        return values.index_select(0, steps)[0]
+    return values.expand(-1, batch, -1)[steps, torch.arange(batch, device=values.device)]
+
+
+def _row(rows: Tensor, steps: Tensor) -> Tensor:
+    return rows.index_select(0, steps)

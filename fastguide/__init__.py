@@ -5,6 +5,7 @@ from . import solvers as solvers
 from ._version import __version__ as __version__
 from .guidance import (
     AdaptiveProjected,
+    AutoGuidance,
     Classifier,
     ClassifierFree,
     Composed,
@@ -38,6 +39,7 @@ from .training import (
 __all__ = [
     *solvers.__all__,
     "AdaptiveProjected",
+    "AutoGuidance",
     "Classifier",
     "ClassifierFree",
     "Composed",

@@ -41,8 +41,8 @@ constexpr int kInstructionWords = 4;
 constexpr int moments_of(int terms) { return terms * (terms + 3) / 2; }
 constexpr int kMaxMoments = moments_of(kMaxTerms);
 
-// Behind the moments: elements of a sample, the calls that its loop has made, and x0_scale, x0_sample and x0_pred of its
-// row; then the parameters.
+// Behind the moments: elements of a sample, the calls that its loop has made, and x0_scale, x0_sample and x0_pred of
+// its row; then the parameters.
 constexpr int kOtherInputs = 5;
 
 // A program is its number of instructions, the places of the terms' weights, and the instructions.

@@ -1,6 +1,7 @@
 """Guidance: each class sets the weights of the model's predictions, and subclasses ``Guidance`` of weights.py."""
 
 from .adaptive_projected import AdaptiveProjected
+from .auto import AutoGuidance
 from .classifier import Classifier
 from .classifier_free import ClassifierFree
 from .composed import Composed
@@ -14,6 +15,7 @@ from .zero_star import ZeroStar
 
 __all__ = [
     "AdaptiveProjected",
+    "AutoGuidance",
     "Classifier",
     "ClassifierFree",
     "Composed",

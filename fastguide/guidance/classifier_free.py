@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .formulas import begin, check_space, rescaled
 from .moment_weights import MomentWeights
+from .plus_plus import FirstOrder, plus_plus_scales
 from .scales import Scale, as_scale, as_scale_per_step, scale_columns, stand_in_columns
 from .symbols import Space, Vector, Vectors
 from .weights import Guidance
@@ -54,6 +55,25 @@ class ClassifierFree(Guidance):
     def from_w(cls, w: Scale, *, guidance_rescale: Scale = 0.0) -> ClassifierFree:
         """Return the paper's own form, ``(1 + w) * cond - w * uncond``, which is ``guidance_scale = 1 + w``."""
         return cls(as_scale("w", w) + 1, guidance_rescale=guidance_rescale)
+
+    @classmethod
+    def plus_plus(cls, table: FirstOrder, guidance_scale: float) -> ClassifierFree:
+        """Return CFG++: x_0 is guided, and the noise is the unconditional prediction's (arXiv 2406.08070).
+
+        Without a clip, that is plain guidance with a scale for each of the table's calls, which this computes.
+
+        Args:
+            table: of a first-order solver such as ``ddim``, without a clip, whole.
+            guidance_scale: lambda, 0 to 1, of which 0.6 is about a plain scale of 7.5.
+
+        >>> from fastguide import NoiseSchedule, ddim
+        >>> ClassifierFree.plus_plus(ddim(NoiseSchedule.linear(), 50), 0.6).steps
+        50
+        """
+        scale = as_scale("guidance_scale", guidance_scale)
+        if not isinstance(scale, float):
+            raise TypeError(f"guidance_scale: expected a number for CFG++, got {type(guidance_scale).__name__}")
+        return cls.per_step(plus_plus_scales(table, scale))
 
     @classmethod
     def per_step(cls, guidance_scale: Sequence[float] | Tensor, *, guidance_rescale: Scale = 0.0) -> ClassifierFree:

@@ -23,7 +23,7 @@ class AutoGuidance(ClassifierFree):
 
     @staticmethod
     def both(weak: Callable[..., Tensor], strong: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a model for ``Sampler`` that calls two: the weak one for the first condition, the other for the second.
+        """Return a model for ``Sampler`` that calls two: the weak one for the first condition, the other for the next.
 
         ``Sampler`` gives it both along the batch, so that it has to be ``batched``; ``uncond`` and ``cond`` are the
         same condition, or both left out if the models take none.

@@ -267,15 +267,21 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
     if nvcc is not None:
         generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name, _ in architectures]
         generate += [f"-gencode=arch=compute_{name},code=compute_{name}" for name, ptx in architectures if ptx]
-        objects.append("step_gpu.o")
+        objects += ["step_gpu.o", "moments_gpu.o"]
         lines += [
             f"nvcc = {quote(nvcc)} -ccbin {quote(program_of(compiler))}",
             "rule compile_cuda",
             f"  command = $nvcc {CUDA_FLAGS} -I{quote(source)} $extra -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            f"build step_gpu.o: compile_cuda {escape(source / 'kernels' / 'gpu' / 'step.cu')}",
-            f"  extra = {' '.join([*generate, compression(nvcc)])}",
+            *(
+                line
+                for name in ("step", "moments")
+                for line in (
+                    f"build {name}_gpu.o: compile_cuda {escape(source / 'kernels' / 'gpu' / f'{name}.cu')}",
+                    f"  extra = {' '.join([*generate, compression(nvcc)])}",
+                )
+            ),
         ]
         # The runtime is linked in: the library then needs no CUDA to be loaded. Its symbols are kept inside.
         libraries += f" {cudart(nvcc)} -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"

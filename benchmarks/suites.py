@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from . import workloads
-from .measure import accuracy, guidance, loops, pipelines, solvers, steps
+from .measure import accuracy, guidance, loops, moments, pipelines, solvers, steps
 from .measure.timing import describe
 from .report import machine, results, targets
 
-SUITES = ("steps", "solvers", "loops", "pipelines", "accuracy", "growth", "guidance")
+SUITES = ("steps", "solvers", "moments", "loops", "pipelines", "accuracy", "growth", "guidance")
 
 Row = dict[str, Any]
 
@@ -35,7 +35,8 @@ def run(
         device: where to measure.
         full: take every workload, and more time for each.
         suites: which of ``SUITES``.
-        names: the beginnings of the titles of what to measure: steps, solvers, loops, pipelines; all if there are none.
+        names: the beginnings of the titles of what to measure: steps, solvers, moments, loops, pipelines; all if there
+            are none.
         before: the earlier result to compare with.
         log: takes a line at the beginning of each part.
 
@@ -87,6 +88,9 @@ def _parts(
     if "solvers" in suites:
         for title in chosen_solvers(names):
             yield title, solvers.measure(title, device, seconds)
+    if "moments" in suites:
+        for title in chosen_moments(names):
+            yield title, moments.measure(title, device, seconds)
     if "loops" in suites:
         yield "cost of the loop itself", loops.host_cost(device)
         for kind, count in chosen_loops(names, device.type == "cuda"):
@@ -111,6 +115,7 @@ def check_names(names: Sequence[str], suites: Sequence[str], full: bool, gpu: bo
     """
     titles = [workload.title for workload in chosen_steps([], full, gpu)] if "steps" in suites else []
     titles += chosen_solvers([]) if "solvers" in suites else []
+    titles += chosen_moments([]) if "moments" in suites else []
     titles += [f"{kind}, {count} steps" for kind, count in chosen_loops([], gpu)] if "loops" in suites else []
     titles += [pipelines.title(*each) for each in chosen_pipelines([])] if "pipelines" in suites else []
     if names and not titles:
@@ -130,6 +135,11 @@ def chosen_steps(names: Sequence[str], full: bool, gpu: bool) -> list[workloads.
 def chosen_solvers(names: Sequence[str]) -> list[str]:
     """Return the solvers' workloads whose titles begin with one of the names, or all."""
     return [title for title in solvers.titles() if not names or any(title.startswith(name) for name in names)]
+
+
+def chosen_moments(names: Sequence[str]) -> list[str]:
+    """Return the steps with weights from moments whose titles begin with one of the names, or all."""
+    return [title for title in moments.titles() if not names or any(title.startswith(name) for name in names)]
 
 
 def chosen_loops(names: Sequence[str], gpu: bool) -> list[tuple[str, int]]:

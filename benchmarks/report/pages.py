@@ -35,7 +35,7 @@ class Table(NamedTuple):
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Yield a table for each workload and each suite that has rows; the targets come last."""
-    for suite in ("steps", "solvers", "loops", "pipelines"):
+    for suite in ("steps", "solvers", "moments", "loops", "pipelines"):
         for workload in dict.fromkeys(row["workload"] for row in rows if row["suite"] == suite):
             yield _times(workload, [r for r in rows if r["suite"] == suite and r["workload"] == workload])
     for suite, table in (

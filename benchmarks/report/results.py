@@ -16,7 +16,7 @@ from .machine import machine
 Row = dict[str, Any]
 
 FORMAT = 3  # since steps are timed from cold caches
-COMPARED = ("steps", "solvers", "loops", "pipelines", "accuracy")
+COMPARED = ("steps", "solvers", "moments", "loops", "pipelines", "accuracy")
 _BASELINES = ("diffusers", "torch eager")
 _IDLE = 0.15  # the share of the processors that other processes use on an idle system
 _STEADY = 2.5  # slowest over fastest tenth of copy_: up to 2.4 was seen on an idle machine

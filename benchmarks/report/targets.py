@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..contenders.registry import COMPILED, is_ours
+from ..measure import moments
 from ..measure.pipelines import title as pipeline_title
 from ..measure.solvers import DOUBLED, DROP_IN, large_title, small_title
 
@@ -35,6 +36,8 @@ _CAUSES: dict[str, Any] = {
 """What is known about misses of these, and down to where."""
 _PIPELINES = {"Euler": 1.5, "flow Euler": 1.5, "DPM++ 2M": 3.0, "UniPC": 8.0}
 """How many times faster a pipeline whose model costs nothing has to be with each scheduler."""
+_GUIDERS = {"rescaled": 10.0, "projected": 15.0, "tangential": 20.0}
+"""How many times faster than diffusers' guider and step one with weights from moments has to be."""
 _LARGE_SOLVERS = ("DPM++ 2M", "UniPC 2", "DPM++ 3M")
 _ACCELERATED = "fastguide, accelerate(pipe)"
 _BANDWIDTH_BYTES = 256e6  # of a step that shows a GPU's bandwidth
@@ -170,6 +173,11 @@ def tracing(run: Run) -> Measured:
     return Measured(1e6 * seconds / 50)
 
 
+def over_the_plain_step(run: Run, shape: tuple[int, ...]) -> Measured:
+    """Return the time of a step with rescaled guidance over that of a plain one."""
+    return Measured(run.value(moments.title("rescaled", shape), moments.PLAIN, "of_the_plain_step"))
+
+
 def smallest_share_of_copy(run: Run) -> Measured:
     """Return the smallest bandwidth over ``copy_``'s, of all steps without noise that move 256 MB or more."""
     # The workloads of all contenders' rows: a kernel of ours that failed has no bytes
@@ -286,6 +294,29 @@ def targets(device: str) -> list[Target]:
                 known_to=1.0 if name == "flow Euler" else least,
             )
             for name, least in _PIPELINES.items()
+        ),
+        *(
+            Target(
+                f"a step with {name} guidance, (8, 4, 128, 128): times faster than diffusers' guider and step",
+                lambda run, name=name: run.times_faster(  # type: ignore[misc]
+                    moments.title(name, (8, 4, 128, 128)), "fastguide", "diffusers"
+                ),
+                at_least=least,
+            )
+            for name, least in _GUIDERS.items()
+        ),
+        *(
+            Target(
+                f"a step with rescaled guidance, {shape}: over the plain step",
+                lambda run, shape=shape: over_the_plain_step(run, shape),  # type: ignore[misc]
+                at_most=most,
+            )
+            for shape, most in (((2, 4, 64, 64), 1.5), ((64, 3, 256, 256), 1.25))
+        ),
+        Target(
+            "a small step with rescaled guidance: times faster than the same formula compiled",
+            lambda run: run.times_faster(moments.title("rescaled", (2, 4, 64, 64)), "fastguide", moments.COMPILED),
+            at_least=2,
         ),
         Target(
             "a pipeline whose model costs nothing, accelerated: times faster than diffusers",

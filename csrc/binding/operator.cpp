@@ -19,6 +19,7 @@
 #include "binding/tensors.h"
 #include "kernels/arguments.h"
 #include "kernels/cursor.h"
+#include "kernels/gpu/moments.h"
 #include "kernels/weights.h"
 #include "maths/element.h"
 #include "maths/program.h"
@@ -242,11 +243,15 @@ void read_program(const Tensor& program, const Layout& layout, StepArguments* a)
       program.scalar_type() == ScalarType::Int && (samples == 1 || samples == layout.batch) && program.is_contiguous(),
       "program: expected int32 of shape (1 or ", layout.batch, ", words), contiguous");
   a->program = static_cast<const int32_t*>(program.const_data_ptr());
+  a->program_words = words;
   a->program_stride = samples > 1 ? words : 0;
   const int terms = terms_of(*a);
   STD_TORCH_CHECK(a->num_predictions >= 2 && terms <= kMaxTerms, "program: expected 2 to ", kMaxTerms,
                   " predictions with it, the sample counted, got ", terms);
   const int64_t inputs = moments_of(terms) + kOtherInputs + a->num_parameters;
+  STD_TORCH_CHECK(inputs <= kMaxValues && words > terms, "program: expected at most ", kMaxValues,
+                  " values, and the words of all instructions");
+  if (!layout.is_cpu) return;  // the kernel sees to the words
   for (int64_t sample = 0; sample < samples; ++sample) {
     const int32_t* next = program_of(*a, sample);
     const int64_t instructions = words > terms ? next[0] : -1;
@@ -266,13 +271,23 @@ void read_program(const Tensor& program, const Layout& layout, StepArguments* a)
   }
 }
 
+// Reads a GPU's memory for sums, which is 0 between two steps.
+void read_scratch(const Operands& operands, const Layout& layout, StepArguments* a) {
+  STD_TORCH_CHECK(operands.scratch.has_value(), "scratch: expected a tensor with a program on a GPU");
+  check_device("scratch", *operands.scratch, layout);
+  const int64_t words = scratch_words(*a);
+  STD_TORCH_CHECK(operands.scratch->scalar_type() == ScalarType::Double && operands.scratch->is_contiguous() &&
+                      operands.scratch->numel() >= words,
+                  "scratch: expected float64, contiguous, of at least ", words, " numbers");
+  a->scratch = static_cast<double*>(operands.scratch->mutable_data_ptr());
+}
+
 // Reads what makes the weights from moments, and where they go.
 void read_moments(const Operands& operands, const Layout& layout, StepArguments* a) {
   STD_TORCH_CHECK(operands.program.has_value() == operands.parameters.has_value() &&
                       operands.program.has_value() == operands.made.has_value(),
                   "program: expected program, parameters and made together");
   if (!operands.program.has_value()) return;
-  STD_TORCH_CHECK(layout.is_cpu, "program: expected none on a GPU");
   const Tensor &parameters = *operands.parameters, &made = *operands.made;
   check_device("parameters", parameters, layout);
   STD_TORCH_CHECK(parameters.scalar_type() == ScalarType::Double && parameters.dim() == 3 &&
@@ -295,6 +310,7 @@ void read_moments(const Operands& operands, const Layout& layout, StepArguments*
   a->weighs_sample = made.sizes()[1] > columns;
   a->made = made.mutable_data_ptr();
   read_program(*operands.program, layout, a);
+  if (!layout.is_cpu) read_scratch(operands, layout, a);
 }
 
 // ---- The operators ----

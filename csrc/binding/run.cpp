@@ -68,7 +68,6 @@ void run_on_gpu(const StepArguments& a, int32_t device) {
                   "out: expected a CPU tensor, as this torch has no CUDA");
   STD_TORCH_CHECK(a.num_predictions <= kMaxPredictions, "predictions: expected at most ", kMaxPredictions,
                   " on a GPU, got ", a.num_predictions);
-  STD_TORCH_CHECK(a.program == nullptr, "program: expected none on a GPU");
   STD_TORCH_CHECK(!a.double_precision, "sample: expected float32, bfloat16 or float16 on a GPU, got float64");
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

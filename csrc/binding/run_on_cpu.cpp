@@ -96,7 +96,7 @@ class WeighedStep {
     for (int64_t part = 1; part < parts_; ++part) {
       for (int n = 0; n < moments_; ++n) values[n] += sums[part * moments_ + n];
     }
-    make_weights<T>(a_, sample, position, values, weights_.data() + sample * columns_);
+    make_weights<T>(a_, program_of(a_, sample), sample, position, values, weights_.data() + sample * columns_);
   }
 
   void step_part(int64_t part) {

@@ -37,7 +37,8 @@ namespace fastguide {
   X(OptionalTensor, history) \
   X(OptionalTensor, program) \
   X(OptionalTensor, parameters) \
-  X(OptionalTensor, made)
+  X(OptionalTensor, made) \
+  X(OptionalTensor, scratch)
 
 enum class Argument : int {
 #define FASTGUIDE_ENUMERATOR(type, name) name,
@@ -109,10 +110,11 @@ struct StepArguments {
   int64_t weights_batch_stride;
   // Unless null, it makes the weights from moments (maths/program.h); of the others, the gradient's scale is left.
   const int32_t* program;
-  int64_t program_stride;    // 0: the same for all samples
-  const double* parameters;  // (steps or 1, batch or 1, num_parameters)
+  int64_t program_words, program_stride;  // the stride is 0 for one of all samples
+  const double* parameters;               // (steps or 1, batch or 1, num_parameters)
   int num_parameters;
   int64_t parameters_step_stride, parameters_batch_stride;
+  double* scratch;         // a GPU's, see kernels/gpu/moments.h; 0 between two steps
   void* made;              // gets the weights: (batch, made_columns)
   bool weighs_sample;      // whether the last of a sample's weights is the sample's own
   int64_t index;           // the row of every sample, unless indices or the cursor give it

@@ -27,21 +27,20 @@ FASTGUIDE_INLINE const int32_t* program_of(const StepArguments& a, int64_t sampl
 
 // Fills a program's inputs behind the moments, and runs it. values: kMaxValues, the first of them the moments.
 template <typename T>
-FASTGUIDE_INLINE void make_weights(const StepArguments& a, int64_t sample, const Position& position, double* values,
-                                   T* weights) {
+FASTGUIDE_INLINE void make_weights(const StepArguments& a, const int32_t* program, int64_t sample,
+                                   const Position& position, double* values, T* weights) {
   const int terms = terms_of(a);
   const int64_t index = position.index;
   const Row<T>& row = row_at<T>(a, index);
-  double* next = values + moments_of(terms);
-  *next++ = double(a.elements_per_sample);
-  *next++ = double(index - position.first);
-  *next++ = double(row.x0_scale);
-  *next++ = double(row.x0_sample);
-  *next++ = double(row.x0_pred);
+  int inputs = moments_of(terms);
+  values[inputs++] = double(a.elements_per_sample);
+  values[inputs++] = double(index - position.first);
+  values[inputs++] = double(row.x0_scale);
+  values[inputs++] = double(row.x0_sample);
+  values[inputs++] = double(row.x0_pred);
   const double* parameters = a.parameters + index * a.parameters_step_stride + sample * a.parameters_batch_stride;
-  for (int k = 0; k < a.num_parameters; ++k) *next++ = parameters[k];
-  const int32_t* program = program_of(a, sample);
-  run_program(program, terms, int(next - values), values);
+  for (int k = 0; k < a.num_parameters; ++k) values[inputs++] = parameters[k];
+  run_program(program, terms, inputs, values);
   const T* constants =
       static_cast<const T*>(a.weights) + index * a.weights_step_stride + sample * a.weights_batch_stride;
   for (int k = 0; k < a.num_predictions; ++k) weights[k] = T(values[program[1 + k]]);

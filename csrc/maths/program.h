@@ -38,7 +38,7 @@ constexpr int kMaxValues = 256;
 constexpr int kInstructionWords = 4;
 
 // Of so many terms: t_i . t_j for i <= j, row by row, and then the sum of each.
-constexpr int moments_of(int terms) { return terms * (terms + 3) / 2; }
+FASTGUIDE_INLINE constexpr int moments_of(int terms) { return terms * (terms + 3) / 2; }
 constexpr int kMaxMoments = moments_of(kMaxTerms);
 
 // Behind the moments: elements of a sample, the calls that its loop has made, and x0_scale, x0_sample and x0_pred of
@@ -79,10 +79,11 @@ FASTGUIDE_INLINE double result_of(Operation operation, double a, double b, doubl
 // Runs a program: `values` has its inputs, and gets its results behind them. Its words have been checked.
 FASTGUIDE_INLINE void run_program(const int32_t* program, int terms, int inputs, double* values) {
   const int instructions = program[0];
-  const int32_t* next = program + 1 + terms;
   FASTGUIDE_ROLL
-  for (int n = 0; n < instructions; ++n, next += kInstructionWords) {
-    values[inputs + n] = result_of(Operation(next[0]), values[next[1]], values[next[2]], values[next[3]]);
+  for (int n = 0; n < instructions; ++n) {
+    const int word = 1 + terms + kInstructionWords * n;
+    values[inputs + n] = result_of(Operation(program[word]), values[program[word + 1]], values[program[word + 2]],
+                                   values[program[word + 3]]);
   }
 }
 

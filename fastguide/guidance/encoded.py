@@ -16,6 +16,8 @@ MOST_TERMS = 8
 """The most terms of a program: predictions, and the sample."""
 MOST_VALUES = 256
 """The most values of a program."""
+PART = 4096
+"""Elements of a sample that are added up in the arithmetic's own precision."""
 OTHER_INPUTS = ("numel", "step", "x0_scale", "x0_sample", "x0_pred")
 """Behind the moments: a sample's number of elements, the calls that its loop has made, and how its row makes x_0."""
 
@@ -36,6 +38,12 @@ def moment_names(terms: int) -> tuple[str, ...]:
     """Return the names of the moments of so many terms, in their order."""
     products = [f"dot_{i}_{j}" for i in range(terms) for j in range(i, terms)]
     return (*products, *(f"sum_{i}" for i in range(terms)))
+
+
+def scratch_numbers(terms: int, batch: int, elements: int) -> int:
+    """Return how many numbers of 8 bytes a GPU's kernel needs: ``scratch_words`` of csrc/kernels/gpu/moments.h."""
+    parts = -(-elements // PART)
+    return batch * (parts * len(moment_names(terms)) + 1 + terms + 1)
 
 
 def encode(program: Program, parameters: Sequence[str]) -> Encoded:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoded import encode
+from .encoded import encode, scratch_numbers
 from .program import Program, traced
 from .scales import scale_columns
 from .symbols import Space, Vector
@@ -44,6 +44,7 @@ class MomentWeights:
         self._on_devices: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._made: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
         """Where steps write their weights, and that as ``last_weights`` has it."""
+        self._scratch: dict[tuple[torch.device, int, int], Tensor] = {}
         self.last_weights: Tensor | None = None
         """What was made last, as the step read it: the sum of all weights, those of all predictions but the first, and
         a classifier's scale, and the sample's own if it has one, on the device; shape (1, batch, columns)."""
@@ -85,3 +86,15 @@ class MomentWeights:
             found = self._made[key] = place, place[None]
         place, self.last_weights = found
         return place
+
+    def scratch_for(self, sample: Tensor) -> Tensor | None:
+        """Return the memory that a GPU's kernel needs, which is 0 between two steps; ``None`` elsewhere."""
+        if sample.device.type == "cpu" or sample.shape[0] == 0:
+            return None
+        batch, elements = sample.shape[0], sample[0].numel()
+        scratch = self._scratch.get((sample.device, batch, elements))
+        if scratch is None:
+            numbers = scratch_numbers(len(self.program.weights), batch, elements)
+            scratch = torch.zeros(numbers, dtype=torch.float64, device=sample.device)
+            self._scratch[sample.device, batch, elements] = scratch
+        return scratch

@@ -13,8 +13,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-_PART = 4096
-"""Elements that are added up in the predictions' own precision; the sums of such parts are added up in float64."""
+from .encoded import PART
 
 
 def moments_of(
@@ -51,6 +50,6 @@ def moments_of(
 
 def _added(values: Tensor) -> Tensor:
     """Return the sum of each row, in float64."""
-    whole = values.shape[1] // _PART * _PART
-    parts = values[:, :whole].unflatten(1, (-1, _PART)).sum(-1) if whole else values[:, :0]
+    whole = values.shape[1] // PART * PART
+    parts = values[:, :whole].unflatten(1, (-1, PART)).sum(-1) if whole else values[:, :0]
     return parts.double().sum(1) + values[:, whole:].sum(1).double()

@@ -182,7 +182,7 @@ class SamplerState:
             )
         arguments = self._step_arguments()
         self._step = CursorStep(key.step, arguments, self.cursor)
-        without_program = arguments._replace(program=None, parameters=None, made=None)
+        without_program = arguments._replace(program=None, parameters=None, made=None, scratch=None)
         self._step_without_uncond = CursorStep(key.step, without_program, self.cursor)
         self._loaded: tuple[StepTable, Guidance] | None = None
 
@@ -216,12 +216,13 @@ class SamplerState:
         self.rows = torch.zeros(key.capacity, len(ROW_COLUMNS), dtype=arithmetic, device=key.device)
         self.weights = torch.zeros(shape, dtype=arithmetic, device=key.device)
         self.weights_without_uncond = self.weights[..., 1:].clone() if key.skips_uncond else None
-        self.program = self.parameters = self.made = None
+        self.program = self.parameters = self.made = self.scratch = None
         if isinstance(self._guidance.weights_from, MomentWeights):
             self.program, parameters = self._guidance.weights_from.on(key.device)
             self.parameters = parameters.new_zeros(key.capacity, scales, parameters.shape[-1])
             columns = len(self._guidance.weights_from.program.weights) + 1
             self.made = torch.zeros(self.batch, columns, dtype=arithmetic, device=key.device)
+            self.scratch = self._guidance.weights_from.scratch_for(self.sample)
         self._no_gradient_scale = torch.zeros(1, 1, 1, dtype=arithmetic, device=key.device)
         self._samples = torch.arange(scales, device=key.device)
 
@@ -254,6 +255,7 @@ class SamplerState:
             program=self.program if makes_weights else None,
             parameters=self.parameters if makes_weights else None,
             made=self.made if makes_weights else None,
+            scratch=self.scratch if makes_weights else None,
         )
 
     # ---- Between steps ----

@@ -80,7 +80,7 @@ def validate(
         empty_like(sample) if out is None else out, original, staged, sample, inputs,
         table.device_rows(guidance.form, dtype, anchor is not None), guidance.weights(sample.device, dtype), row or 0,
         indices, *optional_inputs, noise, seeds, None, 0, state, timestep, mask, known, known_noise,
-        anchor, entries_of(history), None, None, None,
+        anchor, entries_of(history), None, None, None, None,
     ))  # fmt: skip
     _check_layouts(arguments, stacked, out)
     if guidance.weights_from is not None:
@@ -170,7 +170,8 @@ def _with_weights_from(backend: Backend, arguments: StepArguments, guidance: Gui
         program, parameters = made_by.on(sample.device)
         if sample.device.type not in backend.makes_weights:
             return weighed(arguments, made_by, parameters)
-        return arguments._replace(program=program, parameters=parameters, made=made_by.place_for(sample, dtype))
+        made, scratch = made_by.place_for(sample, dtype), made_by.scratch_for(sample)
+        return arguments._replace(program=program, parameters=parameters, made=made, scratch=scratch)
     return arguments._replace(weights=guidance.weights_for(arguments.predictions, sample.device, dtype))
 
 

@@ -62,6 +62,8 @@ class StepArguments(NamedTuple):
     """What the program computes with beside moments: float64 of shape (calls or 1, batch or 1, numbers)."""
     made: Tensor | None = None
     """The weights that the program makes: (batch, predictions + 1), or one more, which is the sample's own."""
+    scratch: Tensor | None = None
+    """A GPU's memory for a program, float64 and 0 between two steps; of one stream at a time."""
 
     def named_inputs(self) -> list[tuple[str, Tensor]]:
         """Return the tensors that are read element by element, each with its name in messages."""
@@ -84,7 +86,7 @@ def elementwise(a: StepArguments) -> tuple[Tensor | None, ...]:
 
 ELEMENTWISE: tuple[str, ...] = elementwise(StepArguments._make(StepArguments._fields))  # type: ignore[assignment]
 """The names of those fields."""
-WRITTEN = ("out", "original", "staged", "philox", "cursor", "timestep", "history", "made")
+WRITTEN = ("out", "original", "staged", "philox", "cursor", "timestep", "history", "made", "scratch")
 """Fields that the step writes."""
 INPUTS = tuple(name for name in ELEMENTWISE if name not in WRITTEN)
 MAY_BE_OUTPUT = ("sample", "predictions", "gradient", "variance", "noise")

@@ -175,7 +175,7 @@ def describe(
         return None
     cursor = call.index if type(call.index) is Cursor else None
     a = arguments
-    constants = a.rows, a.weights, a.cursor, a.timestep, a.program, a.parameters, a.made, weights_from, made
+    constants = a.rows, a.weights, a.cursor, a.timestep, a.program, a.parameters, a.made, a.scratch, weights_from, made
     return (described, call.guidance, cursor, call.backend, launch, *constants)
 
 

@@ -37,7 +37,9 @@ def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> Ste
         of_sample = made[:, -1:]
         made = torch.cat([made[:, :1] + of_sample, made[:, 1:count], of_sample, made[:, count : count + 1]], -1)
         predictions = [*predictions, a.sample]
-    return a._replace(predictions=predictions, weights=made[None], program=None, parameters=None, made=None)
+    return a._replace(
+        predictions=predictions, weights=made[None], program=None, parameters=None, made=None, scratch=None
+    )
 
 
 def weights_of(

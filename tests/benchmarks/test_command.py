@@ -94,7 +94,7 @@ def test_an_interrupted_run_keeps_what_it_has(idle, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "steps", "speed"], "--only: expected some of steps, solvers, loops, .*, got 'speed'"),
+        (["--only", "steps", "speed"], "--only: expected some of steps, solvers, moments, .*, got 'speed'"),
         (["--only", "steps", "--workload", "nothing"], "--workload: expected the beginning of one of"),
         (
             ["--only", "loops", "--workload", "nothing"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.measure import solvers
+from benchmarks.measure import moments, solvers
 from benchmarks.measure.solvers import large_title, small_title
 from benchmarks.report import targets
 
@@ -40,6 +40,17 @@ def rows_of_a_run(ours=1.0):
         ok(targets._PIPELINE, "fastguide, step(guidance_scale=)", 1.5e-3, "pipelines"),
         ok(targets._RESCALED, "diffusers", 6e-3, "pipelines"),
         ok(targets._RESCALED, targets._ACCELERATED, 5e-3, "pipelines"),
+        *(
+            ok(moments.title(name, (8, 4, 128, 128)), *contender, "moments")
+            for name in targets._GUIDERS
+            for contender in (("fastguide", 1e-4), ("diffusers", 1e-1))
+        ),
+        *(
+            ok(moments.title("rescaled", shape), moments.PLAIN, 1e-4, "moments") | {"of_the_plain_step": 1.2}
+            for shape in ((2, 4, 64, 64), (64, 3, 256, 256))
+        ),
+        ok(moments.title("rescaled", (2, 4, 64, 64)), "fastguide", 1e-5, "moments"),
+        ok(moments.title("rescaled", (2, 4, 64, 64)), moments.COMPILED, 1e-4, "moments"),
         of_bfloat16("fastguide", 1.0),
         of_bfloat16("diffusers", 6.0),
         *(

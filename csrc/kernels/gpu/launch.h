@@ -8,7 +8,8 @@
 namespace fastguide {
 namespace cuda {
 
-// Launches a step on a stream (a cudaStream_t) of a device, and does not wait for it; returns an error's text, or null.
+// Launches a step, and before it what makes its weights if it has a program, on a stream (a cudaStream_t) of a
+// device, and does not wait for it; returns an error's text, or null.
 const char* launch_step(const StepArguments& arguments, int device, void* stream);
 
 // Whether there is a driver that is too old for the CUDA runtime in this library.

@@ -1,13 +1,19 @@
 // The CUDA kernels: a grid of tiles.h's threads, one kernel for each variant, and the launch. Raw pointers only.
 #include <cuda_runtime.h>
 
+#include "kernels/gpu/count.h"
 #include "kernels/gpu/launch.h"
 #include "kernels/gpu/make_launch.h"
+#include "kernels/gpu/moments.h"
 #include "kernels/gpu/parameters.h"
 #include "kernels/gpu/tiles.h"
 
 namespace fastguide {
 namespace cuda {
+
+// Launches what makes a step's weights: moments.cu.
+cudaError_t launch_moments(const StepArguments& a, cudaStream_t stream);
+
 namespace {
 
 constexpr int kBlocks = 4;  // the least number on a multiprocessor: at most 128 registers a thread
@@ -28,20 +34,6 @@ __device__ TorchStream read_torch_stream(const StepArguments& a) {
 __device__ int64_t* readers_of(const StepArguments& a) {
   if (a.cursor != nullptr) return a.cursor + kCursorReaders;
   return a.torch_stream.state != nullptr ? a.torch_stream.state + 2 : nullptr;
-}
-
-// Increments a number, and orders what the block has read before it, without the full fence that would empty the cache.
-__device__ unsigned count_released(unsigned* number) {
-#if defined(__CUDA_ARCH__)
-  unsigned before;
-  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;"
-               : "=r"(before)
-               : "l"(__cvta_generic_to_global(number))
-               : "memory");
-  return before;
-#else
-  return atomicAdd(number, 1u);
-#endif
 }
 
 // Returns to the first thread whether this block is the last one that reads; the others get false. `position` and
@@ -200,16 +192,25 @@ class RelaxedCapture {
 }  // namespace
 
 const char* launch_step(const StepArguments& arguments, int device, void* stream) {
-  Launch launch = make_launch(arguments);
   const RelaxedCapture relaxed;
   // This library has its own copy of the CUDA runtime, which does not know the device that torch has set.
-  const cudaError_t error = cudaSetDevice(device);
+  cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return text_of(error);
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  Input predictions[kMaxTerms];
+  StepArguments step = arguments;
+  if (arguments.program != nullptr) {
+    if (arguments.batch * parts_of(arguments) > kMaxTiles) return "more samples than one launch has blocks for";
+    error = launch_moments(arguments, on);
+    if (error != cudaSuccess) return text_of(error);
+    step = with_made_weights(arguments, predictions);
+  }
+  Launch launch = make_launch(step);
   void* parameters[] = {&launch};
   if (launch.tiles > kMaxTiles) return "more samples than one launch has blocks for";
   const dim3 blocks(static_cast<unsigned>(launch.tiles));
   const void* kernel = reinterpret_cast<const void*>(choose_kernel(launch));
-  return text_of(cudaLaunchKernel(kernel, blocks, dim3(kThreads), parameters, 0, static_cast<cudaStream_t>(stream)));
+  return text_of(cudaLaunchKernel(kernel, blocks, dim3(kThreads), parameters, 0, on));
 }
 
 bool driver_too_old() {

@@ -85,7 +85,7 @@ def backend() -> Backend:
         devices=("cpu", "cuda") if on_gpus else ("cpu",),
         status=f"C++, instruction set {cpu_capability()}{bound}; CUDA code: {code}",
         torch_stream=on_gpus,
-        makes_weights=("cpu",),
+        makes_weights=("cpu", "cuda") if on_gpus else ("cpu",),
         checks_overlap=True,
         repeats=True,
         most_predictions=_library.fastguide_gpu_predictions(),

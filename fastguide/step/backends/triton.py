@@ -83,7 +83,7 @@ def _version() -> str:
 
 
 _SCALARS = ("index", "philox_threads")
-_OF_PROGRAMS = ("program", "parameters", "made")  # here, weights are made before the step
+_OF_PROGRAMS = ("program", "parameters", "made", "scratch")  # here, weights are made before the step
 _TENSORS = tuple(place for place, name in enumerate(StepArguments._fields) if name not in (*_SCALARS, *_OF_PROGRAMS))
 _WITH_STRIDES = tuple(
     place

@@ -63,7 +63,7 @@ def swapped(values, i, j):
         ("row_columns", ROW_COLUMNS[:-1], "expected x0_noise, got nothing more"),
         ("row_columns", [*ROW_COLUMNS, "out_more"], "expected nothing more, got out_more"),
         ("arguments", swapped(ARGUMENTS, 9, 10), "expected OptionalTensor gradient, got OptionalTensor variance"),
-        ("arguments", ARGUMENTS[:-1], "expected OptionalTensor made, got nothing more"),
+        ("arguments", ARGUMENTS[:-1], "expected OptionalTensor scratch, got nothing more"),
         ("arguments", [*ARGUMENTS, "OptionalTensor history"], "expected nothing more, got OptionalTensor history"),
         ("arguments", ["OptionalTensor out", *ARGUMENTS[1:]], "expected Tensor out, got OptionalTensor out"),
         ("operations", swapped(tuple(OPERATIONS), 0, 1), "expected add, got sub"),

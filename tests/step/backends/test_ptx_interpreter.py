@@ -144,7 +144,7 @@ def test_votes():
         "add.sat.s32 %r3, %r1, 1;",
         "mul.f32.rn %f1, %f1, %f1;",
         "add.rz.f32 %f1, %f1, %f1;",
-        "fma.rn.f64 %rd1, %rd1, %rd1, %rd1;",
+        "fma.rz.f64 %rd1, %rd1, %rd1, %rd1;",
         "add.s32 %r3, %r1;",
         "add.s32 %r3, %rd1, 1;",
         "add.s32 %r99, %r1, 1;",

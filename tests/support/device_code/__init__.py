@@ -143,7 +143,7 @@ def arguments_of(*arguments: object) -> dict:
         "weights_batch_stride": a.weights.stride(1) if a.weights.shape[1] > 1 else 0,
         "index": a.index,
     }
-    return plain | _position_of(a) | _noise_of(a)
+    return plain | _position_of(a) | _noise_of(a) | _program_of(a, len(predictions))
 
 
 def _plain(t: Tensor) -> tuple[int, int, int]:
@@ -162,6 +162,24 @@ def _position_of(a: SimpleNamespace) -> dict:
         element = [torch.int64, torch.float32].index(a.timestep.dtype)
         plain |= {"timestep": a.timestep.data_ptr(), "timestep_element": element, "timestep_count": a.timestep.numel()}
     return plain
+
+
+def _program_of(a: SimpleNamespace, predictions: int) -> dict:
+    if a.program is None:
+        return {}
+    steps, samples, numbers = a.parameters.shape
+    return {
+        "program": a.program.data_ptr(),
+        "program_words": a.program.shape[1],
+        "program_stride": a.program.stride(0) if len(a.program) > 1 else 0,
+        "parameters": a.parameters.data_ptr(),
+        "num_parameters": numbers,
+        "parameters_step_stride": a.parameters.stride(0) if steps > 1 else 0,
+        "parameters_batch_stride": a.parameters.stride(1) if samples > 1 else 0,
+        "made": a.made.data_ptr(),
+        "weighs_sample": a.made.shape[1] > predictions + 1,
+        "scratch": a.scratch.data_ptr(),
+    }
 
 
 def _noise_of(a: SimpleNamespace) -> dict:
@@ -199,8 +217,12 @@ class Recorded(NamedTuple):
 
 def record(plain: dict) -> Recorded:
     """Return the launch that a step makes of ``arguments_of``'s data, and run nothing."""
-    offset, blocks, threads, parameters = module().record(plain)
-    return Recorded(_kernels()[offset], blocks, threads, parameters)
+    return record_all(plain)[-1]
+
+
+def record_all(plain: dict) -> list[Recorded]:
+    """Return all launches that a step makes: before its own, that of what makes its weights, if it has a program."""
+    return [Recorded(_kernels()[offset], *how) for offset, *how in module().record(plain)]
 
 
 @functools.cache

@@ -23,6 +23,7 @@ static int64_t few_tiles;  // see make_launch.h
 #define FASTGUIDE_CHECK_ALIGNED(address) check_access(address)
 #define FASTGUIDE_FEW_TILES few_tiles
 #define FASTGUIDE_HAS_FMA  // fmaf is exact, if slow: the results are those of a GPU
+#include "kernels/gpu/moments.cu"
 #include "kernels/gpu/step.cu"
 
 namespace py = pybind11;
@@ -111,6 +112,16 @@ static Arguments arguments_of(const py::dict& d) {
   a.weights = pointer<void>(d, "weights");
   a.weights_step_stride = number<int64_t>(d, "weights_step_stride", 0);
   a.weights_batch_stride = number<int64_t>(d, "weights_batch_stride", 0);
+  a.program = pointer<int32_t>(d, "program");
+  a.program_words = number<int64_t>(d, "program_words", 0);
+  a.program_stride = number<int64_t>(d, "program_stride", 0);
+  a.parameters = pointer<double>(d, "parameters");
+  a.num_parameters = number<int>(d, "num_parameters", 0);
+  a.parameters_step_stride = number<int64_t>(d, "parameters_step_stride", 0);
+  a.parameters_batch_stride = number<int64_t>(d, "parameters_batch_stride", 0);
+  a.made = pointer<void>(d, "made");
+  a.weighs_sample = number<bool>(d, "weighs_sample", false);
+  a.scratch = pointer<double>(d, "scratch");
   a.index = number<int64_t>(d, "index", 0);
   a.indices = pointer<int64_t>(d, "indices");
   a.indices_stride = number<int64_t>(d, "indices_stride", 0);
@@ -150,15 +161,22 @@ struct Recorded {   // a launch that was not run
   unsigned blocks, threads;
   std::string parameters;
 };
-static std::optional<Recorded> recorded;
+static std::vector<Recorded> recorded;
 static bool records = false;
+
+// Of the two kinds of kernels, which have other parameters.
+static bool makes_weights(dim3 threads) {
+  static_assert(kMomentThreads != kThreads, "they are told apart by their threads");
+  return threads.x == kMomentThreads;
+}
 
 static Recorded recorded_of(const void* kernel, dim3 blocks, dim3 threads, const void* parameters) {
   Dl_info library;
   if (dladdr(&recorded, &library) == 0) throw std::runtime_error("no library holds this code");
   const uint64_t base = reinterpret_cast<uint64_t>(library.dli_fbase);
   return {reinterpret_cast<uint64_t>(kernel) - base, blocks.x, threads.x,
-          std::string(static_cast<const char*>(parameters), sizeof(Launch))};
+          std::string(static_cast<const char*>(parameters),
+                      makes_weights(threads) ? sizeof(MomentsLaunch) : sizeof(Launch))};
 }
 
 static std::mt19937_64 order;
@@ -180,11 +198,16 @@ static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 thread
   if (refusal != cudaSuccess) return refusal;
   if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorUnknown;  // the kernel's code could not be loaded
   if (records) {
-    recorded = recorded_of(kernel, blocks, threads, parameters[0]);
+    recorded.push_back(recorded_of(kernel, blocks, threads, parameters[0]));
     return cudaSuccess;
   }
-  const auto run = reinterpret_cast<void (*)(Launch)>(const_cast<void*>(kernel));
-  const Launch& launch = *static_cast<const Launch*>(parameters[0]);
+  const auto run = [&] {
+    if (makes_weights(threads)) {
+      const auto moments = reinterpret_cast<void (*)(MomentsLaunch)>(const_cast<void*>(kernel));
+      return moments(*static_cast<const MomentsLaunch*>(parameters[0]));
+    }
+    reinterpret_cast<void (*)(Launch)>(const_cast<void*>(kernel))(*static_cast<const Launch*>(parameters[0]));
+  };
   gridDim = blocks;
   const std::vector<unsigned> chosen = wanted_blocks ? *wanted_blocks : count_to(blocks.x);
   for (const unsigned block : shuffled(chosen, chosen.size())) {
@@ -193,7 +216,7 @@ static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 thread
     std::reverse(inner.begin(), inner.end());  // thread 0 is the last
     for (const unsigned thread : shuffled(inner, inner.size() - 1)) {
       threadIdx = dim3(thread);
-      run(launch);
+      run();
     }
   }
   return cudaSuccess;
@@ -210,14 +233,19 @@ static uint64_t launch(const py::dict& d, uint64_t order_seed, std::optional<std
   return accesses;
 }
 
-// Returns the launch that a step would make: the kernel's place in this library, blocks, threads, and parameters.
-static py::tuple record(const py::dict& d) {
+// Returns the launches that a step would make: the kernel's place in this library, blocks, threads, and parameters.
+static py::list record(const py::dict& d) {
   const Arguments arguments = arguments_of(d);
+  recorded.clear();
   records = true;
   const char* error = cuda::launch_step(arguments.a, 0, nullptr);
   records = false;
   if (error != nullptr) throw std::runtime_error(error);
-  return py::make_tuple(recorded->offset, recorded->blocks, recorded->threads, py::bytes(recorded->parameters));
+  py::list launches;
+  for (const Recorded& each : recorded) {
+    launches.append(py::make_tuple(each.offset, each.blocks, each.threads, py::bytes(each.parameters)));
+  }
+  return launches;
 }
 
 // Runs one block of the step; returns the addresses of one thread's accesses of 16 bytes.

@@ -8,6 +8,8 @@ Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,17 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 WIDER = {np.uint16: np.uint32, np.int16: np.int32, np.uint32: np.uint64, np.int32: np.int64}
 
 # ---- Floating point ----
+
+
+_libm = ctypes.CDLL(None)
+_libm.fma.restype = ctypes.c_double
+_libm.fma.argtypes = (ctypes.c_double,) * 3
+_fma_of_numbers = np.vectorize(_libm.fma, otypes=[np.float64])
+
+
+def fma_of_doubles(first: Array, second: Array, third: Array) -> Array:
+    """Return fused multiply-adds of float64: the C library's, number by number."""
+    return _fma_of_numbers(first, second, third)
 
 
 def _rounded_to_odd(total: Array, error: Array) -> Array:

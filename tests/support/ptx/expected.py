@@ -12,6 +12,7 @@ from fastguide import ROW_COLUMNS
 from fastguide.step.backends import reference
 from fastguide.step.noise import _philox
 from fastguide.step.operator import StepArguments
+from fastguide.step.weigh import position_of
 from tests.support.ptx.cases import Case
 from tests.support.ptx.placement import Placement
 from tests.support.torch_randn import curand_box_muller
@@ -92,7 +93,7 @@ def _magnitudes(a: StepArguments, case: Case, noise: Tensor | None) -> dict[str,
     if case.masked:
         unsigned |= {"mask": None, "known": None, "known_noise": None}
     step = a._replace(**unsigned, staged=None, original=torch.empty_like(a.sample), out=torch.empty_like(a.sample))
-    position = reference._position(a)[0]
+    position = position_of(a)[0]
     reference.guided_step(*step)
     column = {name: rows[position, k].view(-1, *[1] * (a.sample.dim() - 1)) for k, name in enumerate(ROW_COLUMNS)}
     out = step.out

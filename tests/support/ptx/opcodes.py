@@ -47,6 +47,8 @@ def _multiply_integers(w: Writer) -> list[str]:
 
 def _fused(w: Writer) -> list[str]:
     mode = w.modifiers[0]
+    if w.modifiers == ["rn", "f64"]:
+        return w.write(w.call(arithmetic.fma_of_doubles, *[w.read(k) for k in (1, 2, 3)]))
     if mode not in ("rn", "rm", "rp", "rz") or w.modifiers[1:] not in (["f32"], ["ftz", "f32"]):
         raise w.unknown()
     operands = [w.read(k) for k in (1, 2, 3)]

@@ -49,7 +49,8 @@ class Library:
 
     @property
     def kernels(self) -> set[str]:
-        return set(self.mangled)
+        """The names of the kernels that step, but not of those that make weights before."""
+        return {name for name in self.mangled if not name.startswith("moments_kernel")}
 
     def changed(self, name: str, change: Callable[[str], str]) -> Library:
         """Return a library in which one kernel's text is another."""

@@ -7,6 +7,7 @@ from .classifier_free import ClassifierFree
 from .composed import Composed
 from .from_moments import as_guidance
 from .magnitude_aware import MagnitudeAware
+from .normalized import Normalized
 from .perp_neg import PerpNeg
 from .perturbed import Perturbed
 from .tangential import Tangential
@@ -21,6 +22,7 @@ __all__ = [
     "Composed",
     "Guidance",
     "MagnitudeAware",
+    "Normalized",
     "PerpNeg",
     "Perturbed",
     "Tangential",

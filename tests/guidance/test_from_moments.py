@@ -10,6 +10,7 @@ from fastguide import (
     AdaptiveProjected,
     ClassifierFree,
     MagnitudeAware,
+    Normalized,
     PerpNeg,
     Perturbed,
     Tangential,
@@ -76,6 +77,11 @@ def magnitude(s, alpha, cond=False):
     return formula
 
 
+def limited(m, c, most):
+    ratio = norm(c) / norm(m)
+    return m * (ratio if most is None else (most * ratio).clamp(max=1))
+
+
 def perp_neg(s, k):
     def formula(e, p, n):
         p, n = p - e, n - e
@@ -107,6 +113,10 @@ FORMULAS = {
     "perturbed of cond, rescaled": (
         Perturbed(7.5, guidance_rescale=0.7, base="cond"),
         lambda u, c, p: rescaled(c + 7.5 * (c - u) + 2.8 * (c - p), c, 0.7),
+    ),
+    "normalized": (Normalized(7.5), lambda u, c: limited(u + 7.5 * (c - u), c, None)),
+    "normalized of cond, at most": (
+        Normalized(7.5, at_most=1.1, base="cond"), lambda u, c: limited(c + 7.5 * (c - u), c, 1.1),
     ),
     "perpendicular": (PerpNeg(8.0), perp_neg(8.0, 1.0)),
     "perpendicular, half": (PerpNeg(8.0, 0.5), perp_neg(8.0, 0.5)),
@@ -208,7 +218,7 @@ def test_degenerate_predictions_are_defined():
     zero, some = torch.zeros(SHAPE, dtype=torch.float64), predictions(2)[0]
     for guidance in (
         ClassifierFree(4.0, guidance_rescale=0.7), ZeroStar(4.0, zero_init_steps=0), AdaptiveProjected(4.0),
-        Tangential(4.0), MagnitudeAware(4.0),
+        Tangential(4.0), MagnitudeAware(4.0), Normalized(4.0),
     ):  # fmt: skip
         assert torch.equal(guided(guidance, [zero, zero]), zero)
         assert bool(guided(guidance, [zero, some]).isfinite().all())

@@ -22,15 +22,20 @@ _NUMBER_OR_NONE = (float, int, type(None))
 
 
 def is_by_value(guidance_scale: Any) -> bool:
-    """Tell whether a scale is compared by value, as numbers are, but no bool is, and weights that are numbers."""
+    """Tell whether a scale is compared by value, as numbers are, but no bool is, and weights that are numbers.
+
+    A guider's guidance is the same object for the same numbers.
+    """
     kind = type(guidance_scale)
-    return kind in _NUMBER_OR_NONE or (kind is Weights and guidance_scale.scale is None)
+    if kind in _NUMBER_OR_NONE or (kind is Weights and guidance_scale.scale is None):
+        return True
+    return isinstance(guidance_scale, Guidance)
 
 
 def guidance_of(
     output: Output,
     sample: Tensor,
-    guidance_scale: Scale | Weights | None,
+    guidance_scale: Scale | Weights | Guidance | None,
     gradient: Tensor | None,
     gradient_scale: Scale,
     gradient_form: GradientForm,
@@ -41,7 +46,7 @@ def guidance_of(
         output: the model's, of twice the sample's batch exactly where there is a ``guidance_scale``.
         sample: x_t.
         guidance_scale: a number, one per sample, or as a pipeline multiplies it, of shape (batch, 1, ...); or the
-            weights of an output's several predictions.
+            weights of an output's several predictions; or a guider's guidance.
         gradient: of the sample's shape.
         gradient_scale, gradient_form: its scale and form.
 
@@ -70,7 +75,9 @@ def _cached_guidance(guidance_scale: Any, gradient_scale: Any, gradient_form: Gr
 def _guidance_for(guidance_scale: Any, gradient_scale: Any, gradient_form: GradientForm) -> Guidance:
     """Make the guidance of scales, of which one may be ``None``."""
     of_predictions = None
-    if isinstance(guidance_scale, Weights):
+    if isinstance(guidance_scale, Guidance):
+        of_predictions = guidance_scale
+    elif isinstance(guidance_scale, Weights):
         of_predictions = _weighted(guidance_scale)
     elif guidance_scale is not None:
         of_predictions = ClassifierFree(guidance_scale)

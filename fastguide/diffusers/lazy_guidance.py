@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import linear as linear  # the rules, which are set by its import
+from .guided import Guided
 from .halves import GUIDED, OfHalves
 from .lazy_tensor import plain
 from .traced import Combined, Joined, Scale, Term, leading
@@ -57,7 +58,7 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
 
     Returns:
         The output, and the scale of the halves of its batch, that of its two predictions, the ``Weights`` of several,
-        or ``None``.
+        a guider's guidance, or ``None``.
 
     Raises:
         TypeError: the output or the sample is no tensor.
@@ -73,6 +74,9 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
         if guidance_scale is None and _is_whole(output, whole, sample):
             return whole, output.scale
         output = output.combined()
+    if type(output) is Guided and guidance_scale is None and output.is_pending() and output.shape == sample.shape:
+        output.check_unchanged()
+        return Taken(output.predictions, None, output.dtype), output.guidance
     if guidance_scale is None and type(output) in (Combined, Joined) and output.is_pending():
         taken = _taken_apart(output, sample)
         if taken is not None and (per_frame or type(taken[1]) is not PerFrame):

@@ -1,0 +1,213 @@
+"""Guiders beside diffusers' own of the same name: results, in the step of a scheduler and by themselves, and state."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+import fastguide.diffusers as fused
+from fastguide.diffusers import guiders
+from fastguide.diffusers.guided import Guided
+from tests.support.scheduler_pair import diffusers
+
+STEPS = 10
+SKIPPED = {"skip_layer_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+PERTURBED = {
+    "perturbed_guidance_layers": [0], "perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0,
+}  # fmt: skip
+BLURRED = {"seg_guidance_layers": [0], "seg_guidance_start": 0.0, "seg_guidance_stop": 1.0}
+CASES = {  # the class, its options, how many predictions it takes, and how far diffusers' float32 may be off
+    "classifier-free": ("ClassifierFreeGuidance", {}, 2, 1e-5),
+    "zero star": ("ClassifierFreeZeroStarGuidance", {"zero_init_steps": 1}, 2, 1e-5),
+    "projected": ("AdaptiveProjectedGuidance", {"eta": 0.3, "adaptive_projected_guidance_rescale": 4.0}, 2, 1e-5),
+    "projected, of any length": ("AdaptiveProjectedGuidance", {"adaptive_projected_guidance_rescale": 0.0}, 2, 1e-5),
+    "tangential": ("TangentialClassifierFreeGuidance", {}, 2, 1e-3),  # by a decomposition in float32
+    "magnitude": ("MagnitudeAwareGuidance", {"alpha": 2.0}, 2, 1e-5),
+    "perturbed": ("PerturbedAttentionGuidance", PERTURBED, 3, 1e-5),
+    "skipped": ("SkipLayerGuidance", SKIPPED, 3, 1e-5),
+    "blurred": ("SmoothedEnergyGuidance", BLURRED, 3, 1e-5),
+    "weaker model": ("AutoGuidance", {"auto_guidance_layers": [0], "dropout": 0.1}, 2, 1e-5),
+}
+MOMENTS = ("ClassifierFreeGuidance", "ClassifierFreeZeroStarGuidance", "AdaptiveProjectedGuidance",
+           "TangentialClassifierFreeGuidance", "MagnitudeAwareGuidance")  # fmt: skip
+
+
+def both(kind, **options):
+    """Ours and diffusers' guider, in the middle of a loop."""
+    if not hasattr(diffusers.guiders, kind):
+        pytest.skip(f"this diffusers has no {kind}")
+    pair = [getattr(package, kind)(**options) for package in (guiders, diffusers.guiders)]
+    for guider in pair:
+        guider.set_state(step=5, num_inference_steps=STEPS, timestep=torch.tensor(500))
+    return pair
+
+
+def outputs(count, shape=(2, 16, 24), dtype=torch.float32):
+    generator = torch.Generator().manual_seed(count)
+    first = torch.randn(shape, generator=generator, dtype=torch.float64)
+    made = [
+        (first + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(count)
+    ]
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return x, made
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The guidances of the steps that are made."""
+    found = []
+    for module in (fused.scheduler_step, fused.counted_run):
+        real = module.guided_step
+        monkeypatch.setattr(module, "guided_step", lambda *a, real=real, **k: found.append(a[4]) or real(*a, **k))
+    return found
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize("rescale", [0.0, 0.6])
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_the_step_makes_the_guider_s_result(name, original, rescale, scheduler, seen):
+    kind, options, count, tolerance = CASES[name]
+    pair = both(kind, guidance_scale=4.0, guidance_rescale=rescale, use_original_formulation=original, **options)
+    x, given = outputs(count)
+    results = []
+    for guider, package in zip(pair, (fused, diffusers), strict=True):
+        made = getattr(package, scheduler)()
+        made.set_timesteps(STEPS)
+        if hasattr(made, "_step_index"):
+            made._step_index = 5
+        output = guider.forward(*given)
+        assert torch.equal(torch.as_tensor(output.pred_cond.clone()), given[0])
+        results.append(made.step(output.pred, made.timesteps[5], x, return_dict=False)[0])
+    assert (results[0] - results[1]).norm() <= tolerance * results[1].norm()
+    guided = seen[0] is not None and seen[0].num_predictions == count
+    assert guided == (kind in MOMENTS or rescale == 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_uses_compute_what_diffusers_computes(name):
+    kind, options, count, _ = CASES[name]
+    ours, theirs = both(kind, guidance_scale=4.0, guidance_rescale=0.6, **options)
+    _, given = outputs(count, dtype=torch.float64)
+    got, expected = ours.forward(*given).pred, theirs.forward(*given).pred
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    assert torch.equal(got + 0, expected)
+    assert torch.equal(got.abs(), expected.abs())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_they_have_diffusers_configuration_and_state(name):
+    kind, options, count, _ = CASES[name]
+    ours, theirs = both(kind, guidance_scale=4.0, **options)
+    assert dict(ours.config) == dict(theirs.config)
+    assert ours.state_dict() == theirs.state_dict() if hasattr(theirs, "state_dict") else True
+    assert ours.num_conditions == theirs.num_conditions == count
+    assert isinstance(ours, getattr(diffusers.guiders, kind))
+    assert type(pickle.loads(pickle.dumps(ours))) is type(ours)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_outside_of_its_interval_a_guider_returns_the_conditional_prediction(name):
+    kind, options, count, _ = CASES[name]
+    options = {key: 0.0 if key.endswith("_stop") else value for key, value in options.items()}
+    ours, theirs = both(kind, guidance_scale=4.0, start=0.0, stop=0.3, **options)
+    _, given = outputs(count)
+    assert torch.equal(ours.forward(given[0]).pred + 0, theirs.forward(given[0]).pred)
+
+
+@torch.no_grad()
+def test_the_first_steps_of_zero_star_are_zero_with_rescaling_too():
+    ours, theirs = both("ClassifierFreeZeroStarGuidance", guidance_scale=4.0, guidance_rescale=0.6, zero_init_steps=7)
+    _, given = outputs(2)
+    assert bool(theirs.forward(*given).pred.isnan().all())
+    assert not bool(ours.forward(*given).pred.any())
+
+
+@torch.no_grad()
+def test_the_tangential_guider_says_whose_batch_it_is():
+    ours, theirs = both("TangentialClassifierFreeGuidance", guidance_scale=4.0)
+    with pytest.raises(AttributeError):
+        _ = theirs.is_conditional
+    assert not ours.is_conditional
+    ours.prepare_models(torch.nn.Identity())
+    ours._count_prepared = 1
+    assert ours.is_conditional
+
+
+@torch.no_grad()
+def test_the_magnitude_s_guider_takes_images():
+    ours, theirs = both("MagnitudeAwareGuidance", guidance_scale=4.0, alpha=2.0, guidance_rescale=0.5)
+    _, given = outputs(2, (2, 3, 8, 8))
+    with pytest.raises(RuntimeError):
+        theirs.forward(*given)
+    packed = theirs.forward(*[each.flatten(1)[:, None] for each in given]).pred.view(2, 3, 8, 8)
+    torch.testing.assert_close(ours.forward(*given).pred + 0, packed)
+
+
+def test_the_smoothed_energy_s_guider_counts_its_model_s_calls(monkeypatch):
+    """So that the third call is blurred."""
+    from diffusers.guiders import smoothed_energy_guidance as module
+
+    applied = []
+    monkeypatch.setattr(module, "_apply_smoothed_energy_guidance_hook", lambda *a, **k: applied.append(a))
+    for guider, expected in zip(both("SmoothedEnergyGuidance", **BLURRED), ([0, 0, 1], [0, 0, 0]), strict=True):
+        applied.clear()
+        counts = []
+        for _ in range(3):
+            guider.prepare_models(torch.nn.Identity())
+            counts.append(len(applied))
+        assert counts == expected
+
+
+@torch.no_grad()
+def test_momentum_is_diffusers():
+    ours, theirs = both("AdaptiveProjectedGuidance", guidance_scale=4.0, adaptive_projected_guidance_momentum=-0.5)
+    for guider in (ours, theirs):
+        guider.set_state(step=0, num_inference_steps=STEPS, timestep=torch.tensor(900))
+        guider.prepare_inputs({"x": (torch.zeros(1), torch.zeros(1))})
+    for seed in range(3):
+        _, given = outputs(2 + seed)
+        got, expected = (guider.forward(*given[:2]).pred for guider in (ours, theirs))
+        assert type(got) is torch.Tensor
+        assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_an_output_that_is_written_to_is_refused():
+    ours, _ = both("AdaptiveProjectedGuidance", guidance_scale=4.0)
+    x, given = outputs(2)
+    pred = ours.forward(*given).pred
+    assert type(pred) is Guided
+    given[1].mul_(2)
+    scheduler = fused.DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(RuntimeError, match="was written to after guidance had been taken from it"):
+        scheduler.step(pred, scheduler.timesteps[5], x)
+    with pytest.raises(RuntimeError, match="was written to after guidance had been taken from it"):
+        pred.abs()
+
+
+def test_what_torch_does_not_count_or_differentiates_is_computed_at_once():
+    ours, theirs = both("AdaptiveProjectedGuidance", guidance_scale=4.0)
+    _, given = outputs(2)
+    given[0].requires_grad_()
+    assert ours.forward(*given).pred.requires_grad
+    with torch.inference_mode():
+        _, given = outputs(2)
+        assert torch.equal(ours.forward(*given).pred, theirs.forward(*given).pred)
+
+
+@torch.no_grad()
+def test_the_same_numbers_are_the_same_guidance():
+    """Which steps are repeated with; other numbers are another one."""
+    ours, _ = both("ClassifierFreeGuidance", guidance_scale=4.0, guidance_rescale=0.5)
+    _, given = outputs(2)
+    first, again = (ours.forward(*given).pred.guidance for _ in range(2))
+    ours.guidance_scale = 5.0
+    assert first is again
+    assert ours.forward(*given).pred.guidance is not first

@@ -1,9 +1,10 @@
-"""Draw the figures of the problems in closed form: error against model calls, and sampling paths."""
+"""Draw the figures of the problems in closed form: error against model calls, sampling paths, kinds of guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .convergence import GUIDANCE_SCALE, Line
+from .guidances import SCALE, OnMixture
 from .mixture import log_density
 
 _SHOWN = 40  # paths
@@ -53,22 +55,42 @@ def save_paths(found: Mapping[float, Tensor], folder: Path) -> Path:
     """Write ``paths.png``: a panel for each guidance scale, with the data's density, some paths, and where all end."""
     figure, panels = plt.subplots(1, len(found), figsize=(3.3 * len(found), 3.7), layout="constrained")
     figure.suptitle("From noise (blue) to samples (red), guided to the class on the left", fontsize=9)
-    ticks = torch.linspace(-_EXTENT, _EXTENT, 120, dtype=torch.float64)
-    grid = torch.cartesian_prod(ticks, ticks)
-    density = log_density(grid).exp().view(120, 120).T
     for axes, (scale, samples) in zip(panels, found.items(), strict=True):
-        axes.contourf(ticks, ticks, density, levels=12, cmap="Greys", alpha=0.6)
+        _draw_density(axes)
         for path in samples[:, :_SHOWN].unbind(1):
             axes.plot(path[:, 0], path[:, 1], color="C0", linewidth=0.5, alpha=0.5)
         axes.plot(samples[0, :_SHOWN, 0], samples[0, :_SHOWN, 1], ".", color="C0", markersize=2)
         axes.plot(samples[-1, :, 0], samples[-1, :, 1], ".", color="C3", markersize=2)
         axes.set_title(f"guidance scale {scale:g}", fontsize=9)
-        axes.set_xlim(-_EXTENT, _EXTENT)
-        axes.set_ylim(-_EXTENT, _EXTENT)
-        axes.set_aspect("equal")
-        axes.set_xticks([])
-        axes.set_yticks([])
     return _save(figure, folder / "paths.png")
+
+
+def save_guidances(found: Sequence[OnMixture], folder: Path) -> Path:
+    """Write ``guidances.png``: where samples of the mixture end with each kind of guidance, at one large scale."""
+    columns = 4
+    rows = -(-len(found) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(2.9 * columns, 3.2 * rows), layout="constrained")
+    figure.suptitle(f"Guidance of scale {SCALE:g} to the class on the left; its own samples have distance 0, spread 1")
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for axes, each in zip(panels.flat, found, strict=False):
+        axes.set_axis_on()
+        _draw_density(axes)
+        axes.plot(each.samples[:, 0], each.samples[:, 1], ".", color="C3", markersize=2)
+        axes.set_title(f"{each.name}\ndistance {each.distance:.1f}, spread {each.spread:.2f}", fontsize=9)
+    return _save(figure, folder / "guidances.png")
+
+
+def _draw_density(axes: Any) -> None:
+    """Draw the density of the mixture, and nothing around it."""
+    ticks = torch.linspace(-_EXTENT, _EXTENT, 120, dtype=torch.float64)
+    density = log_density(torch.cartesian_prod(ticks, ticks)).exp().view(120, 120).T
+    axes.contourf(ticks, ticks, density, levels=12, cmap="Greys", alpha=0.6)
+    axes.set_xlim(-_EXTENT, _EXTENT)
+    axes.set_ylim(-_EXTENT, _EXTENT)
+    axes.set_aspect("equal")
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def _save(figure: Figure, path: Path) -> Path:

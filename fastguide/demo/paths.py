@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..guidance import ClassifierFree
+from ..guidance import ClassifierFree, Guidance
 from ..sampling.sampler import Sampler
 from ..schedules import NoiseSchedule
-from ..solvers import dpm_solver
+from ..solvers import StepTable, dpm_solver
 from .mixture import noise_prediction
 
 SCALES = (0.0, 1.0, 3.0)
@@ -24,8 +25,14 @@ def paths(scale: float, *, samples: int = 300, steps: int = 60, seed: int = 0) -
 
     Every scale starts from the same noise. At scale 0 no class is asked for; at 1 it is the class's own distribution.
     """
+    return guided(lambda table: ClassifierFree(scale), samples=samples, steps=steps, seed=seed)
+
+
+def guided(make: Callable[[StepTable], Guidance], *, samples: int, steps: int, seed: int = 0) -> Tensor:
+    """Return the same with any guidance of two predictions, which is made of the loop's table."""
     x_T = torch.randn(samples, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    sampler = Sampler(_model, dpm_solver(_SCHEDULE, steps), ClassifierFree(scale))
+    table = dpm_solver(_SCHEDULE, steps)
+    sampler = Sampler(_model, table, make(table))
     cond = torch.full((samples,), LABEL)
     result = sampler.trajectory(x_T, cond=cond, uncond=torch.full_like(cond, _NULL), originals=False)
     assert result.samples is not None

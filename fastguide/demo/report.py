@@ -82,6 +82,19 @@ def save_overview(samples: Mapping[Method, Tensor], per_class: int, folder: Path
     return _save(figure, folder / "overview.png")
 
 
+def save_guidances(images: Mapping[str, Tensor], per_class: int, folder: Path) -> Path:
+    """Write a PNG with a row for each kind of guidance, and a column for each class."""
+    tile = 8 * _ENLARGED + 4
+    figure, axis = plt.subplots(figsize=(6.6, 0.46 * len(images) + 0.7), layout="constrained")
+    rows = [mosaic(of_kind[::per_class], NUM_CLASSES) for of_kind in images.values()]
+    axis.imshow(np.vstack(rows), cmap="gray", vmin=0, vmax=1)
+    axis.set_yticks([tile * (row + 0.5) for row in range(len(rows))], list(images))
+    axis.set_xticks([tile * (c + 0.5) for c in range(NUM_CLASSES)], [str(c) for c in range(NUM_CLASSES)])
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0, labelsize=8)
+    return _save(figure, folder / "guidances-digits.png")
+
+
 def save_trade_off(rows: Iterable[Mapping[str, Any]], real: Mapping[str, float], folder: Path) -> Path:
     """Write a PNG of agreement against diversity, with a line over the scales for each kind of guidance and solver."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .._version import __version__
 from ..schedules import NoiseSchedule
 from ..step.backends.registry import BACKENDS, default_backend
-from . import checkpoints, checks, convergence, digits, figures, paths, report
+from . import checkpoints, checks, convergence, digits, figures, guidances, paths, report
 from .methods import Method, all_methods, labels_to_sample, sample, step_tables
 from .models import NULL_CLASS
 
@@ -32,8 +32,9 @@ def closed_form(output: Path) -> dict[str, Any]:
     written = [
         figures.save_convergence(lines, output),
         figures.save_paths({scale: paths.paths(scale) for scale in paths.SCALES}, output),
+        figures.save_guidances(guidances.on_mixture(), output),
     ]
-    print(f"{' and '.join(map(str, written))}: {time.perf_counter() - begin:.0f} s")
+    print(f"{', '.join(map(str, written))}: {time.perf_counter() - begin:.0f} s")
     return {line.name: {"order": line.slope, "errors": dict(line.points)} for line in lines}
 
 
@@ -80,6 +81,11 @@ def run(output: Path, *, quick: bool, retrain: bool, seed: int, backend: str | N
     report.save_overview(samples, per_class, output)
     report.save_trade_off(rows, {"agreement": judge.accuracy, "diversity": 1.0}, output)
 
+    compared = guidances.on_digits(
+        tables["ddim"], denoiser, judge, held_out, labels, real_coverage, seed, backend
+    )  # fmt: skip
+    report.save_guidances({each.name: each.images for each in compared}, per_class, output)
+
     some = labels_to_sample(2)
     results = {
         **_environment(chosen),
@@ -89,13 +95,14 @@ def run(output: Path, *, quick: bool, retrain: bool, seed: int, backend: str | N
         "negative_condition_of": dict(enumerate(negative.tolist())),
         "judge_accuracy_on_held_out_digits": judge.accuracy,
         "methods": rows,
+        "kinds_of_classifier_free_guidance": [each.numbers() for each in compared],
         "error_of_solvers_by_model_calls": solvers,
         "relative_error_of_50_ddim_steps": checks.accuracy(
             schedule, denoiser, some, torch.full_like(some, NULL_CLASS), seed
         ),
         "microseconds_per_guided_step": checks.speed(schedule),
     }
-    _show(results, output, report.save_json(results, output))
+    _show(results, guidances.table_of(compared), output, report.save_json(results, output))
     print(f"done in {time.perf_counter() - begin:.0f} s")
     return results
 
@@ -112,7 +119,7 @@ def _environment(backend: str) -> dict[str, Any]:
     }
 
 
-def _show(results: Mapping[str, Any], output: Path, numbers: Path) -> None:
+def _show(results: Mapping[str, Any], kinds: str, output: Path, numbers: Path) -> None:
     print()
     print(report.quality_table(results["methods"]))
     accuracy = results["judge_accuracy_on_held_out_digits"]
@@ -122,7 +129,10 @@ def _show(results: Mapping[str, Any], output: Path, numbers: Path) -> None:
         " negative condition: the class with the nearest mean image)"
     )
     print()
+    print(kinds)
+    print("(of DDIM; saturation: black and white pixels, over those of real digits)")
+    print()
     print(report.step_table_text(results["relative_error_of_50_ddim_steps"], results["microseconds_per_guided_step"]))
     print()
-    pictures = f"{output / 'overview.png'}, {output / 'trade-off.png'} and a grid for each method"
+    pictures = f"{output / 'overview.png'}, {output / 'trade-off.png'}, {output / 'guidances-digits.png'} and more"
     print(f"pictures: {pictures}; numbers: {numbers}")

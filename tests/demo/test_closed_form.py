@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from fastguide import __main__ as cli
-from fastguide.demo import convergence, mixture, paths
+from fastguide.demo import convergence, guidances, mixture, paths
 
 
 def test_the_noise_prediction_is_the_density_s_gradient():
@@ -48,8 +48,17 @@ def test_paths_end_at_the_class_that_is_asked_for():
     assert ends[3.0].std(0).mean().item() < 0.9 * deviation
 
 
+def test_guidance_of_the_plane_goes_beyond_the_class_or_less_so():
+    found = {each.name: each for each in guidances.on_mixture()}
+    assert found["plain"].distance > 2.5
+    assert found["plain"].spread < 0.8
+    for name in ("projected, in x_0", "magnitude-aware", "zero star"):
+        assert found[name].distance < 0.6 * found["plain"].distance, name
+    assert all(each.samples.isfinite().all() for each in found.values())
+
+
 def test_the_command_draws_them(tmp_path, capsys):
     assert cli.main(["demo", "--without-training", "--output", str(tmp_path / "out")]) == 0
-    for name in ("solvers.png", "paths.png"):
+    for name in ("solvers.png", "paths.png", "guidances.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert "solvers.png" in capsys.readouterr().out

@@ -14,7 +14,7 @@ for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
 from safetensors.torch import load_file  # noqa: E402
 
 from fastguide import __main__ as cli  # noqa: E402
-from fastguide.demo import checkpoints, digits, methods  # noqa: E402
+from fastguide.demo import checkpoints, digits, guidances, methods  # noqa: E402
 from fastguide.demo import run as demo_run  # noqa: E402
 
 
@@ -42,6 +42,13 @@ def test_quick_demo_from_training_to_files(tmp_path, cache, capsys):
         assert rows[solver, "classifier, epsilon form", 4.0]["agreement"] > 0.7
         assert rows[solver, "classifier-free", 8.0]["diversity"] < rows[solver, "classifier-free", 1.0]["diversity"]
     assert rows["ddpm", "classifier, mean form", 4.0]["agreement"] > 0.7
+    assert (output / "guidances-digits.png").stat().st_size > 10_000
+    kinds = {row["guidance"]: row for row in results["kinds_of_classifier_free_guidance"]}
+    assert set(kinds) == set(guidances.KINDS)
+    assert kinds["plain"]["agreement"] == rows["ddim", "classifier-free", 8.0]["agreement"]
+    assert all(row["agreement"] > 0.8 for row in kinds.values())
+    assert kinds["projected, in x_0"]["saturation"] < 0.5 * kinds["plain"]["saturation"]
+    assert kinds["within 0.2 to 0.8"]["diversity"] > kinds["plain"]["diversity"]
     errors = results["relative_error_of_50_ddim_steps"]
     assert errors["fastguide, float32 model output"] < 1e-4
     assert errors["fastguide, bfloat16 model output"] < errors["diffusers, bfloat16 model output"]

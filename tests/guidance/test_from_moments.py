@@ -253,6 +253,19 @@ def test_weights_may_be_looked_at():
     assert ClassifierFree(3.0).last_weights is None
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_classifier_beside_them_keeps_its_scale(backend):
+    gradient = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    u, c = predictions(2)
+    both = ClassifierFree(4.0, guidance_rescale=0.7) + fastguide.Classifier(None, [1.0, 2.0, 3.0])
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    got = guided_step(TABLE, 3, x, [u, c], both, gradient=gradient, backend=backend)
+    m = rescaled(u + 4.0 * (c - u), c, 0.7)
+    alone = fastguide.Classifier(None, [1.0, 2.0, 3.0])
+    expected = guided_step(TABLE, 3, x, m, alone, gradient=gradient, backend="reference")
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
 # ---- Anyone's own ----
 
 

@@ -143,8 +143,12 @@ __device__ void reorder_weights(const StepArguments& a, int64_t sample) {
   read[count + 1] = made[count];
 }
 
+// The least number of blocks on a multiprocessor: what is added up stays in registers.
+constexpr int least_blocks(int terms) { return terms <= 3 ? 4 : terms <= 5 ? 3 : 2; }
+
 template <int terms>
-__global__ void __launch_bounds__(kMomentThreads) moments_kernel(const __grid_constant__ MomentsLaunch launch) {
+__global__ void __launch_bounds__(kMomentThreads, least_blocks(terms))
+    moments_kernel(const __grid_constant__ MomentsLaunch launch) {
   constexpr int kMoments = moments_of(terms);
   __shared__ double warps[kMomentWarps][kMoments];
   __shared__ double values[kMaxValues];

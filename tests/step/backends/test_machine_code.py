@@ -27,8 +27,17 @@ def _needs_cuda_code():
 
 
 @cache
-def kernels(architecture):
+def every_kernel(architecture):
     return instructions(native.LIBRARY, architecture)
+
+
+def kernels(architecture):
+    """The kernels that step."""
+    return {name: counts for name, counts in every_kernel(architecture).items() if not makes_weights(name)}
+
+
+def makes_weights(name):
+    return name.startswith("moments_kernel")
 
 
 def variant(name):
@@ -45,13 +54,13 @@ def vectors_of(name):
 
 def test_there_is_code_for_every_architecture_and_ptx_for_the_others():
     assert set(ARCHITECTURES) == set(re.findall(r"sm_\d+", cuobjdump("--list-elf", native.LIBRARY)))
-    assert re.findall(r"sm_\d+", cuobjdump("--list-ptx", native.LIBRARY)) == ["sm_80"]
+    assert set(re.findall(r"sm_\d+", cuobjdump("--list-ptx", native.LIBRARY))) == {"sm_80"}
     assert native.cuda_code() == " ".join([*ARCHITECTURES, "PTX 80"])
 
 
 def test_registers_and_local_memory():
     usage = resource_usage(native.LIBRARY)
-    assert len(usage) == len(ARCHITECTURES) * len(kernels("sm_90"))
+    assert len(usage) == len(ARCHITECTURES) * len(every_kernel("sm_90"))
     for architecture, name, used in usage:
         assert used.registers <= MAX_REGISTERS, (architecture, name, used)
         assert used.stack == used.local == 0, (architecture, name, used)
@@ -76,6 +85,20 @@ def test_vectors_are_read_and_written_16_bytes_at_a_time(architecture):
         assert loads >= 2 * inputs * vectors, (name, loads)  # more, where the compiler unrolls or doubles a part
         assert stores >= 4 * (1 + original + staged) * vectors, (name, stores)
     assert seen == {"step_kernel", "torch_single_kernel", "torch_vector_kernel"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_makes_weights_reads_16_bytes_at_a_time_and_adds_up_in_registers(architecture):
+    """A product is one fused multiply-add, for each element of a vector, and once for a single one."""
+    found = {name: counts for name, counts in every_kernel(architecture).items() if makes_weights(name)}
+    assert len(found) == 7
+    for name, counts in found.items():
+        terms = int(re.search(r"<(\d)>", name)[1])
+        assert not any(i.startswith(("LDL", "STL")) for i in counts), name
+        loads = sum(n for i, n in counts.items() if re.match(r"LDG\.E(\.\w+)*\.128", i))
+        assert loads >= 2 * terms, (name, loads)
+        products = terms * (terms + 1) // 2
+        assert sum(n for i, n in counts.items() if i.startswith("FFMA")) >= 9 * products, name
 
 
 def test_only_the_torch_stream_uses_approximations():

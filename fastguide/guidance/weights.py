@@ -179,8 +179,8 @@ class Guidance:
         """What was made of the predictions last, on the device, for logging; ``None``: nothing, or not from moments.
 
         The sum of all weights, those of all predictions but the first, a classifier's scale, and the sample's own
-        weight if it has one; shape (1, batch, num_predictions + 1 or 2). The next step overwrites it. On a GPU, guidance
-        that is made from moments is for one stream at a time.
+        weight if it has one; shape (1, batch, num_predictions + 1 or 2). The next step overwrites it. On a GPU, such
+        guidance is for one stream at a time.
         """
         return self.weights_from.last_weights if isinstance(self.weights_from, MomentWeights) else None
 

@@ -182,8 +182,10 @@ class SamplerState:
             )
         arguments = self._step_arguments()
         self._step = CursorStep(key.step, arguments, self.cursor)
-        without_program = arguments._replace(program=None, parameters=None, made=None, scratch=None)
-        self._step_without_uncond = CursorStep(key.step, without_program, self.cursor)
+        self._step_without_uncond = self._step
+        if arguments.program is not None:
+            without_program = arguments._replace(program=None, parameters=None, made=None, scratch=None)
+            self._step_without_uncond = CursorStep(key.step, without_program, self.cursor)
         self._loaded: tuple[StepTable, Guidance] | None = None
 
     def _make_sample_buffers(self) -> None:

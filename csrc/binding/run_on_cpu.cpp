@@ -15,8 +15,6 @@ namespace fastguide {
 namespace {
 
 constexpr int64_t kNoiseGrain = kGrain / 4;  // the same where noise is drawn too, which takes several times as long
-// Elements of a thread whose predictions are still in its caches when they have been added up.
-constexpr int64_t kAtHand = 65536;
 
 // Calls f(begin, end) for ranges of 0 to total, in parallel if that is worth it.
 template <typename F>
@@ -45,20 +43,16 @@ class WeighedStep {
     step_.weights_batch_stride = columns_;
   }
 
+  // Where there are samples for all threads, each makes one after the other, and they need not wait for each other.
   void run(int64_t grain) {
     const int64_t elements = a_.elements_per_sample;
-    const int64_t threads = a_.batch * elements <= grain ? 1 : torch::stable::get_num_threads();
-    if (threads == 1 || (a_.batch >= threads && elements <= kAtHand)) {
+    if (a_.batch * elements <= grain || a_.batch >= torch::stable::get_num_threads()) {
       in_parallel(a_.batch, std::max<int64_t>(grain / elements, 1), [&](int64_t begin, int64_t end) {
         std::vector<double> sums(static_cast<size_t>(parts_ * moments_));
         for (int64_t sample = begin; sample < end; ++sample) run_sample(sample, sums.data());
       });
     } else {
-      const int64_t group = std::clamp<int64_t>(threads * kAtHand / elements, 1, a_.batch);
-      std::vector<double> sums(static_cast<size_t>(group * parts_ * moments_));
-      for (int64_t begin = 0; begin < a_.batch; begin += group) {
-        run_group(begin, std::min(begin + group, a_.batch), grain, sums.data());
-      }
+      run_parts(grain);
     }
     std::copy(weights_.begin(), weights_.end(), static_cast<T*>(a_.made));
   }
@@ -70,20 +64,18 @@ class WeighedStep {
     functions_.step_range(step_, sample * a_.elements_per_sample, (sample + 1) * a_.elements_per_sample);
   }
 
-  // Shares the parts of some samples out among the threads, twice in the same way.
-  void run_group(int64_t begin_sample, int64_t end_sample, int64_t grain, double* sums) {
-    const int64_t first = begin_sample * parts_, count = (end_sample - begin_sample) * parts_;
-    const int64_t least = std::max<int64_t>(grain / kPart, 1);
+  // Shares the parts of all samples out among the threads, twice in the same way.
+  void run_parts(int64_t grain) {
+    const int64_t count = a_.batch * parts_, least = std::max<int64_t>(grain / kPart, 1);
+    std::vector<double> sums(static_cast<size_t>(count * moments_));
     in_parallel(count, least, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        functions_.part_moments(a_, (first + k) / parts_, (first + k) % parts_, sums + k * moments_);
+        functions_.part_moments(a_, k / parts_, k % parts_, sums.data() + k * moments_);
       }
     });
-    for (int64_t sample = begin_sample; sample < end_sample; ++sample) {
-      weigh(sample, sums + (sample - begin_sample) * parts_ * moments_);
-    }
+    for (int64_t sample = 0; sample < a_.batch; ++sample) weigh(sample, sums.data() + sample * parts_ * moments_);
     in_parallel(count, least, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) step_part(first + k);
+      for (int64_t k = begin; k < end; ++k) step_part(k);
     });
   }
 

@@ -31,7 +31,7 @@ enum class Operation : int32_t {
       count
 };
 
-constexpr int kMaxTerms = 8;
+constexpr int kMaxTerms = 4;
 // The most values of a program: what it computes with, and what it computes.
 constexpr int kMaxValues = 256;
 // An instruction: the operation, and the places of its operands among the values. It writes the next value.
@@ -39,7 +39,6 @@ constexpr int kInstructionWords = 4;
 
 // Of so many terms: t_i . t_j for i <= j, row by row, and then the sum of each.
 FASTGUIDE_INLINE constexpr int moments_of(int terms) { return terms * (terms + 3) / 2; }
-constexpr int kMaxMoments = moments_of(kMaxTerms);
 
 // Behind the moments: elements of a sample, the calls that its loop has made, and x0_scale, x0_sample and x0_pred of
 // its row; then the parameters.

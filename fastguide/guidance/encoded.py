@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .program import Instruction, Program, Value
 from .symbols import OPERATIONS
 
-MOST_TERMS = 8
+MOST_TERMS = 4
 """The most terms of a program: predictions, and the sample."""
 MOST_VALUES = 256
 """The most values of a program."""

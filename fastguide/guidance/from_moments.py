@@ -62,7 +62,7 @@ def as_guidance(
     step, on the device.
 
     Args:
-        predictions: their number, 2 to 8, or 7 if the sample has a weight.
+        predictions: their number, 2 to 4, or 3 if the sample has a weight.
         space: what the function gets predictions as: ``"prediction"``, what the model predicts; or ``"original"``, the
             x_0 that each of them says, where the row says it: not from noise at alpha = 0.
 

@@ -29,8 +29,8 @@ SHAPES = {
 }
 
 
-@as_guidance(predictions=5)
-def of_five(v, scale):
+@as_guidance(predictions=4)
+def of_four(v, scale):
     first, *others = v.predictions
     total = first
     for each in others:
@@ -74,7 +74,7 @@ def test_weights_are_the_reference_s(guidance, shape, dtype):
 
 
 def test_many_predictions():
-    arguments = arguments_of(of_five(0.5), (2, 3, 33, 31))
+    arguments = arguments_of(of_four(0.5), (2, 3, 33, 31))
     out, made = run(arguments)
     expected_out, expected_made = run(arguments, reference.guided_step)
     torch.testing.assert_close(made, expected_made, rtol=1e-6, atol=1e-7)
@@ -251,5 +251,5 @@ def test_a_function_too_large_for_the_kernels_is_refused():
 
     with pytest.raises(ValueError, match=f"expected a function of at most {MOST_VALUES} values"):
         long(2.0)
-    with pytest.raises(ValueError, match="predictions: expected at most 8 to make weights from, got 9"):
-        as_guidance(predictions=9)(lambda v: v.predictions[0])()
+    with pytest.raises(ValueError, match="predictions: expected at most 4 to make weights from, got 5"):
+        as_guidance(predictions=5)(lambda v: v.predictions[0])()

@@ -144,7 +144,7 @@ __device__ void reorder_weights(const StepArguments& a, int64_t sample) {
 }
 
 // The least number of blocks on a multiprocessor: what is added up stays in registers.
-constexpr int least_blocks(int terms) { return terms <= 3 ? 4 : terms <= 5 ? 3 : 2; }
+constexpr int least_blocks(int terms) { return terms <= 3 ? 4 : 3; }
 
 template <int terms>
 __global__ void __launch_bounds__(kMomentThreads, least_blocks(terms))
@@ -187,8 +187,9 @@ using MomentsKernel = void (*)(MomentsLaunch);
 
 MomentsKernel choose_moments(int terms) {
   static constexpr MomentsKernel kKernels[kMaxTerms - 1] = {
-      moments_kernel<2>, moments_kernel<3>, moments_kernel<4>, moments_kernel<5>,
-      moments_kernel<6>, moments_kernel<7>, moments_kernel<8>,
+      moments_kernel<2>,
+      moments_kernel<3>,
+      moments_kernel<4>,
   };
   return kKernels[terms - 2];
 }

@@ -67,7 +67,7 @@ def swapped(values, i, j):
         ("arguments", [*ARGUMENTS, "OptionalTensor history"], "expected nothing more, got OptionalTensor history"),
         ("arguments", ["OptionalTensor out", *ARGUMENTS[1:]], "expected Tensor out, got OptionalTensor out"),
         ("operations", swapped(tuple(OPERATIONS), 0, 1), "expected add, got sub"),
-        ("program_terms", 4, f"expected {MOST_TERMS}, got 4"),
+        ("program_terms", MOST_TERMS + 1, f"expected {MOST_TERMS}, got {MOST_TERMS + 1}"),
         ("program_values", 2 * MOST_VALUES, f"expected {MOST_VALUES}, got {2 * MOST_VALUES}"),
         ("call", swapped(Call._fields, 4, 5), "expected gradient, got variance"),
         ("objects", swapped(Objects._fields, 0, 1), "expected none, got true_object"),

@@ -51,7 +51,7 @@ def encode(program: Program, parameters: Sequence[str]) -> Encoded:
 
     Args:
         program: has a weight for each term.
-        parameters: the names of its parameters, in the order that kernels have them in.
+        parameters: the names of those inputs that are parameters, in the order that kernels have them in.
 
     Raises:
         ValueError: it is too large for the kernels.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .encoded import encode, scratch_numbers
-from .program import Program, traced
+from .program import Program, input_of, traced
 from .scales import scale_columns
 from .symbols import Space, Vector
 
 _ACTIVE = "active"
-"""The parameter of programs that are not for every step."""
+"""The input of programs that are not for every step."""
 
 
 class MomentWeights:
@@ -34,13 +34,15 @@ class MomentWeights:
     ) -> None:
         self._always = program, dict(parameters)
         self.active = active
+        values = {input_of(name): value for name, value in parameters.items()}
         if active is not None:
             program = program.where(_ACTIVE, [1.0, 1.0])
-            parameters = {**parameters, _ACTIVE: active.double().view(-1, 1)}
-        self.program, self.names = program, tuple(parameters)
+            values[_ACTIVE] = active.double().view(-1, 1)
+        self.program, self.names = program, tuple([name for name in program.inputs if name in values])
+        """In the program's own order: where programs are the same, so are the places of their parameters."""
         encoded = encode(program, self.names)
         self._words = torch.tensor([encoded.words], dtype=torch.int32, device="cpu")
-        self._parameters = scale_columns(*parameters.values(), *encoded.constants).double()
+        self._parameters = scale_columns(*[values[name] for name in self.names], *encoded.constants).double()
         self._on_devices: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._made: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
         """Where steps write their weights, and that as ``last_weights`` has it."""

@@ -92,6 +92,11 @@ _OF_TENSORS: dict[str, Callable[..., Any]] = {
 assert _OF_TENSORS.keys() == OPERATIONS.keys()
 
 
+def input_of(parameter: str) -> str:
+    """Return what a parameter is called among a program's inputs, whose other names it may have."""
+    return f"parameter {parameter}"
+
+
 def traced(
     function: Callable[..., Vector],
     count: int,
@@ -111,7 +116,7 @@ def traced(
     Raises:
         TypeError: it returns no vector, or does what a program cannot.
     """
-    symbols = {name: Scalar("input", name) for name in parameters}
+    symbols = {name: Scalar("input", input_of(name)) for name in parameters}
     v = Vectors(count, space)
     result = function(v, **symbols, **options)
     if not isinstance(result, Vector):

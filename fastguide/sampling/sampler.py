@@ -49,7 +49,8 @@ class Sampler:
         batched: whether all predictions are one call of the model, on a batch that holds the sample several times,
             unconditional first; ``False``: one call for each, with less memory.
         skip_unconditional: leave the unconditional prediction out at steps that give it no weight, as outside of a
-            guidance interval: ``ClassifierFree.per_step([1, 1, 7.5, 7.5, 1, 1])``. Needs constant weights.
+            guidance interval: ``ClassifierFree.per_step([1, 1, 7.5, 7.5, 1, 1])``. Needs constant weights, or
+            guidance that is ``within`` an interval.
         timestep_dtype: of the model's t, int64 or float32; ``None``: float32 for a table of real timesteps, else int64.
         scalar_timestep: whether t is of shape (), instead of one for each row of x.
         max_loops: number of kinds of calls, of different shapes, dtypes or inputs, whose buffers and graphs are

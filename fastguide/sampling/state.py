@@ -62,7 +62,7 @@ class StateKey(NamedTuple):
     conditions: Signature
     predictions: int
     weights_from: Program | ByIdentity | None
-    makes_weights: bool  # whether the step itself makes them, by its program
+    makes_weights: bool  # whether the step itself makes them, by a program
     classifier: tuple[object, ...] | None
     labels: bool
     scales_per_sample: bool
@@ -114,7 +114,7 @@ class StateKey(NamedTuple):
             conditions=request.conditions_signature,
             predictions=guidance.num_predictions,
             weights_from=_what_makes_weights(guidance),
-            makes_weights=device in request.backend.makes_weights,
+            makes_weights=isinstance(guidance.weights_from, MomentWeights) and device in request.backend.makes_weights,
             classifier=None if classifier is None else (guidance.form, *map(ByIdentity, classifier.functions)),
             labels=request.labels is not None,
             scales_per_sample=guidance.batch > 1 or slots is not None,
@@ -219,18 +219,19 @@ class SamplerState:
         self.weights = torch.zeros(shape, dtype=arithmetic, device=key.device)
         self.weights_without_uncond = self.weights[..., 1:].clone() if key.skips_uncond else None
         self.program = self.parameters = self.made = self.scratch = None
-        if isinstance(self._guidance.weights_from, MomentWeights):
-            self.program, parameters = self._guidance.weights_from.on(key.device)
+        made_by = self._guidance.weights_from
+        if isinstance(made_by, MomentWeights):
+            program, parameters = made_by.on(key.device)
             self.parameters = parameters.new_zeros(key.capacity, scales, parameters.shape[-1])
-            columns = len(self._guidance.weights_from.program.weights) + 1
-            self.made = torch.zeros(self.batch, columns, dtype=arithmetic, device=key.device)
-            self.scratch = self._guidance.weights_from.scratch_for(self.sample)
+            if key.makes_weights:
+                columns = len(made_by.program.weights) + 1
+                self.program, self.scratch = program, made_by.scratch_for(self.sample)
+                self.made = torch.zeros(self.batch, columns, dtype=arithmetic, device=key.device)
         self._no_gradient_scale = torch.zeros(1, 1, 1, dtype=arithmetic, device=key.device)
         self._samples = torch.arange(scales, device=key.device)
 
     def _step_arguments(self) -> StepArguments:
         """Return the operator's arguments, in its order, with what is the same at every step."""
-        makes_weights = self.key.makes_weights
         generator, inpainting = self.noise.generator, self.inpainting or (None, None, None)
         return StepArguments(
             out=self.sample,
@@ -254,10 +255,10 @@ class SamplerState:
             known=inpainting[1],
             known_noise=inpainting[2],
             history=self.history,
-            program=self.program if makes_weights else None,
-            parameters=self.parameters if makes_weights else None,
-            made=self.made if makes_weights else None,
-            scratch=self.scratch if makes_weights else None,
+            program=self.program,
+            parameters=self.parameters if self.key.makes_weights else None,
+            made=self.made,
+            scratch=self.scratch,
         )
 
     # ---- Between steps ----
@@ -295,6 +296,9 @@ class SamplerState:
         self.staged.unflatten(0, (-1, self.batch))[:, samples].copy_(sample)
 
     def _load_samples(self, request: SampleRequest, samples: slice) -> None:
+        made_by = request.guidance.weights_from
+        if isinstance(made_by, MomentWeights):
+            made_by.last_weights = None if self.made is None else self.made[None]
         self.sample[samples].copy_(request.first)
         self._write_conditions(request.conditions, samples)
         if self.labels is not None and request.labels is not None:
@@ -312,10 +316,8 @@ class SamplerState:
         self.weights[rows, samples].copy_(weights)
         if isinstance(guidance.weights_from, MomentWeights):
             assert self.parameters is not None
-            assert self.made is not None
             _, parameters = guidance.weights_from.on(self.key.device)
             self.parameters[rows, samples].copy_(parameters.expand(len(table), -1, -1))
-            guidance.weights_from.last_weights = self.made[None] if self.key.makes_weights else None
         if self.weights_without_uncond is not None:  # m without p_0, whose weight is zero: anchored at p_1
             self.weights_without_uncond[rows, samples, :1].copy_(weights[..., :1])
             self.weights_without_uncond[rows, samples, 1:].copy_(weights[..., 2:])
@@ -337,7 +339,7 @@ class SamplerState:
         if skip_uncond:
             self._step_without_uncond(predictions, gradient, variance, self.weights_without_uncond)
             return
-        if made_by is None or (self.program is not None and self.key.makes_weights):
+        if made_by is None or self.key.makes_weights:
             self._step(predictions, gradient, variance, None)
             return
         arguments = self._step.arguments(predictions, gradient, variance)

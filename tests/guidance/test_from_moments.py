@@ -290,6 +290,25 @@ def test_a_function_of_one_s_own():
     torch.testing.assert_close(guided(scales, given)[2], m[2], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_parameters_may_be_called_as_anything(backend):
+    """As a moment, as a coefficient of the row, or as what guidance within an interval goes by."""
+
+    @as_guidance(predictions=2)
+    def named(v, step, numel, dot_0_1=3.0, x0_scale=5.0, active=7.0):
+        uncond, cond = v.predictions
+        known = step + 10.0 * v.step + (numel + v.std(cond)) + x0_scale
+        return known * uncond + (active * dot_0_1 + v.dot(uncond, cond - uncond)) * (cond - uncond)
+
+    u, c = predictions(2)
+    x = torch.zeros(SHAPE, dtype=torch.float64)
+    m = (1.0 + 10.0 * 0.0 + 2.0 + std(c) + 5.0) * u + (21.0 + dot(u, c - u)) * (c - u)
+    bounded = named(1.0, 2.0).within(PREDICTION, 0.0, 1.0)
+    for guidance in (named(1.0, 2.0), bounded):
+        got = guided_step(PREDICTION, 0, x, [u, c], guidance, backend=backend)
+        torch.testing.assert_close(got, m, rtol=1e-12, atol=1e-12)
+
+
 def wrong(body, count=2):
     return as_guidance(predictions=count)(body)
 

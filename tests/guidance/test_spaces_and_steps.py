@@ -177,6 +177,48 @@ def test_steps_are_counted_from_where_a_sample_begins():
         torch.testing.assert_close(done[k].view_as(expected), expected, rtol=1e-10, atol=1e-10)
 
 
+@as_guidance(predictions=2)
+def first_then_second(v, first, second=3.0, unused=0.0):
+    uncond, cond = v.predictions
+    return uncond + (first - second * v.norm(cond - uncond) / v.norm(uncond)) * (cond - uncond)
+
+
+@as_guidance(predictions=2)
+def second_then_first(v, second, first):
+    uncond, cond = v.predictions
+    return uncond + (first - second * v.norm(cond - uncond) / v.norm(uncond)) * (cond - uncond)
+
+
+def test_the_same_program_with_its_parameters_in_another_order():
+    """Requests with it share a state, which has a place for each parameter."""
+    (x,) = randn(10)
+    sampler = Sampler(model, TABLE)
+    for guidance in (first_then_second(5.0, 2.0, 1.0), second_then_first(2.0, 5.0)):
+        sampler.guidance = guidance
+        got = sampler(x, cond=COND, uncond=UNCOND)
+        torch.testing.assert_close(got, loop(x, lambda index, at=guidance: at), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("last", ["a step", "another loop"])
+def test_a_sampler_s_weights_may_be_looked_at(last):
+    """Also if the guidance has been used elsewhere since the loop before."""
+    (x,) = randn(11)
+    u, c = randn(12, 2)
+    guidance, other = ZeroStar(4.0, zero_init_steps=0), ZeroStar(2.0, zero_init_steps=0)
+    sampler = Sampler(model, TABLE, guidance)
+    sampler(x, cond=COND, uncond=UNCOND)
+    made = guidance.last_weights.clone()
+    if last == "a step":
+        guided_step(TABLE, 3, x, [u, c], guidance)
+        assert not torch.equal(guidance.last_weights, made)
+    else:
+        sampler.guidance = other
+        sampler(x, cond=COND, uncond=UNCOND)
+        sampler.guidance = guidance
+    sampler(x, cond=COND, uncond=UNCOND)
+    assert torch.equal(guidance.last_weights, made)
+
+
 # ---- Intervals ----
 
 GUIDED = {

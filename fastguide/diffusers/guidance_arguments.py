@@ -58,8 +58,8 @@ def guidance_of(
         guidance_scale = _flattened(guidance_scale, sample)
     _check_doubled(output, sample, guidance_scale is not None)
     scale = None if gradient is None else gradient_scale
-    if guidance_scale is None and scale is None:
-        return None
+    if scale is None and (guidance_scale is None or isinstance(guidance_scale, Guidance)):
+        return guidance_scale
     # Tensors are not to be hashed, a bool is refused, and what torch.compile traces is of its graph alone
     numbers = is_by_value(guidance_scale) and type(scale) in _NUMBER_OR_NONE
     make = _cached_guidance if numbers and not torch.compiler.is_compiling() else _guidance_for

@@ -56,13 +56,13 @@ class Guided(LazyTensor):
         return self._compute_it()
 
 
-def may_wait(*predictions: object) -> bool:
-    """Tell whether outputs can be left to the step: plain tensors, writes to which torch counts, without autograd."""
-    if torch.compiler.is_compiling():
+def may_be_traced(prediction: object) -> bool:
+    """Tell whether a model's output is a plain tensor, of which nobody wants to see every operation."""
+    if type(prediction) is not Tensor or torch.compiler.is_compiling():
         return False
-    for prediction in predictions:
-        if type(prediction) is not Tensor or not prediction.is_floating_point() or prediction.is_inference():
-            return False
-        if torch.is_grad_enabled() and prediction.requires_grad:
-            return False
-    return True
+    return not (torch.is_grad_enabled() and prediction.requires_grad)
+
+
+def may_wait(prediction: Tensor) -> bool:
+    """Tell whether a model's output can be left to the step: torch counts who writes to it."""
+    return may_be_traced(prediction) and prediction.is_floating_point() and not prediction.is_inference()

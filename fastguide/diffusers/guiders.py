@@ -7,52 +7,45 @@ else that asks for a result computes it as diffusers does.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import diffusers.guiders.adaptive_projected_guidance as _projected
+import diffusers.guiders.auto_guidance as _auto
+import diffusers.guiders.classifier_free_guidance as _classifier_free
+import diffusers.guiders.classifier_free_zero_star_guidance as _zero_star
+import diffusers.guiders.guider_utils as _utils
+import diffusers.guiders.perturbed_attention_guidance as _perturbed
+import diffusers.guiders.skip_layer_guidance as _skipped
+import diffusers.guiders.smoothed_energy_guidance as _smoothed
+import diffusers.guiders.tangential_classifier_free_guidance as _tangential
 import torch
-from diffusers.guiders import (
-    adaptive_projected_guidance as _projected,
-)
-from diffusers.guiders import (
-    auto_guidance as _auto,
-)
-from diffusers.guiders import (
-    classifier_free_guidance as _classifier_free,
-)
-from diffusers.guiders import (
-    classifier_free_zero_star_guidance as _zero_star,
-)
-from diffusers.guiders import (
-    guider_utils as _utils,
-)
-from diffusers.guiders import (
-    perturbed_attention_guidance as _perturbed,
-)
-from diffusers.guiders import (
-    skip_layer_guidance as _skipped,
-)
-from diffusers.guiders import (
-    smoothed_energy_guidance as _smoothed,
-)
-from diffusers.guiders import (
-    tangential_classifier_free_guidance as _tangential,
-)
 from torch import Tensor
 
 from ..guidance import AdaptiveProjected, ClassifierFree, Guidance, MagnitudeAware, Tangential, ZeroStar
 from ..guidance.formulas import Base
-from .guided import Guided, may_wait
+from .guided import Guided, may_be_traced, may_wait
 from .saved_as import SavedAsDiffusers
 from .traced import traced
 
+_MOST = 64
+_made: weakref.WeakKeyDictionary[Any, dict[Any, Guidance]] = weakref.WeakKeyDictionary()
+"""By guider, what was made of its numbers: a guidance has memory that two pipelines must not share."""
 
-@functools.lru_cache(maxsize=64)
-def _made(make: Callable[..., Guidance], scale: float, **options: Any) -> Guidance:
-    """Return a guidance, the same one for the same numbers: steps with it are then repeated."""
-    return make(scale, **options)
+
+def _guidance_of(guider: Any, make: Callable[..., Guidance], **options: Any) -> Guidance:
+    """Return a guider's guidance, the same one for the same numbers: steps with it are then repeated."""
+    made = _made.setdefault(guider, {})
+    options |= {"guidance_rescale": guider.guidance_rescale}
+    key = make, guider.guidance_scale, tuple(options.items())
+    guidance = made.get(key)
+    if guidance is None:
+        if len(made) >= _MOST:
+            made.clear()
+        guidance = made[key] = make(guider.guidance_scale, **options)
+    return guidance
 
 
 def _base(guider: Any) -> Base:
@@ -70,9 +63,9 @@ def _left_to_the_step(
         pred_cond, pred_uncond: the model's outputs; without the second, guidance is off.
         make: the guidance's class, of a scale and the options.
     """
-    if pred_uncond is None or not may_wait(pred_cond, pred_uncond):
+    if pred_uncond is None or not (may_wait(pred_cond) and may_wait(pred_uncond)):
         return forward(pred_cond, pred_uncond)
-    guidance = _made(make, guider.guidance_scale, guidance_rescale=guider.guidance_rescale, **options)
+    guidance = _guidance_of(guider, make, **options)
     result = Guided((pred_uncond, pred_cond), guidance, lambda: forward(pred_cond, pred_uncond)[0])
     return _output(result, pred_cond, pred_uncond)
 
@@ -84,11 +77,7 @@ def _output(pred: Any, pred_cond: Tensor, pred_uncond: Tensor | None) -> Any:
 
 
 def _traced(prediction: Any) -> Any:
-    return traced(prediction, None) if type(prediction) is Tensor and _traceable(prediction) else prediction
-
-
-def _traceable(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and tensor.requires_grad)
+    return traced(prediction, None) if may_be_traced(prediction) else prediction
 
 
 class ClassifierFreeGuidance(_classifier_free.ClassifierFreeGuidance, metaclass=SavedAsDiffusers):
@@ -113,8 +102,7 @@ class ClassifierFreeZeroStarGuidance(_zero_star.ClassifierFreeZeroStarGuidance, 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
         """Combine the predictions as diffusers does, in the step that uses the result."""
         if self._enabled and self._step < self.zero_init_steps:
-            zero = torch.zeros_like(pred_cond)
-            return _output(zero, pred_cond, pred_uncond)
+            return _output(torch.zeros_like(pred_cond), pred_cond, pred_uncond)
         if not self._is_cfg_enabled():
             return super().forward(pred_cond, pred_uncond)
         return _left_to_the_step(
@@ -200,7 +188,7 @@ class AutoGuidance(_auto.AutoGuidance, metaclass=SavedAsDiffusers):
 
 
 if importlib.util.find_spec("diffusers.guiders.magnitude_aware_guidance") is not None:  # of newer versions
-    from diffusers.guiders import magnitude_aware_guidance as _magnitude
+    import diffusers.guiders.magnitude_aware_guidance as _magnitude
 
     class MagnitudeAwareGuidance(_magnitude.MagnitudeAwareGuidance, metaclass=SavedAsDiffusers):
         """``diffusers.MagnitudeAwareGuidance``, whose result is computed in the step.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -204,10 +206,16 @@ def test_what_torch_does_not_count_or_differentiates_is_computed_at_once():
 
 @torch.no_grad()
 def test_the_same_numbers_are_the_same_guidance():
-    """Which steps are repeated with; other numbers are another one."""
+    """Which steps are repeated with; other numbers are another one, and so is another guider's, of another pipeline."""
     ours, _ = both("ClassifierFreeGuidance", guidance_scale=4.0, guidance_rescale=0.5)
     _, given = outputs(2)
     first, again = (ours.forward(*given).pred.guidance for _ in range(2))
     ours.guidance_scale = 5.0
     assert first is again
     assert ours.forward(*given).pred.guidance is not first
+    other, _ = both("ClassifierFreeGuidance", guidance_scale=4.0, guidance_rescale=0.5)
+    assert other.forward(*given).pred.guidance is not first
+    alive = weakref.ref(other)
+    del other
+    gc.collect()
+    assert alive() is None

@@ -237,11 +237,11 @@ void read_history(const Tensor& history, const Layout& layout, StepArguments* a)
 // Reads the program that makes the weights, and checks that each of its words is a place that there is.
 void read_program(const Tensor& program, const Layout& layout, StepArguments* a) {
   check_device("program", program, layout);
-  const int64_t samples = program.dim() == 2 ? program.sizes()[0] : 0,
-                words = program.dim() == 2 ? program.sizes()[1] : 0;
+  const int64_t samples = program.dim() == 2 ? program.sizes()[0] : 0;
   STD_TORCH_CHECK(
       program.scalar_type() == ScalarType::Int && (samples == 1 || samples == layout.batch) && program.is_contiguous(),
       "program: expected int32 of shape (1 or ", layout.batch, ", words), contiguous");
+  const int64_t words = program.numel() / std::max<int64_t>(samples, 1);
   a->program = static_cast<const int32_t*>(program.const_data_ptr());
   a->program_words = words;
   a->program_stride = samples > 1 ? words : 0;
@@ -254,7 +254,7 @@ void read_program(const Tensor& program, const Layout& layout, StepArguments* a)
   if (!layout.is_cpu) return;  // the kernel sees to the words
   for (int64_t sample = 0; sample < samples; ++sample) {
     const int32_t* next = program_of(*a, sample);
-    const int64_t instructions = words > terms ? next[0] : -1;
+    const int64_t instructions = next[0];
     STD_TORCH_CHECK(instructions >= 0 && inputs + instructions <= kMaxValues && words_of(terms, instructions) <= words,
                     "program: expected at most ", kMaxValues, " values, and the words of all instructions");
     ++next;

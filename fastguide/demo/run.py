@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,26 +64,11 @@ def run(output: Path, *, quick: bool, retrain: bool, seed: int, backend: str | N
     labels = labels_to_sample(per_class)
     tables = step_tables(schedule, quick=quick)
     real_coverage = digits.coverage(digits.first_of_each_class(train, per_class).images, held_out)
-    samples: dict[Method, Tensor] = {}
-    rows: list[dict[str, Any]] = []
-    for method in tqdm(all_methods(), desc="sampling", unit="method"):
-        start = time.perf_counter()
-        images = sample(method, tables[method.solver], denoiser, classifier, labels, negative, seed, backend)
-        seconds = time.perf_counter() - start
-        samples[method] = images
-        quality = {
-            "agreement": judge.agreement(images, labels),
-            "diversity": digits.coverage(images, held_out) / real_coverage,
-        }
-        about = {"solver": method.solver, "family": method.family, "scale": method.scale}
-        rows.append({**about, **quality, "seconds": seconds})
-        report.save_grid(method, images, per_class, output)
-    report.save_overview(samples, per_class, output)
-    report.save_trade_off(rows, {"agreement": judge.accuracy, "diversity": 1.0}, output)
-
-    compared = guidances.on_digits(
-        tables["ddim"], denoiser, judge, held_out, labels, real_coverage, seed, backend
+    rows = _compare_methods(
+        lambda method: sample(method, tables[method.solver], denoiser, classifier, labels, negative, seed, backend),
+        labels, judge, held_out, real_coverage, output,
     )  # fmt: skip
+    compared = guidances.on_digits(tables["ddim"], denoiser, judge, held_out, labels, real_coverage, seed, backend)
     report.save_guidances({each.name: each.images for each in compared}, per_class, output)
 
     some = labels_to_sample(2)
@@ -105,6 +90,34 @@ def run(output: Path, *, quick: bool, retrain: bool, seed: int, backend: str | N
     _show(results, guidances.table_of(compared), output, report.save_json(results, output))
     print(f"done in {time.perf_counter() - begin:.0f} s")
     return results
+
+
+def _compare_methods(
+    sampled: Callable[[Method], Tensor],
+    labels: Tensor,
+    judge: digits.Judge,
+    held_out: digits.Digits,
+    real_coverage: float,
+    output: Path,
+) -> list[dict[str, Any]]:
+    """Sample with each method, measure its images, and write the pictures; return a row for each."""
+    samples: dict[Method, Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    per_class = len(labels) // digits.NUM_CLASSES
+    for method in tqdm(all_methods(), desc="sampling", unit="method"):
+        start = time.perf_counter()
+        images = samples[method] = sampled(method)
+        seconds = time.perf_counter() - start
+        quality = {
+            "agreement": judge.agreement(images, labels),
+            "diversity": digits.coverage(images, held_out) / real_coverage,
+        }
+        about = {"solver": method.solver, "family": method.family, "scale": method.scale}
+        rows.append({**about, **quality, "seconds": seconds})
+        report.save_grid(method, images, per_class, output)
+    report.save_overview(samples, per_class, output)
+    report.save_trade_off(rows, {"agreement": judge.accuracy, "diversity": 1.0}, output)
+    return rows
 
 
 def _environment(backend: str) -> dict[str, Any]:

@@ -30,8 +30,7 @@ def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> Ste
     steps, first, _ = position_of(a)
     named = dict(zip(made_by.names, selected(parameters, steps, batch).unbind(-1), strict=False))
     terms = weights_of(a, predictions, made_by.program, (steps, first), named)
-    scale = selected(a.weights, steps, batch)[:, -1:].double().expand(batch, -1)
-    made = torch.cat([terms[:, :count], scale, terms[:, count:]], -1).to(a.weights.dtype)
+    made = with_gradient_scale(terms, count, selected(a.weights, steps, batch)[:, -1:]).to(a.weights.dtype)
     made_by.last_weights = made[None]
     if terms.shape[1] > count:
         of_sample = made[:, -1:]
@@ -60,12 +59,17 @@ def weights_of(
     """
     batch = a.sample.shape[0]
     steps, first = position
-    row = {name: values.double() for name, values in zip(ROW_COLUMNS, _row(a.rows, steps).unbind(-1), strict=True)}
+    columns = a.rows.index_select(0, steps).double().unbind(-1)
+    row = dict(zip(ROW_COLUMNS, columns, strict=True)) | {"step": (steps - first).double()}
     given = [prediction.to(a.rows.dtype) for prediction in predictions]
-    row["step"] = (steps - first).double()
     moments = moments_of(given, program.inputs, a.sample.to(a.rows.dtype))
     like = torch.zeros(batch, dtype=torch.float64, device=a.sample.device)
     return torch.stack([like + weight for weight in program.run(moments | row | parameters)], -1)
+
+
+def with_gradient_scale(terms: Tensor, count: int, scale: Tensor) -> Tensor:
+    """Return the terms' weights with a gradient's scale, (batch or 1, 1), behind those of so many predictions."""
+    return torch.cat([terms[:, :count], scale.double().expand(len(terms), -1), terms[:, count:]], -1)
 
 
 def position_of(a: StepArguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +99,3 @@ def selected(values: Tensor, steps: Tensor, batch: int) -> Tensor:
     if steps.numel() == 1:
         return values.index_select(0, steps)[0]
     return values.expand(-1, batch, -1)[steps, torch.arange(batch, device=values.device)]
-
-
-def _row(rows: Tensor, steps: Tensor) -> Tensor:
-    return rows.index_select(0, steps)

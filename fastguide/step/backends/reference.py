@@ -9,7 +9,7 @@ from ...guidance.encoded import decode
 from ...solvers.table import ROW_COLUMNS
 from ..noise import portable_noise
 from ..operator import StepArguments, library
-from ..weigh import position_of, selected, split, weights_of
+from ..weigh import position_of, selected, split, weights_of, with_gradient_scale
 from .registry import Backend
 
 
@@ -42,14 +42,7 @@ def guided_step(*arguments: object) -> None:
     scale = weight[count]
 
     x = sample.to(dtype)
-    p = [prediction.to(dtype) for prediction in each]
-    # m = sum_k w_k p_k, anchored at p_0: weight[0] is the sum of all w_k
-    m = weight[0] * p[0] if p else torch.zeros_like(x)
-    for k in range(1, len(p)):
-        m = m + weight[k] * (p[k] - p[0])
-    if len(weight) > count + 1:
-        m = m + weight[-1] * x
-
+    m = _combined(weight, [prediction.to(dtype) for prediction in each], x)
     x0 = row["x0_sample"] * x + row["x0_pred"] * m
     if a.gradient is not None:
         x0 = x0 + row["x0_grad"] * scale * a.gradient.to(dtype)
@@ -101,16 +94,23 @@ def _made(a: StepArguments, predictions: list[Tensor], position: tuple[Tensor, T
     assert a.program is not None
     assert a.parameters is not None
     assert a.made is not None
-    batch, count, terms = a.sample.shape[0], len(predictions), a.made.shape[1] - 1
+    batch, terms = a.sample.shape[0], a.made.shape[1] - 1
     given = enumerate(selected(a.parameters, position[0], batch).unbind(-1))
     parameters = {f"parameter_{k}": values for k, values in given}
     programs = [decode(words, terms, a.parameters.shape[-1]) for words in a.program.tolist()]
     tables = [weights_of(a, predictions, program, position, parameters) for program in programs]
     weights = tables[0] if len(tables) == 1 else torch.stack([table[k] for k, table in enumerate(tables)])
-    scale = scale.double().expand(batch, -1)
-    made = torch.cat([weights[:, :count], scale, weights[:, count:]], -1).to(a.rows.dtype)
+    made = with_gradient_scale(weights, len(predictions), scale).to(a.rows.dtype)
     a.made.copy_(made)
     return made
+
+
+def _combined(weight: list[Tensor], p: list[Tensor], x: Tensor) -> Tensor:
+    """Return m = sum_k w_k p_k + w_x x, anchored at p_0: weight[0] is the sum of all w_k, the last one may be w_x."""
+    m = weight[0] * p[0] if p else torch.zeros_like(x)
+    for k in range(1, len(p)):
+        m = m + weight[k] * (p[k] - p[0])
+    return m + weight[-1] * x if p and len(weight) > len(p) + 1 else m
 
 
 def _with_history(

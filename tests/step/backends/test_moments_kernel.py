@@ -10,14 +10,12 @@ import torch
 import fastguide
 from fastguide import AdaptiveProjected, ClassifierFree, PerpNeg, Perturbed, ZeroStar, as_guidance
 from fastguide.guidance.encoded import PART, scratch_numbers
-from fastguide.step.backends import native, reference
+from fastguide.step.backends import reference
 from fastguide.step.operator import StepArguments
 from tests.support import device_code
-from tests.support.machine_code import cuobjdump
 from tests.support.ptx.launch import Launch
 from tests.support.ptx.memory import INITIALISED, READ, WRITE, Memory
 from tests.support.ptx.races import races
-from tests.support.ptx.step import Library
 
 pytestmark = [
     pytest.mark.xdist_group("ptx"),  # one process reads the PTX
@@ -101,9 +99,8 @@ def test_the_same_code_compiled_for_the_host(name, shape, dtypes):
     for index in (0, 4):
         arguments = arguments_of(GUIDANCES[name], shape, dtypes, index=index)
         for order in (1, 2):  # a second launch finds its counters as the first did
-            device_code.guided_step(*arguments)
+            device_code.guided_step(*arguments, order=order)
             check(arguments, *expected_of(arguments))
-            assert order
 
 
 def test_samples_at_rows_of_their_own_and_views():
@@ -130,15 +127,6 @@ def test_samples_at_rows_of_their_own_and_views():
 
 
 # ---- Interpreted ----
-
-
-@pytest.fixture(scope="module")
-def library():
-    if not native.LIBRARY.exists():
-        pytest.skip("the native library is not built; fastguide info says why")
-    if "PTX" not in native.cuda_code():
-        pytest.skip(f"the native library holds no PTX: {native.cuda_code()}")
-    return Library(cuobjdump("-ptx", native.LIBRARY))
 
 
 class Placed:

@@ -9,31 +9,20 @@ import re
 
 import pytest
 
-from fastguide.step.backends import native
 from tests.support import device_code
-from tests.support.machine_code import cuobjdump
 from tests.support.ptx import listed
 from tests.support.ptx.cases import NOISES
 from tests.support.ptx.far import FarCase, FarStep, run_far
 from tests.support.ptx.faults import FAULTS
 from tests.support.ptx.memory import Memory
 from tests.support.ptx.placement import Placement
-from tests.support.ptx.step import Comparison, Library
+from tests.support.ptx.step import Comparison
 
 pytestmark = [
     pytest.mark.xdist_group("ptx"),  # one process reads the PTX
     pytest.mark.skipif(device_code.why_not() is not None, reason=f"no GPU code: {device_code.why_not()}"),
 ]
 FEW = listed.few()
-
-
-@pytest.fixture(scope="module")
-def library():
-    if not native.LIBRARY.exists():
-        pytest.skip("the native library is not built; fastguide info says why")
-    if "PTX" not in native.cuda_code():
-        pytest.skip(f"the native library holds no PTX: {native.cuda_code()}")
-    return Library(cuobjdump("-ptx", native.LIBRARY))
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,10 @@ FLAGS = (
     "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math "
     "-Wall -Wextra -Werror=switch"  # a dtype that a switch forgets does not compile
 )
+SMALL = "-Os"  # for what makes checks and messages
 INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["baseline"] = "-O2"  # for processors from before 2013: smaller rather than faster
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 
@@ -249,7 +251,8 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
     )
     objects = []
     for name, extra in (
-        ("operator", f"{on_torch} '-DFASTGUIDE_CUDA_CODE=\"{description}\"'"),
+        ("operator", f"{on_torch} {SMALL}"),
+        ("answers", f"{on_torch} {SMALL} '-DFASTGUIDE_CUDA_CODE=\"{description}\"'"),
         ("run", on_torch),
         ("run_on_cpu", on_torch),
         ("repeat", include),  # for the header of DLPack
@@ -257,18 +260,18 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: compile {escape(source / 'binding' / f'{name}.cpp')}", f"  extra = {extra}"]
     for name, flags in INSTRUCTION_SETS.items():
-        for file in ("step", "moments", "noise"):
+        for file in ("step", "moments", "tally", "noise"):
             objects.append(f"{file}_{name}.o")
             lines += [
                 f"build {file}_{name}.o: compile {escape(source / 'kernels' / 'cpu' / f'{file}.cpp')}",
                 f"  extra = -DFASTGUIDE_ISA={name} {flags}"
-                + (" -O2" if file == "moments" else ""),  # written as vectors
+                + {"moments": " -O2", "step": " -fno-unswitch-loops"}.get(file, ""),  # as fast, and smaller
             ]
     libraries = f"{keep}-ltorch"
     if nvcc is not None:
         generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name, _ in architectures]
         generate += [f"-gencode=arch=compute_{name},code=compute_{name}" for name, ptx in architectures if ptx]
-        objects += ["step_gpu.o", "moments_gpu.o"]
+        objects += ["step_gpu.o", "moments_gpu.o", "thresholds_gpu.o"]
         lines += [
             f"nvcc = {quote(nvcc)} -ccbin {quote(program_of(compiler))}",
             "rule compile_cuda",
@@ -277,7 +280,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
             "  deps = gcc",
             *(
                 line
-                for name in ("step", "moments")
+                for name in ("step", "moments", "thresholds")
                 for line in (
                     f"build {name}_gpu.o: compile_cuda {escape(source / 'kernels' / 'gpu' / f'{name}.cu')}",
                     f"  extra = {' '.join([*generate, compression(nvcc)])}",

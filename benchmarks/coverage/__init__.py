@@ -10,7 +10,7 @@ What that cannot see:
   Where that does not decide a test, both branches are read; a prediction that one of them changes counts as changed.
 - What a model returns, but for the calls, attributes and subscripts after it; whether it is compiled; and whether a
   scale that is a tensor has one value a sample, unless it plainly has one a frame.
-- Whether the scheduler leaves steps to diffusers for its configuration, such as dynamic thresholding.
+- Whether the scheduler leaves steps to diffusers for its configuration, such as a warm-up by Runge and Kutta.
 
 So nothing here was run. What accelerated pipelines do when they run is tested in ``tests/diffusers``.
 """

@@ -1,4 +1,7 @@
-"""Time steps whose guidance is made from moments: beside the plain step, and beside diffusers' guider and scheduler."""
+"""Time steps that need numbers of whole samples: beside the plain step, and beside diffusers' guider and scheduler.
+
+Guidance that is made from moments, and dynamic thresholding.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,8 @@ class Kind(NamedTuple):
     guidance: Callable[[], Guidance]
     guider: str
     config: dict[str, Any]
+    threshold: tuple[float, float] | None = None
+    """The ratio and the largest value of dynamic thresholding."""
 
 
 KINDS = {
@@ -52,6 +57,7 @@ KINDS = {
         {"eta": 0.0, "adaptive_projected_guidance_rescale": 15.0},
     ),
     "tangential": Kind(lambda: Tangential(7.5), "TangentialClassifierFreeGuidance", {}),
+    "thresholded": Kind(lambda: ClassifierFree(7.5), "ClassifierFreeGuidance", {}, (0.995, 1.5)),
 }
 
 
@@ -80,7 +86,8 @@ def _measured(
     uncond = torch.randn(shape, generator=generator)
     cond = uncond + 0.3 * torch.randn(shape, generator=generator)
     x, uncond, cond = (values.to(device) for values in (torch.randn(shape, generator=generator), uncond, cond))
-    table, out, small = ddim(SCHEDULE, STEPS).to(device), torch.empty_like(x), x.numel() <= _LARGEST
+    plain_table, out, small = ddim(SCHEDULE, STEPS).to(device), torch.empty_like(x), x.numel() <= _LARGEST
+    table = plain_table if kind.threshold is None else plain_table.with_dynamic_thresholding(*kind.threshold)
     guidance = kind.guidance()
     calls: dict[str, Callable[[], Tensor]] = {}
     try:
@@ -90,13 +97,13 @@ def _measured(
         yield row | {"contender": "diffusers, and all beside it", "status": "not run", "reason": describe(error)}
         return
     calls["fastguide"] = lambda: guided_step(table, CALL, x, [uncond, cond], guidance, out=out)
-    if kind.guider == "ClassifierFreeGuidance" and small:
+    if "guidance_rescale" in kind.config and small:
         calls[COMPILED] = _compiled(table, x, uncond, cond)
     rows = list(compared(row, calls, device, seconds))
     plain, mine = ClassifierFree(7.5), calls["fastguide"]
     beside = {
         "fastguide": mine,
-        PLAIN: lambda: guided_step(table, CALL, x, [uncond, cond], plain, out=out),
+        PLAIN: lambda: guided_step(plain_table, CALL, x, [uncond, cond], plain, out=out),
     }
     yield from rows
     yield from _beside_the_plain_step(row, beside, device, seconds)
@@ -122,7 +129,11 @@ def _diffusers(kind: Kind, x: Tensor, uncond: Tensor, cond: Tensor) -> Callable[
 
     guider: Any = getattr(diffusers.guiders, kind.guider)(guidance_scale=7.5, start=0.0, stop=1.0, **kind.config)
     scheduler_class: Any = diffusers.DDIMScheduler
-    scheduler = scheduler_class(**_BETAS)
+    limits: dict[str, Any] = {}
+    if kind.threshold is not None:
+        limits = dict(zip(("dynamic_thresholding_ratio", "sample_max_value"), kind.threshold, strict=True))
+        limits["thresholding"] = True
+    scheduler = scheduler_class(**_BETAS, **limits)
     scheduler.set_timesteps(STEPS, device=x.device)
     timestep = scheduler.timesteps[CALL]
     guider.set_state(step=CALL, num_inference_steps=STEPS, timestep=timestep)

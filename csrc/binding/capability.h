@@ -45,22 +45,29 @@ inline Capability select_capability(int level) {
   return selected_capability.load(std::memory_order_relaxed);
 }
 
-inline StepFunctions selected_functions() {
-  switch (selected_capability.load(std::memory_order_relaxed)) {
+#define FASTGUIDE_FUNCTIONS(isa) \
+  {isa::step_range,   isa::part_moments, isa::write_original,  isa::tally_float, \
+   isa::tally_double, isa::append_keys,  isa::append_wide_keys}
+
+// Returns the functions for an arithmetic in double, or in float.
+inline StepFunctions selected_functions(bool double_precision) {
+  const Capability selected = selected_capability.load(std::memory_order_relaxed);
+  switch (double_precision ? std::min(selected, Capability::avx2) : selected) {  // kHasDouble
     case Capability::baseline:
-      return {baseline::step_range, baseline::part_moments};
+      return FASTGUIDE_FUNCTIONS(baseline);
 #if defined(__x86_64__)
     case Capability::avx2:
-      return {avx2::step_range, avx2::part_moments};
+      return FASTGUIDE_FUNCTIONS(avx2);
     case Capability::avx512:
-      return {avx512::step_range, avx512::part_moments};
+      return FASTGUIDE_FUNCTIONS(avx512);
 #else
     case Capability::avx2:
     case Capability::avx512:  // never the best elsewhere
-      return {baseline::step_range, baseline::part_moments};
+      return FASTGUIDE_FUNCTIONS(baseline);
 #endif
   }
   FASTGUIDE_UNREACHABLE();
 }
+#undef FASTGUIDE_FUNCTIONS
 
 }  // namespace fastguide

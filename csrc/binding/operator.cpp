@@ -13,20 +13,17 @@
 #include <string>
 #include <vector>
 
-#include "binding/capability.h"
 #include "binding/record.h"
 #include "binding/run.h"
 #include "binding/tensors.h"
 #include "kernels/arguments.h"
 #include "kernels/cursor.h"
 #include "kernels/gpu/moments.h"
+#include "kernels/thresholds.h"
 #include "kernels/weights.h"
 #include "maths/element.h"
 #include "maths/program.h"
 #include "maths/step.h"
-#if defined(FASTGUIDE_CUDA)
-#include "kernels/gpu/launch.h"
-#endif
 
 namespace fastguide {
 namespace {
@@ -313,6 +310,17 @@ void read_moments(const Operands& operands, const Layout& layout, StepArguments*
   if (!layout.is_cpu) read_scratch(operands, layout, a);
 }
 
+void read_thresholds(const Tensor& thresholds, const Layout& layout, StepArguments* a) {
+  check_device("thresholds", thresholds, layout);
+  const int64_t words = layout.is_cpu ? 1 : kThresholdWords;
+  STD_TORCH_CHECK(element_of("thresholds", thresholds) == (a->double_precision ? Element::float64 : Element::float32) &&
+                      thresholds.dim() == 2 && thresholds.sizes()[0] == layout.batch &&
+                      thresholds.sizes()[1] == words && thresholds.is_contiguous(),
+                  "thresholds: expected the dtype of rows, shape (", layout.batch, ", ", words, "), contiguous");
+  a->thresholds = thresholds.mutable_data_ptr();
+  a->thresholds_stride = words;
+}
+
 // ---- The operators ----
 
 void read(const Operands& operands, const Layout& layout, std::vector<Input>* predictions, StepArguments* a) {
@@ -326,6 +334,7 @@ void read(const Operands& operands, const Layout& layout, std::vector<Input>* pr
   if (operands.staged.has_value()) a->staged_copies = read_copies("staged", *operands.staged, layout, &a->staged);
   if (operands.history.has_value()) read_history(*operands.history, layout, a);
   read_moments(operands, layout, a);
+  if (operands.thresholds.has_value()) read_thresholds(*operands.thresholds, layout, a);
 }
 
 // The boxed function of the operator: its arguments are the stack's entries.
@@ -369,61 +378,6 @@ void record_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outpu
 
 }  // namespace
 }  // namespace fastguide
-
-// ---- What fastguide/step/backends/native.py asks the library ----
-
-#define FASTGUIDE_EXPORT extern "C" __attribute__((visibility("default")))
-
-// The most predictions of a step on a GPU.
-FASTGUIDE_EXPORT int fastguide_gpu_predictions() { return fastguide::kMaxPredictions; }
-
-// The size of a record of so many predictions: see record_step.
-FASTGUIDE_EXPORT int fastguide_record_bytes(int predictions) {
-  return static_cast<int>(sizeof(fastguide::Record) + sizeof(fastguide::Input) * static_cast<size_t>(predictions));
-}
-
-// Selects the instruction set (0 baseline, 1 AVX2, 2 AVX-512), at most the processor's best; a negative level changes
-// nothing. Returns the one in use.
-FASTGUIDE_EXPORT int fastguide_cpu_capability(int level) {
-  return static_cast<int>(fastguide::select_capability(level));
-}
-
-// The names of a row's columns, in order, each followed by a comma.
-FASTGUIDE_EXPORT const char* fastguide_row_columns() {
-#define FASTGUIDE_NAME(name) #name ","
-  return FASTGUIDE_ROW(FASTGUIDE_NAME);
-#undef FASTGUIDE_NAME
-}
-
-// The types and names of the operator's arguments, in order, each followed by a comma.
-FASTGUIDE_EXPORT const char* fastguide_arguments() {
-#define FASTGUIDE_NAME(type, name) #type " " #name ","
-  return FASTGUIDE_ARGUMENTS(FASTGUIDE_NAME);
-#undef FASTGUIDE_NAME
-}
-
-// The operations of a program, in order, each followed by a comma.
-FASTGUIDE_EXPORT const char* fastguide_operations() {
-#define FASTGUIDE_NAME(name) #name ","
-  return FASTGUIDE_OPERATIONS(FASTGUIDE_NAME);
-#undef FASTGUIDE_NAME
-}
-
-// The most terms and values of a program.
-FASTGUIDE_EXPORT int fastguide_program_terms() { return fastguide::kMaxTerms; }
-FASTGUIDE_EXPORT int fastguide_program_values() { return fastguide::kMaxValues; }
-
-// The architectures that the GPU kernels were compiled for, or "none: " and the reason.
-FASTGUIDE_EXPORT const char* fastguide_cuda_code() { return FASTGUIDE_CUDA_CODE; }
-
-// Whether there is a driver that is too old for the CUDA runtime in this library.
-FASTGUIDE_EXPORT int fastguide_driver_too_old() {
-#if defined(FASTGUIDE_CUDA)
-  return fastguide::cuda::driver_too_old();
-#else
-  return 0;
-#endif
-}
 
 STABLE_TORCH_LIBRARY_IMPL(fastguide, CPU, m) {
   m.impl("guided_step", &fastguide::guided_step);

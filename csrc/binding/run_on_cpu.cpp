@@ -1,4 +1,4 @@
-// Makes a step on the CPU's threads; where its weights come from moments, these and the weights first.
+// Makes a step on the CPU's threads; where its weights come from moments, or its x0 has a threshold, these first.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -7,7 +7,9 @@
 #include "binding/capability.h"
 #include "binding/run.h"
 #include "kernels/cpu/launch.h"
+#include "kernels/cpu/threshold.h"
 #include "kernels/cursor.h"
+#include "kernels/thresholds.h"
 #include "kernels/weights.h"
 #include "maths/program.h"
 
@@ -26,21 +28,30 @@ void in_parallel(int64_t total, int64_t grain, const F& f) {
   }
 }
 
-// A step that makes its weights. Samples, parts and elements are counted over the whole batch.
+// A step that needs numbers of whole samples first: weights from moments, or thresholds. Samples, parts and elements
+// are counted over the whole batch.
 template <typename T>
-class WeighedStep {
+class PreparedStep {
  public:
-  explicit WeighedStep(const StepArguments& a)
+  explicit PreparedStep(const StepArguments& a)
       : a_(a),
         step_(a),
-        functions_(selected_functions()),
+        functions_(selected_functions(a.double_precision)),
         parts_(parts_of(a)),
-        moments_(moments_of(terms_of(a))),
+        moments_(a.program != nullptr ? moments_of(terms_of(a)) : 0),
         columns_(made_columns(a)),
-        weights_(static_cast<size_t>(a.batch * columns_)) {
-    step_.weights = weights_.data();  // `made` may be another step's at the same time
-    step_.weights_step_stride = 0;
-    step_.weights_batch_stride = columns_;
+        weights_(static_cast<size_t>(a.program != nullptr ? a.batch * columns_ : 0)),
+        thresholds_(static_cast<size_t>(a.thresholds != nullptr ? a.batch : 0), T(1)) {
+    // What is made may be another step's at the same time, but for these.
+    if (a.program != nullptr) {
+      step_.weights = weights_.data();
+      step_.weights_step_stride = 0;
+      step_.weights_batch_stride = columns_;
+    }
+    if (a.thresholds != nullptr) {
+      step_.thresholds = thresholds_.data();
+      step_.thresholds_stride = 1;
+    }
   }
 
   // Where there are samples for all threads, each makes one after the other, and they need not wait for each other.
@@ -49,31 +60,47 @@ class WeighedStep {
     if (a_.batch * elements <= grain || a_.batch >= torch::stable::get_num_threads()) {
       in_parallel(a_.batch, std::max<int64_t>(grain / elements, 1), [&](int64_t begin, int64_t end) {
         std::vector<double> sums(static_cast<size_t>(parts_ * moments_));
-        for (int64_t sample = begin; sample < end; ++sample) run_sample(sample, sums.data());
+        std::vector<KeyOf<T>> between(thresholds_.empty() ? 0 : static_cast<size_t>(elements + kMoreKeys));
+        for (int64_t sample = begin; sample < end; ++sample) run_sample(sample, sums.data(), between.data());
       });
     } else {
-      run_parts(grain);
+      run_parts(std::max<int64_t>(grain / kPart, 1));
     }
     std::copy(weights_.begin(), weights_.end(), static_cast<T*>(a_.made));
+    for (size_t k = 0; k < thresholds_.size(); ++k) {
+      static_cast<T*>(a_.thresholds)[int64_t(k) * a_.thresholds_stride] = thresholds_[k];
+    }
   }
 
  private:
-  void run_sample(int64_t sample, double* sums) {
-    for (int64_t part = 0; part < parts_; ++part) functions_.part_moments(a_, sample, part, sums + part * moments_);
-    weigh(sample, sums);
+  void run_sample(int64_t sample, double* sums, KeyOf<T>* between) {
+    if (moments_ > 0) {
+      for (int64_t part = 0; part < parts_; ++part) functions_.part_moments(a_, sample, part, sums + part * moments_);
+      weigh(sample, sums);
+    }
+    if (has_threshold(sample)) {
+      Tally<T> tallied;
+      for (int64_t part = 0; part < parts_; ++part) tally_part(sample, part, &tallied, between);
+      set_threshold(sample, tallied, between);
+    }
     functions_.step_range(step_, sample * a_.elements_per_sample, (sample + 1) * a_.elements_per_sample);
   }
 
-  // Shares the parts of all samples out among the threads, twice in the same way.
-  void run_parts(int64_t grain) {
-    const int64_t count = a_.batch * parts_, least = std::max<int64_t>(grain / kPart, 1);
-    std::vector<double> sums(static_cast<size_t>(count * moments_));
-    in_parallel(count, least, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        functions_.part_moments(a_, k / parts_, k % parts_, sums.data() + k * moments_);
-      }
-    });
-    for (int64_t sample = 0; sample < a_.batch; ++sample) weigh(sample, sums.data() + sample * parts_ * moments_);
+  // Shares the parts of all samples out among the threads, each time in the same way.
+  void run_parts(int64_t least) {
+    const int64_t count = a_.batch * parts_;
+    if (moments_ > 0) {
+      std::vector<double> sums(static_cast<size_t>(count * moments_));
+      in_parallel(count, least, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          functions_.part_moments(a_, k / parts_, k % parts_, sums.data() + k * moments_);
+        }
+      });
+      for (int64_t sample = 0; sample < a_.batch; ++sample) weigh(sample, sums.data() + sample * parts_ * moments_);
+    }
+    for (int64_t sample = 0; sample < a_.batch; ++sample) {
+      if (has_threshold(sample)) share_threshold(sample, least);
+    }
     in_parallel(count, least, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) step_part(k);
     });
@@ -91,6 +118,43 @@ class WeighedStep {
     make_weights<T>(a_, program_of(a_, sample), sample, position, values, weights_.data() + sample * columns_);
   }
 
+  const Row<T>& row_of(int64_t sample) const { return row_at<T>(a_, position_of(a_, sample).index); }
+
+  bool has_threshold(int64_t sample) const {
+    return !thresholds_.empty() && is_live(a_, position_of(a_, sample)) && row_of(sample).quantile > T(0);
+  }
+
+  void tally_part(int64_t sample, int64_t part, Tally<T>* so_far, KeyOf<T>* between) const {
+    const int64_t begin = part * kPart, count = std::min(kPart, a_.elements_per_sample - begin);
+    T x0[kPart];
+    functions_.write_original(step_, sample, begin, count, x0);
+    tally(functions_, x0, count, row_of(sample).clip, so_far, between);
+  }
+
+  void set_threshold(int64_t sample, const Tally<T>& tallied, KeyOf<T>* between) {
+    const Row<T>& row = row_of(sample);
+    thresholds_[size_t(sample)] =
+        threshold_of(functions_, row.quantile, row.clip, a_.elements_per_sample, tallied, between);
+  }
+
+  // The threshold of one sample whose parts are shared out among the threads; each has its own place for its keys.
+  void share_threshold(int64_t sample, int64_t least) {
+    std::vector<KeyOf<T>> between(static_cast<size_t>(parts_ * (kPart + kMoreKeys)));
+    std::vector<Tally<T>> tallies(static_cast<size_t>(parts_));
+    in_parallel(parts_, least, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        tally_part(sample, k, &tallies[size_t(k)], between.data() + k * (kPart + kMoreKeys));
+      }
+    });
+    Tally<T> sum;
+    for (int64_t k = 0; k < parts_; ++k) {
+      const KeyOf<T>* from = between.data() + k * (kPart + kMoreKeys);
+      std::copy(from, from + tallies[size_t(k)].between, between.data() + sum.between);
+      add_tally(tallies[size_t(k)], &sum);
+    }
+    set_threshold(sample, sum, between.data());
+  }
+
   void step_part(int64_t part) {
     const int64_t sample = part / parts_, begin = part % parts_ * kPart, first = sample * a_.elements_per_sample;
     functions_.step_range(step_, first + begin, first + std::min(begin + kPart, a_.elements_per_sample));
@@ -100,21 +164,21 @@ class WeighedStep {
   StepArguments step_;
   StepFunctions functions_;
   int64_t parts_, moments_, columns_;
-  std::vector<T> weights_;
+  std::vector<T> weights_, thresholds_;
 };
 
 }  // namespace
 
 void run_on_cpu(const StepArguments& a) {
   const int64_t grain = a.noise_kind == Noise::portable ? kNoiseGrain : kGrain;
-  if (a.program == nullptr) {
-    const StepFunctions functions = selected_functions();
+  if (a.program == nullptr && a.thresholds == nullptr) {
+    const StepFunctions functions = selected_functions(a.double_precision);
     in_parallel(a.batch * a.elements_per_sample, grain,
                 [&](int64_t begin, int64_t end) { functions.step_range(a, begin, end); });
   } else if (a.double_precision) {
-    WeighedStep<double>(a).run(grain);
+    PreparedStep<double>(a).run(grain);
   } else {
-    WeighedStep<float>(a).run(grain);
+    PreparedStep<float>(a).run(grain);
   }
   if (a.cursor != nullptr) advance(a, position_of(a, 0), 0, 1);
 }

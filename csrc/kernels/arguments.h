@@ -38,7 +38,8 @@ namespace fastguide {
   X(OptionalTensor, program) \
   X(OptionalTensor, parameters) \
   X(OptionalTensor, made) \
-  X(OptionalTensor, scratch)
+  X(OptionalTensor, scratch) \
+  X(OptionalTensor, thresholds)
 
 enum class Argument : int {
 #define FASTGUIDE_ENUMERATOR(type, name) name,
@@ -114,9 +115,13 @@ struct StepArguments {
   const double* parameters;               // (steps or 1, batch or 1, num_parameters)
   int num_parameters;
   int64_t parameters_step_stride, parameters_batch_stride;
-  double* scratch;         // a GPU's, see kernels/gpu/moments.h; 0 between two steps
-  void* made;              // gets the weights: (batch, made_columns)
-  bool weighs_sample;      // whether the last of a sample's weights is the sample's own
+  double* scratch;     // a GPU's, see kernels/gpu/moments.h; 0 between two steps
+  void* made;          // gets the weights: (batch, made_columns)
+  bool weighs_sample;  // whether the last of a sample's weights is the sample's own
+  // Unless null, it gets the thresholds of x0 (kernels/thresholds.h), and the step takes them: one a sample, of the
+  // arithmetic's type. On a GPU each has the words behind it to work with.
+  void* thresholds;
+  int64_t thresholds_stride;
   int64_t index;           // the row of every sample, unless indices or the cursor give it
   const int64_t* indices;  // one for all (stride 0) or one a sample (stride 1)
   int64_t indices_stride;

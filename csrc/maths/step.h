@@ -2,6 +2,7 @@
 //
 //   m   = sum_k w_k p_k                                             guidance, anchored at p_0 (see guided_prediction)
 //   x0  = clip(x0_scale*(x0_sample*x + x0_pred*m + x0_grad*s*g))    predicted original sample
+//         with a quantile: x0 = clip(x0 / s), where s is that of |x0| over the sample, limited to [1, clip]
 //   x'  = out_x0*x0 + out_sample*x + out_pred*m
 //       + (out_grad + out_var_grad*sigma^2)*s*g + out_noise*sigma*z
 //         + out_anchor*x_a + sum_h out_hist_h*H_h                   x_a: what x was before the caller changed it
@@ -45,7 +46,8 @@ namespace fastguide {
   X(hist_slot) \
   X(hist_x0) \
   X(hist_sample) \
-  X(x0_noise)
+  X(x0_noise) \
+  X(quantile)
 
 // The coefficients of one step, as they are in memory.
 template <typename T>
@@ -108,6 +110,18 @@ FASTGUIDE_INLINE Row<T> with_sample_weight(const Row<T>& row, T weight) {
   weighed.x0_sample = fused(row.x0_pred, weight, row.x0_sample);
   if (row.out_pred != T(0)) weighed.out_sample = fused(row.out_pred, weight, row.out_sample);
   return weighed;
+}
+
+// The row of a sample whose x0 is divided by a threshold, and limited to 1: dynamic thresholding (Saharia et al. 2022,
+// section 2.3).
+template <typename T>
+FASTGUIDE_INLINE Row<T> with_threshold(const Row<T>& row, T threshold) {
+  Row<T> limited = row;
+  if (row.quantile > T(0)) {
+    limited.x0_scale /= threshold;
+    limited.clip = T(1);
+  }
+  return limited;
 }
 
 // exp without branches, so that a loop over it vectorises; exact to 1 unit in the last place. Cody-Waite reduction and

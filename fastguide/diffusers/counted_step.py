@@ -66,6 +66,8 @@ class CountedStep(SchedulerStep):
     """Whether the noise of its calls is of one path of Brownian motion, which tables alone do not say."""
     _history_is_given: ClassVar[bool] = False
     """Whether diffusers' own step goes on from what it is given, so that it can take over in the middle of a loop."""
+    _ignores_thresholding: bool = False
+    """Whether diffusers' own step has no dynamic thresholding, whatever its configuration says."""
     _refuses_integers: ClassVar[bool] = False
     """Whether diffusers refuses timesteps that are whole numbers."""
     _default_arguments: ClassVar[tuple[Any, ...]] = ()

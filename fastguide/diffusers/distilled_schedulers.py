@@ -42,8 +42,6 @@ class _Distilled(HostAlphasOfVelocity, CountedStep):
     num_inference_steps: int | None
 
     def _why_not(self) -> str | None:
-        if self.config.thresholding:
-            return "dynamic thresholding"
         if self.num_inference_steps != len(self.timesteps):
             return "timesteps that are not as many as its steps"
         known = self.config.prediction_type in ("epsilon", "v_prediction", "sample")
@@ -81,6 +79,7 @@ class TCDScheduler(_Distilled, diffusers.TCDScheduler):  # type: ignore[metaclas
     """``diffusers.TCDScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyTCDOutput
+    _ignores_thresholding = True
     _default_arguments = (0.3,)
     set_timesteps = on_host(diffusers.TCDScheduler.set_timesteps)
 

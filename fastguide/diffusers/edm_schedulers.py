@@ -29,8 +29,6 @@ class EDM(ScaledInputs):
     _divides = False
 
     def _why_not(self) -> str | None:
-        if self.config.get("thresholding"):
-            return "dynamic thresholding"
         known = self.config.prediction_type in ("epsilon", "v_prediction")
         return None if known else "a configuration that rows do not express"
 

@@ -20,6 +20,7 @@ from ..solvers import StepTable
 from .counted_step import CountedStep
 from .host_tables import host_tables
 from .served import SERVED
+from .thresholding import thresholded, why_not_thresholded
 
 _CONDITIONS = ("encoder_hidden_states", "class_labels")
 
@@ -71,8 +72,8 @@ def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) ->
 
     Raises:
         TypeError: it is another scheduler, or an argument is no number.
-        ValueError: it thresholds dynamically, its schedule has no signal where the first step begins, or a number is
-            out of range.
+        ValueError: rows do not express its configuration, its schedule has no signal where the first step begins, or
+            a number is out of range.
 
     >>> import diffusers
     >>> step_table(diffusers.DDIMScheduler(), 20, eta=1.0)
@@ -82,8 +83,7 @@ def step_table(scheduler: Any, num_inference_steps: int, *, eta: float = 0.0) ->
     if ours is None or not (ours._loop or issubclass(ours, CountedStep)):
         raise TypeError(f"scheduler: expected one whose loop is a table of steps, got {type(scheduler).__name__}")
     own = copy.copy(scheduler)  # from_config would drop what a pipeline has changed in the configuration
-    if own.config.get("thresholding"):
-        raise ValueError("scheduler: expected one without dynamic thresholding, which is no row of a table")
+    _refuse(why_not_thresholded(own.config))
     most = own.config.get("num_train_timesteps", math.inf)  # Wuerstchen's are real
     if not is_integer(num_inference_steps):
         raise TypeError(f"num_inference_steps: expected an integer, got {num_inference_steps!r}")
@@ -104,9 +104,10 @@ def _counted_table(ours: type[CountedStep], scheduler: Any, num_inference_steps:
     own.__dict__.update(scheduler.__dict__)
     own.set_timesteps(num_inference_steps)
     why_not = "noise of one path of Brownian motion" if own._noise_is_a_path else own._why_not()
-    if why_not is not None:
-        raise ValueError(f"scheduler: expected one that rows of a table express, got one with {why_not}")
+    _refuse(why_not)
     table: StepTable = own._loop_table(host_tables(own), 0, *own._default_arguments)
+    if not own._ignores_thresholding:
+        table = thresholded(table, own.config)
     return replace(table, init_noise_sigma=float(getattr(own, "init_noise_sigma", 1.0)))
 
 
@@ -152,3 +153,8 @@ def sampler_from_pipeline(
     table = step_table(scheduler, num_inference_steps, eta=eta).to(denoiser.device)
     model = as_model(denoiser, learned_variance=table.learned_variance)
     return Sampler(model, table, guidance, dtype=denoiser.dtype if dtype is None else dtype)
+
+
+def _refuse(why_not: str | None) -> None:
+    if why_not is not None:
+        raise ValueError(f"scheduler: expected one that rows of a table express, got one with {why_not}")

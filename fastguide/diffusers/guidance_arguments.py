@@ -167,7 +167,7 @@ def combined(
     """
     if gradient is not None:
         raise ValueError(
-            "gradient: expected None for a step that is left to diffusers (dynamic thresholding, autograd, shapes "
+            "gradient: expected None for a step that is left to diffusers (a configuration, autograd, shapes "
             "that broadcast), got a tensor"
         )
     if guidance_scale is None:  # what a pipeline has combined is computed as it does

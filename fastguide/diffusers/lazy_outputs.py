@@ -116,6 +116,8 @@ class _Lazy:
 
     def get(self, key: Any, default: Any = None) -> Any:
         """Return a field, as a dictionary does."""
+        if not isinstance(self, _Lazy):  # reading the default has made it diffusers' own
+            return OrderedDict.get(self, key, default)
         return self[key] if key in self._fields else default
 
     def keys(self) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..solvers import ROW_COLUMNS, StepTable
 from .host_tables import HostTables
+from .thresholding import thresholded, why_not_thresholded
 
 _IN_SCALE = ROW_COLUMNS.index("in_scale")
 _MOST = 16
@@ -81,13 +82,15 @@ def _made(
     config: dict[str, Any],
     state: tuple[Any, ...],
 ) -> LoopTable:
-    why_not = scheduler._why_not() or scheduler._why_not_from(begin)
+    why_not = scheduler._why_not() or why_not_thresholded(config) or scheduler._why_not_from(begin)
     if why_not is None and scheduler._sigmas_fall and not tables.fall:
         why_not = "sigmas that do not fall"
     depends = {name: _copied(value) for name, value in config.items()}, tuple(map(_copied, state))
     if why_not is not None:
         return LoopTable(*depends, why_not=why_not)
     made = scheduler._loop_table(tables, begin, *arguments)
+    if not scheduler._ignores_thresholding:
+        made = thresholded(made, config)
     table = _with_plain_inputs(made).to(device)
     second = None
     if scheduler._output is not None:
@@ -105,7 +108,7 @@ def _second_table(table: StepTable, second: Mapping[str, Tensor] | None) -> Step
     It leaves nothing for later ones.
     """
     columns = table.coefficients()
-    kept = {name: columns[name] for name in ("x0_scale", "x0_sample", "x0_pred", "clip")}
+    kept = {name: columns[name] for name in ("x0_scale", "x0_sample", "x0_pred", "clip", "quantile")}
     kept |= {"out_x0": torch.ones_like(kept["x0_scale"])} if second is None else second
     name = f"x_0 of {table.name}"
     made = StepTable.from_columns(table.timesteps_on_host(), kept, undefined=table.undefined, name=name)

@@ -13,6 +13,7 @@ import diffusers
 
 from .scheduler_step import SchedulerStep
 from .served import SERVED
+from .thresholding import why_not_thresholded
 from .traced import Fusion
 from .tracing import Traces, trace_models
 
@@ -222,8 +223,9 @@ def _fused(scheduler: Any) -> SchedulerStep | None:
 
 def _never_fused(scheduler: Any) -> str | None:
     """Return what a configuration asks for that no step of a loop is fused with; ``None``: nothing."""
-    if scheduler.config.get("thresholding"):
-        return "dynamic thresholding"
+    why_not = why_not_thresholded(scheduler.config)
+    if why_not is not None:
+        return why_not
     kind: type = type(scheduler)
     if kind is diffusers.PNDMScheduler and not scheduler.config.skip_prk_steps:
         return "a warm-up by Runge and Kutta's method"

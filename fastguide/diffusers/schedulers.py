@@ -1,6 +1,6 @@
 """Diffusers' DDPM and DDIM schedulers with the fused step: the same configurations, results and noise.
 
-What the kernel does not serve is left to diffusers' own ``step``, which these classes inherit: dynamic thresholding,
+What the kernel does not serve is left to diffusers' own ``step``, which these classes inherit: a few configurations,
 tensors that require grad, shapes that broadcast, and whatever it refuses.
 """
 

@@ -44,8 +44,6 @@ class _Signal(CountedStep):
 
     def _why_not(self) -> str | None:
         config = self.config
-        if config.thresholding:
-            return "dynamic thresholding"
         flow = bool(config.get("use_flow_sigmas"))
         known = ("flow_prediction",) if flow else ("epsilon", "v_prediction", "sample")
         return None if config.prediction_type in known else "a configuration that rows do not express"
@@ -155,6 +153,10 @@ class UniPCMultistepScheduler(_Signal, StepWithoutNoise, diffusers.UniPCMultiste
     disable_corrector: list[int]
     _state = ("solver_p", "disable_corrector", "predict_x0")
     set_timesteps = on_host(diffusers.UniPCMultistepScheduler.set_timesteps)
+
+    @property
+    def _ignores_thresholding(self) -> bool:  # type: ignore[override]
+        return not self.predict_x0
 
     def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
         """Return those of a step."""

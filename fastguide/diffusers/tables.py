@@ -15,6 +15,7 @@ from ..schedules.levels import Levels
 from ..solvers import StepTable
 from ..solvers.ddim import ddim_table
 from ..solvers.ddpm import VarianceType, ddpm_table
+from .thresholding import thresholded, why_not_thresholded
 from .timesteps import host_timesteps, version_of
 
 UNDEFINED = "it leads nowhere, or the schedule has no signal at that timestep"
@@ -61,7 +62,8 @@ def table_of(scheduler: Any, cache: TableCache, device: torch.device, arguments:
                 f"step: torch.compile does not make the table for these arguments, {arguments}; make one step with "
                 "them before it is compiled"
             )
-        table = cache.tables[key] = scheduler._transitions(*arguments).to(device)
+        made = thresholded(scheduler._transitions(*arguments), scheduler.config)
+        table = cache.tables[key] = made.to(device)
     return table
 
 
@@ -78,8 +80,9 @@ def prepare_tables(scheduler: Any, arguments: tuple[Any, ...]) -> None:
 def _refusal(scheduler: Any) -> str | None:
     """Return why rows cannot express the configuration; diffusers reports what is wrong with it, if something is."""
     config, steps, variance_type = scheduler.config, scheduler.num_inference_steps, scheduler.variance_type
-    if config.get("thresholding"):
-        return "dynamic thresholding"
+    why_not = why_not_thresholded(config)
+    if why_not is not None:
+        return why_not
     if not (scheduler._steps_before_set_timesteps if steps is None else isinstance(steps, int) and steps > 0):
         return "timesteps that are not set"
     known = (
@@ -215,14 +218,16 @@ def mean_transitions(scheduler: Any, of_ddim: bool, use_clipped_model_output: bo
 def ddim_loop(scheduler: Any, eta: float) -> StepTable:
     """Make the table of a DDIM scheduler's whole loop over its ``timesteps``."""
     _check_eta(eta, 1)
-    return ddim_transitions(scheduler, eta, False, at=scheduler.timesteps, undefined=None)
+    loop = ddim_transitions(scheduler, eta, False, at=scheduler.timesteps, undefined=None)
+    return thresholded(loop, scheduler.config)
 
 
 def ddpm_loop(scheduler: Any, eta: float) -> StepTable:
     """Make the table of a DDPM scheduler's whole loop over its ``timesteps``; ``eta`` has to be 0."""
     _check_eta(eta, 0)
     timesteps = scheduler.timesteps
-    return ddpm_transitions(scheduler, tuple(timesteps.tolist()), at=timesteps, undefined=None)
+    loop = ddpm_transitions(scheduler, tuple(timesteps.tolist()), at=timesteps, undefined=None)
+    return thresholded(loop, scheduler.config)
 
 
 def _check_eta(eta: float, largest: int) -> None:

@@ -17,6 +17,7 @@ from ..step.cursor import CURSOR_COLUMNS, Cursor
 from ..step.cursor_step import CursorStep
 from ..step.memory import empty_like, empty_strided, in_layout_of
 from ..step.operator import StepArguments
+from ..step.thresholds import thresholds_for
 from ..step.weigh import weighed
 from . import conditioning as conditioning
 from .conditioning import NamedConditions, Signature
@@ -73,6 +74,7 @@ class StateKey(NamedTuple):
     noise: str  # one of fastguide.step.noise.SOURCES
     inpainting: bool
     history_slots: int  # of what calls leave for later ones
+    thresholds: bool  # whether x_0 is divided by one
     originals: bool
     capacity: int  # rows
     calls_per_sample: bool  # whether each sample is at a model call of its own
@@ -125,6 +127,7 @@ class StateKey(NamedTuple):
             noise=request.noise.source if slots is None else "portable",
             inpainting=request.inpainting is not None,
             history_slots=table.history_slots,
+            thresholds=table.thresholds,
             originals=originals,
             capacity=max(_SMALLEST_CAPACITY, 2 ** (capacity - 1).bit_length()),
             calls_per_sample=slots is not None,
@@ -259,6 +262,7 @@ class SamplerState:
             parameters=self.parameters if self.key.makes_weights else None,
             made=self.made,
             scratch=self.scratch,
+            thresholds=thresholds_for(self.sample, self.rows_dtype) if self.key.thresholds else None,
         )
 
     # ---- Between steps ----

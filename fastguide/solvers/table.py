@@ -40,13 +40,16 @@ ROW_COLUMNS = (
     "hist_x0",
     "hist_sample",
     "x0_noise",  # x0_noise * z is added to the x0 that is returned, and not to the one that the step goes on with
+    "quantile",  # unless 0: x0 is divided by this quantile of |x0| in a sample, limited to [1, clip]; then clip is 1
 )
 """The names of a row's coefficients, in the order in which every kernel reads them (csrc/maths/step.h repeats it)."""
 
 _GRADIENT_COLUMNS = ("x0_grad", "out_grad", "out_var_grad")
+_QUANTILE = ROW_COLUMNS.index("quantile")
 _CLIP, _IN_SCALE, _IN_TIMESTEP = (ROW_COLUMNS.index(name) for name in ("clip", "in_scale", "in_timestep"))
 _SLOT, _ANCHOR = ROW_COLUMNS.index("hist_slot"), ROW_COLUMNS.index("out_anchor")
 _OUT_HISTORY = tuple(ROW_COLUMNS.index(f"out_hist_{slot}") for slot in range(3))
+_FROM_X0 = tuple(ROW_COLUMNS.index(name) for name in ("out_x0", "hist_x0"))
 MAX_SLOTS = len(_OUT_HISTORY)
 """The most slots of a history."""
 
@@ -93,6 +96,8 @@ class StepTable:
     adds_noise_anywhere: bool = field(init=False)
     undefined_rows: frozenset[int] = field(init=False)
     takes_predictions: bool = field(init=False)
+    thresholds: bool = field(init=False)
+    """Whether any step divides x_0 by a threshold."""
     history_slots: int = field(init=False)
     """How many tensors of the sample's shape earlier calls leave for later ones: 0 to 3."""
     in_scales: tuple[float, ...] = field(init=False)
@@ -111,6 +116,7 @@ class StepTable:
         self.adds_noise = tuple((self.rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
         self.adds_noise_anywhere = any(self.adds_noise)
         self.undefined_rows = frozenset((~_finite_rows(self.rows)).nonzero().flatten().tolist())
+        self.thresholds = bool((self.rows[:, _QUANTILE] > 0).any())
         self.history_slots = _slots(self.rows)
         self.in_scales = (self.first_in_scale, *self.rows[:, _IN_SCALE].tolist())
         self.scales_inputs = any(scale != 1 for scale in self.in_scales)
@@ -251,6 +257,46 @@ class StepTable:
         """Return the same table with its timesteps and rows on ``device`` (itself, if they are on it already)."""
         target = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         return self if target == self.device else replace(self, timesteps=self.timesteps_on_host(), device=target)
+
+    def with_dynamic_thresholding(self, ratio: float = 0.995, sample_max_value: float = 1.0) -> StepTable:
+        """Return a table whose steps divide x_0 by a threshold, and limit it to [-1, 1], instead of any clip.
+
+        Large guidance scales drive x_0 beyond the range of images; clipping it there saturates them. A threshold is
+        the quantile of |x_0| over a sample, limited to ``[1, sample_max_value]`` (Saharia et al. 2022, section 2.3,
+        which has no upper limit). It is for models of pixels in [-1, 1].
+
+        Args:
+            ratio: which quantile, above 0 and at most 1.
+            sample_max_value: the largest threshold, at least 1; at 1, as diffusers has it by default, no quantile has
+                to be found: this is then the clip to [-1, 1].
+
+        Raises:
+            ValueError: a number is not as described, or no step of the table goes through x_0.
+
+        >>> from fastguide import NoiseSchedule, ddim
+        >>> ddim(NoiseSchedule.linear(), 20).with_dynamic_thresholding(0.995, sample_max_value=1.5).thresholds
+        True
+        """
+        for name, value, low, high in (("ratio", ratio, 0, 1), ("sample_max_value", sample_max_value, 1, math.inf)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or not value:
+                raise ValueError(f"{name}: expected a number from {low} to {high}, and not 0, got {value!r}")
+        if not bool((self.rows[:, _FROM_X0] != 0).any()):
+            raise ValueError(f"table: {self.name} does not go through x_0, so that a threshold of it has no use")
+
+        def limited(rows: Tensor) -> Tensor:
+            rows = rows.clone()
+            rows[:, _CLIP], rows[:, _QUANTILE] = sample_max_value, ratio if sample_max_value > 1 else 0.0
+            return rows
+
+        forms = {form: rows if isinstance(rows, str) else limited(rows) for form, rows in self.forms.items()}
+        maker = self.maker
+        return replace(
+            self,
+            timesteps=self.timesteps_on_host(),
+            rows=limited(self.rows),
+            forms=forms,
+            maker=maker and (lambda begin: maker(begin).with_dynamic_thresholding(ratio, sample_max_value)),
+        )
 
     def timesteps_on_host(self, part: slice = slice(None)) -> Tensor:
         """Return the timesteps of some calls as a tensor on the host, without waiting for the device."""

@@ -22,6 +22,7 @@ from .memory import DTYPES, counted_layout, dense_within_sample, empty_like, sam
 from .noise import DeviceGenerator
 from .operator import ELEMENTWISE, NAMES, StepArguments, elementwise
 from .overlaps import check_memory
+from .thresholds import thresholds_for, with_thresholds
 from .weigh import weighed
 
 Generator: TypeAlias = "torch.Generator | DeviceGenerator"
@@ -80,11 +81,13 @@ def validate(
         empty_like(sample) if out is None else out, original, staged, sample, inputs,
         table.device_rows(guidance.form, dtype, anchor is not None), guidance.weights(sample.device, dtype), row or 0,
         indices, *optional_inputs, noise, seeds, None, 0, state, timestep, mask, known, known_noise,
-        anchor, entries_of(history), None, None, None, None,
+        anchor, entries_of(history), None, None, None, None, None,
     ))  # fmt: skip
     _check_layouts(arguments, stacked, out)
     if guidance.weights_from is not None:
         arguments = _with_weights_from(backend, arguments, guidance)
+    if table.thresholds:
+        arguments = with_thresholds(backend, arguments._replace(thresholds=thresholds_for(sample, dtype)))
     if generator is not None:
         _check_that_it_can_draw(generator, backend, sample, cursor)
     writes = out is not None or original is not None or staged is not None or history is not None

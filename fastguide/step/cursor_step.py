@@ -13,6 +13,7 @@ from .cursor import Cursor
 from .inpainting import Inpainting
 from .operator import StepArguments
 from .repeat import Kinds, describe, is_watched, repeat
+from .thresholds import with_thresholds
 
 _MOST_TRIES = 8
 """Steps that are described: more come of a model whose outputs are laid out anew each time."""
@@ -34,6 +35,7 @@ class CursorStep:
         a = arguments
         self._inpainting = None if a.mask is None else Inpainting._make((a.mask, a.known, a.known_noise))
         backend = next((each for each in BACKENDS.values() if each.step is step), None)
+        self._found_before = None if backend is None or a.thresholds is None else backend
         can_repeat = backend is not None and backend.repeats and a.philox is None
         self._backend = backend if can_repeat else None
         self._made = 0
@@ -67,6 +69,8 @@ class CursorStep:
 
     def once(self, arguments: StepArguments) -> None:
         """Make a step by the operator, as with weights that will not come again."""
+        if self._found_before is not None:
+            arguments = with_thresholds(self._found_before, arguments)
         self._step(*arguments)
 
     def _call(self, predictions: Any, weights: Tensor, gradient: Tensor | None, variance: Tensor | None) -> Any:

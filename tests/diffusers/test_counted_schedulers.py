@@ -317,7 +317,7 @@ def test_what_diffusers_refuses_is_refused():
 
 def test_what_rows_do_not_express_is_left_to_diffusers():
     for name, config in (
-        ("DPMSolverMultistepScheduler", {"thresholding": True}),
+        ("DPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 0.5}),
         ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, **ENDS}),
         ("SASolverScheduler", {"predictor_order": 4}),
         ("UniPCMultistepScheduler", {"predict_x0": False}),

@@ -138,15 +138,16 @@ def test_each_scale_of_guidance_matters(name):
         assert (result(pipe, {**given, scale: given[scale] * 1.5}) - before).abs().max() > 0.02, scale
 
 
-def test_dynamic_thresholding_is_left_alone():
+def test_dynamic_thresholding_is_part_of_the_step():
     """DeepFloyd IF's first model is published with it."""
     pipe, given = unets.deepfloyd_if_with_thresholding()
-    before, scheduler = result(pipe, given), pipe.scheduler
+    before = result(pipe, given)
     done = fused.accelerate(pipe)
-    assert (list(done.left_alone), done.exchanged, done.tried) == (["scheduler"], {}, [])
-    assert torch.equal(result(pipe, given), before)
-    assert pipe.scheduler is scheduler
-    assert not done.counts
+    assert not done.left_alone
+    close(result(pipe, given), before)
+    assert set(done.counts) == {GUIDED}
+    pipe.scheduler.register_to_config(thresholding=False)
+    assert (result(pipe, given) - before).abs().max() > 0.02
 
 
 # ---- Callbacks ----

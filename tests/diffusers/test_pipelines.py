@@ -236,9 +236,10 @@ def test_what_a_sampler_cannot_be_made_of_is_refused():
     pipe = stable_diffusion("StableDiffusionPipeline", diffusers.ScoreSdeVeScheduler())
     with pytest.raises(TypeError, match="scheduler: expected one whose loop is a table of steps, got ScoreSdeVe"):
         fused.sampler_from_pipeline(pipe)
-    pipe.scheduler = scheduler_of("DDIMScheduler", thresholding=True)
-    with pytest.raises(ValueError, match="scheduler: expected one without dynamic thresholding"):
-        fused.sampler_from_pipeline(pipe)
+    for kind in (diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler):
+        pipe.scheduler = kind(thresholding=True, sample_max_value=0.5)
+        with pytest.raises(ValueError, match="dynamic thresholding by numbers out of their range"):
+            fused.sampler_from_pipeline(pipe)
     with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline, got Linear"):
         fused.sampler_from_pipeline(torch.nn.Linear(1, 1))
     pipe.scheduler = scheduler_of("DDIMScheduler")
@@ -266,6 +267,9 @@ def test_another_scheduler_is_named_and_left_alone():
     assert list(done.left_alone) == ["scheduler"]
     fused.restore(pipe)
     thresholding = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler", thresholding=True))
+    assert not fused.accelerate(thresholding).left_alone
+    fused.restore(thresholding)
+    thresholding.scheduler.register_to_config(sample_max_value=0.5)
     before = thresholding.scheduler
     assert "dynamic thresholding" in fused.accelerate(thresholding).left_alone["scheduler"]
     assert thresholding.scheduler is before

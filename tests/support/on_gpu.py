@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastguide.step.operator import THRESHOLD_WORDS, StepArguments
+
 NO_GPU = None if torch.cuda.is_available() else "there is no GPU"
 WRITTEN = ("out", "original", "staged", "cursor", "timestep")
 
@@ -32,7 +34,11 @@ class StepOnGpu:
             there = torch.empty(0, dtype=value.dtype, device="cuda")
             return there.set_(storages[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
 
-        self.step(*[moved(a) for a in arguments])
+        step = StepArguments(*[moved(a) for a in arguments])
+        if step.thresholds is not None and self.step is torch.ops.fastguide.guided_step.default:
+            words = torch.zeros(step.sample.shape[0], THRESHOLD_WORDS, device="cuda")
+            step = step._replace(thresholds=words)
+        self.step(*step)
         names = [argument.name for argument in torch.ops.fastguide.guided_step.default._schema.arguments]
         for name, tensor in zip(names, arguments, strict=False):
             if name in WRITTEN and tensor is not None:

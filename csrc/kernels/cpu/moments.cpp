@@ -178,8 +178,11 @@ PartMoments choose_moments(int terms) {
 
 PartMoments choose_moments(const StepArguments& a) {
   const int terms = terms_of(a);
-  if (a.double_precision) {
-    return a.weighs_sample ? choose_moments<double, double, true>(terms) : choose_moments<double, double, false>(terms);
+  if constexpr (kHasDouble) {
+    if (a.double_precision) {
+      return a.weighs_sample ? choose_moments<double, double, true>(terms)
+                             : choose_moments<double, double, false>(terms);
+    }
   }
   if (a.weighs_sample) return choose_moments<float, float, true>(terms);
 #if defined(__AVX2__)

@@ -6,22 +6,17 @@
 
 #include <cstring>
 
+#include "kernels/cpu/blocks.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/history.h"
 #include "kernels/cpu/loops.h"
+#include "kernels/cpu/original.h"
 #include "kernels/cursor.h"
 #include "maths/step.h"
 
 namespace fastguide {
 namespace FASTGUIDE_ISA {
 namespace {
-
-// The elements of one block, as T; absent tensors are null.
-template <typename T>
-struct Run {
-  const T *x, *p0, *p1, *g, *v, *z;
-  T *out, *original;
-};
 
 template <typename T, int predictions, bool has_gradient, bool has_variance, bool has_noise, bool has_original>
 void step_run(const Row<T>& row, const PairWeights<T>& pair, const Run<T>& run, int64_t count) {
@@ -68,66 +63,6 @@ StepRun<T> choose_run(const StepArguments& a) {
   if (a.num_predictions == 0) return choose_run<T, 0>(a);
   if (a.num_predictions == 2) return choose_run<T, 2>(a);
   return choose_run<T, 1>(a);  // three and more are combined into one
-}
-
-// ---- Three and more predictions ----
-
-template <typename T>
-FASTGUIDE_INLINE T value_of(T stored) {
-  return stored;
-}
-
-template <typename T>
-FASTGUIDE_INLINE T value_of(uint16_t bfloat16) {
-  return T(from_bfloat16(bfloat16));
-}
-
-// Adds sum_k weights[k] (others[k] - p_0) to m, in one pass over `more` others. The first pass begins with weight p_0.
-template <typename T, typename Stored, int more, bool begins>
-void add_guidance(T weight, const T* weights, const Stored* first, const Stored* const* others, int64_t count, T* m) {
-  T w[more];
-  const Stored* p[more];
-  for (int k = 0; k < more; ++k) {
-    w[k] = weights[k];
-    p[k] = others[k];
-  }
-  FASTGUIDE_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) {
-    const T p0 = value_of<T>(first[i]);
-    T sum = begins ? weight * p0 : m[i];
-    for (int k = 0; k < more; ++k) sum = fused(w[k], value_of<T>(p[k][i]) - p0, sum);
-    m[i] = sum;
-  }
-}
-
-// The predictions beside the first that one pass takes; for double, more are not worth their code.
-template <typename T>
-constexpr int kOthers = sizeof(T) == sizeof(float) ? 3 : 1;
-
-template <typename T, typename Stored, bool begins>
-void add_guidance(int more, T weight, const T* weights, const Stored* first, const Stored* const* others, int64_t count,
-                  T* m) {
-  if (more == 1) add_guidance<T, Stored, 1, begins>(weight, weights, first, others, count, m);
-  if constexpr (kOthers<T> == 3) {
-    if (more == 2) add_guidance<T, Stored, 2, begins>(weight, weights, first, others, count, m);
-    if (more == 3) add_guidance<T, Stored, 3, begins>(weight, weights, first, others, count, m);
-  }
-}
-
-// Computes m. find(k, n) returns prediction k, and may convert it into the n-th place.
-template <typename T, typename Stored, typename Find>
-void combine(int num_predictions, const T* weights, const Find& find, int64_t count, T* m) {
-  const Stored* first = find(0, 0);
-  for (int k = 1; k < num_predictions; k += kOthers<T>) {
-    const int left = num_predictions - k, more = left < kOthers<T> ? left : kOthers<T>;
-    const Stored* others[kOthers<T>] = {};
-    for (int n = 0; n < more; ++n) others[n] = find(k + n, n + 1);
-    if (k == 1) {
-      add_guidance<T, Stored, true>(more, weights[0], weights + k, first, others, count, m);
-    } else {
-      add_guidance<T, Stored, false>(more, weights[0], weights + k, first, others, count, m);
-    }
-  }
 }
 
 // ---- The step of a model of 16 bits without noise, converted in registers ----
@@ -209,66 +144,6 @@ StepChunks choose_chunks(const StepArguments& a) {
 
 // ---- The step of any tensors, in blocks ----
 
-// `count` elements of a sample, from `offset` on.
-struct Block {
-  int64_t sample, offset, count;
-};
-
-// What a block's tensors are converted into, and computed in, where they are not used in place.
-template <typename T>
-struct Scratch {
-  alignas(64) T x[kBlock], m[kBlock], predictions[kOthers<T> + 1][kBlock];
-  T g[kBlock], v[kBlock], z[kBlock], out[kBlock], original[kBlock];
-  T mask[kBlock], known[kBlock], known_z[kBlock], staged[kBlock];
-};
-
-// This is a call because conversions of four dtypes would be inlined a dozen times.
-template <typename T>
-__attribute__((noinline)) const T* load_block(const Input& input, const Block& block, T* scratch) {
-  return load(input, block.sample * input.batch_stride + block.offset, block.count, scratch);
-}
-
-template <typename T>
-__attribute__((noinline)) void store_block(const T* from, const Output& output, const Block& block) {
-  store(from, output, block.sample * output.batch_stride + block.offset, block.count);
-}
-
-template <typename T>
-void copy_to(T* to, const T* from, int64_t count) {
-  if (to != from) std::memcpy(to, from, size_t(count) * sizeof(T));
-}
-
-// Returns the output's own memory if it stores T, otherwise scratch.
-template <typename T>
-T* place_of(const Output& output, const Block& block, T* scratch) {
-  if (!stored_as<T>(output.element)) return scratch;
-  return static_cast<T*>(output.data) + block.sample * output.batch_stride + block.offset;
-}
-
-bool all_bfloat16(const StepArguments& a) {
-  for (int k = 0; k < a.num_predictions; ++k) {
-    if (a.predictions[k].element != Element::bfloat16) return false;
-  }
-  return true;
-}
-
-template <typename T>
-void combine_predictions(const StepArguments& a, const T* weights, const Block& block, Scratch<T>& scratch) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (all_bfloat16(a)) {  // converted while they are combined
-      const auto stored = [&](int k, int) {
-        const Input& input = a.predictions[k];
-        return static_cast<const uint16_t*>(input.data) + block.sample * input.batch_stride + block.offset;
-      };
-      return combine<T, uint16_t>(a.num_predictions, weights, stored, block.count, scratch.m);
-    }
-  }
-  const auto converted = [&](int k, int place) {
-    return load_block(a.predictions[k], block, scratch.predictions[place]);
-  };
-  combine<T, T>(a.num_predictions, weights, converted, block.count, scratch.m);
-}
-
 template <typename T>
 const T* draw(const StepArguments& a, uint32_t step, const Block& block, T* z) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -283,16 +158,7 @@ const T* draw(const StepArguments& a, uint32_t step, const Block& block, T* z) {
 
 template <typename T>
 Run<T> load_inputs(const StepArguments& a, const T* weights, uint32_t step, const Block& block, Scratch<T>& scratch) {
-  Run<T> run{};
-  run.x = load_block(a.sample, block, scratch.x);
-  if (a.num_predictions > 2) {
-    combine_predictions(a, weights, block, scratch);
-    run.p0 = scratch.m;
-  } else {
-    if (a.num_predictions > 0) run.p0 = load_block(a.predictions[0], block, scratch.predictions[0]);
-    if (a.num_predictions > 1) run.p1 = load_block(a.predictions[1], block, scratch.predictions[1]);
-  }
-  if (a.gradient.data != nullptr) run.g = load_block(a.gradient, block, scratch.g);
+  Run<T> run = load_guided(a, weights, block, scratch);
   if (a.variance.data != nullptr) run.v = load_block(a.variance, block, scratch.v);
   switch (a.noise_kind) {
     case Noise::none:
@@ -382,10 +248,11 @@ template <typename T>
 void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t end) {
   const Position position = position_of(a, sample);
   if (!is_live(a, position)) return;
-  const T* weights =
-      static_cast<const T*>(a.weights) + position.index * a.weights_step_stride + sample * a.weights_batch_stride;
-  Row<T> row = with_gradient_scale(row_at<T>(a, position.index), gradient_scale(weights, a.num_predictions));
-  if (a.weighs_sample) row = with_sample_weight(row, weights[a.num_predictions + 1]);
+  const T* weights = weights_of<T>(a, sample, position.index);
+  Row<T> row = weighed_row(a, weights, position.index);
+  if (a.thresholds != nullptr) {
+    row = with_threshold(row, static_cast<const T*>(a.thresholds)[sample * a.thresholds_stride]);
+  }
   PairWeights<T> pair = pair_weights(weights, a.num_predictions);
   if constexpr (sizeof(T) == sizeof(float)) {
     if (const StepChunks chunks = choose_chunks(a)) return chunks(a, row, pair, sample, begin, end);
@@ -405,7 +272,21 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
   }
 }
 
+void step_sample_in_precision(const StepArguments& a, int64_t sample, int64_t begin, int64_t end) {
+  if constexpr (kHasDouble) {
+    if (a.double_precision) return step_sample<double>(a, sample, begin, end);
+  }
+  step_sample<float>(a, sample, begin, end);
+}
+
 }  // namespace
+
+void write_original(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, void* x0) {
+  if constexpr (kHasDouble) {
+    if (a.double_precision) return original_of_sample(a, sample, begin, count, static_cast<double*>(x0));
+  }
+  original_of_sample(a, sample, begin, count, static_cast<float*>(x0));
+}
 
 void step_range(const StepArguments& a, int64_t begin, int64_t end) {
   while (begin < end) {
@@ -413,11 +294,7 @@ void step_range(const StepArguments& a, int64_t begin, int64_t end) {
     const int64_t first = begin - sample * a.elements_per_sample;
     const int64_t left = a.elements_per_sample - first;
     const int64_t last = first + (end - begin < left ? end - begin : left);
-    if (a.double_precision) {
-      step_sample<double>(a, sample, first, last);
-    } else {
-      step_sample<float>(a, sample, first, last);
-    }
+    step_sample_in_precision(a, sample, first, last);
     begin += last - first;
   }
 }

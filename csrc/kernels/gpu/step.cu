@@ -13,6 +13,8 @@ namespace cuda {
 
 // Launches what makes a step's weights: moments.cu.
 cudaError_t launch_moments(const StepArguments& a, cudaStream_t stream);
+// Launches what finds the thresholds of a step whose weights are made: thresholds.cu.
+cudaError_t launch_thresholds(const StepArguments& a, cudaStream_t stream);
 
 namespace {
 
@@ -199,11 +201,17 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   Input predictions[kMaxTerms];
   StepArguments step = arguments;
+  const bool prepares = arguments.program != nullptr || arguments.thresholds != nullptr;
+  if (prepares && arguments.batch * parts_of(arguments) > kMaxTiles)
+    return "more samples than one launch has blocks for";
   if (arguments.program != nullptr) {
-    if (arguments.batch * parts_of(arguments) > kMaxTiles) return "more samples than one launch has blocks for";
     error = launch_moments(arguments, on);
     if (error != cudaSuccess) return text_of(error);
     step = with_made_weights(arguments, predictions);
+  }
+  if (step.thresholds != nullptr) {
+    error = launch_thresholds(step, on);
+    if (error != cudaSuccess) return text_of(error);
   }
   Launch launch = make_launch(step);
   void* parameters[] = {&launch};

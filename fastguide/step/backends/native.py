@@ -18,6 +18,7 @@ from ...guidance.encoded import MOST_TERMS, MOST_VALUES
 from ...guidance.symbols import OPERATIONS
 from ...solvers.table import ROW_COLUMNS
 from ..call import Call, Objects
+from ..operator import THRESHOLD_WORDS
 from .registry import Backend
 
 LIBRARY = Path(__file__).parents[2] / "_native.so"
@@ -33,6 +34,7 @@ _EXPORTS = (
     "fastguide_operations",
     "fastguide_program_terms",
     "fastguide_program_values",
+    "fastguide_threshold_words",
     "fastguide_cpu_capability",
     "fastguide_cuda_code",
     "fastguide_driver_too_old",
@@ -118,6 +120,7 @@ def _load() -> ctypes.CDLL:
     _check_list(found.fastguide_operations, tuple(OPERATIONS))
     _check_number(found.fastguide_program_terms, MOST_TERMS)
     _check_number(found.fastguide_program_values, MOST_VALUES)
+    _check_number(found.fastguide_threshold_words, THRESHOLD_WORDS)
     _check_list(found.fastguide_call, Call._fields)
     _check_list(found.fastguide_objects, Objects._fields)
     torch.ops.load_library(str(LIBRARY))

@@ -9,6 +9,8 @@ from ...guidance.encoded import decode
 from ...solvers.table import ROW_COLUMNS
 from ..noise import portable_noise
 from ..operator import StepArguments, library
+from ..original import combined, per_sample, unclipped
+from ..thresholds import thresholds_of
 from ..weigh import position_of, selected, split, weights_of, with_gradient_scale
 from .registry import Backend
 
@@ -32,22 +34,24 @@ def guided_step(*arguments: object) -> None:
         raise ValueError("generator: the reference takes a torch.Generator, and no DeviceGenerator")
     sample, batch, dtype = a.sample, a.sample.shape[0], a.rows.dtype
     steps, first, live = position_of(a)
-    row = {name: _per_sample(a.rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
+    row = {name: per_sample(a.rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
     count = a.weights.shape[-1] - 1
     each = split(a.predictions, count, batch)
     weights = selected(a.weights, steps, batch)
     if a.program is not None:
         weights = _made(a, each, (steps, first), weights[:, -1:])
-    weight = [_per_sample(w, sample) for w in weights.unbind(-1)]
+    weight = [per_sample(w, sample) for w in weights.unbind(-1)]
     scale = weight[count]
 
     x = sample.to(dtype)
-    m = _combined(weight, [prediction.to(dtype) for prediction in each], x)
-    x0 = row["x0_sample"] * x + row["x0_pred"] * m
-    if a.gradient is not None:
-        x0 = x0 + row["x0_grad"] * scale * a.gradient.to(dtype)
-    x0 = row["x0_scale"] * x0
-    x0 = torch.minimum(torch.maximum(x0, -row["clip"]), row["clip"])
+    m = combined(weight, [prediction.to(dtype) for prediction in each], x)
+    x0 = unclipped(row, x, m, a.gradient, scale)
+    limit = row["clip"]
+    if a.thresholds is not None:
+        threshold = thresholds_of(a, x0)
+        a.thresholds[:, 0].copy_(threshold)
+        x0, limit = x0 / per_sample(threshold, x), torch.where(row["quantile"] > 0, 1.0, limit)
+    x0 = torch.minimum(torch.maximum(x0, -limit), limit)
 
     result = row["out_x0"] * x0 + row["out_sample"] * x
     result = result + torch.where(row["out_pred"] != 0, row["out_pred"] * m, 0.0)  # m may have overflowed
@@ -72,7 +76,7 @@ def guided_step(*arguments: object) -> None:
     if a.mask is not None and a.known is not None and a.known_noise is not None:
         result = _inpainted(row, result, a.mask.to(dtype), a.known.to(dtype), a.known_noise.to(dtype))
 
-    finished = None if a.cursor is None else ~_per_sample(live, sample)
+    finished = None if a.cursor is None else ~per_sample(live, sample)
     if a.staged is not None:
         for start in range(0, a.staged.shape[0], batch or 1):
             _write(a.staged[start : start + batch], row["in_scale"] * result, finished)
@@ -103,14 +107,6 @@ def _made(a: StepArguments, predictions: list[Tensor], position: tuple[Tensor, T
     made = with_gradient_scale(weights, len(predictions), scale).to(a.rows.dtype)
     a.made.copy_(made)
     return made
-
-
-def _combined(weight: list[Tensor], p: list[Tensor], x: Tensor) -> Tensor:
-    """Return m = sum_k w_k p_k + w_x x, anchored at p_0: weight[0] is the sum of all w_k, the last one may be w_x."""
-    m = weight[0] * p[0] if p else torch.zeros_like(x)
-    for k in range(1, len(p)):
-        m = m + weight[k] * (p[k] - p[0])
-    return m + weight[-1] * x if p and len(weight) > len(p) + 1 else m
 
 
 def _with_history(
@@ -147,7 +143,3 @@ def _advance(cursor: Tensor, timestep: Tensor | None, rows: Tensor, steps: Tenso
 
 def _write(out: Tensor, values: Tensor, finished: Tensor | None) -> None:
     out.copy_(values if finished is None else torch.where(finished, out, values.to(out.dtype)))
-
-
-def _per_sample(values: Tensor, sample: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (sample.dim() - 1))

@@ -26,6 +26,8 @@ class Backend(NamedTuple):
     """Whether its kernel on a GPU draws torch's own noise."""
     makes_weights: tuple[str, ...] = ()
     """Types of devices on which its step makes weights from moments; elsewhere they are made before it."""
+    needs_thresholds: bool = False
+    """Whether a step gets the thresholds of x_0, rather than finds them."""
     checks_overlap: bool = False
     """Whether it refuses by itself, before it writes, an output that shares a part of an input's memory."""
     repeats: bool = False

@@ -62,13 +62,23 @@ def backend() -> Backend:
             step,
             ("cpu",),
             f"triton {version}, interpreted on the CPU (TRITON_INTERPRET=1)",
+            needs_thresholds=True,
             repeats=True,
             relaunch=Relaunch,
         )
     # torch's stream on AMD is another one: there torch draws it.
     cuda = torch.version.hip is None
     status = f"triton {version}, on GPUs"
-    return Backend("triton", step, ("cuda",), status, torch_stream=cuda, repeats=cuda, relaunch=Relaunch)
+    return Backend(
+        "triton",
+        step,
+        ("cuda",),
+        status,
+        torch_stream=cuda,
+        needs_thresholds=True,
+        repeats=cuda,
+        relaunch=Relaunch,
+    )
 
 
 def _version() -> str:
@@ -181,7 +191,7 @@ class Relaunch:
         indices = index if type(index) is Tensor else None
         tensors = (
             out, original, staged, sample, each, rows, weights, indices, gradient, variance, noise, seeds, None, cursor,
-            timestep, *(inpainting or (None, None, None)), anchor, history,
+            timestep, *(inpainting or (None, None, None)), anchor, history, None,
         )  # fmt: skip
         shape = self._shape
         arguments = shape.arguments(index if type(index) is int else 0, tensors)
@@ -196,6 +206,10 @@ class Relaunch:
 def _check(a: StepArguments) -> None:
     if a.program is not None:
         raise RuntimeError("program: expected none in Triton; the native and reference backends run one")
+    if a.thresholds is not None and a.thresholds.shape != (a.sample.shape[0], 1):
+        raise RuntimeError(
+            "thresholds: expected those of all samples, found before the step; others find them in theirs"
+        )
     floats = (*elementwise(a), a.staged, a.history, *a.predictions, a.rows)
     if torch.float64 in [tensor.dtype for tensor in floats if tensor is not None]:
         raise RuntimeError("sample: expected no float64 tensors in Triton; the native and reference backends take them")

@@ -35,6 +35,7 @@ HIST_SLOT = tl.constexpr(ROW_COLUMNS.index("hist_slot"))
 HIST_X0 = tl.constexpr(ROW_COLUMNS.index("hist_x0"))
 HIST_SAMPLE = tl.constexpr(ROW_COLUMNS.index("hist_sample"))
 X0_NOISE = tl.constexpr(ROW_COLUMNS.index("x0_noise"))
+QUANTILE = tl.constexpr(ROW_COLUMNS.index("quantile"))
 SLOTS = tl.constexpr(MAX_SLOTS)
 
 CURSOR_END = tl.constexpr(CURSOR_COLUMNS.index("end"))
@@ -150,6 +151,17 @@ def _with_history(
 
 
 @triton.jit
+def _limits(r, thresholds, sample):
+    """Return what x_0 is scaled by and clipped to; with a threshold, it is divided by it, and clipped to 1."""
+    x0_scale, clip = tl.load(r + X0_SCALE), tl.load(r + CLIP)
+    if thresholds is not None:  # noqa: SIM102 (known when this is compiled)
+        if tl.load(r + QUANTILE) > 0.0:
+            x0_scale = tl.div_rn(x0_scale, tl.load(thresholds + sample))
+            clip = tl.full((), 1.0, tl.float32)
+    return x0_scale, clip
+
+
+@triton.jit
 def _step_tile(
     tensors, strides, place, weights_step_stride, weights_batch_stride, copies, slots, batch, z,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -157,7 +169,7 @@ def _step_tile(
     """Compute the elements first .. first + BLOCK of a sample as csrc/maths/step.h does; z is noise drawn here."""
     (
         out, original, staged, x, predictions, rows, weights, _, gradient, variance, noise, _, _, _, _,
-        mask, known, known_noise, anchor, history,
+        mask, known, known_noise, anchor, history, thresholds,
     ) = tensors  # fmt: skip
     (
         out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
@@ -178,8 +190,8 @@ def _step_tile(
         scale = tl.load(w + (K if K > 0 else 1))
         g = scale * _load(_place(gradient, gradient_stride, sample, first, BLOCK), inside, EVEN)
         x0 = tl.fma(tl.load(r + X0_GRAD), g, x0)
-    x0 *= tl.load(r + X0_SCALE)  # after the cancellation of sample and prediction, not before
-    clip = tl.load(r + CLIP)
+    x0_scale, clip = _limits(r, thresholds, sample)
+    x0 *= x0_scale  # after the cancellation of sample and prediction, not before
     x0 = tl.where(-clip > x0, -clip, x0)  # comparisons in this order let NaN through
     x0 = tl.where(clip < x0, clip, x0)
 
@@ -276,7 +288,7 @@ def _advance_stream(state, increment):
 @triton.jit
 def _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws):
     """Advance the cursor and torch's stream, in the program that has read them last. See csrc/kernels/cursor.h."""
-    _, _, _, _, _, rows, _, _, _, _, _, _, state, cursor, timestep, _, _, _, _, _ = tensors
+    _, _, _, _, _, rows, _, _, _, _, _, _, state, cursor, timestep, _, _, _, _, _, _ = tensors
     # Every program counts itself after it has read the cursor and the stream; the one that reads last advances them.
     if cursor is not None:
         tl.debug_barrier()
@@ -330,7 +342,7 @@ def step_kernel(
     apart, whose values come of the same calls. size and threads are then multiples of BLOCK.
     PTX: for NVIDIA.
     """
-    _, _, _, x, _, rows, _, indices, _, _, _, seeds, state, cursor, _, _, _, _, _, _ = tensors
+    _, _, _, x, _, rows, _, indices, _, _, _, seeds, state, cursor, _, _, _, _, _, _, _ = tensors
     draws = True  # from torch's stream; a finished loop and a step without noise draw nothing
     if NOISE == TORCH_STREAM:
         if cursor is not None:

@@ -143,6 +143,8 @@ def arguments_of(*arguments: object) -> dict:
         "weights_batch_stride": a.weights.stride(1) if a.weights.shape[1] > 1 else 0,
         "index": a.index,
     }
+    if a.thresholds is not None:
+        plain |= {"thresholds": a.thresholds.data_ptr(), "thresholds_stride": a.thresholds.stride(0)}
     return plain | _position_of(a) | _noise_of(a) | _program_of(a, len(predictions))
 
 

@@ -32,6 +32,14 @@ static unsigned atomicAdd(unsigned* to, unsigned value) {
   return before;
 }
 
+static unsigned atomicMax(unsigned* to, unsigned value) {
+  const unsigned before = *to;
+  if (value > before) *to = value;
+  return before;
+}
+
+static unsigned atomicExch(unsigned* to, unsigned value) { return std::exchange(*to, value); }
+
 enum cudaError_t {
   cudaSuccess,
   cudaErrorNoKernelImageForDevice,

@@ -25,6 +25,7 @@ static int64_t few_tiles;  // see make_launch.h
 #define FASTGUIDE_HAS_FMA  // fmaf is exact, if slow: the results are those of a GPU
 #include "kernels/gpu/moments.cu"
 #include "kernels/gpu/step.cu"
+#include "kernels/gpu/thresholds.cu"
 
 namespace py = pybind11;
 using namespace fastguide;
@@ -122,6 +123,8 @@ static Arguments arguments_of(const py::dict& d) {
   a.made = pointer<void>(d, "made");
   a.weighs_sample = number<bool>(d, "weighs_sample", false);
   a.scratch = pointer<double>(d, "scratch");
+  a.thresholds = pointer<void>(d, "thresholds");
+  a.thresholds_stride = number<int64_t>(d, "thresholds_stride", 0);
   a.index = number<int64_t>(d, "index", 0);
   a.indices = pointer<int64_t>(d, "indices");
   a.indices_stride = number<int64_t>(d, "indices_stride", 0);
@@ -164,10 +167,14 @@ struct Recorded {   // a launch that was not run
 static std::vector<Recorded> recorded;
 static bool records = false;
 
-// Of the two kinds of kernels, which have other parameters.
-static bool makes_weights(dim3 threads) {
-  static_assert(kMomentThreads != kThreads, "they are told apart by their threads");
-  return threads.x == kMomentThreads;
+// The kinds of kernels have other parameters, and are told apart by their threads.
+static_assert(kMomentThreads != kThreads && kThresholdThreads != kThreads && kThresholdThreads != kMomentThreads);
+
+template <typename F>
+static auto with_launch(dim3 threads, const void* parameters, const F& f) {
+  if (threads.x == kMomentThreads) return f(*static_cast<const MomentsLaunch*>(parameters));
+  if (threads.x == kThresholdThreads) return f(*static_cast<const ThresholdsLaunch*>(parameters));
+  return f(*static_cast<const Launch*>(parameters));
 }
 
 static Recorded recorded_of(const void* kernel, dim3 blocks, dim3 threads, const void* parameters) {
@@ -175,8 +182,9 @@ static Recorded recorded_of(const void* kernel, dim3 blocks, dim3 threads, const
   if (dladdr(&recorded, &library) == 0) throw std::runtime_error("no library holds this code");
   const uint64_t base = reinterpret_cast<uint64_t>(library.dli_fbase);
   return {reinterpret_cast<uint64_t>(kernel) - base, blocks.x, threads.x,
-          std::string(static_cast<const char*>(parameters),
-                      makes_weights(threads) ? sizeof(MomentsLaunch) : sizeof(Launch))};
+          with_launch(threads, parameters, [](const auto& launch) {
+            return std::string(reinterpret_cast<const char*>(&launch), sizeof launch);
+          })};
 }
 
 static std::mt19937_64 order;
@@ -202,11 +210,10 @@ static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 thread
     return cudaSuccess;
   }
   const auto run = [&] {
-    if (makes_weights(threads)) {
-      const auto moments = reinterpret_cast<void (*)(MomentsLaunch)>(const_cast<void*>(kernel));
-      return moments(*static_cast<const MomentsLaunch*>(parameters[0]));
-    }
-    reinterpret_cast<void (*)(Launch)>(const_cast<void*>(kernel))(*static_cast<const Launch*>(parameters[0]));
+    with_launch(threads, parameters[0], [&](const auto& launch) {
+      using Parameters = std::decay_t<decltype(launch)>;
+      reinterpret_cast<void (*)(Parameters)>(const_cast<void*>(kernel))(launch);
+    });
   };
   gridDim = blocks;
   const std::vector<unsigned> chosen = wanted_blocks ? *wanted_blocks : count_to(blocks.x);

@@ -172,6 +172,22 @@ def store_shared(wave: Wave, address: Array, dtype: type, values: tuple, threads
         wave.shared_written[block[:, None], columns] = True
 
 
+def update_shared(wave: Wave, address: Array, value: Array, dtype: type, operation: str, threads: Threads) -> Array:
+    """Update a place of a block's own memory for one thread after the other, and return what each has found."""
+    size = np.dtype(dtype).itemsize
+    at, block = _shared_places(wave, address, size, threads), wave.row[threads]
+    values, before = np.broadcast_to(value, len(at)), np.zeros(len(at), dtype)
+    if not wave.shared_written[block[:, None], at[:, None] + np.arange(size)].all():
+        wave.find("not initialised", f"shared memory at byte {int(at[0])}")
+    _trace_shared(wave, "atomic", at, size, threads)
+    memory = wave.shared.view(dtype)
+    for k in wave.launch.random.permutation(len(at)):
+        place = block[k], at[k] // size
+        before[k] = memory[place]
+        memory[place] = UPDATES[operation](before[k], values[k])
+    return before
+
+
 def trace_order(wave: Wave, kind: str, threads: Threads) -> None:
     """Trace a barrier or a fence."""
     trace = wave.launch.trace

@@ -115,7 +115,9 @@ def _store(w: Writer) -> list[str]:
 def _atomic(w: Writer) -> list[str]:
     """``atom`` and ``red``; without a word about its order it is relaxed, and of the GPU's scope."""
     operation = next((modifier for modifier in w.modifiers if modifier in accesses.UPDATES), None)
-    w.only("global", "relaxed", "acquire", "release", "acq_rel", "gpu", operation or "")
+    shared = not {"shared", "shared::cta"}.isdisjoint(w.modifiers)
+    orders = () if shared else ("global", "relaxed", "acquire", "release", "acq_rel", "gpu")
+    w.only(*orders, *(("shared", "shared::cta") if shared else ()), operation or "")
     if operation is None or w.dtype not in (np.uint32, np.int32, np.uint64, np.int64):
         raise w.unknown()
     acquires, releases = (not {order, "acq_rel"}.isdisjoint(w.modifiers) for order in ("acquire", "release"))
@@ -123,7 +125,10 @@ def _atomic(w: Writer) -> list[str]:
     if len(w.operands) != value + 1:
         raise w.unknown()
     arguments = [w.address(place)[1], w.read(value), w.constant(w.dtype), repr(operation), w.threads]
-    call = w.call(accesses.update, "wave", *arguments, acquires, releases)
+    if shared:
+        call = w.call(accesses.update_shared, "wave", *arguments)
+    else:
+        call = w.call(accesses.update, "wave", *arguments, acquires, releases)
     return w.write(call) if place else [call]
 
 

@@ -1,0 +1,60 @@
+// x0 before it is clipped, of which a threshold is made: the step's own operations, and so its bits.
+//
+// Part of step.cpp, and compiled with it for each instruction set.
+#pragma once
+
+#include "kernels/cpu/blocks.h"
+#include "kernels/cpu/loops.h"
+#include "kernels/cursor.h"
+#include "maths/step.h"
+
+namespace fastguide {
+namespace FASTGUIDE_ISA {
+namespace {
+
+template <typename T, int predictions, bool has_gradient>
+void original_run(const Row<T>& row, const PairWeights<T>& pair, const Run<T>& run, int64_t count, T* x0) {
+  const Row<T> c = row;  // copies, which the output cannot alias
+  const PairWeights<T> w = pair;
+  const Run<T> r = run;
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) {
+    T m = T(0);
+    if constexpr (predictions == 1) m = w.sum * r.p0[i];
+    if constexpr (predictions == 2) m = guided_prediction(w, r.p0[i], r.p1[i]);
+    const T g = has_gradient ? r.g[i] : T(0);
+    x0[i] = unclipped_original<T, (predictions > 0), has_gradient>(c, r.x[i], m, g);
+  }
+}
+
+template <typename T, bool has_gradient>
+void original_run(int predictions, const Row<T>& row, const PairWeights<T>& pair, const Run<T>& run, int64_t count,
+                  T* x0) {
+  if (predictions == 0) return original_run<T, 0, has_gradient>(row, pair, run, count, x0);
+  if (predictions == 2) return original_run<T, 2, has_gradient>(row, pair, run, count, x0);
+  original_run<T, 1, has_gradient>(row, pair, run, count, x0);  // three and more are combined into one
+}
+
+// Writes `count` elements of a sample, from `begin` on.
+template <typename T>
+void original_of_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, T* x0) {
+  const int64_t index = position_of(a, sample).index;
+  const T* weights = weights_of<T>(a, sample, index);
+  const Row<T> row = weighed_row(a, weights, index);
+  PairWeights<T> pair = pair_weights(weights, a.num_predictions);
+  if (a.num_predictions > 2) pair.sum = T(1);
+  Scratch<T> scratch;
+  for (int64_t done = 0; done < count; done += kBlock) {
+    const Block block{sample, begin + done, count - done < kBlock ? count - done : kBlock};
+    const Run<T> run = load_guided(a, weights, block, scratch);
+    if (run.g != nullptr) {
+      original_run<T, true>(a.num_predictions, row, pair, run, block.count, x0 + done);
+    } else {
+      original_run<T, false>(a.num_predictions, row, pair, run, block.count, x0 + done);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTGUIDE_ISA
+}  // namespace fastguide

@@ -38,8 +38,8 @@ def step_of_triton(*arguments: object) -> None:
 
 def step_of_device_code(*arguments: object) -> None:
     a = StepArguments(*arguments)  # type: ignore[arg-type]
-    if a.thresholds is not None:
-        a = a._replace(thresholds=torch.zeros(a.sample.shape[0], THRESHOLD_WORDS))
+    if a.inverse_thresholds is not None:
+        a = a._replace(inverse_thresholds=torch.zeros(a.sample.shape[0], THRESHOLD_WORDS))
     try:
         device_code.guided_step(*a)
     except device_code.Float64Error as error:

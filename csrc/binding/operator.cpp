@@ -310,15 +310,16 @@ void read_moments(const Operands& operands, const Layout& layout, StepArguments*
   if (!layout.is_cpu) read_scratch(operands, layout, a);
 }
 
-void read_thresholds(const Tensor& thresholds, const Layout& layout, StepArguments* a) {
-  check_device("thresholds", thresholds, layout);
+void read_thresholds(const Tensor& inverse, const Layout& layout, StepArguments* a) {
+  check_device("inverse_thresholds", inverse, layout);
   const int64_t words = layout.is_cpu ? 1 : kThresholdWords;
-  STD_TORCH_CHECK(element_of("thresholds", thresholds) == (a->double_precision ? Element::float64 : Element::float32) &&
-                      thresholds.dim() == 2 && thresholds.sizes()[0] == layout.batch &&
-                      thresholds.sizes()[1] == words && thresholds.is_contiguous(),
-                  "thresholds: expected the dtype of rows, shape (", layout.batch, ", ", words, "), contiguous");
-  a->thresholds = thresholds.mutable_data_ptr();
-  a->thresholds_stride = words;
+  STD_TORCH_CHECK(
+      element_of("inverse_thresholds", inverse) == (a->double_precision ? Element::float64 : Element::float32) &&
+          inverse.dim() == 2 && inverse.sizes()[0] == layout.batch && inverse.sizes()[1] == words &&
+          inverse.is_contiguous(),
+      "inverse_thresholds: expected the dtype of rows, shape (", layout.batch, ", ", words, "), contiguous");
+  a->inverse_thresholds = inverse.mutable_data_ptr();
+  a->inverse_thresholds_stride = words;
 }
 
 // ---- The operators ----
@@ -334,7 +335,7 @@ void read(const Operands& operands, const Layout& layout, std::vector<Input>* pr
   if (operands.staged.has_value()) a->staged_copies = read_copies("staged", *operands.staged, layout, &a->staged);
   if (operands.history.has_value()) read_history(*operands.history, layout, a);
   read_moments(operands, layout, a);
-  if (operands.thresholds.has_value()) read_thresholds(*operands.thresholds, layout, a);
+  if (operands.inverse_thresholds.has_value()) read_thresholds(*operands.inverse_thresholds, layout, a);
 }
 
 // The boxed function of the operator: its arguments are the stack's entries.

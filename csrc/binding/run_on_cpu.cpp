@@ -41,16 +41,16 @@ class PreparedStep {
         moments_(a.program != nullptr ? moments_of(terms_of(a)) : 0),
         columns_(made_columns(a)),
         weights_(static_cast<size_t>(a.program != nullptr ? a.batch * columns_ : 0)),
-        thresholds_(static_cast<size_t>(a.thresholds != nullptr ? a.batch : 0), T(1)) {
+        inverse_thresholds_(static_cast<size_t>(a.inverse_thresholds != nullptr ? a.batch : 0), T(1)) {
     // What is made may be another step's at the same time, but for these.
     if (a.program != nullptr) {
       step_.weights = weights_.data();
       step_.weights_step_stride = 0;
       step_.weights_batch_stride = columns_;
     }
-    if (a.thresholds != nullptr) {
-      step_.thresholds = thresholds_.data();
-      step_.thresholds_stride = 1;
+    if (a.inverse_thresholds != nullptr) {
+      step_.inverse_thresholds = inverse_thresholds_.data();
+      step_.inverse_thresholds_stride = 1;
     }
   }
 
@@ -60,15 +60,15 @@ class PreparedStep {
     if (a_.batch * elements <= grain || a_.batch >= torch::stable::get_num_threads()) {
       in_parallel(a_.batch, std::max<int64_t>(grain / elements, 1), [&](int64_t begin, int64_t end) {
         std::vector<double> sums(static_cast<size_t>(parts_ * moments_));
-        std::vector<KeyOf<T>> between(thresholds_.empty() ? 0 : static_cast<size_t>(elements + kMoreKeys));
+        std::vector<KeyOf<T>> between(inverse_thresholds_.empty() ? 0 : static_cast<size_t>(elements + kMoreKeys));
         for (int64_t sample = begin; sample < end; ++sample) run_sample(sample, sums.data(), between.data());
       });
     } else {
       run_parts(std::max<int64_t>(grain / kPart, 1));
     }
     std::copy(weights_.begin(), weights_.end(), static_cast<T*>(a_.made));
-    for (size_t k = 0; k < thresholds_.size(); ++k) {
-      static_cast<T*>(a_.thresholds)[int64_t(k) * a_.thresholds_stride] = thresholds_[k];
+    for (size_t k = 0; k < inverse_thresholds_.size(); ++k) {
+      static_cast<T*>(a_.inverse_thresholds)[int64_t(k) * a_.inverse_thresholds_stride] = inverse_thresholds_[k];
     }
   }
 
@@ -121,7 +121,7 @@ class PreparedStep {
   const Row<T>& row_of(int64_t sample) const { return row_at<T>(a_, position_of(a_, sample).index); }
 
   bool has_threshold(int64_t sample) const {
-    return !thresholds_.empty() && is_live(a_, position_of(a_, sample)) && row_of(sample).quantile > T(0);
+    return !inverse_thresholds_.empty() && is_live(a_, position_of(a_, sample)) && row_of(sample).quantile > T(0);
   }
 
   void tally_part(int64_t sample, int64_t part, Tally<T>* so_far, KeyOf<T>* between) const {
@@ -133,8 +133,8 @@ class PreparedStep {
 
   void set_threshold(int64_t sample, const Tally<T>& tallied, KeyOf<T>* between) {
     const Row<T>& row = row_of(sample);
-    thresholds_[size_t(sample)] =
-        threshold_of(functions_, row.quantile, row.clip, a_.elements_per_sample, tallied, between);
+    inverse_thresholds_[size_t(sample)] =
+        T(1) / threshold_of(functions_, row.quantile, row.clip, a_.elements_per_sample, tallied, between);
   }
 
   // The threshold of one sample whose parts are shared out among the threads; each has its own place for its keys.
@@ -164,14 +164,14 @@ class PreparedStep {
   StepArguments step_;
   StepFunctions functions_;
   int64_t parts_, moments_, columns_;
-  std::vector<T> weights_, thresholds_;
+  std::vector<T> weights_, inverse_thresholds_;
 };
 
 }  // namespace
 
 void run_on_cpu(const StepArguments& a) {
   const int64_t grain = a.noise_kind == Noise::portable ? kNoiseGrain : kGrain;
-  if (a.program == nullptr && a.thresholds == nullptr) {
+  if (a.program == nullptr && a.inverse_thresholds == nullptr) {
     const StepFunctions functions = selected_functions(a.double_precision);
     in_parallel(a.batch * a.elements_per_sample, grain,
                 [&](int64_t begin, int64_t end) { functions.step_range(a, begin, end); });

@@ -39,7 +39,7 @@ namespace fastguide {
   X(OptionalTensor, parameters) \
   X(OptionalTensor, made) \
   X(OptionalTensor, scratch) \
-  X(OptionalTensor, thresholds)
+  X(OptionalTensor, inverse_thresholds)
 
 enum class Argument : int {
 #define FASTGUIDE_ENUMERATOR(type, name) name,
@@ -118,10 +118,10 @@ struct StepArguments {
   double* scratch;     // a GPU's, see kernels/gpu/moments.h; 0 between two steps
   void* made;          // gets the weights: (batch, made_columns)
   bool weighs_sample;  // whether the last of a sample's weights is the sample's own
-  // Unless null, it gets the thresholds of x0 (kernels/thresholds.h), and the step takes them: one a sample, of the
-  // arithmetic's type. On a GPU each has the words behind it to work with.
-  void* thresholds;
-  int64_t thresholds_stride;
+  // Unless null, it gets 1 over the thresholds of x0 (kernels/thresholds.h), and the step takes them: one a sample, of
+  // the arithmetic's type. On a GPU each has the words behind it to work with.
+  void* inverse_thresholds;
+  int64_t inverse_thresholds_stride;
   int64_t index;           // the row of every sample, unless indices or the cursor give it
   const int64_t* indices;  // one for all (stride 0) or one a sample (stride 1)
   int64_t indices_stride;

@@ -13,7 +13,8 @@
 
 namespace fastguide {
 
-// On a GPU: a sample's threshold, and what the search for it needs, which is 0 between two steps (gpu/thresholds.cu).
+// On a GPU: 1 over a sample's threshold, and what the search for it needs, which is 0 between two steps
+// (gpu/thresholds.cu).
 constexpr int kThresholdBins = 2048;
 constexpr int kThresholdWords = kThresholdBins + 8;
 

@@ -115,10 +115,10 @@ FASTGUIDE_INLINE Row<T> with_sample_weight(const Row<T>& row, T weight) {
 // The row of a sample whose x0 is divided by a threshold, and limited to 1: dynamic thresholding (Saharia et al. 2022,
 // section 2.3).
 template <typename T>
-FASTGUIDE_INLINE Row<T> with_threshold(const Row<T>& row, T threshold) {
+FASTGUIDE_INLINE Row<T> with_threshold(const Row<T>& row, T inverse_threshold) {
   Row<T> limited = row;
   if (row.quantile > T(0)) {
-    limited.x0_scale /= threshold;
+    limited.x0_scale *= inverse_threshold;
     limited.clip = T(1);
   }
   return limited;

@@ -262,7 +262,7 @@ class SamplerState:
             parameters=self.parameters if self.key.makes_weights else None,
             made=self.made,
             scratch=self.scratch,
-            thresholds=thresholds_for(self.sample, self.rows_dtype) if self.key.thresholds else None,
+            inverse_thresholds=thresholds_for(self.sample, self.rows_dtype) if self.key.thresholds else None,
         )
 
     # ---- Between steps ----

@@ -87,7 +87,7 @@ def validate(
     if guidance.weights_from is not None:
         arguments = _with_weights_from(backend, arguments, guidance)
     if table.thresholds:
-        arguments = with_thresholds(backend, arguments._replace(thresholds=thresholds_for(sample, dtype)))
+        arguments = with_thresholds(backend, arguments._replace(inverse_thresholds=thresholds_for(sample, dtype)))
     if generator is not None:
         _check_that_it_can_draw(generator, backend, sample, cursor)
     writes = out is not None or original is not None or staged is not None or history is not None

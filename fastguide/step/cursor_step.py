@@ -35,7 +35,7 @@ class CursorStep:
         a = arguments
         self._inpainting = None if a.mask is None else Inpainting._make((a.mask, a.known, a.known_noise))
         backend = next((each for each in BACKENDS.values() if each.step is step), None)
-        self._found_before = None if backend is None or a.thresholds is None else backend
+        self._found_before = None if backend is None or a.inverse_thresholds is None else backend
         can_repeat = backend is not None and backend.repeats and a.philox is None
         self._backend = backend if can_repeat else None
         self._made = 0

@@ -64,8 +64,8 @@ class StepArguments(NamedTuple):
     """The weights that the program makes: (batch, predictions + 1), or one more, which is the sample's own."""
     scratch: Tensor | None = None
     """A GPU's memory for a program, float64 and 0 between two steps; of one stream at a time."""
-    thresholds: Tensor | None = None
-    """Gets the threshold of each sample's x_0, and holds what a GPU needs to find it: see ``thresholds.py``."""
+    inverse_thresholds: Tensor | None = None
+    """Gets 1 over the threshold of each sample's x_0, and holds what a GPU needs to find it: see ``thresholds.py``."""
 
     def named_inputs(self) -> list[tuple[str, Tensor]]:
         """Return the tensors that are read element by element, each with its name in messages."""
@@ -88,13 +88,24 @@ def elementwise(a: StepArguments) -> tuple[Tensor | None, ...]:
 
 ELEMENTWISE: tuple[str, ...] = elementwise(StepArguments._make(StepArguments._fields))  # type: ignore[assignment]
 """The names of those fields."""
-WRITTEN = ("out", "original", "staged", "philox", "cursor", "timestep", "history", "made", "scratch", "thresholds")
+WRITTEN = (
+    "out",
+    "original",
+    "staged",
+    "philox",
+    "cursor",
+    "timestep",
+    "history",
+    "made",
+    "scratch",
+    "inverse_thresholds",
+)
 """Fields that the step writes."""
 INPUTS = tuple(name for name in ELEMENTWISE if name not in WRITTEN)
 MAY_BE_OUTPUT = ("sample", "predictions", "gradient", "variance", "noise")
 """Inputs that ``out`` and ``original`` may be, element for element: ``may_be_output`` in csrc/kernels/arguments.h."""
 THRESHOLD_WORDS = 2056
-"""Of a sample's ``thresholds`` on a GPU: its threshold, and what the search needs (csrc/kernels/thresholds.h)."""
+"""Of a sample's ``inverse_thresholds`` on a GPU: that, and what the search needs (csrc/kernels/thresholds.h)."""
 NAMES = {"mask": "inpainting.mask", "known": "inpainting.original", "known_noise": "inpainting.noise"}
 """What the fields are called by the callers of ``guided_step``, where that differs."""
 

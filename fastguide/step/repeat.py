@@ -157,7 +157,7 @@ def describe(
     record = torch.empty(native.record_words(arguments.weights.shape[-1]), dtype=torch.int64, device="cpu")
     torch.ops.fastguide.record_step(*arguments, record=record)
     launch = None if backend.relaunch is None else backend.relaunch(arguments)
-    if launch is not None and arguments.thresholds is not None:  # which are found before the launch
+    if launch is not None and arguments.inverse_thresholds is not None:  # which are found before the launch
         return None
     made = None if weights_from is None else weights_from.last_weights
     new = _GIVEN if call.out is not None else _SMALL if needs_no_advice(arguments.sample) else _LARGE
@@ -177,7 +177,7 @@ def describe(
         return None
     cursor = call.index if type(call.index) is Cursor else None
     a = arguments
-    tensors = a.rows, a.weights, a.cursor, a.timestep, a.program, a.parameters, a.made, a.scratch, a.thresholds
+    tensors = a.rows, a.weights, a.cursor, a.timestep, a.program, a.parameters, a.made, a.scratch, a.inverse_thresholds
     return (described, call.guidance, cursor, call.backend, launch, *tensors, weights_from, made)
 
 

@@ -19,7 +19,7 @@ _CLIP, _QUANTILE = ROW_COLUMNS.index("clip"), ROW_COLUMNS.index("quantile")
 
 
 def thresholds_for(sample: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the memory for the thresholds of a step: of shape (batch, 1), or (batch, ``THRESHOLD_WORDS``) on a GPU."""
+    """Return the memory for the inverse thresholds of a step: of shape (batch, 1), or (batch, ``THRESHOLD_WORDS``) on a GPU."""
     batch = sample.shape[0]
     if sample.device.type == "cpu":
         return torch.empty(batch, 1, dtype=dtype, device="cpu")
@@ -31,12 +31,12 @@ def with_thresholds(backend: Backend, a: StepArguments) -> StepArguments:
 
     Args:
         backend: whose step it is.
-        a: the step's arguments; its weights are those that the step takes, its thresholds None or memory for them.
+        a: the step's arguments; its weights are those that the step takes, its inverse thresholds None or memory for them.
     """
-    if a.thresholds is None or not backend.needs_thresholds:
+    if a.inverse_thresholds is None or not backend.needs_thresholds:
         return a
-    thresholds = thresholds_of(a, _unclipped_original(a))
-    return a._replace(thresholds=thresholds[:, None])
+    inverse = thresholds_of(a, _unclipped_original(a)).reciprocal()
+    return a._replace(inverse_thresholds=inverse[:, None])
 
 
 def thresholds_of(a: StepArguments, original: Tensor) -> Tensor:

@@ -59,20 +59,20 @@ VALUES = {
 }
 
 
-def native_thresholds(values, ratio, most, dtype=torch.float32):
-    """The thresholds that the kernel finds for samples whose x_0 is what they are."""
+def inverse_thresholds(values, ratio, most, dtype=torch.float32):
+    """1 over the thresholds that the kernel finds for samples whose x_0 is what they are."""
     columns = {"x0_scale": 1.0, "x0_sample": 1.0, "out_x0": 1.0}
     rows = {name: torch.full((1,), value, dtype=torch.float64) for name, value in columns.items()}
     table = fastguide.StepTable.from_columns(torch.zeros(1, dtype=torch.int64), rows)
     x = values.to(dtype)
-    thresholds = torch.zeros(len(x), 1, dtype=dtype)
+    inverse = torch.zeros(len(x), 1, dtype=dtype)
     torch.ops.fastguide.guided_step(*StepArguments(
         out=torch.empty_like(x), original=None, staged=None, sample=x, predictions=[],
         rows=table.with_dynamic_thresholding(ratio, most).device_rows(None, dtype),
         weights=torch.zeros(1, 1, 2, dtype=dtype), index=0, indices=None, gradient=None, variance=None, noise=None,
-        thresholds=thresholds,
+        inverse_thresholds=inverse,
     ))  # fmt: skip
-    return thresholds[:, 0]
+    return inverse[:, 0]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -91,7 +91,8 @@ def test_the_quantile_is_torch_s_to_the_bit(kind, capability):
                     wanted = torch.quantile(samples.abs(), ratio, dim=1).clamp(1, most)
                     if kind == "with infinity":
                         wanted = wanted.nan_to_num(most)
-                    got = native_thresholds(samples, ratio, most)
+                    wanted = 1 / wanted
+                    got = inverse_thresholds(samples, ratio, most)
                     same = (got == wanted) | (got.isnan() & wanted.isnan())
                     # The baseline has no fused multiply-add, which torch's interpolation takes.
                     close = (got - wanted).abs() <= 2 * torch.finfo(torch.float32).eps * wanted
@@ -103,8 +104,8 @@ def test_the_quantile_is_torch_s_to_the_bit(kind, capability):
 @pytest.mark.parametrize("ratio", [0.3, 0.9, 0.995])
 def test_in_float64(ratio):
     values = randn(2, 5000, dtype=torch.float64)
-    got = native_thresholds(values, ratio, 2.5, torch.float64)
-    torch.testing.assert_close(got, torch.quantile(values.abs(), ratio, dim=1).clamp(1, 2.5), rtol=1e-15, atol=0)
+    got = inverse_thresholds(values, ratio, 2.5, torch.float64)
+    torch.testing.assert_close(got, 1 / torch.quantile(values.abs(), ratio, dim=1).clamp(1, 2.5), rtol=1e-15, atol=0)
 
 
 def test_bits_do_not_depend_on_threads_or_neighbours():

@@ -35,9 +35,9 @@ class StepOnGpu:
             return there.set_(storages[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
 
         step = StepArguments(*[moved(a) for a in arguments])
-        if step.thresholds is not None and self.step is torch.ops.fastguide.guided_step.default:
+        if step.inverse_thresholds is not None and self.step is torch.ops.fastguide.guided_step.default:
             words = torch.zeros(step.sample.shape[0], THRESHOLD_WORDS, device="cuda")
-            step = step._replace(thresholds=words)
+            step = step._replace(inverse_thresholds=words)
         self.step(*step)
         names = [argument.name for argument in torch.ops.fastguide.guided_step.default._schema.arguments]
         for name, tensor in zip(names, arguments, strict=False):

@@ -250,8 +250,8 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
   if (!is_live(a, position)) return;
   const T* weights = weights_of<T>(a, sample, position.index);
   Row<T> row = weighed_row(a, weights, position.index);
-  if (a.thresholds != nullptr) {
-    row = with_threshold(row, static_cast<const T*>(a.thresholds)[sample * a.thresholds_stride]);
+  if (a.inverse_thresholds != nullptr) {
+    row = with_threshold(row, static_cast<const T*>(a.inverse_thresholds)[sample * a.inverse_thresholds_stride]);
   }
   PairWeights<T> pair = pair_weights(weights, a.num_predictions);
   if constexpr (sizeof(T) == sizeof(float)) {

@@ -55,7 +55,7 @@ FASTGUIDE_INLINE Launch make_launch(const StepArguments& a) {
   if (a.noise_kind == Noise::none && a.gradient.data == nullptr) launch.a.variance = Input{};
   for (int k = 0; k < a.num_predictions; ++k) launch.predictions[k] = a.predictions[k];
   launch.per_sample = (a.indices != nullptr && a.indices_stride != 0) || a.cursor_stride != 0 ||
-                      a.weights_batch_stride != 0 || a.thresholds != nullptr;
+                      a.weights_batch_stride != 0 || a.inverse_thresholds != nullptr;
   launch.aligned = true;
   for_each_input(launch.a, launch.predictions, [&](Argument, const Input& input) {
     launch.aligned = launch.aligned && begins_aligned(input.data, a.batch, input.batch_stride, input.element);

@@ -201,7 +201,7 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   Input predictions[kMaxTerms];
   StepArguments step = arguments;
-  const bool prepares = arguments.program != nullptr || arguments.thresholds != nullptr;
+  const bool prepares = arguments.program != nullptr || arguments.inverse_thresholds != nullptr;
   if (prepares && arguments.batch * parts_of(arguments) > kMaxTiles)
     return "more samples than one launch has blocks for";
   if (arguments.program != nullptr) {
@@ -209,7 +209,7 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
     if (error != cudaSuccess) return text_of(error);
     step = with_made_weights(arguments, predictions);
   }
-  if (step.thresholds != nullptr) {
+  if (step.inverse_thresholds != nullptr) {
     error = launch_thresholds(step, on);
     if (error != cudaSuccess) return text_of(error);
   }

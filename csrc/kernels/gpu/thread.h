@@ -34,8 +34,8 @@ FASTGUIDE_INLINE SampleRow row_of(const Launch& launch, int64_t sample, const Po
   r.weights = static_cast<const float*>(a.weights) + row * a.weights_step_stride + sample * a.weights_batch_stride;
   const int count = V::predictions > 0 ? V::predictions : a.num_predictions;
   r.c = with_gradient_scale(row_at<float>(a, row), gradient_scale(r.weights, count));
-  if (a.thresholds != nullptr) {
-    r.c = with_threshold(r.c, static_cast<const float*>(a.thresholds)[sample * a.thresholds_stride]);
+  if (a.inverse_thresholds != nullptr) {
+    r.c = with_threshold(r.c, static_cast<const float*>(a.inverse_thresholds)[sample * a.inverse_thresholds_stride]);
   }
   r.pair = pair_weights(r.weights, count);
   r.step = uint32_t(row - position.first);

@@ -115,7 +115,7 @@ __device__ unsigned key_behind(const unsigned* bins, unsigned bin, unsigned know
   return ~not_next;
 }
 
-// Writes the threshold, and leaves the memory of the search as it was.
+// Writes 1 over the threshold, and leaves the memory of the search as it was.
 __device__ void finish(const Row<float>& row, int64_t count, unsigned known, unsigned bin, unsigned left,
                        const unsigned* bins, unsigned* words) {
   const Rank<float> rank = rank_of(row.quantile, count);
@@ -126,7 +126,7 @@ __device__ void finish(const Row<float>& row, int64_t count, unsigned known, uns
       threshold_between(magnitude_of<float>(int32_t(key)), magnitude_of<float>(int32_t(next)), rank.weight, row.clip);
   if (words[kThresholdLargest] > 0x7F800000u) threshold = NAN;
   words[kThresholdKnown] = words[kThresholdRank] = words[kThresholdNotNext] = words[kThresholdLargest] = 0;
-  *reinterpret_cast<float*>(words) = threshold;
+  *reinterpret_cast<float*>(words) = 1.0f / threshold;
 }
 
 __global__ void __launch_bounds__(kThresholdThreads)

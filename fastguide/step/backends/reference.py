@@ -47,10 +47,10 @@ def guided_step(*arguments: object) -> None:
     m = combined(weight, [prediction.to(dtype) for prediction in each], x)
     x0 = unclipped(row, x, m, a.gradient, scale)
     limit = row["clip"]
-    if a.thresholds is not None:
-        threshold = thresholds_of(a, x0)
-        a.thresholds[:, 0].copy_(threshold)
-        x0, limit = x0 / per_sample(threshold, x), torch.where(row["quantile"] > 0, 1.0, limit)
+    if a.inverse_thresholds is not None:
+        inverse = thresholds_of(a, x0).reciprocal()
+        a.inverse_thresholds[:, 0].copy_(inverse)
+        x0, limit = x0 * per_sample(inverse, x), torch.where(row["quantile"] > 0, 1.0, limit)
     x0 = torch.minimum(torch.maximum(x0, -limit), limit)
 
     result = row["out_x0"] * x0 + row["out_sample"] * x

@@ -206,9 +206,9 @@ class Relaunch:
 def _check(a: StepArguments) -> None:
     if a.program is not None:
         raise RuntimeError("program: expected none in Triton; the native and reference backends run one")
-    if a.thresholds is not None and a.thresholds.shape != (a.sample.shape[0], 1):
+    if a.inverse_thresholds is not None and a.inverse_thresholds.shape != (a.sample.shape[0], 1):
         raise RuntimeError(
-            "thresholds: expected those of all samples, found before the step; others find them in theirs"
+            "inverse_thresholds: expected those of all samples, found before the step; others find them in theirs"
         )
     floats = (*elementwise(a), a.staged, a.history, *a.predictions, a.rows)
     if torch.float64 in [tensor.dtype for tensor in floats if tensor is not None]:

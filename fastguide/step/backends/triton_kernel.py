@@ -151,12 +151,12 @@ def _with_history(
 
 
 @triton.jit
-def _limits(r, thresholds, sample):
+def _limits(r, inverse_thresholds, sample):
     """Return what x_0 is scaled by and clipped to; with a threshold, it is divided by it, and clipped to 1."""
     x0_scale, clip = tl.load(r + X0_SCALE), tl.load(r + CLIP)
-    if thresholds is not None:  # noqa: SIM102 (known when this is compiled)
+    if inverse_thresholds is not None:  # noqa: SIM102 (known when this is compiled)
         if tl.load(r + QUANTILE) > 0.0:
-            x0_scale = tl.div_rn(x0_scale, tl.load(thresholds + sample))
+            x0_scale = x0_scale * tl.load(inverse_thresholds + sample)
             clip = tl.full((), 1.0, tl.float32)
     return x0_scale, clip
 
@@ -169,7 +169,7 @@ def _step_tile(
     """Compute the elements first .. first + BLOCK of a sample as csrc/maths/step.h does; z is noise drawn here."""
     (
         out, original, staged, x, predictions, rows, weights, _, gradient, variance, noise, _, _, _, _,
-        mask, known, known_noise, anchor, history, thresholds,
+        mask, known, known_noise, anchor, history, inverse_thresholds,
     ) = tensors  # fmt: skip
     (
         out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
@@ -190,7 +190,7 @@ def _step_tile(
         scale = tl.load(w + (K if K > 0 else 1))
         g = scale * _load(_place(gradient, gradient_stride, sample, first, BLOCK), inside, EVEN)
         x0 = tl.fma(tl.load(r + X0_GRAD), g, x0)
-    x0_scale, clip = _limits(r, thresholds, sample)
+    x0_scale, clip = _limits(r, inverse_thresholds, sample)
     x0 *= x0_scale  # after the cancellation of sample and prediction, not before
     x0 = tl.where(-clip > x0, -clip, x0)  # comparisons in this order let NaN through
     x0 = tl.where(clip < x0, clip, x0)

@@ -33,11 +33,14 @@ def every_kernel(architecture):
 
 def kernels(architecture):
     """The kernels that step."""
-    return {name: counts for name, counts in every_kernel(architecture).items() if not makes_weights(name)}
+    return {
+        name: counts for name, counts in every_kernel(architecture).items() if "step_kernel" in name or "torch_" in name
+    }
 
 
-def makes_weights(name):
-    return name.startswith("moments_kernel")
+def of(kind, architecture):
+    """The kernels that are launched before a step: of moments, or of thresholds."""
+    return {name: counts for name, counts in every_kernel(architecture).items() if name.startswith(kind)}
 
 
 def variant(name):
@@ -90,7 +93,7 @@ def test_vectors_are_read_and_written_16_bytes_at_a_time(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_makes_weights_reads_16_bytes_at_a_time_and_adds_up_in_registers(architecture):
     """A product is one fused multiply-add, for each element of a vector, and once for a single one."""
-    found = {name: counts for name, counts in every_kernel(architecture).items() if makes_weights(name)}
+    found = of("moments_kernel", architecture)
     assert len(found) == 3
     for name, counts in found.items():
         terms = int(re.search(r"<(\d)>", name)[1])
@@ -99,6 +102,15 @@ def test_what_makes_weights_reads_16_bytes_at_a_time_and_adds_up_in_registers(ar
         assert loads >= 2 * terms, (name, loads)
         products = terms * (terms + 1) // 2
         assert sum(n for i, n in counts.items() if i.startswith("FFMA")) >= 9 * products, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_finds_thresholds_reads_16_bytes_at_a_time_and_counts_in_shared_memory(architecture):
+    (counts,) = of("thresholds_kernel", architecture).values()
+    loads = sum(n for i, n in counts.items() if re.match(r"LDG\.E(\.\w+)*\.128", i))
+    assert loads >= 2 * 4  # the sample, a first and any other prediction, a gradient
+    assert sum(n for i, n in counts.items() if i.startswith("ATOMS")) >= 9  # a vector's elements, and a single one
+    assert not any(i.startswith(("LDL", "STL")) for i in counts)
 
 
 def test_only_the_torch_stream_uses_approximations():

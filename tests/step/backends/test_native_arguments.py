@@ -15,6 +15,7 @@ from fastguide.guidance.encoded import MOST_TERMS, MOST_VALUES
 from fastguide.guidance.symbols import OPERATIONS
 from fastguide.step.backends import native
 from fastguide.step.call import Call, Objects
+from fastguide.step.operator import THRESHOLD_WORDS
 
 pytestmark = pytest.mark.skipif(
     not native.LIBRARY.exists(), reason="the native library is not built; fastguide info says why"
@@ -32,7 +33,11 @@ LISTS = {
     "fastguide_objects": Objects._fields,
     "fastguide_operations": tuple(OPERATIONS),
 }
-NUMBERS = {"fastguide_program_terms": MOST_TERMS, "fastguide_program_values": MOST_VALUES}
+NUMBERS = {
+    "fastguide_program_terms": MOST_TERMS,
+    "fastguide_program_values": MOST_VALUES,
+    "fastguide_threshold_words": THRESHOLD_WORDS,
+}
 
 
 def library_with(folder, **changed):
@@ -60,15 +65,16 @@ def swapped(values, i, j):
     ("name", "values", "message"),
     [
         ("row_columns", swapped(ROW_COLUMNS, 0, 1), "expected x0_scale, got x0_sample"),
-        ("row_columns", ROW_COLUMNS[:-1], "expected x0_noise, got nothing more"),
+        ("row_columns", ROW_COLUMNS[:-1], "expected quantile, got nothing more"),
         ("row_columns", [*ROW_COLUMNS, "out_more"], "expected nothing more, got out_more"),
         ("arguments", swapped(ARGUMENTS, 9, 10), "expected OptionalTensor gradient, got OptionalTensor variance"),
-        ("arguments", ARGUMENTS[:-1], "expected OptionalTensor scratch, got nothing more"),
+        ("arguments", ARGUMENTS[:-1], "expected OptionalTensor inverse_thresholds, got nothing more"),
         ("arguments", [*ARGUMENTS, "OptionalTensor history"], "expected nothing more, got OptionalTensor history"),
         ("arguments", ["OptionalTensor out", *ARGUMENTS[1:]], "expected Tensor out, got OptionalTensor out"),
         ("operations", swapped(tuple(OPERATIONS), 0, 1), "expected add, got sub"),
         ("program_terms", MOST_TERMS + 1, f"expected {MOST_TERMS}, got {MOST_TERMS + 1}"),
         ("program_values", 2 * MOST_VALUES, f"expected {MOST_VALUES}, got {2 * MOST_VALUES}"),
+        ("threshold_words", 1, f"expected {THRESHOLD_WORDS}, got 1"),
         ("call", swapped(Call._fields, 4, 5), "expected gradient, got variance"),
         ("objects", swapped(Objects._fields, 0, 1), "expected none, got true_object"),
     ],

@@ -31,7 +31,7 @@ def arguments_of(shape, table, guidance, dtype=torch.float32, place=lambda name,
     tensors = {
         "out": torch.zeros(shape), "original": torch.zeros(shape), "sample": x,
         "rows": table.device_rows(None, torch.float32), "weights": guidance.weights(x.device, torch.float32),
-        "thresholds": torch.zeros(shape[0], THRESHOLD_WORDS),
+        "inverse_thresholds": torch.zeros(shape[0], THRESHOLD_WORDS),
     }  # fmt: skip
     placed = {name: place(name, tensor.contiguous()) for name, tensor in (tensors | changed).items()}
     predictions = [place(f"prediction {k}", p.to(dtype)) for k, p in enumerate(given)]
@@ -40,19 +40,19 @@ def arguments_of(shape, table, guidance, dtype=torch.float32, place=lambda name,
 
 
 def expected_of(a):
-    """What the reference makes of them: the next sample, x_0, and the thresholds."""
-    thresholds = torch.zeros(len(a.sample), 1)
-    wanted = a._replace(out=a.out.clone(), original=a.original.clone(), thresholds=thresholds)
+    """What the reference makes of them: the next sample, x_0, and 1 over the thresholds."""
+    inverse = torch.zeros(len(a.sample), 1)
+    wanted = a._replace(out=a.out.clone(), original=a.original.clone(), inverse_thresholds=inverse)
     reference.guided_step(*wanted)
-    return wanted.out, wanted.original, thresholds[:, 0]
+    return wanted.out, wanted.original, inverse[:, 0]
 
 
 def check(a, expected):
-    out, original, thresholds = expected
-    torch.testing.assert_close(a.thresholds[:, 0], thresholds, rtol=1e-6, atol=0, equal_nan=True)
+    out, original, inverse = expected
+    torch.testing.assert_close(a.inverse_thresholds[:, 0], inverse, rtol=1e-6, atol=0, equal_nan=True)
     torch.testing.assert_close(a.original, original, rtol=1e-5, atol=1e-5, equal_nan=True)
     torch.testing.assert_close(a.out, out, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert not bool(a.thresholds[:, 1:].view(torch.int32).any())  # as it was
+    assert not bool(a.inverse_thresholds[:, 1:].view(torch.int32).any())  # as it was
 
 
 TABLES = {
@@ -90,16 +90,16 @@ def test_samples_at_rows_of_their_own():
     rows[3] = DDIM.device_rows(None, torch.float32)[3]
     a = arguments_of((3, 900), TABLES["between"], ClassifierFree(3.0), rows=rows, indices=torch.tensor([8, 3, 9]))
     device_code.guided_step(*a)
-    _, original, thresholds = expected_of(a)
+    _, original, inverse = expected_of(a)
     torch.testing.assert_close(a.original, original, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(a.thresholds[[0, 2], 0], thresholds[[0, 2]], rtol=1e-6, atol=0)
+    torch.testing.assert_close(a.inverse_thresholds[[0, 2], 0], inverse[[0, 2]], rtol=1e-6, atol=0)
     cursor = torch.tensor([[8, 10, 0, 0], [7, 7, 0, 0], [9, 10, 0, 0]])
     moved = arguments_of((3, 900), TABLES["between"], ClassifierFree(3.0), cursor=cursor)
     before = moved.sample.clone()
     moved = moved._replace(out=moved.sample)
     device_code.guided_step(*moved)
     assert torch.equal(moved.out[1], before[1])
-    torch.testing.assert_close(moved.thresholds[[0, 2], 0], thresholds[[0, 2]], rtol=1e-6, atol=0)
+    torch.testing.assert_close(moved.inverse_thresholds[[0, 2], 0], inverse[[0, 2]], rtol=1e-6, atol=0)
 
 
 # ---- Interpreted ----
@@ -114,7 +114,7 @@ class Placed:
     def __call__(self, name, tensor):
         size = tensor.numel() * tensor.element_size()
         begin = self.memory.allocate(size, name)
-        kinds = {"out": WRITE, "original": WRITE, "thresholds": READ | WRITE | INITIALISED}
+        kinds = {"out": WRITE, "original": WRITE, "inverse_thresholds": READ | WRITE | INITIALISED}
         self.memory.allow(begin, size, kinds.get(name, READ | INITIALISED))
         view = torch.from_numpy(self.memory.bytes[begin : begin + size]).view(tensor.dtype).view(tensor.shape)
         view.copy_(tensor)

@@ -95,7 +95,7 @@ def test_an_index_outside_of_the_table_makes_its_sample_nan():
     ("place", "value", "message"),
     [
         (0, torch.empty(2, 3, dtype=torch.float64), "expected no float64 tensors in Triton"),
-        (5, torch.zeros(4, 3), r"rows: expected shape \(steps, 25\), contiguous, got \(4, 3\)"),
+        (5, torch.zeros(4, 3), r"rows: expected shape \(steps, 26\), contiguous, got \(4, 3\)"),
     ],
 )
 def test_direct_calls_are_refused(place, value, message):

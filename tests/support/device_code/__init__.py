@@ -143,8 +143,11 @@ def arguments_of(*arguments: object) -> dict:
         "weights_batch_stride": a.weights.stride(1) if a.weights.shape[1] > 1 else 0,
         "index": a.index,
     }
-    if a.thresholds is not None:
-        plain |= {"thresholds": a.thresholds.data_ptr(), "thresholds_stride": a.thresholds.stride(0)}
+    if a.inverse_thresholds is not None:
+        plain |= {
+            "inverse_thresholds": a.inverse_thresholds.data_ptr(),
+            "inverse_thresholds_stride": a.inverse_thresholds.stride(0),
+        }
     return plain | _position_of(a) | _noise_of(a) | _program_of(a, len(predictions))
 
 

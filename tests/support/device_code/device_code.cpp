@@ -123,8 +123,8 @@ static Arguments arguments_of(const py::dict& d) {
   a.made = pointer<void>(d, "made");
   a.weighs_sample = number<bool>(d, "weighs_sample", false);
   a.scratch = pointer<double>(d, "scratch");
-  a.thresholds = pointer<void>(d, "thresholds");
-  a.thresholds_stride = number<int64_t>(d, "thresholds_stride", 0);
+  a.inverse_thresholds = pointer<void>(d, "inverse_thresholds");
+  a.inverse_thresholds_stride = number<int64_t>(d, "inverse_thresholds_stride", 0);
   a.index = number<int64_t>(d, "index", 0);
   a.indices = pointer<int64_t>(d, "indices");
   a.indices_stride = number<int64_t>(d, "indices_stride", 0);

@@ -19,7 +19,7 @@ _CLIP, _QUANTILE = ROW_COLUMNS.index("clip"), ROW_COLUMNS.index("quantile")
 
 
 def thresholds_for(sample: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the memory for the inverse thresholds of a step: of shape (batch, 1), or (batch, ``THRESHOLD_WORDS``) on a GPU."""
+    """Return a step's memory for its inverse thresholds: (batch, 1), or (batch, ``THRESHOLD_WORDS``) on a GPU."""
     batch = sample.shape[0]
     if sample.device.type == "cpu":
         return torch.empty(batch, 1, dtype=dtype, device="cpu")
@@ -31,7 +31,7 @@ def with_thresholds(backend: Backend, a: StepArguments) -> StepArguments:
 
     Args:
         backend: whose step it is.
-        a: the step's arguments; its weights are those that the step takes, its inverse thresholds None or memory for them.
+        a: the step's arguments; its weights are those that it takes, its inverse thresholds None or memory for them.
     """
     if a.inverse_thresholds is None or not backend.needs_thresholds:
         return a

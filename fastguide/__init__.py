@@ -18,6 +18,7 @@ from .guidance import (
     ZeroStar,
     as_guidance,
 )
+from .sampling.distributed.ranks import samples_of_rank
 from .sampling.sampler import Sampler
 from .sampling.trajectory import Trajectory
 from .schedules import FlowSchedule, NoiseSchedule, linear_quadratic_sigmas
@@ -69,5 +70,6 @@ __all__ = [
     "guided_step",
     "linear_quadratic_sigmas",
     "portable_noise",
+    "samples_of_rank",
     "training_target",
 ]

@@ -68,6 +68,11 @@ class MomentWeights:
         both = active if self.active is None else active & self.active
         return MomentWeights(*self._always, both)
 
+    def of_samples(self, samples: slice) -> MomentWeights:
+        """Return the weights of some samples."""
+        program, parameters = self._always
+        return MomentWeights(program, {name: _of_samples(p, samples) for name, p in parameters.items()}, self.active)
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the program as kernels read it, int32 of shape (1, words), and its parameters and constants.
 
@@ -100,3 +105,9 @@ class MomentWeights:
             scratch = torch.zeros(numbers, dtype=torch.float64, device=sample.device)
             self._scratch[sample.device, batch, elements] = scratch
         return scratch
+
+
+def _of_samples(parameter: float | Tensor, samples: slice) -> float | Tensor:
+    if isinstance(parameter, Tensor) and parameter.shape[1] > 1:
+        return parameter[:, samples]
+    return parameter

@@ -70,6 +70,7 @@ class Guidance:
         self._weights = {(weights.device, dtype): weights.to(dtype) for dtype in (torch.float32, torch.float64)}
         self._source = weights
         self._copies: dict[tuple[torch.device, torch.dtype], torch.cuda.Event] = {}
+        self._of_samples: tuple[slice, Guidance] | None = None
 
     @classmethod
     def from_predictions(cls, weights_from: Callable[[Sequence[Tensor]], Tensor], num_predictions: int) -> Guidance:
@@ -219,6 +220,28 @@ class Guidance:
         if not isinstance(self.weights_from, MomentWeights):
             raise TypeError("guidance: expected weights that are no function's of the predictions, to be left out")
         return Guidance(weights, self.classifier, self.weights_from.where(active))
+
+    def of_samples(self, samples: slice) -> Guidance:
+        """Return the guidance of some samples: itself where the weights are the same for every sample.
+
+        Otherwise one that is made anew where other samples are asked for than at the last time.
+
+        Raises:
+            TypeError: a subclass makes the weights, one for each sample, itself.
+
+        >>> from fastguide import ClassifierFree
+        >>> ClassifierFree([1.0, 5.0, 7.5]).of_samples(slice(1, 3)).batch
+        2
+        """
+        if self.batch == 1:
+            return self
+        if type(self).weights is not Guidance.weights:
+            raise TypeError(f"guidance: expected weights that stay as they are, to take some of, got {self!r}")
+        if self._of_samples is None or self._of_samples[0] != samples:
+            made = self.weights_from
+            made = made.of_samples(samples) if isinstance(made, MomentWeights) else made
+            self._of_samples = samples, Guidance(self._source[:, samples], self.classifier, made)
+        return self._of_samples[1]
 
     def __add__(self, other: Guidance) -> Guidance:
         """Return guidance with the prediction weights of one operand and the classifier's gradient of the other."""

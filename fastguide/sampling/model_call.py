@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from ..solvers.table import StepTable
 from ..step.memory import DTYPES, in_layout_of
 from . import conditioning as conditioning
 from .conditioning import Condition
+from .distributed.dimension import Dimension
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,21 @@ class ModelOptions:
     skip_unconditional: bool
     timestep_dtype: torch.dtype | None
     scalar_timestep: bool
+    guidance_ranks: Dimension | None = None
+    """Those that share the predictions of a step; ``None``: this process makes them all."""
+
+    @property
+    def settings(self) -> str:
+        """How the model is called, as text: of all but the model and the ranks."""
+        left_out = ("model", "guidance_ranks")
+        return ", ".join(
+            f"{each.name}={getattr(self, each.name)}" for each in fields(self) if each.name not in left_out
+        )
+
+    def own_predictions(self, num_predictions: int) -> range:
+        """Return which of a guidance's predictions this process calls the model for."""
+        ranks = self.guidance_ranks
+        return range(num_predictions) if ranks is None else ranks.part_of(num_predictions)
 
     def told_in(self, table: StepTable) -> torch.dtype:
         """Return the dtype of the model's timesteps."""
@@ -96,8 +112,9 @@ class ModelCall:
         """Return the predictions, of which one tensor may hold all along the batch, and the learned variance."""
         calls = self._calls[skip_uncond]
         if len(calls) == 1:
-            return self._split(self._output(calls[0]), calls[0].num_predictions)
-        parts = [self._split(self._output(call), 1) for call in calls]
+            count = calls[0].num_predictions
+            return self._split(self._checked_output(self._output(calls[0]), count), count)
+        parts = [self._split(self._checked_output(self._output(call), 1), 1) for call in calls]
         predictions = [prediction for part, _ in parts for prediction in part]
         addresses = [prediction.data_ptr() for prediction in predictions if prediction.numel()]
         if len(set(addresses)) < len(addresses):
@@ -115,8 +132,8 @@ class ModelCall:
             output = self._model(x, timestep, condition)
         return output
 
-    def _split(self, output: Tensor, count: int) -> tuple[list[Tensor], Tensor | None]:
-        """Return the output's predictions, and the learned variance: that of the last, conditional one."""
+    def _checked_output(self, output: Tensor, count: int) -> Tensor:
+        """Return the model's output, or a copy if it is in memory that the step writes; refuse what is none."""
         if not isinstance(output, Tensor):
             hint = (
                 "; its .sample is one, and fastguide.diffusers.as_model takes it" if hasattr(output, "sample") else ""
@@ -128,6 +145,10 @@ class ModelCall:
             self._checked.add(signature)
         if output.untyped_storage().data_ptr() in self._step_writes:  # a view of the model's input
             output = output.clone()
+        return output
+
+    def _split(self, output: Tensor, count: int) -> tuple[list[Tensor], Tensor | None]:
+        """Return the output's predictions, and the learned variance: that of the last, conditional one."""
         sample, batch = self._sample, self._batch
         if not self._learned_variance and output.stride()[1:] == sample.stride()[1:]:
             return [output], None

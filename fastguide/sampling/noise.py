@@ -45,6 +45,16 @@ class NoNoise:
     """One of ``fastguide.step.noise.SOURCES``."""
     between_steps = False
     """Whether the host has to act between two steps, so that they cannot be one graph."""
+    per_sample = True
+    """Whether each sample's noise depends on nothing but its own source."""
+
+    def of_samples(self, samples: slice) -> NoNoise:
+        """Return the source of some samples alone."""
+        return self
+
+    def origin(self) -> object:
+        """Return what all noise to come follows from; waits for the device if it is there."""
+        return None
 
     def load(self, buffers: NoiseBuffers, samples: slice) -> None:
         """Prepare the buffers for the first step of some samples."""
@@ -67,6 +77,15 @@ class TorchNoise(NoNoise):
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self._generators = generators
+        self.per_sample = len(generators) > 1
+
+    def of_samples(self, samples: slice) -> TorchNoise:
+        """Return the source of some samples alone: their own generators, or the one that all have."""
+        return TorchNoise(self._generators[samples]) if self.per_sample else self
+
+    def origin(self) -> object:
+        """Return the states of the generators."""
+        return [generator.get_state().tolist() for generator in self._generators]
 
     def before_step(self, buffers: NoiseBuffers) -> None:
         """Draw the step's noise."""
@@ -84,10 +103,16 @@ class TorchStreamNoise(NoNoise):
     """
 
     source = "torch_stream"
+    per_sample = False
 
     def __init__(self, generator: torch.Generator | DeviceGenerator) -> None:
         self._generator = generator
         self._position: tuple[int, int] | None = None  # of the caller's generator, after our last step
+
+    def origin(self) -> object:
+        """Return seed and offset."""
+        generator = self._generator
+        return generator.state.tolist() if isinstance(generator, DeviceGenerator) else _position(generator)
 
     def load(self, buffers: NoiseBuffers, samples: slice) -> None:
         """Copy the generator's position to the buffer."""
@@ -122,6 +147,14 @@ class PortableNoise(NoNoise):
 
     def __init__(self, seeds: Tensor) -> None:
         self._seeds = seeds
+
+    def of_samples(self, samples: slice) -> PortableNoise:
+        """Return the source of some samples alone: their seeds."""
+        return PortableNoise(self._seeds[samples])
+
+    def origin(self) -> object:
+        """Return the seeds."""
+        return self._seeds.tolist()
 
     def load(self, buffers: NoiseBuffers, samples: slice) -> None:
         """Copy the seeds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,20 @@ class SampleRequest:
     def calls(self) -> range:
         """The model calls of the run."""
         return range(self.begin, len(self.table))
+
+    def of_samples(self, samples: slice) -> SampleRequest:
+        """Return the request for some of the samples alone."""
+        painted = self.inpainting
+        return replace(
+            self,
+            guidance=self.guidance.of_samples(samples),
+            x_T=self.x_T[samples],
+            first=self.first[samples],
+            inpainting=None if painted is None else Inpainting(*[values[samples] for values in painted]),
+            conditions=[(name, conditioning.at(condition, samples)) for name, condition in self.conditions],
+            labels=None if self.labels is None else self.labels[samples],
+            noise=self.noise.of_samples(samples),
+        )
 
 
 def make_request(

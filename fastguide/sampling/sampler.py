@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,11 +19,16 @@ from . import capture
 from .capture import Graphs, Pool
 from .conditioning import Condition
 from .continuous_batching import Slots
+from .distributed.dimension import Dimension
+from .distributed.ranks import Ranks
 from .model_call import ModelOptions
 from .noise import Generators
-from .request import checked_guidance, checked_table, make_request
+from .request import SampleRequest, checked_guidance, checked_table, make_request
 from .state import SamplerState, StateKey
 from .trajectory import Recorder, Trajectory
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Callback: TypeAlias = Callable[[int, float, Tensor], object]
 
@@ -56,6 +61,9 @@ class Sampler:
         max_loops: number of kinds of calls, of different shapes, dtypes or inputs, whose buffers and graphs are
             cached; the least recently used are dropped.
         recapture: ``False``: only calls of the first call's kind are allowed.
+        mesh: processes that share the work, a ``DeviceMesh`` with dimensions named "data" and "guidance" or one of
+            them: each rank makes its part of the samples, and along "guidance" calls the model for its part of the
+            predictions. All ranks call the sampler, with the same arguments.
 
     Number of steps, schedule, scale, seeds and conditions are in small buffers: changing them captures nothing again
     (but scales for each sample instead of one for all, and, with ``"loop"``, another number of steps). A graph reads
@@ -84,6 +92,7 @@ class Sampler:
         scalar_timestep: bool = False,
         max_loops: int = 8,
         recapture: bool = True,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
@@ -116,7 +125,15 @@ class Sampler:
         self.recapture = recapture
         self.table = table
         self.guidance = guidance
+        self._ranks = None if mesh is None else Ranks(mesh)
+        if cuda_graph == "try" and self._guidance_ranks is not None:
+            raise ValueError("cuda_graph: expected 'auto', 'loop' or False, as all ranks of a guidance do the same")
         self._forget()
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The processes that share the work."""
+        return None if self._ranks is None else self._ranks.mesh
 
     @property
     def table(self) -> StepTable:
@@ -151,6 +168,7 @@ class Sampler:
         callback: Callback | None = None,
         progress: bool = False,
         check_finite: bool = False,
+        gather: bool = True,
     ) -> Tensor:
         """Sample from ``x_T``, which is left as it is, to x_0.
 
@@ -183,6 +201,8 @@ class Sampler:
             progress: show a progress bar (needs tqdm). It counts launched model calls: nothing waits for the device.
             check_finite: refuse a result that is not finite, naming the step after which that began; waits for the
                 device once, at the end.
+            gather: with a mesh, whether every rank returns all samples, in their order; ``False``: its own, those of
+                ``samples_of_rank``. A callback sees those alone.
 
         Returns:
             x_0 as a new tensor.
@@ -190,12 +210,13 @@ class Sampler:
         Raises:
             TypeError, ValueError: an argument is not as described, or the model or classifier returns something else
                 than described; the message names it, what was expected and what came.
-            RuntimeError: the model cannot be captured; the sampler is in use.
+            RuntimeError: the model cannot be captured; the sampler is in use; another rank has failed or is gone.
             FloatingPointError: with ``check_finite``.
         """
         return self._sample(
             x_T, cond=cond, uncond=uncond, labels=labels, image=image, mask=mask, strength=strength,
             generator=generator, seeds=seeds, callback=callback, progress=progress, check_finite=check_finite,
+            gather=gather,
         ).sample  # fmt: skip
 
     def trajectory(self, x_T: Tensor, *, samples: bool = True, originals: bool = True, **arguments: Any) -> Trajectory:
@@ -228,17 +249,47 @@ class Sampler:
         callback: Callback | None = None,
         progress: bool = False,
         check_finite: bool = False,
+        gather: bool = True,
         **arguments: Any,
     ) -> Trajectory:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
-        options = self._options()
-        request = make_request(options, self._table, self._guidance, x_T, **arguments)
-        capture.check_mode(self.cuda_graph, x_T.device)
+        options, ranks = self._options(), self._ranks
+        if not isinstance(gather, bool) or (ranks is None and not gather):
+            raise ValueError(f"gather: expected True, or False with a mesh, got {gather!r}")
+
+        def make() -> SampleRequest:
+            request = make_request(options, self._table, self._guidance, x_T, **arguments)
+            capture.check_mode(self.cuda_graph, x_T.device)
+            return request
+
+        def sample(request: SampleRequest) -> Trajectory:
+            bar = progress and (ranks is None or ranks.first)
+            return self._run(request, key_of(request), samples, callback, bar, check_finite)
+
+        def key_of(request: SampleRequest) -> StateKey:
+            return StateKey.of(options, request, originals=originals)
+
+        if ranks is None:
+            return sample(make())
+        settings = f"cuda_graph={self.cuda_graph!r}, {options.settings}, {samples=}, {originals=}, {gather=}"
+        return ranks.sampled(
+            make, sample, lambda share: key_of(share) in self._cache, settings, (samples, originals), gather
+        )
+
+    def _run(
+        self,
+        request: SampleRequest,
+        key: StateKey,
+        samples: bool,
+        callback: Callback | None,
+        progress: bool,
+        check_finite: bool,
+    ) -> Trajectory:
         table, noise, calls = request.table, request.noise, request.calls
-        records = check_finite or samples or originals
+        records = check_finite or samples or key.originals
         between_steps = callback is not None or progress or records or noise.between_steps
-        with self._borrow(StateKey.of(options, request, originals=originals), request.guidance) as (state, graphs):
+        with self._borrow(key, request.guidance) as (state, graphs):
 
             def load() -> None:
                 state.load(request)
@@ -275,8 +326,11 @@ class Sampler:
             batch: number of requests that can be active at once.
             capacity: number of rows that all different tables of active requests have.
 
-        The model, dtypes, graphs and default table and guidance are the sampler's.
+        The model, dtypes, graphs and default table and guidance are the sampler's. With a mesh, they are this rank's
+        own, and requests are not shared.
         """
+        if self._guidance_ranks is not None:
+            raise ValueError("mesh: expected one rank in its dimension 'guidance' for slots, got more")
         return Slots(self._options(), self._table, self._guidance, self.cuda_graph, batch, capacity)
 
     def _options(self) -> ModelOptions:
@@ -288,7 +342,12 @@ class Sampler:
             self.skip_unconditional,
             self.timestep_dtype,
             self.scalar_timestep,
+            self._guidance_ranks,
         )
+
+    @property
+    def _guidance_ranks(self) -> Dimension | None:
+        return None if self._ranks is None or self._ranks.guidance.size == 1 else self._ranks.guidance
 
     # ---- Cached states ----
 

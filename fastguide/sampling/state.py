@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from ..step.thresholds import thresholds_for
 from ..step.weigh import weighed
 from . import conditioning as conditioning
 from .conditioning import NamedConditions, Signature
+from .distributed.dimension import Dimension
+from .distributed.gathered_call import GatheredModelCall
 from .model_call import ModelCall, ModelOptions
 from .noise import NoiseBuffers
 from .request import SampleRequest
@@ -62,6 +65,8 @@ class StateKey(NamedTuple):
     model_dtype: torch.dtype
     conditions: Signature
     predictions: int
+    own_predictions: range  # those that this process calls the model for
+    guidance_ranks: Dimension | None  # those that share all of them
     weights_from: Program | ByIdentity | None
     makes_weights: bool  # whether the step itself makes them, by a program
     classifier: tuple[object, ...] | None
@@ -104,7 +109,8 @@ class StateKey(NamedTuple):
         x, table, guidance = request.x_T, request.table, request.guidance
         shape, capacity = (tuple(x.shape), len(table)) if slots is None else ((slots[0], *x.shape[1:]), slots[1])
         model_dtype = x.dtype if options.dtype is None else options.dtype
-        copies = guidance.num_predictions if options.batched else 1
+        own = options.own_predictions(guidance.num_predictions)
+        copies = len(own) if options.batched else 1
         classifier, model, device = guidance.classifier, options.model, x.device.type
         return cls(
             model=ByIdentity(model),
@@ -115,6 +121,8 @@ class StateKey(NamedTuple):
             model_dtype=model_dtype,
             conditions=request.conditions_signature,
             predictions=guidance.num_predictions,
+            own_predictions=own,
+            guidance_ranks=options.guidance_ranks,
             weights_from=_what_makes_weights(guidance),
             makes_weights=isinstance(guidance.weights_from, MomentWeights) and device in request.backend.makes_weights,
             classifier=None if classifier is None else (guidance.form, *map(ByIdentity, classifier.functions)),
@@ -163,17 +171,20 @@ class SamplerState:
         with torch.inference_mode(False):  # or the buffers could be written in inference mode only
             self._make_sample_buffers()
             self._make_table_buffers()
-            self.condition = conditioning.buffers(key.conditions, key.predictions * self.batch, key.device)
+            self.condition = conditioning.buffers(key.conditions, len(key.own_predictions) * self.batch, key.device)
             self.labels = torch.zeros(self.batch, dtype=torch.int64, device=key.device) if key.labels else None
             self.noise = NoiseBuffers(key.noise, self.sample)
-            copies = key.predictions if key.batched else 1
+            copies = len(key.own_predictions) if key.batched else 1
             self.cursor = Cursor(
                 self.batch if key.calls_per_sample else None,
                 timesteps=None if key.scalar_timestep else copies * self.batch,
                 timestep_dtype=key.timestep_dtype,
                 device=key.device,
             )
-            self.model_call = ModelCall(
+            model_call = (
+                ModelCall if key.guidance_ranks is None else functools.partial(GatheredModelCall, key.guidance_ranks)
+            )
+            self.model_call = model_call(
                 key.model.function,
                 self.sample,
                 self.sample if self.staged is None else self.staged,
@@ -200,7 +211,7 @@ class SamplerState:
         self.history = self._many(key.history_slots, self.rows_dtype) if key.history_slots else None
         self.staged: Tensor | None = None
         if key.staged:
-            self.staged = self._many(key.predictions if key.batched else 1, key.model_dtype)
+            self.staged = self._many(len(key.own_predictions) if key.batched else 1, key.model_dtype)
 
     def _many(self, copies: int, dtype: torch.dtype) -> Tensor:
         """Return a tensor of the batch several times, in the sample's layout."""
@@ -329,7 +340,8 @@ class SamplerState:
     def _write_conditions(self, conditions: NamedConditions, samples: slice) -> None:
         if self.condition is None:
             return
-        for k, (_, condition) in enumerate(conditions):
+        own = self.key.own_predictions
+        for k, (_, condition) in enumerate(conditions[own.start : own.stop]):
             first = k * self.batch
             conditioning.write(self.condition, slice(first + samples.start, first + samples.stop), condition)
 

@@ -1,0 +1,24 @@
+"""Test what ranks refuse: what differs between them, by name, on all of them; and ranks that end or do not come."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import rank_failures, ranks
+
+
+def test_what_ranks_cannot_share_is_refused_by_name_on_all_of_them():
+    assert ranks.run(2, rank_failures.every_refusal) == [None, None]
+
+
+@pytest.mark.parametrize(("shape", "how"), [((1, 2), "ends"), ((2, 1), "ends"), ((1, 2), "stays away")])
+def test_a_rank_that_is_lost_is_an_error_of_the_others_and_no_hang(shape, how):
+    first, second = ranks.run(2, rank_failures.with_a_rank_that_is_lost, shape, how, timeout=1.0)
+    message, seconds = first
+    name = "guidance" if shape[1] == 2 else "data"
+    assert message.startswith(f"mesh: expected all ranks of dimension '{name}', [0, 1], to take part, but one of them")
+    assert seconds < 1.9  # of the two that the other stays away
+    if how == "ends":
+        assert second == 9
+    else:  # the first one has gone on without it
+        assert second[0].startswith("mesh: expected all ranks")

@@ -33,3 +33,25 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(world, expected):
                 assert torch.equal(made["originals"], plain.originals)
                 of_two = sampled(sampler_of("classifier-free"), **arguments_of("classifier-free", 2))
                 assert torch.equal(made["of two"], of_two)
+
+
+def test_what_is_sent_and_called_at_each_step():
+    """For two ranks: outputs in the model's dtype, once a step, or once a call where predictions are one by one."""
+    first, second = ranks.run(2, rank_cases.what_is_sent)
+    one, float32, bfloat16 = 5 * 2 * 4 * 4, torch.float32, torch.bfloat16
+    assert first["classifier-free"] == second["classifier-free"] == ([(one, float32)] * 4, [5] * 4)
+    assert first["bfloat16"] == second["bfloat16"] == ([(one, bfloat16)] * 4, [5] * 4)
+    assert first["learned variance"] == ([(2 * one, float32)] * 4, [5] * 4)
+    assert first["four, one by one"] == second["four, one by one"] == ([(one, float32)] * 8, [5] * 8)
+    assert first["five"] == ([(3 * one, float32)] * 4, [15] * 4)
+    assert second["five"] == ([(3 * one, float32)] * 4, [10] * 4)
+
+
+def test_steps_with_an_all_gather_can_be_a_graph(expected):
+    """Of the stand-in, which makes what was recorded again: all memory stays where it was."""
+    for found in ranks.run(2, rank_cases.captured):
+        assert len(found) == 10
+        for name, (first, replayed) in found.items():
+            case = name.rpartition(", ")[0]
+            assert torch.equal(first, expected[case]), name
+            assert torch.equal(replayed, expected[case]), name

@@ -24,7 +24,10 @@ from fastguide import (
     dpm_solver,
     portable_noise,
 )
+from fastguide.sampling import capture
+from fastguide.sampling.distributed.dimension import Dimension
 from tests.support.ranks import mesh_of
+from tests.support.recorded_graph import RecordedGraph
 
 SCHEDULE = NoiseSchedule.linear()
 SHAPE = (2, 4, 4)
@@ -33,7 +36,7 @@ SHAPE = (2, 4, 4)
 def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """Depend on the sample, the time and the condition; a row's bits do not depend on the others."""
     rows = (slice(None), *[None] * (x.dim() - 1))
-    return x * y[rows] / (1 + x * x) + 0.001 * t[rows]
+    return (x * y[rows] / (1 + x * x) + 0.001 * t[rows]).to(x.dtype)
 
 
 def model_of_mapping(x: Tensor, t: Tensor, text: Tensor, more: dict[str, Tensor]) -> Tensor:
@@ -142,4 +145,48 @@ def every_case(meshes: list[tuple[int, int]]) -> dict[tuple[int, int], dict[str,
             trajectory = sampler.trajectory(**arguments)
             made["samples"], made["originals"] = trajectory.samples, trajectory.originals
             made["of two"] = sampled(sampler, **arguments_of("classifier-free", 2))
+    return found
+
+
+def what_is_sent() -> dict[str, Any]:
+    """The elements and the dtype of each all-gather of a step, and the rows that this rank gives its model."""
+    found: dict[str, Any] = {}
+    mesh = mesh_of(1, 2)
+    for name in ("classifier-free", "bfloat16", "learned variance", "four, one by one", "five"):
+        sent: list[tuple[int, torch.dtype]] = []
+        rows: list[int] = []
+        case = CASES[name]
+
+        def counted(x: Tensor, *rest: Any, case: Case = case, rows: list[int] = rows) -> Tensor:
+            rows.append(len(x))
+            return case.model(x, *rest)
+
+        sampler = Sampler(counted, case.table, case.guidance, **case.options, mesh=mesh)
+        sampled(sampler, **arguments_of(name))
+        rows.clear()
+        gather = Dimension.begin_all_gather
+
+        def spied(self: Dimension, out: Tensor, mine: Tensor, sent: list[Any] = sent, gather: Any = gather) -> Any:
+            sent.append((mine.numel(), mine.dtype))
+            return gather(self, out, mine)
+
+        Dimension.begin_all_gather = spied  # type: ignore[method-assign]
+        sampled(sampler, **arguments_of(name))
+        Dimension.begin_all_gather = gather  # type: ignore[method-assign]
+        found[name] = sent[1:], rows  # the first one is the agreement
+    return found
+
+
+def captured() -> dict[str, Any]:
+    """Cases whose steps are graphs, on the CPU's stand-in for one; and how often the model was called at replays."""
+    capture.can_capture = lambda device: True
+    capture.Graph = RecordedGraph  # type: ignore[misc, assignment]
+    found: dict[str, Any] = {}
+    for name in ("classifier-free", "five", "perturbed, one by one", "without uncond", "learned variance"):
+        for mode in ("auto", "loop"):
+            sampler = sampler_of(name, mesh_of(1, 2), cuda_graph=mode)
+            first = sampled(sampler, **arguments_of(name))
+            state = next(iter(sampler._cache.values())).state
+            state.model_call = None  # type: ignore[assignment]  # no Python at replays
+            found[f"{name}, {mode}"] = first, sampled(sampler, **arguments_of(name))
     return found

@@ -42,6 +42,8 @@ class RecordedGraph:
         for function, arguments, keywords, result in self.calls:
             again = function(*arguments, **keywords)
             for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(new, torch.ScriptObject) and hasattr(new, "wait"):  # an all-gather under way
+                    new.wait()
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 

@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
+        from .demo.ranks import is_first, started
         from .demo.run import closed_form, run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _DEMO_MODULES:
@@ -88,16 +89,18 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"fastguide: --output: expected a folder that can be written, got {error}", file=sys.stderr)
         return 1
     try:
-        if options.without_training:
-            closed_form(options.output)
-            return 0
-        run(
-            options.output,
-            quick=options.quick,
-            retrain=options.retrain,
-            seed=options.seed,
-            backend=options.backend,
-        )
+        with started() as mesh:
+            if not options.without_training:
+                run(
+                    options.output,
+                    quick=options.quick,
+                    retrain=options.retrain,
+                    seed=options.seed,
+                    backend=options.backend,
+                    mesh=mesh,
+                )
+            elif is_first(mesh):
+                closed_form(options.output)
     except KeyboardInterrupt:
         print(
             "\nfastguide: interrupted; finished models stay in the cache, finished pictures in --output",

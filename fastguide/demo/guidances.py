@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,12 @@ from ..guidance import AdaptiveProjected, ClassifierFree, Guidance, MagnitudeAwa
 from ..sampling.sampler import Sampler
 from ..solvers import StepTable
 from . import digits, paths
+from .methods import noise
 from .mixture import DEVIATIONS, MEANS
 from .models import NULL_CLASS, Denoiser
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 SCALE = 8.0
 _FULL = 0.98
@@ -51,22 +55,31 @@ class OnDigits(NamedTuple):
         return {"guidance": self.name, "scale": SCALE, **quality}
 
 
-def on_digits(
+def images_of(
+    name: str,
     table: StepTable,
     denoiser: Denoiser,
+    labels: Tensor,
+    seed: int,
+    backend: str | None,
+    mesh: DeviceMesh | None = None,
+) -> Tensor:
+    """Sample the labels with one of the kinds of guidance; all start from the same noise."""
+    sampler = Sampler(denoiser, table, KINDS[name](table), backend=backend, mesh=mesh)
+    return sampler(**noise(len(labels), seed, mesh), cond=labels, uncond=torch.full_like(labels, NULL_CLASS))
+
+
+def on_digits(
+    images_of: Callable[[str], Tensor],
     judge: digits.Judge,
     held_out: digits.Digits,
     labels: Tensor,
     real_coverage: float,
-    seed: int,
-    backend: str | None,
 ) -> list[OnDigits]:
-    """Sample the labels with each kind of guidance, all from the same noise."""
+    """Measure the images of each kind of guidance."""
     found = []
-    for name, make in KINDS.items():
-        x_T = torch.randn(len(labels), *digits.SHAPE, generator=torch.Generator().manual_seed(seed))
-        sampler = Sampler(denoiser, table, make(table), backend=backend)
-        images = sampler(x_T, cond=labels, uncond=torch.full_like(labels, NULL_CLASS))
+    for name in KINDS:
+        images = images_of(name)
         found.append(
             OnDigits(
                 name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ from ..guidance import Classifier, ClassifierFree, Guidance
 from ..sampling.sampler import Sampler
 from ..schedules import NoiseSchedule
 from ..solvers import StepTable, ddim, ddpm
+from ..step.noise import portable_noise
 from .digits import NUM_CLASSES, SHAPE
 from .models import NULL_CLASS, Denoiser, NoiseAwareClassifier
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Family = Literal["none", "classifier, epsilon form", "classifier, mean form", "classifier-free", "negative condition"]
 
@@ -75,10 +79,9 @@ def sample(
     negative: Tensor,
     seed: int,
     backend: str | None,
+    mesh: DeviceMesh | None = None,
 ) -> Tensor:
     """Sample images of the labels, shape (n, 1, 8, 8); every method starts from the same noise."""
-    generator = torch.Generator().manual_seed(seed)
-    x_T = torch.randn(len(labels), *SHAPE, generator=generator)
     null = torch.full_like(labels, NULL_CLASS)
     scale = method.scale or 0.0
     guidance: Guidance | None = None
@@ -89,5 +92,14 @@ def sample(
     elif method.family != "none":
         guidance = ClassifierFree(scale)
         cond, uncond = labels, null if method.family == "classifier-free" else negative[labels]
-    sampler = Sampler(denoiser, table, guidance, backend=backend)
-    return sampler(x_T, cond=cond, uncond=uncond, labels=classes, generator=generator)
+    sampler = Sampler(denoiser, table, guidance, backend=backend, mesh=mesh)
+    return sampler(**noise(len(labels), seed, mesh), cond=cond, uncond=uncond, labels=classes)
+
+
+def noise(count: int, seed: int, mesh: DeviceMesh | None) -> dict[str, Any]:
+    """Return where samples begin and what their steps draw from; for a mesh, a seed for each of the samples."""
+    if mesh is None:
+        generator = torch.Generator().manual_seed(seed)
+        return {"x_T": torch.randn(count, *SHAPE, generator=generator), "generator": generator}
+    seeds = [(seed * 2**32 + sample) % 2**63 for sample in range(count)]
+    return {"x_T": portable_noise(seeds, (count, *SHAPE)), "seeds": seeds}

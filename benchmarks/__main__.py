@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         default=[],
-        help="only steps, solvers, loops, pipelines whose titles begin so",
+        help="only steps, solvers, loops, ranks, pipelines whose titles begin so",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="compare the ratios with an earlier run's")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from . import workloads
-from .measure import accuracy, guidance, loops, moments, pipelines, solvers, steps
+from .measure import accuracy, guidance, loops, moments, pipelines, ranks, solvers, steps
 from .measure.timing import describe
 from .report import machine, results, targets
 
-SUITES = ("steps", "solvers", "moments", "loops", "pipelines", "accuracy", "growth", "guidance")
+SUITES = ("steps", "solvers", "moments", "loops", "ranks", "pipelines", "accuracy", "growth", "guidance")
 
 Row = dict[str, Any]
 
@@ -35,8 +35,8 @@ def run(
         device: where to measure.
         full: take every workload, and more time for each.
         suites: which of ``SUITES``.
-        names: the beginnings of the titles of what to measure: steps, solvers, moments, loops, pipelines; all if there
-            are none.
+        names: the beginnings of the titles of what to measure: steps, solvers, moments, loops, ranks, pipelines; all if
+            there are none.
         before: the earlier result to compare with.
         log: takes a line at the beginning of each part.
 
@@ -95,6 +95,9 @@ def _parts(
         yield "cost of the loop itself", loops.host_cost(device)
         for kind, count in chosen_loops(names, device.type == "cuda"):
             yield f"loop: {kind}, {count} steps", loops.measure(kind, count, device, seconds)
+    if "ranks" in suites and device.type == "cpu":
+        for title in chosen_ranks(names):
+            yield title, ranks.measure(title, seconds)
     if "pipelines" in suites:
         for each in chosen_pipelines(names):
             yield pipelines.title(*each), pipelines.measure(*each, device, seconds)
@@ -117,6 +120,7 @@ def check_names(names: Sequence[str], suites: Sequence[str], full: bool, gpu: bo
     titles += chosen_solvers([]) if "solvers" in suites else []
     titles += chosen_moments([]) if "moments" in suites else []
     titles += [f"{kind}, {count} steps" for kind, count in chosen_loops([], gpu)] if "loops" in suites else []
+    titles += chosen_ranks([]) if "ranks" in suites and not gpu else []
     titles += [pipelines.title(*each) for each in chosen_pipelines([])] if "pipelines" in suites else []
     if names and not titles:
         raise ValueError(f"--workload: expected none, as {' and '.join(suites)} has no workloads, got {names[0]!r}")
@@ -147,6 +151,11 @@ def chosen_loops(names: Sequence[str], gpu: bool) -> list[tuple[str, int]]:
     kinds = [kind for kind in loops.MODELS if gpu or not kind.startswith("large")]
     every = [(kind, n) for kind in kinds for n in (20, 50)]
     return [(kind, n) for kind, n in every if not names or any(f"{kind}, {n} steps".startswith(x) for x in names)]
+
+
+def chosen_ranks(names: Sequence[str]) -> list[str]:
+    """Return the loops of several processes whose titles begin with one of the names, or all."""
+    return [title for title in ranks.titles() if not names or any(title.startswith(name) for name in names)]
 
 
 def chosen_pipelines(names: Sequence[str]) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -60,14 +60,14 @@ class Policy(torch.nn.Module):
 
 def denoiser(kind: str, device: torch.device) -> torch.nn.Module:
     """Build a model with random parameters."""
+    torch.manual_seed(0)
+    if kind == "policy":
+        return Policy().eval().to(device)
     import diffusers as installed
 
     diffusers: Any = installed
-    torch.manual_seed(0)
     model: Any
-    if kind == "policy":
-        model = Policy()
-    elif kind.endswith("DiT"):
+    if kind.endswith("DiT"):
         model = diffusers.PixArtTransformer2DModel(
             **MODELS[kind], in_channels=4, out_channels=4, sample_size=16, patch_size=2, caption_channels=32
         )

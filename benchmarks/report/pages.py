@@ -35,7 +35,7 @@ class Table(NamedTuple):
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Yield a table for each workload and each suite that has rows; the targets come last."""
-    for suite in ("steps", "solvers", "moments", "loops", "pipelines"):
+    for suite in ("steps", "solvers", "moments", "loops", "ranks", "pipelines"):
         for workload in dict.fromkeys(row["workload"] for row in rows if row["suite"] == suite):
             yield _times(workload, [r for r in rows if r["suite"] == suite and r["workload"] == workload])
     for suite, table in (
@@ -53,8 +53,10 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
 
 def _times(workload: str, rows: Sequence[Row]) -> Table:
     """List the contenders by their time, without the columns that are empty."""
-    base = next((r["seconds"] for r in rows if r["contender"] == "diffusers" and r["status"] == "ok"), None)
-    head = ["", "median", "faster than diffusers", "bandwidth", "tenths", ""]
+    other = "one process" if rows[0]["suite"] == "ranks" else "diffusers"
+    bases = {"diffusers", "Sampler, one process"}
+    base = next((r["seconds"] for r in rows if r["contender"] in bases and r["status"] == "ok"), None)
+    head = ["", "median", f"faster than {other}", "bandwidth", "tenths", ""]
     body: list[tuple[str, list[str]]] = []
     reasons: dict[str, list[str]] = {}
     for r in sorted(rows, key=lambda r: r.get("seconds", float("inf"))):
@@ -69,6 +71,9 @@ def _times(workload: str, rows: Sequence[Row]) -> Table:
         spread = f"{_time(r['p10'])} .. {_time(r['p90'])}" if "p10" in r else ""
         more = ["unsteady"] if "p10" in r and r["p90"] > _UNSTEADY * r["p10"] else []
         more += [f"host {_time(r['host_seconds'])}"] if "host_seconds" in r else []
+        if "bytes_sent_a_step" in r:
+            sent, gathers = r["bytes_sent_a_step"] / 1024, _time(r["seconds_of_gathers_a_step"])
+            more += [f"{sent:.0f} KiB a step to the other process, {gathers} alone"]
         body.append(("ok", [r["contender"], _time(r["seconds"]), ratio, share, spread, ", ".join(more)]))
     used = [c for c in range(len(head)) if any(cells[c] for _, cells in body)]
     body = [(status, [cells[c] for c in used]) for status, cells in body]

@@ -40,6 +40,15 @@ def check_mode(mode: Mode, device: torch.device) -> None:
         raise ValueError(f"cuda_graph: expected 'auto' or False for an x_T on {device}, which has no graphs")
 
 
+def check_between_steps(mode: Mode, calls: range, between_steps: bool) -> None:
+    """Refuse to let the host act between the steps where all of them are one graph."""
+    if mode == "loop" and calls and between_steps:
+        raise ValueError(
+            "cuda_graph: 'loop' replays all steps at once; expected 'auto' with a callback, progress, a check, "
+            "the results of every step or a generator that the kernel does not draw from"
+        )
+
+
 # ---- Graphs ----
 
 
@@ -216,7 +225,6 @@ def step_function(
     load: Callable[[], None],
     skips_uncond: tuple[bool, ...],
     calls: range,
-    between_steps: bool,
 ) -> Callable[[int], None]:
     """Return the function that makes the step of a model call; what it replays is captured now, if it is not cached.
 
@@ -226,14 +234,8 @@ def step_function(
         load: fills the buffers for the run; to be called again after this, as a capture spoils them.
         skips_uncond: for each call of the table, whether the unconditional prediction is left out.
         calls: the calls of this run.
-        between_steps: whether the host acts between the steps.
     """
     if mode == "loop" and calls:
-        if between_steps:
-            raise ValueError(
-                "cuda_graph: 'loop' replays all steps at once; expected 'auto' with a callback, progress, a check, "
-                "the results of every step or a generator that the kernel does not draw from"
-            )
         pattern = tuple(skips_uncond[call] for call in calls)
 
         def all_steps() -> None:

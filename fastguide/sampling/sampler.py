@@ -261,6 +261,8 @@ class Sampler:
         def make() -> SampleRequest:
             request = make_request(options, self._table, self._guidance, x_T, **arguments)
             capture.check_mode(self.cuda_graph, x_T.device)
+            between_steps = callback is not None or progress or check_finite or samples or originals
+            capture.check_between_steps(self.cuda_graph, request.calls, between_steps or request.noise.between_steps)
             return request
 
         def sample(request: SampleRequest) -> Trajectory:
@@ -288,15 +290,12 @@ class Sampler:
     ) -> Trajectory:
         table, noise, calls = request.table, request.noise, request.calls
         records = check_finite or samples or key.originals
-        between_steps = callback is not None or progress or records or noise.between_steps
         with self._borrow(key, request.guidance) as (state, graphs):
 
             def load() -> None:
                 state.load(request)
 
-            step = capture.step_function(
-                self.cuda_graph, state, graphs, load, request.skips_uncond, calls, between_steps
-            )
+            step = capture.step_function(self.cuda_graph, state, graphs, load, request.skips_uncond, calls)
             load()
             recorder = Recorder(state.sample, state.original, len(calls), samples=samples, finite=check_finite)
             adds_noise, buffers = table.adds_noise, state.noise

@@ -88,6 +88,9 @@ def what_the_ranks_of_a_guidance_share() -> None:
     )
     assert torch.equal(one.get_state(), other.get_state())
     sampled(sampler, **whole)
+    for context in (torch.inference_mode, torch.no_grad):
+        with context():
+            assert torch.equal(sampled(sampler, **whole), sampled(sampler_of(NAME), **whole))
     if rank == 1:
         sampler.clear()
     with refused(ValueError, f"sampler: {expected} buffers of an earlier call on rank 0 and no buffers yet"):

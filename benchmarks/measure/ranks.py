@@ -1,0 +1,234 @@
+"""Time two processes that share the predictions or the samples of a loop against one, model and all, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.multiprocessing.spawn import spawn
+
+from fastguide import ClassifierFree, Composed, Guidance, NoiseSchedule, Sampler, ddim
+from fastguide.sampling.distributed.dimension import Dimension
+
+from .loops import LATENTS, MODELS, denoiser
+from .timing import Times, describe
+
+PROCESSES, STEPS = 2, 10
+ONE, PREDICTIONS, SAMPLES = "Sampler, one process", "Sampler, shared predictions", "Sampler, shared samples"
+AT_ONCE = "Sampler, shared predictions, no overlap"
+_AGREEMENT = 1e-4  # relative: a model's sums depend on its batch
+
+
+class Workload(NamedTuple):
+    """A loop."""
+
+    model: str
+    conditions: int
+    batch: int
+    batched: bool
+    latents: tuple[int, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The name in tables."""
+        calls = "in one batch" if self.batched else "one by one"
+        shape = (self.batch, *self.shape)
+        return f"ranks: {self.model}, {self.conditions + 1} predictions {calls}, {shape}, {STEPS} steps"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a sample."""
+        return self.latents or LATENTS[self.model][1:]
+
+    @property
+    def guidance(self) -> Guidance:
+        """Plain classifier-free guidance, or composed."""
+        return ClassifierFree(5.0) if self.conditions == 1 else Composed([5.0] * self.conditions)
+
+
+WORKLOADS = (
+    Workload("tiny UNet", 1, 1, True),
+    Workload("tiny UNet", 1, 8, True),
+    Workload("small DiT", 1, 8, True),
+    Workload("tiny UNet", 3, 1, False),
+    Workload("tiny UNet", 3, 1, False, (4, 64, 64)),
+)
+
+
+def titles() -> list[str]:
+    """Return the names of all loops."""
+    return [workload.title for workload in WORKLOADS]
+
+
+def measure(title: str, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a loop, which two processes of their own measure."""
+    (workload,) = (each for each in WORKLOADS if each.title == title)
+    row = {"suite": "ranks", "workload": title}
+    if not dist.is_available() or not dist.is_gloo_available():
+        yield row | {"contender": "all", "status": "not run", "reason": "torch has no torch.distributed with gloo"}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            spawn(_process, (workload, seconds, folder), nprocs=PROCESSES)
+        except Exception as error:  # of one of the processes
+            yield row | {"contender": PREDICTIONS, "status": "failed", "reason": describe(error)}
+            return
+        yield from json.loads(Path(folder, "rows.json").read_text())
+
+
+def _process(rank: int, workload: Workload, seconds: float, folder: str) -> None:
+    torch.set_num_threads(max((os.cpu_count() or 1) // PROCESSES, 1))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    rows = of_this_rank(workload, seconds)
+    if rank == 0:
+        Path(folder, "rows.json").write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@torch.no_grad()
+def of_this_rank(workload: Workload, seconds: float) -> list[dict[str, Any]]:
+    """Return the rows of a loop: called by each of the processes of a group, of which the first one's clock counts."""
+    row: dict[str, Any] = {"suite": "ranks", "workload": workload.title, "threads": torch.get_num_threads()}
+    try:
+        loop = Loop(workload)
+    except ImportError:
+        return [row | {"contender": "all", "status": "not run", "reason": "diffusers is not installed"}]
+    calls = loop.contenders()
+    reference = calls[ONE]()
+    rows = []
+    for name in list(calls):
+        difference = (calls[name]() - reference).norm() / reference.norm()
+        dist.broadcast(difference, 0)  # the first process alone has a reference
+        if not difference < _AGREEMENT:
+            del calls[name]
+            reason = f"differs from one process by {difference:.1e}"
+            rows.append(row | {"contender": name, "status": "wrong", "reason": reason})
+    times = _in_turns(calls, seconds)
+    gather = loop.seconds_of_a_gather()
+    for name, found in times.items():
+        more = {"faster_than_one": times[ONE].median / found.median}
+        if name in (PREDICTIONS, AT_ONCE):
+            more |= {"bytes_sent_a_step": loop.bytes_sent, "seconds_of_gathers_a_step": gather}
+        rows.append(row | {"contender": name, "status": "ok", **found.fields, **more})
+    return rows
+
+
+class Loop:
+    """A model, its inputs, and a sampler for each way of sharing them."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        network: Any = denoiser(workload.model, torch.device("cpu"))
+        dit = workload.model.endswith("DiT")
+        options = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if dit else {}
+
+        def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            output: Tensor = network(x, timestep=t, encoder_hidden_states=y, return_dict=False, **options)[0]
+            return output
+
+        self.model = model
+        generator = torch.Generator().manual_seed(1)
+        width = 32 if dit else MODELS[workload.model]["cross_attention_dim"]
+        self.x_T = torch.randn(workload.batch, *workload.shape, generator=generator)
+        uncond, *cond = torch.randn(workload.conditions + 1, workload.batch, 77, width, generator=generator)
+        self.conditions = {"uncond": uncond, "cond": cond if len(cond) > 1 else cond[0]}
+        self.meshes = {
+            name: init_device_mesh("cpu", shape, mesh_dim_names=("data", "guidance"))
+            for name, shape in ((PREDICTIONS, (1, PROCESSES)), (SAMPLES, (PROCESSES, 1)))
+        }
+
+    def contenders(self) -> dict[str, Callable[[], Tensor]]:
+        """Return the ways; the first process alone does something in one of them."""
+        first, alone = dist.get_rank() == 0, self._sampler(None)
+        calls: dict[str, Callable[[], Tensor]] = {ONE: lambda: self._called(alone) if first else self.x_T}
+        shared = self._sampler(self.meshes[PREDICTIONS])
+        calls[PREDICTIONS] = lambda: self._called(shared)
+        if not self.workload.batched:
+            calls[AT_ONCE] = lambda: self._called_without_overlap(shared)
+        if self.workload.batch > 1:
+            by_samples = self._sampler(self.meshes[SAMPLES])
+            calls[SAMPLES] = lambda: self._called(by_samples)
+        return calls
+
+    def _sampler(self, mesh: DeviceMesh | None) -> Sampler:
+        table, batched = ddim(NoiseSchedule.scaled_linear(), STEPS), self.workload.batched
+        return Sampler(self.model, table, self.workload.guidance, batched=batched, mesh=mesh)
+
+    def _called(self, sampler: Sampler) -> Tensor:
+        x_0: Tensor = sampler(self.x_T, **self.conditions)
+        return x_0
+
+    def _called_without_overlap(self, sampler: Sampler) -> Tensor:
+        with _waiting_at_once():
+            return self._called(sampler)
+
+    @property
+    def places(self) -> int:
+        """Predictions that each process sends at a step."""
+        return -(-(self.workload.conditions + 1) // PROCESSES)
+
+    @property
+    def bytes_sent(self) -> int:
+        """What each process sends to the other one at a step."""
+        return self.places * self.x_T.nbytes
+
+    def seconds_of_a_gather(self) -> float:
+        """Return the median seconds of a step's all-gathers alone, which nothing overlaps."""
+        gathers = 1 if self.workload.batched else self.places
+        ranks = Dimension(self.meshes[PREDICTIONS], "guidance")
+        mine = torch.zeros(self.places // gathers * self.x_T.numel())
+        found = []
+        for _ in range(30):
+            dist.barrier()
+            begin = time.perf_counter()
+            for _ in range(gathers):
+                ranks.all_gather(mine)
+            found.append(time.perf_counter() - begin)
+        return Times.of(found).median
+
+
+@contextmanager
+def _waiting_at_once() -> Iterator[None]:
+    """Let each all-gather end before what comes after its begin."""
+    begin = Dimension.begin_all_gather
+
+    def begin_and_end(self: Dimension, out: Tensor, mine: Tensor) -> Any:
+        work = begin(self, out, mine)
+        self.end(work)
+        return work
+
+    Dimension.begin_all_gather = begin_and_end  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Dimension.begin_all_gather = begin  # type: ignore[method-assign]
+
+
+def _in_turns(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, Times]:
+    """Time each call again and again, in turns of changing order, which is the same on all ranks."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    shuffled, names = random.Random(0), list(calls)
+    end = time.perf_counter() + seconds * len(calls)
+    goes_on = torch.ones(1)
+    while goes_on.item():
+        shuffled.shuffle(names)
+        for name in names:
+            dist.barrier()
+            begin = time.perf_counter()
+            calls[name]()
+            found[name].append(time.perf_counter() - begin)
+        goes_on[0] = float(time.perf_counter() < end or len(found[ONE]) < 5)
+        dist.broadcast(goes_on, 0)
+    return {name: Times.of(each) for name, each in found.items()}

@@ -27,7 +27,23 @@ from .timing import Times, describe
 PROCESSES, STEPS = 2, 10
 ONE, PREDICTIONS, SAMPLES = "Sampler, one process", "Sampler, shared predictions", "Sampler, shared samples"
 AT_ONCE = "Sampler, shared predictions, no overlap"
+CONVOLUTIONS = "convolutions"
 _AGREEMENT = 1e-4  # relative: a model's sums depend on its batch
+
+
+class Convolutions(torch.nn.Module):
+    """A model that takes few times as long as sending its output; it is called like diffusers' models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = torch.nn.Conv2d(4, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(16, 4, 3, padding=1)
+        self.layers = torch.nn.Sequential(*layers)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
+    ) -> tuple[Tensor]:
+        """Predict the noise."""
+        return (self.layers(sample) + encoder_hidden_states.mean((1, 2))[:, None, None, None],)
 
 
 class Workload(NamedTuple):
@@ -37,7 +53,6 @@ class Workload(NamedTuple):
     conditions: int
     batch: int
     batched: bool
-    latents: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -49,7 +64,7 @@ class Workload(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of a sample."""
-        return self.latents or LATENTS[self.model][1:]
+        return (4, 128, 128) if self.model == CONVOLUTIONS else LATENTS[self.model][1:]
 
     @property
     def guidance(self) -> Guidance:
@@ -62,7 +77,7 @@ WORKLOADS = (
     Workload("tiny UNet", 1, 8, True),
     Workload("small DiT", 1, 8, True),
     Workload("tiny UNet", 3, 1, False),
-    Workload("tiny UNet", 3, 1, False, (4, 64, 64)),
+    Workload(CONVOLUTIONS, 3, 1, False),
 )
 
 
@@ -130,7 +145,7 @@ class Loop:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
-        network: Any = denoiser(workload.model, torch.device("cpu"))
+        network: Any = _network(workload.model)
         dit = workload.model.endswith("DiT")
         options = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if dit else {}
 
@@ -140,7 +155,7 @@ class Loop:
 
         self.model = model
         generator = torch.Generator().manual_seed(1)
-        width = 32 if dit else MODELS[workload.model]["cross_attention_dim"]
+        width = MODELS.get(workload.model, {}).get("cross_attention_dim", 32) if not dit else 32
         self.x_T = torch.randn(workload.batch, *workload.shape, generator=generator)
         uncond, *cond = torch.randn(workload.conditions + 1, workload.batch, 77, width, generator=generator)
         self.conditions = {"uncond": uncond, "cond": cond if len(cond) > 1 else cond[0]}
@@ -197,6 +212,13 @@ class Loop:
                 ranks.all_gather(mine)
             found.append(time.perf_counter() - begin)
         return Times.of(found).median
+
+
+def _network(model: str) -> torch.nn.Module:
+    if model != CONVOLUTIONS:
+        return denoiser(model, torch.device("cpu"))
+    torch.manual_seed(0)
+    return Convolutions().eval()
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from typing import Any
 
 from benchmarks.measure import ranks
 
-_SMALL = ranks.Workload("policy", 1, 2, True, (16, 7))
-_ONE_BY_ONE = ranks.Workload("policy", 3, 2, False, (16, 7))
+_SMALL = ranks.Workload("policy", 1, 2, True)
+_ONE_BY_ONE = ranks.Workload("policy", 3, 2, False)
 
 
 def rows() -> list[list[dict[str, Any]]]:

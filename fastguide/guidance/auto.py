@@ -25,8 +25,9 @@ class AutoGuidance(ClassifierFree):
     def both(weak: Callable[..., Tensor], strong: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a model for ``Sampler`` that calls two: the weak one for the first condition, the other for the next.
 
-        ``Sampler`` gives it both along the batch, so that it has to be ``batched``; ``uncond`` and ``cond`` are the
-        same condition, or both left out if the models take none.
+        ``Sampler`` gives it both along the batch, so that it has to be ``batched``, and not to share predictions with
+        other processes, which take a model each. ``uncond`` and ``cond`` are the same condition, or both left out if
+        the models take none.
 
         Args:
             weak, strong: called as ``Sampler`` calls a model, each with its half of the batch.
@@ -45,6 +46,7 @@ class AutoGuidance(ClassifierFree):
             ]
             return torch.cat(made)
 
+        model.takes_all_predictions = True  # type: ignore[attr-defined]
         return model
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from fastguide import ClassifierFree, Composed, Sampler, ddim, ddpm, portable_noise, samples_of_rank
+from fastguide import AutoGuidance, ClassifierFree, Composed, Sampler, ddim, ddpm, portable_noise, samples_of_rank
 from tests.support.rank_cases import SCHEDULE, arguments_of, model, sampled, sampler_of
 from tests.support.ranks import mesh_of
 
@@ -97,6 +97,13 @@ def what_the_ranks_of_a_guidance_share() -> None:
         sampled(sampler, **whole)
     sampler.clear()
     sampled(sampler, **whole)
+    weak, guidance = lambda x, t, y: 0.5 * model(x, t, y), AutoGuidance(2.0)
+    auto = {name: value for name, value in whole.items() if name != "uncond"} | {"uncond": whole["cond"]}
+    both = AutoGuidance.both(weak, model)
+    got = sampled(Sampler((weak, model)[rank], ddpm(SCHEDULE, 4), guidance, mesh=mesh), **auto)
+    assert torch.equal(got, sampled(Sampler(both, ddpm(SCHEDULE, 4), guidance), **auto))
+    with refused(ValueError, "model: expected one that can be called for some of the predictions"):
+        sampled(Sampler(both, ddpm(SCHEDULE, 4), guidance, mesh=mesh), **auto)
     with refused(ValueError, "mesh: expected at most 1 rank"):
         Sampler(model, ddim(SCHEDULE, 3), mesh=mesh)(x, cond=torch.ones(5))
     with refused(ValueError, "cuda_graph: expected 'auto', 'loop' or False"):

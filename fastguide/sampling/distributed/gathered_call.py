@@ -53,7 +53,15 @@ class GatheredModelCall(ModelCall):
             ranks: those that share the predictions.
             model, sample, x, timestep, condition, batched, learned_variance: as there.
             num_predictions: of all ranks.
+
+        Raises:
+            ValueError: the model has to be called for all predictions at once.
         """
+        if getattr(model, "takes_all_predictions", False):
+            raise ValueError(
+                "model: expected one that can be called for some of the predictions, got one that takes all, such as "
+                "that of AutoGuidance.both; give each rank the model for its own predictions"
+            )
         self._ranks = ranks
         own = ranks.part_of(num_predictions)
         super().__init__(

@@ -13,7 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from fastguide import AutoGuidance, ClassifierFree, Composed, Sampler, ddim, ddpm, portable_noise, samples_of_rank
+from fastguide import (
+    AutoGuidance,
+    Classifier,
+    ClassifierFree,
+    Composed,
+    Sampler,
+    ddim,
+    ddpm,
+    portable_noise,
+    samples_of_rank,
+)
 from tests.support.rank_cases import SCHEDULE, arguments_of, model, sampled, sampler_of
 from tests.support.ranks import mesh_of
 
@@ -75,8 +85,14 @@ def what_the_ranks_of_a_guidance_share() -> None:
     whole, sampler = arguments_of(NAME), sampler_of(NAME, mesh)
     x = whole["x_T"]
     expected = "expected the same on all ranks, got"
-    with refused(ValueError, f"x_T: {expected} the samples"):
+    with refused(ValueError, f"x_T: {expected} values of hash"):
         sampled(sampler, **whole | {"x_T": x + rank})
+    with refused(ValueError, f"image and mask: {expected} values of hash"):
+        sampled(sampler, **whole, image=x + rank, mask=torch.rand(x.shape).round())
+    of_labels = Classifier(lambda x, t: x.flatten(1), 1.0) + ClassifierFree(2.0)
+    with refused(ValueError, f"labels: {expected} values of hash"):
+        labelled = Sampler(model, sampler.table, of_labels, mesh=mesh)
+        sampled(labelled, **whole, labels=torch.arange(5) * (1 + rank))
     with refused(ValueError, rf"seeds or generator: {expected} \[1, 1, 1, 1, 1\] on rank 0 and \[2, "):
         sampled(sampler, **whole | {"seeds": [1 + rank] * 5})
     unseeded = {name: value for name, value in whole.items() if name != "seeds"}

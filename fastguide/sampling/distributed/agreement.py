@@ -47,7 +47,7 @@ def facts(whole: SampleRequest, share: SampleRequest, settings: str, cached: boo
     given = ["labels"] if whole.labels is not None else []
     given += [f"a mask and an image from call {whole.begin} on"] if whole.inpainting is not None else []
     given += [f"a beginning at call {whole.begin}"] if whole.inpainting is None and whole.begin else []
-    samples = f"the samples {_values(share.first)}" if not alone and share.x_T.numel() else "its samples"
+    reads = not alone and share.x_T.numel()
     noise = None if alone else share.noise.origin()
     return [
         _fact("x_T", f"{x.dtype} of shape {tuple(x.shape)}"),
@@ -56,13 +56,15 @@ def facts(whole: SampleRequest, share: SampleRequest, settings: str, cached: boo
         Fact("table", repr(whole.table), _hash_of_table(whole.table), True),
         Fact("guidance", repr(whole.guidance), _hash_of_guidance(whole.guidance), True),
         _fact("sampler", settings),
-        _fact("x_T", samples, everywhere=False),
+        _fact("x_T", _values(share.first if reads else None), everywhere=False),
+        _fact("image and mask", _values(*(share.inpainting or ()) if reads else ()), everywhere=False),
+        _fact("labels", _values(share.labels if reads else None), everywhere=False),
         Fact("seeds or generator", _shortened(noise), hash_of(repr((whole.noise.source, noise))), False),
         _fact("sampler", "buffers of an earlier call" if cached else "no buffers yet; call clear() on all", False),
     ]
 
 
-FACTS = 9
+FACTS = 11
 """How many there are."""
 
 
@@ -99,9 +101,10 @@ def _shortened(noise: Any) -> str:
     return text if len(text) < 80 else f"{text[:40]} ... of {hash_of(text):016x}"
 
 
-def _values(tensor: Tensor) -> str:
-    """Return a hash of a tensor's values; waits for the device."""
-    return f"{int(torch.hash_tensor(tensor).item()):016x}"
+def _values(*tensors: Tensor | None) -> str:
+    """Return a hash of the values of some tensors, for a message; waits for the device."""
+    hashes = [f"{int(torch.hash_tensor(tensor).item()):016x}" for tensor in tensors if tensor is not None]
+    return f"values of hash {' and '.join(hashes)}"
 
 
 def _hash_of_table(table: StepTable) -> int:

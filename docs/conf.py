@@ -27,7 +27,10 @@ napoleon_numpy_docstring = False
 # network, and names of types that annotations have as they are in the source.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|diffusers|collections|typing)\..*"),
-    ("py:class", r"Tensor|Base|Callback|Condition|Generators|GradientForm|Scale|Space"),
+    (
+        "py:class",
+        r"Tensor|Base|Callback|Condition|DeviceMesh|Generators|GradientForm|Scale|Space",
+    ),
     (
         "py:class",
         r"([\w.]+\.)?(Calls|FirstOrder|FromMoments|GradientSource|Mode|MomentWeights|Vector)",

@@ -28,6 +28,7 @@ PROCESSES, STEPS = 2, 10
 ONE, PREDICTIONS, SAMPLES = "Sampler, one process", "Sampler, shared predictions", "Sampler, shared samples"
 AT_ONCE = "Sampler, shared predictions, no overlap"
 CONVOLUTIONS = "convolutions"
+_FEWEST = 5  # turns
 _AGREEMENT = 1e-4  # relative: a model's sums depend on its batch
 
 
@@ -130,10 +131,12 @@ def of_this_rank(workload: Workload, seconds: float) -> list[dict[str, Any]]:
             del calls[name]
             reason = f"differs from one process by {difference:.1e}"
             rows.append(row | {"contender": name, "status": "wrong", "reason": reason})
-    times = _in_turns(calls, seconds)
+    times, of_processor = _in_turns(calls, seconds)
     gather = loop.seconds_of_a_gather()
     for name, found in times.items():
-        more = {"faster_than_one": times[ONE].median / found.median}
+        more: dict[str, Any] = {"faster_than_one": times[ONE].median / found.median}
+        more["processor_seconds"] = of_processor[name]
+        more["less_of_the_processor"] = of_processor[ONE] / of_processor[name]
         if name in (PREDICTIONS, AT_ONCE):
             more |= {"bytes_sent_a_step": loop.bytes_sent, "seconds_of_gathers_a_step": gather}
         rows.append(row | {"contender": name, "status": "ok", **found.fields, **more})
@@ -238,9 +241,15 @@ def _waiting_at_once() -> Iterator[None]:
         Dimension.begin_all_gather = begin  # type: ignore[method-assign]
 
 
-def _in_turns(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, Times]:
-    """Time each call again and again, in turns of changing order, which is the same on all ranks."""
+def _in_turns(calls: dict[str, Callable[[], Tensor]], seconds: float) -> tuple[dict[str, Times], dict[str, float]]:
+    """Time each call again and again, in turns of changing order, which is the same on all ranks.
+
+    Returns:
+        The times by this rank's clock; and the median seconds that a call takes of the processor, on the rank where it
+        takes most: of these, others who use the machine take none.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
+    of_processor: dict[str, list[float]] = {name: [] for name in calls}
     shuffled, names = random.Random(0), list(calls)
     end = time.perf_counter() + seconds * len(calls)
     goes_on = torch.ones(1)
@@ -248,9 +257,13 @@ def _in_turns(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[st
         shuffled.shuffle(names)
         for name in names:
             dist.barrier()
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             calls[name]()
             found[name].append(time.perf_counter() - begin)
-        goes_on[0] = float(time.perf_counter() < end or len(found[ONE]) < 5)
+            of_processor[name].append(time.process_time() - used)
+        goes_on[0] = float(time.perf_counter() < end or len(found[ONE]) < _FEWEST)
         dist.broadcast(goes_on, 0)
-    return {name: Times.of(each) for name, each in found.items()}
+    most = torch.tensor([[Times.of(each).median] for each in of_processor.values()])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    medians = dict(zip(calls, most.flatten().tolist(), strict=True))
+    return {name: Times.of(each) for name, each in found.items()}, medians

@@ -71,6 +71,8 @@ def _times(workload: str, rows: Sequence[Row]) -> Table:
         spread = f"{_time(r['p10'])} .. {_time(r['p90'])}" if "p10" in r else ""
         more = ["unsteady"] if "p10" in r and r["p90"] > _UNSTEADY * r["p10"] else []
         more += [f"host {_time(r['host_seconds'])}"] if "host_seconds" in r else []
+        if "less_of_the_processor" in r:
+            more.append(f"{r['less_of_the_processor']:.2f} x by the processor's time")
         if "bytes_sent_a_step" in r:
             sent, gathers = r["bytes_sent_a_step"] / 1024, _time(r["seconds_of_gathers_a_step"])
             more += [f"{sent:.0f} KiB a step to the other process, {gathers} alone"]

@@ -31,8 +31,9 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(world, expected):
                 plain = sampler_of("classifier-free").trajectory(**arguments_of("classifier-free"))
                 assert torch.equal(made["samples"], plain.samples)
                 assert torch.equal(made["originals"], plain.originals)
-                of_two = sampled(sampler_of("classifier-free"), **arguments_of("classifier-free", 2))
-                assert torch.equal(made["of two"], of_two)
+                of_two = sampler_of("classifier-free").trajectory(**arguments_of("classifier-free", 2))
+                assert torch.equal(made["of two"], of_two.sample)
+                assert torch.equal(made["samples of two"], of_two.samples)
 
 
 def test_what_is_sent_and_called_at_each_step():

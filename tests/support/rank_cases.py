@@ -144,7 +144,8 @@ def every_case(meshes: list[tuple[int, int]]) -> dict[tuple[int, int], dict[str,
             made["share"] = sampled(sampler, **arguments, gather=False)
             trajectory = sampler.trajectory(**arguments)
             made["samples"], made["originals"] = trajectory.samples, trajectory.originals
-            made["of two"] = sampled(sampler, **arguments_of("classifier-free", 2))
+            of_two = sampler.trajectory(**arguments_of("classifier-free", 2))  # fewer than ranks
+            made["of two"], made["samples of two"] = of_two.sample, of_two.samples
     return found
 
 

@@ -37,7 +37,7 @@ FLAGS = (
     "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math "
     "-Wall -Wextra -Werror=switch"  # a dtype that a switch forgets does not compile
 )
-INSTRUCTION_SETS = {"baseline": ""}
+INSTRUCTION_SETS = {"baseline": "-fno-unswitch-loops"}  # else loops are there twice, and take as long
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
@@ -250,6 +250,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
     objects = []
     for name, extra in (
         ("operator", f"{on_torch} '-DFASTGUIDE_CUDA_CODE=\"{description}\"'"),
+        ("backward", f"{on_torch} -Os"),  # its loops are those of the instruction sets
         ("run", on_torch),
         ("run_on_cpu", on_torch),
         ("repeat", include),  # for the header of DLPack

@@ -45,22 +45,25 @@ inline Capability select_capability(int level) {
   return selected_capability.load(std::memory_order_relaxed);
 }
 
+#define FASTGUIDE_FUNCTIONS(isa) {isa::step_range, isa::part_moments, isa::float_runs, isa::double_runs}
+
 inline StepFunctions selected_functions() {
   switch (selected_capability.load(std::memory_order_relaxed)) {
     case Capability::baseline:
-      return {baseline::step_range, baseline::part_moments};
+      return FASTGUIDE_FUNCTIONS(baseline);
 #if defined(__x86_64__)
     case Capability::avx2:
-      return {avx2::step_range, avx2::part_moments};
+      return FASTGUIDE_FUNCTIONS(avx2);
     case Capability::avx512:
-      return {avx512::step_range, avx512::part_moments};
+      return FASTGUIDE_FUNCTIONS(avx512);
 #else
     case Capability::avx2:
     case Capability::avx512:  // never the best elsewhere
-      return {baseline::step_range, baseline::part_moments};
+      return FASTGUIDE_FUNCTIONS(baseline);
 #endif
   }
   FASTGUIDE_UNREACHABLE();
 }
+#undef FASTGUIDE_FUNCTIONS
 
 }  // namespace fastguide

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "binding/capability.h"
+#include "binding/operands.h"
 #include "binding/record.h"
 #include "binding/run.h"
 #include "binding/tensors.h"
@@ -30,25 +31,6 @@
 
 namespace fastguide {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-using TensorList = std::vector<Tensor>;
-using Integer = int64_t;
-
-// The arguments by name. The callee owns the entries of the dispatcher's stack: each is taken once, in order, and lives
-// as long as this.
-struct Operands {
-  explicit Operands(StableIValue* stack) : next(stack) {}
-
-  StableIValue* next;
-#define FASTGUIDE_TAKE(type, name) type name = torch::stable::detail::to<type>(*next++);
-  FASTGUIDE_ARGUMENTS(FASTGUIDE_TAKE)
-#undef FASTGUIDE_TAKE
-};
-
-#define FASTGUIDE_COUNT(type, name) +1
-constexpr uint64_t kArguments = 0 FASTGUIDE_ARGUMENTS(FASTGUIDE_COUNT);
-#undef FASTGUIDE_COUNT
 
 const Tensor* present(const Tensor& tensor) { return &tensor; }
 const Tensor* present(const OptionalTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
@@ -313,7 +295,18 @@ void read_moments(const Operands& operands, const Layout& layout, StepArguments*
   if (!layout.is_cpu) read_scratch(operands, layout, a);
 }
 
-// ---- The operators ----
+}  // namespace
+
+// The fields are initialised in the order of their declaration, which is that of the stack.
+Operands::Operands(StableIValue* stack)
+    : next(stack)
+#define FASTGUIDE_TAKE(type, name) , name(torch::stable::detail::to<type>(*next++))
+          FASTGUIDE_ARGUMENTS(FASTGUIDE_TAKE)
+#undef FASTGUIDE_TAKE
+{
+}
+
+Operands::~Operands() = default;
 
 void read(const Operands& operands, const Layout& layout, std::vector<Input>* predictions, StepArguments* a) {
   read_tensors(operands, layout, a);
@@ -327,6 +320,10 @@ void read(const Operands& operands, const Layout& layout, std::vector<Input>* pr
   if (operands.history.has_value()) read_history(*operands.history, layout, a);
   read_moments(operands, layout, a);
 }
+
+namespace {
+
+// ---- The operators ----
 
 // The boxed function of the operator: its arguments are the stack's entries.
 void guided_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outputs) {

@@ -12,6 +12,7 @@ from ..guidance import Guidance
 from ..guidance.weights import UNGUIDED
 from ..solvers.table import StepTable
 from . import checks
+from .autograd import asks_for_gradients, recorded_step, to_be_recorded
 from .backends.registry import backend_for
 from .call import Call
 from .cursor import Cursor
@@ -45,6 +46,7 @@ def guided_step(
     """Make one step of guided sampling: combine the predictions, apply the solver's row, add the noise.
 
     One pass over memory. Arithmetic is in float32 (in float64 if the sample is), rounded once to the output's dtype.
+    Where gradients are enabled and an input requires one, autograd records the step: see the page on fine-tuning.
 
     Args:
         table: from a solver such as ``ddim``, on the sample's device.
@@ -52,8 +54,7 @@ def guided_step(
             one per sample, (batch,). The host never waits for a device to read it; on the CPU it is checked. Or a
             ``Cursor``, which the step advances; ``out`` then has to be the sample itself.
         sample: x_t, shape (batch, ...), dense within a sample (contiguous, channels_last, ...), any batch stride.
-        predictions: what the model returned (without autograd, as under ``torch.no_grad()``: the step is not
-            differentiable), one tensor of the sample's shape for each weight of the guidance, laid
+        predictions: what the model returned, one tensor of the sample's shape for each weight of the guidance, laid
             out within a sample as the sample is; or one tensor with all of them along the batch,
             ``cat([unconditional, conditional])``.
         guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None`` for one prediction.
@@ -117,13 +118,18 @@ def guided_step(
                 history.note(index)
             return done
     chosen = backend_for(backend, checks.device_of("sample", sample).type)
-    arguments, generator = checks.validate(
+    known = inpainting if isinstance(inpainting, Inpainting) else ()
+    records = asks_for_gradients(guidance, predictions, sample, gradient, variance, noise, anchor, call[10], *known)
+    used = UNGUIDED if guidance is None else guidance
+    if records and isinstance(used, Guidance):
+        used = to_be_recorded(used, chosen, sample)
+    arguments, generator = (_validate_without_gradients if records else checks.validate)(
         chosen,
         table,
         index,
         sample,
         predictions,
-        UNGUIDED if guidance is None else guidance,
+        used,
         (gradient, variance),
         noise,
         generator,
@@ -135,6 +141,8 @@ def guided_step(
         out,
         staged,
     )
+    if records or (arguments.weights.requires_grad and torch.is_grad_enabled()):
+        return recorded_step(chosen, table, guidance, arguments, generator, index, history, out)
     increment = 0
     if generator is not None:
         arguments, increment = draw(arguments, generator, chosen.torch_stream, out_is_new=out is None)
@@ -156,6 +164,10 @@ def guided_step(
         history.note(index)
     remember(table, guidance, Call(*call), chosen, arguments)
     return arguments.out
+
+
+_validate_without_gradients = torch.no_grad()(checks.validate)
+"""Tensors that require a gradient are refused while gradients are enabled, unless they are to be recorded."""
 
 
 def _note_the_write(*tensors: Tensor | None) -> None:

@@ -51,8 +51,9 @@ class History:
         self._next: int | None = 0
 
     def restart(self) -> History:
-        """Begin a new loop: the next step is the table's first."""
+        """Begin a new loop: the next step is the table's first. What autograd has recorded is left behind."""
         self._next = 0
+        self.entries = self.entries.detach()
         return self
 
     def note(self, index: int | Tensor | Cursor) -> None:

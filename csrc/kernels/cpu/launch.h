@@ -4,11 +4,29 @@
 #include <cstdint>
 
 #include "kernels/arguments.h"
+#include "maths/step.h"
 
 namespace fastguide {
 
 // Elements converted at a time: eight runs of them, 4 bytes each, fit the first-level cache.
 constexpr int64_t kBlock = 512;
+
+// Operations on `count` elements, at most kBlock, of which backward passes consist: see cpu/backward.h. `to` may be one
+// of the operands.
+template <typename T>
+struct RunFunctions {
+  // A sample's elements from `offset` on, as T: in place, or in scratch.
+  const T* (*load)(const Input& input, int64_t sample, int64_t offset, int64_t count, T* scratch);
+  void (*store)(const T* from, const Output& output, int64_t sample, int64_t offset, int64_t count);
+  // m of two and more predictions.
+  void (*guided)(const StepArguments& arguments, const T* weights, int64_t sample, int64_t offset, int64_t count, T* m);
+  void (*sum_of_two)(T a, const T* x, T b, const T* y, int64_t count, T* to);  // a*x + b*y
+  void (*product)(const T* x, const T* y, int64_t count, T* to);
+  // Makes q zero where the step has clipped x0.
+  void (*keep_unclipped)(const Row<T>& row, const T* x, const T* m, const T* g, int64_t count, T* q);
+  void (*deviations)(T base, T span, const T* v, int64_t count, T* to);          // exp((base + span*v)/2)
+  double (*sum_of_products)(const T* a, const T* b, const T* c, int64_t count);  // of a*(b - c)
+};
 
 // What a step on the CPU consists of.
 struct StepFunctions {
@@ -16,6 +34,8 @@ struct StepFunctions {
   void (*step_range)(const StepArguments& arguments, int64_t begin, int64_t end);
   // Writes the moments of one part of a sample, see kernels/weights.h.
   void (*part_moments)(const StepArguments& arguments, int64_t sample, int64_t part, double* moments);
+  const RunFunctions<float>& (*float_runs)();
+  const RunFunctions<double>& (*double_runs)();
 };
 
 // portable_noise writes `count` values, at most kBlock: those of a sample's elements from `begin` on.
@@ -23,6 +43,8 @@ struct StepFunctions {
   namespace isa { \
   void step_range(const StepArguments& arguments, int64_t begin, int64_t end); \
   void part_moments(const StepArguments& arguments, int64_t sample, int64_t part, double* moments); \
+  const RunFunctions<float>& float_runs(); \
+  const RunFunctions<double>& double_runs(); \
   void portable_noise(const StepArguments& arguments, int64_t sample, uint32_t step, int64_t begin, int64_t count, \
                       float* z); \
   }

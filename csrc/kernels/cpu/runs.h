@@ -1,0 +1,92 @@
+// Operations on runs of elements, at most kBlock of them, of which a backward pass consists: see backward.h.
+//
+// Part of step.cpp, and compiled with it for each instruction set. What puts them together is compiled once.
+#pragma once
+
+#include <cstring>
+
+#include "kernels/cpu/launch.h"
+#include "kernels/cpu/loops.h"
+#include "maths/step.h"
+
+namespace fastguide {
+namespace FASTGUIDE_ISA {
+namespace {
+
+template <typename T>
+using Lanes __attribute__((vector_size(64))) = T;
+
+template <typename T>
+double sum_of_products(const T* a, const T* b, const T* c, int64_t count) {
+  constexpr int64_t size = 64 / int64_t(sizeof(T));  // the order of additions depends on no instruction set
+  Lanes<T> sum{};
+  for (int64_t i = 0; i < count; i += size) {
+    Lanes<T> x{}, y{}, z{};
+    const size_t bytes = i + size <= count ? sizeof x : size_t(count - i) * sizeof(T);
+    std::memcpy(&x, a + i, bytes);
+    std::memcpy(&y, b + i, bytes);
+    std::memcpy(&z, c + i, bytes);
+    sum += x * (y - z);
+  }
+  double total = 0;
+  for (int k = 0; k < size; ++k) total += double(sum[k]);
+  return total;
+}
+
+template <typename T>
+void sum_of_two(T a, const T* x, T b, const T* y, int64_t count, T* to) {
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) to[i] = fused(a, x[i], b * y[i]);
+}
+
+template <typename T>
+void product(const T* x, const T* y, int64_t count, T* to) {
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) to[i] = x[i] * y[i];
+}
+
+template <typename T>
+void keep_unclipped(const Row<T>& row, const T* x, const T* m, const T* g, int64_t count, T* q) {
+  const Row<T> c = row;
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) {
+    const T x0 = unclipped_original<T, true, true>(c, x[i], m[i], g[i]);
+    q[i] = x0 > c.clip || x0 < -c.clip ? T(0) : q[i];
+  }
+}
+
+template <typename T>
+void deviations(T base, T span, const T* v, int64_t count, T* to) {
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) to[i] = exponential(T(0.5) * fused(span, v[i], base));
+}
+
+template <typename T>
+void guided(const StepArguments& a, const T* weights, int64_t sample, int64_t offset, int64_t count, T* m) {
+  Scratch<T> scratch;
+  const Block block{sample, offset, count};
+  combine_predictions(a, weights, block, scratch);
+  std::memcpy(m, scratch.m, size_t(count) * sizeof(T));
+}
+
+template <typename T>
+const T* load_run(const Input& input, int64_t sample, int64_t offset, int64_t count, T* scratch) {
+  return load_block(input, Block{sample, offset, count}, scratch);
+}
+
+template <typename T>
+void store_run(const T* from, const Output& output, int64_t sample, int64_t offset, int64_t count) {
+  store_block(from, output, Block{sample, offset, count});
+}
+
+template <typename T>
+constexpr RunFunctions<T> kRunFunctions = {load_run<T>, store_run<T>,      guided<T>,     sum_of_two<T>,
+                                           product<T>,  keep_unclipped<T>, deviations<T>, sum_of_products<T>};
+
+}  // namespace
+
+const RunFunctions<float>& float_runs() { return kRunFunctions<float>; }
+const RunFunctions<double>& double_runs() { return kRunFunctions<double>; }
+
+}  // namespace FASTGUIDE_ISA
+}  // namespace fastguide

@@ -26,6 +26,7 @@ from .step.cursor import Cursor
 from .step.guided_step import guided_step
 from .step.history import History
 from .step.inpainting import Inpainting
+from .step.log_probability import log_prob_of
 from .step.noise import DeviceGenerator, portable_noise
 from .training import (
     ConditionDropout,
@@ -68,6 +69,7 @@ __all__ = [
     "drop_condition",
     "guided_step",
     "linear_quadratic_sigmas",
+    "log_prob_of",
     "portable_noise",
     "training_target",
 ]

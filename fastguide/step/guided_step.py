@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from .call import Call
 from .cursor import Cursor
 from .history import History, entries_of, history_follows
 from .inpainting import Inpainting
+from .log_probability import Reduction, step_with_log_prob
 from .noise import DeviceGenerator, draw
 from .overlaps import check_memory
 from .repeat import kinds_of, remember, repeat, token_of
 
 
+@overload
 def guided_step(
     table: StepTable,
     index: int | Tensor | Cursor,
@@ -42,7 +45,37 @@ def guided_step(
     out: Tensor | None = None,
     staged: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+    return_log_prob: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def guided_step(
+    *arguments: Any, return_log_prob: Literal[True, "mean", "sum"], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+def guided_step(  # type: ignore[misc]
+    table: StepTable,
+    index: int | Tensor | Cursor,
+    sample: Tensor,
+    predictions: Tensor | Sequence[Tensor],
+    guidance: Guidance | None = None,
+    *,
+    gradient: Tensor | None = None,
+    variance: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | DeviceGenerator | None = None,
+    seeds: Tensor | None = None,
+    inpainting: Inpainting | None = None,
+    history: History | None = None,
+    anchor: Tensor | None = None,
+    original: Tensor | None = None,
+    out: Tensor | None = None,
+    staged: Tensor | None = None,
+    backend: str | None = None,
+    return_log_prob: bool | Reduction = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Make one step of guided sampling: combine the predictions, apply the solver's row, add the noise.
 
     One pass over memory. Arithmetic is in float32 (in float64 if the sample is), rounded once to the output's dtype.
@@ -87,9 +120,13 @@ def guided_step(
             another's samples.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; ``None``: the best for the device, see ``fastguide
             info``.
+        return_log_prob: whether to return the log-probability of the next sample as well, float64 of shape (batch,):
+            ``"sum"`` over a sample's elements, or their ``"mean"`` (also ``True``), as the code of DDPO and Flow-GRPO.
+            Where gradients are recorded, the next sample is held fixed in it. ``out`` is then apart from the inputs.
 
     Returns:
-        The next sample: ``out``, or a new tensor of the sample's dtype.
+        The next sample: ``out``, or a new tensor of the sample's dtype; with ``return_log_prob``, that and its
+        log-probability: see ``log_prob_of``.
 
     Raises:
         TypeError, ValueError, IndexError: an argument is not as described; the message names it, what was expected
@@ -106,6 +143,8 @@ def guided_step(
         index, sample, predictions, token_of(guidance), gradient, variance, noise, generator, seeds, inpainting,
         entries_of(history), anchor, original, out, staged, backend,
     )  # fmt: skip
+    if return_log_prob is not False:
+        return step_with_log_prob(guided_step, table, Call(*call), guidance, history, return_log_prob)
     kinds = None
     if type(table) is StepTable and not is_dynamo_compiling() and (history is None or history_follows(history, index)):
         kinds = kinds_of.get(table._token)

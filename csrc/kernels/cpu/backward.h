@@ -108,7 +108,9 @@ class Backward {
 
   void write_sample() {
     if (b_.grad_sample.data == nullptr) return;
-    sum(row_.x0_sample * row_.x0_scale, s_.q, row_.out_sample, in_, s_.x);
+    const T of_x0 = row_.x0_sample * row_.x0_scale;
+    if (left_ == s_.zeros || row_.hist_sample == T(0)) return write(b_.grad_sample, of_x0, s_.q, row_.out_sample, in_);
+    sum(of_x0, s_.q, row_.out_sample, in_, s_.x);
     write(b_.grad_sample, T(1), s_.x, row_.hist_sample, left_);
   }
 

@@ -217,21 +217,7 @@ def guided_step_backward(*arguments: object, **gradients: Any) -> None:
         b.grad_weights.copy_(torch.stack([part.flatten(1).sum(1) for part in parts], 1))
 
 
-def guided_step_squares(*arguments: object, makes_step: bool, squares: Tensor) -> None:
-    """Write the sum of ``(x' - mean)^2`` of each sample; make the step, or take ``out`` for what it made."""
-    a = StepArguments(*arguments)  # type: ignore[arg-type]
-    mean = torch.empty_like(a.sample, dtype=a.rows.dtype)
-    without = a._replace(out=mean, original=None, staged=None, noise=None, seeds=None)
-    if makes_step and a.history is not None:
-        without = without._replace(history=a.history.clone())
-    guided_step(*without)
-    if makes_step:
-        guided_step(*a)
-    squares.copy_((a.out.to(mean.dtype) - mean).square().double().flatten(1).sum(1))
-
-
 library.impl("guided_step_backward", guided_step_backward, "CompositeExplicitAutograd")
-library.impl("guided_step_squares", guided_step_squares, "CompositeExplicitAutograd")
 
 
 def _or_nothing(grad: Tensor | None, nothing: Tensor) -> Tensor:

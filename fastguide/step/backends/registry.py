@@ -31,7 +31,7 @@ class Backend(NamedTuple):
     backward: StepFunction | None = None
     """Writes the gradients of a step's inputs, called with ``Gradients`` too; ``None``: the reference does."""
     squares: StepFunction | None = None
-    """Makes a step and adds up its distance from its mean: ``guided_step_squares``; ``None``: the reference does."""
+    """Makes a step and adds up its distance from its mean: ``guided_step_squares``; ``None``: by two steps."""
     repeats: bool = False
     """Whether its steps can be made again by ``fastguide.step.repeat``, with the native library's help."""
     relaunch: Callable[[StepArguments], Callable[..., None]] | None = None

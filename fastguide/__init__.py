@@ -19,7 +19,7 @@ from .guidance import (
     as_guidance,
 )
 from .sampling.sampler import Sampler
-from .sampling.trajectory import Trajectory
+from .sampling.trajectory import PolicyTrajectory, Trajectory
 from .schedules import FlowSchedule, NoiseSchedule, linear_quadratic_sigmas
 from .solvers import *  # noqa: F403  # every solver, and the table
 from .step.cursor import Cursor
@@ -57,6 +57,7 @@ __all__ = [
     "NoiseSchedule",
     "PerpNeg",
     "Perturbed",
+    "PolicyTrajectory",
     "Sampler",
     "Tangential",
     "Trajectory",

@@ -15,15 +15,17 @@ from ..guidance import Guidance
 from ..solvers.table import StepTable
 from ..step.backends.registry import BACKENDS
 from ..step.cursor import TIMESTEP_DTYPES
+from ..step.log_probability import Reduction, check_log_prob
 from . import capture
 from .capture import Graphs, Pool
 from .conditioning import Condition
 from .continuous_batching import Slots
+from .eager import EagerRun, differentiable, with_log_probs
 from .model_call import ModelOptions
 from .noise import Generators
 from .request import checked_guidance, checked_table, make_request
 from .state import SamplerState, StateKey
-from .trajectory import Recorder, Trajectory
+from .trajectory import PolicyTrajectory, Recorder, Trajectory
 
 Callback: TypeAlias = Callable[[int, float, Tensor], object]
 
@@ -193,19 +195,30 @@ class Sampler:
             RuntimeError: the model cannot be captured; the sampler is in use.
             FloatingPointError: with ``check_finite``.
         """
+        self._refuse_gradients(x_T)
         return self._sample(
             x_T, cond=cond, uncond=uncond, labels=labels, image=image, mask=mask, strength=strength,
             generator=generator, seeds=seeds, callback=callback, progress=progress, check_finite=check_finite,
         ).sample  # fmt: skip
 
-    def trajectory(self, x_T: Tensor, *, samples: bool = True, originals: bool = True, **arguments: Any) -> Trajectory:
+    def trajectory(
+        self,
+        x_T: Tensor,
+        *,
+        samples: bool = True,
+        originals: bool = True,
+        log_prob: bool | Reduction = False,
+        **arguments: Any,
+    ) -> Trajectory | PolicyTrajectory:
         """Sample as ``__call__`` does, and return what was on the way as well.
 
         Args:
             x_T: as in ``__call__``.
             samples: whether to return the sample after each model call.
             originals: whether to return the x_0 that each model call predicts.
-            arguments: all others of ``__call__``, by name.
+            log_prob: whether to return a ``PolicyTrajectory``, with the log-probability of each step: as
+                ``return_log_prob`` of ``guided_step``. Its steps are made one by one, and none is captured.
+            arguments: all others of ``__call__``, by name; with ``log_prob``, those that say what is sampled.
 
         >>> from fastguide import NoiseSchedule, ddim
         >>> sampler = Sampler(lambda x, t: 0.1 * x, ddim(NoiseSchedule.linear(), 5))
@@ -216,7 +229,59 @@ class Sampler:
         for name, flag in (("samples", samples), ("originals", originals)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: expected True or False, got {flag!r}")
-        return self._sample(x_T, samples, originals, **arguments)
+        if log_prob is False:
+            self._refuse_gradients(x_T)
+            return self._sample(x_T, samples, originals, **arguments)
+        for name in ("callback", "progress", "check_finite", "mask"):
+            if arguments.pop(name, None):
+                raise ValueError(f"{name}: expected none with log_prob")
+        reduction: Reduction = "mean" if log_prob is True else log_prob
+        check_log_prob(self._table, None, reduction)
+        with torch.no_grad():
+            run = EagerRun(self._options(), self._table, self._guidance, x_T, **arguments)
+            return with_log_probs(run, samples, originals, reduction)
+
+    def differentiable(
+        self, x_T: Tensor, *, last: int | None = None, checkpoint: bool = True, **arguments: Any
+    ) -> Tensor:
+        """Sample as ``__call__`` does, to an x_0 that autograd can go back from, to fine-tune the model by a reward.
+
+        The model's parameters, x_T, the conditions and a tensor ``guidance_scale`` get gradients. Steps are made one
+        by one, and none is captured. A ``Classifier`` is refused: its gradient would count as a constant.
+
+        Args:
+            x_T: as in ``__call__``.
+            last: how many of the last model calls are recorded; the others are made without gradients (DRaFT-K, Clark
+                et al. 2024, arXiv 2309.17400); ``None``: all are.
+            checkpoint: whether to keep one sample for each call alone, and to call the model once more on the way
+                back (torch.utils.checkpoint): the memory is that of one call.
+            arguments: of ``__call__``, by name, those that say what is sampled.
+
+        >>> from fastguide import NoiseSchedule, ddim
+        >>> model = torch.nn.Linear(4, 4)
+        >>> sampler = Sampler(lambda x, t: model(x), ddim(NoiseSchedule.linear(), 5))
+        >>> sampler.differentiable(torch.randn(2, 4), last=2).square().mean().backward()
+        >>> model.weight.grad.shape
+        torch.Size([4, 4])
+        """
+        if last is not None:
+            check_count("last", last, 1)
+        if not isinstance(checkpoint, bool):
+            raise TypeError(f"checkpoint: expected True or False, got {checkpoint!r}")
+        run = EagerRun(self._options(), self._table, self._guidance, x_T, **arguments)
+        return differentiable(run, last, checkpoint)
+
+    def _refuse_gradients(self, x_T: Tensor) -> None:
+        """Refuse inputs whose gradients a loop that may be captured would drop."""
+        if not torch.is_grad_enabled():
+            return
+        scaled = self._guidance is not None and self._guidance.requires_grad
+        if scaled or (isinstance(x_T, Tensor) and x_T.requires_grad):
+            name = "guidance" if scaled else "x_T"
+            raise ValueError(
+                f"{name}: gradients asked of a captured loop, which records none; expected a call of differentiable(), "
+                "or torch.no_grad()"
+            )
 
     @torch.no_grad()
     def _sample(

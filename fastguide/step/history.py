@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,12 @@ class History:
         self._next = 0
         self.entries = self.entries.detach()
         return self
+
+    def continued(self, entries: Tensor, index: int) -> History:
+        """Return one that goes on from these entries with the call of this index, which may write to them."""
+        other = copy(self)
+        other.entries, other._next = entries, index
+        return other
 
     def note(self, index: int | Tensor | Cursor) -> None:
         """Note that a step was made, whose index the host may know."""

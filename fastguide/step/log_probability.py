@@ -89,7 +89,7 @@ def log_prob_of(
     >>> torch.equal(log_prob_of(table, 0, x, velocity, None, y), log_prob)
     True
     """
-    _check(table, index, reduction)
+    check_log_prob(table, index, reduction)
     chosen = backend_for(backend, checks.device_of("sample", sample).type)
     checks.device_of("next_sample", next_sample)
     if next_sample.shape != sample.shape:
@@ -127,7 +127,7 @@ def step_with_log_prob(
         reduction: over a sample's elements; True is ``"mean"``.
     """
     reduction = "mean" if reduction is True else reduction
-    _check(table, call.index, reduction)
+    check_log_prob(table, call.index, reduction)
     if call.inpainting is not None:
         raise ValueError("inpainting: expected None with return_log_prob, as the known part has no probability")
     call = call._replace(guidance=guidance, history=history)
@@ -163,7 +163,8 @@ def step_with_log_prob(
 # ---- What has a log-probability ----
 
 
-def _check(table: StepTable, index: Any, reduction: Any) -> None:
+def check_log_prob(table: StepTable, index: Any, reduction: Any) -> None:
+    """Refuse steps without a log-probability, as far as the host knows them; ``None``: tables without any."""
     if reduction not in get_args(Reduction):
         raise ValueError(f"return_log_prob, reduction: expected 'mean' or 'sum', got {reduction!r}")
     if not isinstance(table, StepTable):

@@ -198,33 +198,3 @@ REFUSED = [
 def test_what_has_no_log_probability_is_refused(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
-
-
-def test_flow_grpo_s_own_formula():
-    """The mean and the deviation of the paper's code, by each call's sigma, and that of the call after."""
-    schedule = FlowSchedule(shift=3.0)
-    table, sigmas = fastguide.flow_match_sde(schedule, 6, noise_level=0.7), schedule.steps(6).sigmas
-    x, v, z = (randn(seed, torch.float64) for seed in range(3))
-    for call in range(6):
-        sigma, after = sigmas[call].item(), sigmas[call + 1].item()
-        dt, below = after - sigma, 1 - (sigmas[1].item() if sigma == 1 else sigma)
-        deviation = math.sqrt(sigma / below) * 0.7
-        mean = x * (1 + deviation**2 / (2 * sigma) * dt) + v * (1 + deviation**2 * (1 - sigma) / (2 * sigma)) * dt
-        got, original = torch.empty_like(x), torch.empty_like(x)
-        guided_step(table, call, x, v, noise=z, out=got, original=original)
-        torch.testing.assert_close(got, mean + deviation * math.sqrt(-dt) * z)
-        torch.testing.assert_close(original, x - sigma * v)
-
-
-def test_a_flow_s_own_time_turns_its_velocity_round():
-    there, back = (
-        fastguide.flow_match_sde(FlowSchedule(invert_sigmas=invert), 5, noise_level=0.5) for invert in (False, True)
-    )
-    x, v, z = (randn(seed) for seed in range(3))
-    torch.testing.assert_close(guided_step(there, 2, x, v, noise=z), guided_step(back, 2, x, -v, noise=z))
-
-
-@pytest.mark.parametrize("level", [0, -1.0, math.inf, math.nan, "1", True])
-def test_the_noise_level_is_checked(level):
-    with pytest.raises(ValueError, match="noise_level: expected a number above 0"):
-        fastguide.flow_match_sde(FLOW, 5, noise_level=level)

@@ -176,6 +176,8 @@ void guided_step_backward(StableIValue* stack, uint64_t num_arguments, uint64_t 
 
 // ---- Squares ----
 
+constexpr int64_t kAtHand = 4 * kBlock;  // elements that are still in the first-level cache when they are read again
+
 // Where in its table a sample is, as a step of a table of one row that writes no history.
 template <typename T>
 void make_mean(const StepFunctions& functions, const StepArguments& a, int64_t sample, int64_t begin, int64_t end,
@@ -197,6 +199,27 @@ void make_mean(const StepFunctions& functions, const StepArguments& a, int64_t s
   functions.step_range(m, sample * a.elements_per_sample + begin, sample * a.elements_per_sample + end);
 }
 
+// Whether a step is its mean and then the noise, to the bit, and writes nothing else.
+bool ends_with_noise(const StepArguments& a) {
+  return a.noise_kind == Noise::given && a.history.data == nullptr && a.anchor.data == nullptr &&
+         a.original.data == nullptr && a.staged.data == nullptr;
+}
+
+template <typename T>
+void add_noise(const RunFunctions<T>& runs, const StepArguments& a, int64_t sample, int64_t begin, int64_t end,
+               const T* mean) {
+  const T deviation = row_at<T>(a, position_of(a, sample).index).out_noise;
+  const bool in_place = a.out.element == (sizeof(T) == sizeof(float) ? Element::float32 : Element::float64);
+  T loaded[kBlock], next[kBlock];
+  for (int64_t offset = begin; offset < end; offset += kBlock) {
+    const int64_t count = std::min(end - offset, kBlock);
+    const T* z = runs.load(a.noise, sample, offset, count, loaded);
+    T* to = in_place ? static_cast<T*>(a.out.data) + sample * a.out.batch_stride + offset : next;
+    runs.sum_of_two(deviation, z, T(1), mean + (offset - begin), count, to);
+    if (!in_place) runs.store(next, a.out, sample, offset, count);
+  }
+}
+
 // Sums up (x' - mean)^2 of each sample; makes x' in the same pass, where it is not there yet.
 template <typename T>
 void run_squares(const StepFunctions& functions, const RunFunctions<T>& runs, const StepArguments& a, bool makes_step,
@@ -204,12 +227,21 @@ void run_squares(const StepFunctions& functions, const RunFunctions<T>& runs, co
   const int64_t parts = parts_of(a), size = a.elements_per_sample;
   std::vector<double> sums(static_cast<size_t>(a.batch * parts));
   over_parts(a, [&](int64_t first, int64_t last) {
-    alignas(64) T mean[kPart];
+    alignas(64) T mean[kAtHand];
     for (int64_t k = first; k < last; ++k) {
-      const int64_t sample = k / parts, begin = k % parts * kPart, end = std::min(begin + kPart, size);
-      make_mean(functions, a, sample, begin, end, !makes_step, mean);
-      if (makes_step) functions.step_range(a, sample * size + begin, sample * size + end);
-      sums[static_cast<size_t>(k)] = squares_of_part(runs, as_input(a.out), sample, begin, end, mean);
+      const int64_t sample = k / parts, whole = std::min((k % parts + 1) * kPart, size);
+      double sum = 0;
+      for (int64_t begin = k % parts * kPart; begin < whole; begin += kAtHand) {
+        const int64_t end = std::min(begin + kAtHand, whole);
+        make_mean(functions, a, sample, begin, end, !makes_step, mean);
+        if (makes_step && ends_with_noise(a)) {
+          add_noise(runs, a, sample, begin, end, mean);
+        } else if (makes_step) {
+          functions.step_range(a, sample * size + begin, sample * size + end);
+        }
+        sum += squares_of(runs, as_input(a.out), sample, begin, end, mean);
+      }
+      sums[static_cast<size_t>(k)] = sum;
     }
   });
   add_parts(sums, a.batch, parts, 1, squares);

@@ -178,17 +178,16 @@ class Backward {
   Gradients<T> s_;
 };
 
-// Returns the sum of (x' - mean)^2 over a part of a sample.
+// Returns the sum of (x' - mean)^2 over some elements of a sample.
 template <typename T>
-double squares_of_part(const RunFunctions<T>& runs, const Input& next, int64_t sample, int64_t begin, int64_t end,
-                       const T* mean) {
-  T loaded[kBlock], difference[kBlock], zeros[kBlock] = {};
+double squares_of(const RunFunctions<T>& runs, const Input& next, int64_t sample, int64_t begin, int64_t end,
+                  const T* mean) {
+  T loaded[kBlock];
   double total = 0;
   for (int64_t offset = begin; offset < end; offset += kBlock) {
     const int64_t count = end - offset < kBlock ? end - offset : kBlock;
     const T* values = runs.load(next, sample, offset, count, loaded);
-    runs.sum_of_two(T(1), values, T(-1), mean + (offset - begin), count, difference);
-    total += runs.sum_of_products(difference, difference, zeros, count);
+    total += runs.sum_of_squares(values, mean + (offset - begin), count);
   }
   return total;
 }

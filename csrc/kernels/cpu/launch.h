@@ -26,6 +26,7 @@ struct RunFunctions {
   void (*keep_unclipped)(const Row<T>& row, const T* x, const T* m, const T* g, int64_t count, T* q);
   void (*deviations)(T base, T span, const T* v, int64_t count, T* to);          // exp((base + span*v)/2)
   double (*sum_of_products)(const T* a, const T* b, const T* c, int64_t count);  // of a*(b - c)
+  double (*sum_of_squares)(const T* a, const T* b, int64_t count);               // of (a - b)^2
 };
 
 // What a step on the CPU consists of.

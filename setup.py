@@ -253,6 +253,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
     for name, extra in (
         ("operator", f"{on_torch} {SMALL}"),
         ("answers", f"{on_torch} {SMALL} '-DFASTGUIDE_CUDA_CODE=\"{description}\"'"),
+        ("backward", f"{on_torch} {SMALL}"),  # its loops are those of the instruction sets
         ("run", on_torch),
         ("run_on_cpu", on_torch),
         ("repeat", include),  # for the header of DLPack

@@ -20,13 +20,14 @@ from .guidance import (
 )
 from .sampling.distributed.ranks import samples_of_rank
 from .sampling.sampler import Sampler
-from .sampling.trajectory import Trajectory
+from .sampling.trajectory import PolicyTrajectory, Trajectory
 from .schedules import FlowSchedule, NoiseSchedule, linear_quadratic_sigmas
 from .solvers import *  # noqa: F403  # every solver, and the table
 from .step.cursor import Cursor
 from .step.guided_step import guided_step
 from .step.history import History
 from .step.inpainting import Inpainting
+from .step.log_probability import log_prob_of
 from .step.noise import DeviceGenerator, portable_noise
 from .training import (
     ConditionDropout,
@@ -57,6 +58,7 @@ __all__ = [
     "NoiseSchedule",
     "PerpNeg",
     "Perturbed",
+    "PolicyTrajectory",
     "Sampler",
     "Tangential",
     "Trajectory",
@@ -69,6 +71,7 @@ __all__ = [
     "drop_condition",
     "guided_step",
     "linear_quadratic_sigmas",
+    "log_prob_of",
     "portable_noise",
     "samples_of_rank",
     "training_target",

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/operands.h"
 #include "binding/record.h"
 #include "binding/run.h"
 #include "binding/tensors.h"
@@ -27,25 +28,6 @@
 
 namespace fastguide {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-using TensorList = std::vector<Tensor>;
-using Integer = int64_t;
-
-// The arguments by name. The callee owns the entries of the dispatcher's stack: each is taken once, in order, and lives
-// as long as this.
-struct Operands {
-  explicit Operands(StableIValue* stack) : next(stack) {}
-
-  StableIValue* next;
-#define FASTGUIDE_TAKE(type, name) type name = torch::stable::detail::to<type>(*next++);
-  FASTGUIDE_ARGUMENTS(FASTGUIDE_TAKE)
-#undef FASTGUIDE_TAKE
-};
-
-#define FASTGUIDE_COUNT(type, name) +1
-constexpr uint64_t kArguments = 0 FASTGUIDE_ARGUMENTS(FASTGUIDE_COUNT);
-#undef FASTGUIDE_COUNT
 
 const Tensor* present(const Tensor& tensor) { return &tensor; }
 const Tensor* present(const OptionalTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
@@ -322,7 +304,18 @@ void read_thresholds(const Tensor& inverse, const Layout& layout, StepArguments*
   a->inverse_thresholds_stride = words;
 }
 
-// ---- The operators ----
+}  // namespace
+
+// The fields are initialised in the order of their declaration, which is that of the stack.
+Operands::Operands(StableIValue* stack)
+    : next(stack)
+#define FASTGUIDE_TAKE(type, name) , name(torch::stable::detail::to<type>(*next++))
+          FASTGUIDE_ARGUMENTS(FASTGUIDE_TAKE)
+#undef FASTGUIDE_TAKE
+{
+}
+
+Operands::~Operands() = default;
 
 void read(const Operands& operands, const Layout& layout, std::vector<Input>* predictions, StepArguments* a) {
   read_tensors(operands, layout, a);
@@ -337,6 +330,10 @@ void read(const Operands& operands, const Layout& layout, std::vector<Input>* pr
   read_moments(operands, layout, a);
   if (operands.inverse_thresholds.has_value()) read_thresholds(*operands.inverse_thresholds, layout, a);
 }
+
+namespace {
+
+// ---- The operators ----
 
 // The boxed function of the operator: its arguments are the stack's entries.
 void guided_step(StableIValue* stack, uint64_t num_arguments, uint64_t num_outputs) {

@@ -51,6 +51,11 @@ class MomentWeights:
         """What was made last, as the step read it: the sum of all weights, those of all predictions but the first, and
         a classifier's scale, and the sample's own if it has one, on the device; shape (1, batch, columns)."""
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a parameter requires a gradient."""
+        return self._parameters.requires_grad
+
     @classmethod
     def of(
         cls,

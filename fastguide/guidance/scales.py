@@ -48,9 +48,8 @@ def as_scale(name: str, value: Scale) -> float | Tensor:
             raise ValueError(f"{name}: expected a finite number (in float32), got {value}")
         return float(value)
     if isinstance(value, Tensor):
-        if value.requires_grad or value.dtype == torch.bool or value.is_complex():
-            got = "one that requires grad" if value.requires_grad else f"one of {value.dtype}"
-            raise TypeError(f"{name}: expected a tensor of real numbers without grad, got {got}")
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name}: expected a tensor of real numbers, got one of {value.dtype}")
         scale = value.to(torch.float64 if value.device == _HOST else torch.float32)
     elif not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {type(value).__name__}")
@@ -63,7 +62,7 @@ def as_scale(name: str, value: Scale) -> float | Tensor:
         raise ValueError(
             f"{name}: expected a number, shape (batch,), (steps, 1) or (steps, batch), got shape {_shape(scale)}"
         )
-    if scale.device == _HOST and not bool((scale.abs() <= _LARGEST).all()):
+    if scale.device == _HOST and not bool((scale.detach().abs() <= _LARGEST).all()):
         bad = next(v for v in scale.flatten().tolist() if not abs(v) <= _LARGEST)
         raise ValueError(f"{name}: expected finite values (in float32), got {bad}")
     return scale.reshape(1, -1) if scale.dim() < 2 else scale

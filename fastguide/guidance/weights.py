@@ -108,7 +108,17 @@ class Guidance:
         """Tell whether ``weights`` returns the same memory from now on, on this device, and nobody has to wait."""
         kind = type(self)
         ours = kind.weights is Guidance.weights and kind.weights_for is Guidance.weights_for
-        return ours and all(where != device for where, _ in self._copies)
+        return ours and not self.requires_grad and all(where != device for where, _ in self._copies)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a scale was a tensor that requires a gradient."""
+        made_by = self.weights_from
+        return self._source.requires_grad or (isinstance(made_by, MomentWeights) and made_by.requires_grad)
+
+    def with_constants(self) -> Guidance:
+        """Return guidance of as many predictions, and the same classifier, that makes no weights of predictions."""
+        return Guidance(self._source, self.classifier)
 
     def weights_for(self, predictions: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the weights of a step with these predictions: constants, or what ``weights_from`` makes of them."""

@@ -75,8 +75,11 @@ def make_request(
     strength: float | None = None,
     generator: Generators | None = None,
     seeds: Sequence[int] | Tensor | None = None,
+    recorded: bool = False,
 ) -> SampleRequest:
     """Return the request of a call, its arguments as ``Sampler.__call__`` describes them; nothing is drawn or copied.
+
+    ``recorded``: whether autograd may follow the run.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -88,7 +91,7 @@ def make_request(
         raise TypeError(f"x_T: expected a tensor of shape (batch, ...), got {got}")
     batch = x_T.shape[0]
     backend = backend_for(options.backend, x_T.device.type)
-    _check_run(table, guidance, x_T, options)
+    _check_run(table, guidance, x_T, options, recorded)
     check_number(backend, x_T.device, guidance)
     whole = table
     table, first, begin, mask = first_sample(whole, x_T, image, mask, strength)
@@ -130,12 +133,12 @@ def checked_guidance(guidance: Guidance | None) -> Guidance | None:
     return guidance
 
 
-def _check_run(table: StepTable, guidance: Guidance, x_T: Tensor, options: ModelOptions) -> None:
+def _check_run(table: StepTable, guidance: Guidance, x_T: Tensor, options: ModelOptions, recorded: bool) -> None:
     """Refuse, before the model is called, what a step would refuse after it."""
     if x_T.device != table.device:
         raise ValueError(f"table: expected it on {x_T.device}, the device of x_T, got {table.device}; use .to()")
     check_guidance(table, guidance, x_T.shape[0])
-    check_sample("x_T", x_T, torch.is_grad_enabled())
+    check_sample("x_T", x_T, torch.is_grad_enabled() and not recorded)
     if table.learned_variance and x_T.dim() < 2:
         raise ValueError("x_T: expected shape (batch, channels, ...) for a table of learned variance")
     if table.timesteps.is_floating_point() and not options.told_in(table).is_floating_point:

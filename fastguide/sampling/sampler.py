@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,17 +14,19 @@ from ..guidance import Guidance
 from ..solvers.table import StepTable
 from ..step.backends.registry import BACKENDS
 from ..step.cursor import TIMESTEP_DTYPES
+from ..step.log_probability import Reduction, check_log_prob
 from . import capture
-from .capture import Graphs, Pool
+from .cached_states import Cached, CachedStates
 from .conditioning import Condition
 from .continuous_batching import Slots
 from .distributed.dimension import Dimension
 from .distributed.ranks import Ranks
+from .eager import EagerRun, differentiable, with_log_probs
 from .model_call import ModelOptions
 from .noise import Generators
 from .request import SampleRequest, checked_guidance, checked_table, make_request
-from .state import SamplerState, StateKey
-from .trajectory import Recorder, Trajectory
+from .state import StateKey
+from .trajectory import PolicyTrajectory, Recorder, Trajectory
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -128,7 +129,7 @@ class Sampler:
         self._ranks = None if mesh is None else Ranks(mesh)
         if cuda_graph == "try" and self._guidance_ranks is not None:
             raise ValueError("cuda_graph: expected 'auto', 'loop' or False, as all ranks of a guidance do the same")
-        self._forget()
+        self._states = CachedStates()
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -213,20 +214,31 @@ class Sampler:
             RuntimeError: the model cannot be captured; the sampler is in use; another rank has failed or is gone.
             FloatingPointError: with ``check_finite``.
         """
+        self._refuse_gradients(x_T)
         return self._sample(
             x_T, cond=cond, uncond=uncond, labels=labels, image=image, mask=mask, strength=strength,
             generator=generator, seeds=seeds, callback=callback, progress=progress, check_finite=check_finite,
             gather=gather,
         ).sample  # fmt: skip
 
-    def trajectory(self, x_T: Tensor, *, samples: bool = True, originals: bool = True, **arguments: Any) -> Trajectory:
+    def trajectory(
+        self,
+        x_T: Tensor,
+        *,
+        samples: bool = True,
+        originals: bool = True,
+        log_prob: bool | Reduction = False,
+        **arguments: Any,
+    ) -> Trajectory | PolicyTrajectory:
         """Sample as ``__call__`` does, and return what was on the way as well.
 
         Args:
             x_T: as in ``__call__``.
             samples: whether to return the sample after each model call.
             originals: whether to return the x_0 that each model call predicts.
-            arguments: all others of ``__call__``, by name.
+            log_prob: whether to return a ``PolicyTrajectory``, with the log-probability of each step: as
+                ``return_log_prob`` of ``guided_step``. Its steps are made one by one, and none is captured.
+            arguments: all others of ``__call__``, by name; with ``log_prob``, those that say what is sampled.
 
         >>> from fastguide import NoiseSchedule, ddim
         >>> sampler = Sampler(lambda x, t: 0.1 * x, ddim(NoiseSchedule.linear(), 5))
@@ -237,7 +249,67 @@ class Sampler:
         for name, flag in (("samples", samples), ("originals", originals)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: expected True or False, got {flag!r}")
-        return self._sample(x_T, samples, originals, **arguments)
+        if log_prob is False:
+            self._refuse_gradients(x_T)
+            return self._sample(x_T, samples, originals, **arguments)
+        for name in ("callback", "progress", "check_finite", "mask"):
+            if arguments.pop(name, None):
+                raise ValueError(f"{name}: expected none with log_prob")
+        self._refuse_a_mesh()
+        reduction: Reduction = "mean" if log_prob is True else log_prob
+        check_log_prob(self._table, None, reduction)
+        with torch.no_grad():
+            run = EagerRun(self._options(), self._table, self._guidance, x_T, **arguments)
+            return with_log_probs(run, samples, originals, reduction)
+
+    def differentiable(
+        self, x_T: Tensor, *, last: int | None = None, checkpoint: bool = True, **arguments: Any
+    ) -> Tensor:
+        """Sample as ``__call__`` does, to an x_0 that autograd can go back from, to fine-tune the model by a reward.
+
+        The model's parameters, x_T, the conditions and a tensor ``guidance_scale`` get gradients. Steps are made one
+        by one, and none is captured. A ``Classifier`` is refused: its gradient would count as a constant.
+
+        Args:
+            x_T: as in ``__call__``.
+            last: how many of the last model calls are recorded; the others are made without gradients (DRaFT-K, Clark
+                et al. 2024, arXiv 2309.17400); ``None``: all are.
+            checkpoint: whether to keep one sample for each call alone, and to call the model once more on the way
+                back (torch.utils.checkpoint): the memory is that of one call.
+            arguments: of ``__call__``, by name, those that say what is sampled.
+
+        >>> from fastguide import NoiseSchedule, ddim
+        >>> model = torch.nn.Linear(4, 4)
+        >>> sampler = Sampler(lambda x, t: model(x), ddim(NoiseSchedule.linear(), 5))
+        >>> sampler.differentiable(torch.randn(2, 4), last=2).square().mean().backward()
+        >>> model.weight.grad.shape
+        torch.Size([4, 4])
+        """
+        self._refuse_a_mesh()
+        if last is not None:
+            check_count("last", last, 1)
+        if not isinstance(checkpoint, bool):
+            raise TypeError(f"checkpoint: expected True or False, got {checkpoint!r}")
+        run = EagerRun(self._options(), self._table, self._guidance, x_T, **arguments)
+        return differentiable(run, last, checkpoint)
+
+    def _refuse_gradients(self, x_T: Tensor) -> None:
+        """Refuse inputs whose gradients a loop that may be captured would drop."""
+        if not torch.is_grad_enabled():
+            return
+        scaled = self._guidance is not None and self._guidance.requires_grad
+        if scaled or (isinstance(x_T, Tensor) and x_T.requires_grad):
+            name = "guidance" if scaled else "x_T"
+            raise ValueError(
+                f"{name}: gradients asked of a captured loop, which records none; expected a call of differentiable(), "
+                "or torch.no_grad()"
+            )
+
+    def _refuse_a_mesh(self) -> None:
+        if self._ranks is not None:
+            raise ValueError(
+                "mesh: expected None with log_prob and in differentiable(), which each rank calls by itself"
+            )
 
     @torch.no_grad()
     def _sample(
@@ -276,7 +348,7 @@ class Sampler:
             return sample(make())
         settings = f"cuda_graph={self.cuda_graph!r}, {options.settings}, {samples=}, {originals=}, {gather=}"
         return ranks.sampled(
-            make, sample, lambda share: key_of(share) in self._cache, settings, (samples, originals), gather
+            make, sample, lambda share: key_of(share) in self._states, settings, (samples, originals), gather
         )
 
     def _run(
@@ -348,71 +420,20 @@ class Sampler:
     def _guidance_ranks(self) -> Dimension | None:
         return None if self._ranks is None or self._ranks.guidance.size == 1 else self._ranks.guidance
 
-    # ---- Cached states ----
-
-    @contextmanager
-    def _borrow(self, key: StateKey, guidance: Guidance) -> Iterator[_Cached]:
-        """Lend the state of a key to one caller at a time; a new one is cached when its first use has succeeded."""
-        with self._exclusive("is running already, in another thread or a callback; expected one of its own"):
-            pool = self._pools.setdefault(key.device, Pool(key.device))
-            pool.wait()
-            cached = self._cache.get(key)
-            if cached is None:
-                if not self.recapture and self._cache:
-                    first = next(iter(self._cache))
-                    raise ValueError(f"recapture: expected a call like the first, of {first.difference(key)}")
-                only_one = not self.recapture and self.cuda_graph == "loop"
-                cached = _Cached(SamplerState(key, guidance), Graphs(pool, max(self.max_loops, 2), only_one))
-            try:
-                yield cached
-            except BaseException:
-                pool.mark_end()
-                if key not in self._cache:  # its memory is freed now
-                    pool.synchronize()
-                raise
-            pool.mark_end()
-            self._cache.pop(key, None)
-            while len(self._cache) >= max(self.max_loops, 1):
-                self._drop(next(iter(self._cache)))
-            self._cache[key] = cached
-
     def clear(self) -> None:
         """Drop all cached buffers and graphs; waits for the device."""
-        with self._exclusive("is running, in another thread or a callback; expected it idle"):
-            for key in list(self._cache):
-                self._drop(key)
-            self._pools.clear()
-
-    @contextmanager
-    def _exclusive(self, refusal: str) -> Iterator[None]:
-        if not self._in_use.acquire(blocking=False):
-            raise RuntimeError(f"sampler: {refusal}")
-        try:
-            yield
-        finally:
-            self._in_use.release()
-
-    def _drop(self, key: StateKey) -> None:
-        self._pools[key.device].synchronize()
-        del self._cache[key]
-
-    def _forget(self) -> None:
-        self._cache: dict[StateKey, _Cached] = {}
-        self._pools: dict[torch.device, Pool] = {}
-        self._in_use = threading.Lock()
+        self._states.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the cache, which a copy has to fill itself."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_pools", "_in_use")}
+        """Return all but the cached states, which a copy has to fill itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_states"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._states = CachedStates()
 
-
-class _Cached(NamedTuple):
-    state: SamplerState
-    graphs: Graphs
+    def _borrow(self, key: StateKey, guidance: Guidance) -> AbstractContextManager[Cached]:
+        return self._states.borrow(key, guidance, self.max_loops, self.recapture, self.cuda_graph == "loop")
 
 
 def _progress_bar(calls: range) -> Sequence[int]:

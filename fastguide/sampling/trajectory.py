@@ -24,6 +24,19 @@ class Trajectory(NamedTuple):
     """The x_0 that each model call predicts, shape (calls, batch, ...); ``None``: not asked for."""
 
 
+class PolicyTrajectory(NamedTuple):
+    """What ``Sampler.trajectory`` returns with ``log_prob``: a ``Trajectory``, and the steps' log-probabilities."""
+
+    sample: Tensor
+    """x_0, shape (batch, ...)."""
+    samples: Tensor | None
+    """As in ``Trajectory``: ``samples[k]`` is what call k began with, and ``samples[k + 1]`` what its step chose."""
+    originals: Tensor | None
+    """As in ``Trajectory``."""
+    log_probs: Tensor
+    """Of each call's step, float64 of shape (calls, batch); 0 at calls whose step adds no noise and chooses nothing."""
+
+
 class Recorder:
     """Copies of a run's samples and predicted x_0, and whether they are finite."""
 

@@ -21,6 +21,7 @@ from .euler import euler
 from .euler_ancestral import euler_ancestral
 from .flow_match_euler import flow_match_euler
 from .flow_match_heun import flow_match_heun
+from .flow_match_sde import flow_match_sde
 from .heun import heun
 from .lcm import lcm
 from .lms import lms
@@ -48,6 +49,7 @@ __all__ = [
     "euler_ancestral",
     "flow_match_euler",
     "flow_match_heun",
+    "flow_match_sde",
     "heun",
     "lcm",
     "lms",

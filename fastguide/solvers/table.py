@@ -98,6 +98,8 @@ class StepTable:
     takes_predictions: bool = field(init=False)
     thresholds: bool = field(init=False)
     """Whether any step divides x_0 by a threshold."""
+    clips: bool = field(init=False)
+    """Whether any row clips x_0."""
     history_slots: int = field(init=False)
     """How many tensors of the sample's shape earlier calls leave for later ones: 0 to 3."""
     in_scales: tuple[float, ...] = field(init=False)
@@ -115,6 +117,7 @@ class StepTable:
         self.completes_step = self.completes_step or (True,) * len(self.host_timesteps)
         self.adds_noise = tuple((self.rows[:, ROW_COLUMNS.index("out_noise")] != 0).tolist())
         self.adds_noise_anywhere = any(self.adds_noise)
+        self.clips = bool(self.rows[:, _CLIP].isfinite().any())
         self.undefined_rows = frozenset((~_finite_rows(self.rows)).nonzero().flatten().tolist())
         self.thresholds = bool((self.rows[:, _QUANTILE] > 0).any())
         self.history_slots = _slots(self.rows)

@@ -430,8 +430,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int], device: torch
         raise ValueError(f"{name}: expected it on {device}, the sample's device, got {tensor.device}")
     if grad_enabled and tensor.requires_grad:
         raise ValueError(
-            f"{name}: expected a tensor that requires no grad, as the step is not differentiable, got one that does; "
-            "sample under torch.no_grad() or detach it"
+            f"{name}: expected a tensor that requires no grad, as nothing is recorded, got one that does; detach it"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,16 +13,19 @@ from ..guidance import Guidance
 from ..guidance.weights import UNGUIDED
 from ..solvers.table import StepTable
 from . import checks
+from .autograd import asks_for_gradients, recorded_step, to_be_recorded
 from .backends.registry import backend_for
 from .call import Call
 from .cursor import Cursor
 from .history import History, entries_of, history_follows
 from .inpainting import Inpainting
+from .log_probability import Reduction, step_with_log_prob
 from .noise import DeviceGenerator, draw
 from .overlaps import check_memory
 from .repeat import kinds_of, remember, repeat, token_of
 
 
+@overload
 def guided_step(
     table: StepTable,
     index: int | Tensor | Cursor,
@@ -41,10 +45,41 @@ def guided_step(
     out: Tensor | None = None,
     staged: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+    return_log_prob: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def guided_step(
+    *arguments: Any, return_log_prob: Literal[True, "mean", "sum"], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+def guided_step(  # type: ignore[misc]
+    table: StepTable,
+    index: int | Tensor | Cursor,
+    sample: Tensor,
+    predictions: Tensor | Sequence[Tensor],
+    guidance: Guidance | None = None,
+    *,
+    gradient: Tensor | None = None,
+    variance: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | DeviceGenerator | None = None,
+    seeds: Tensor | None = None,
+    inpainting: Inpainting | None = None,
+    history: History | None = None,
+    anchor: Tensor | None = None,
+    original: Tensor | None = None,
+    out: Tensor | None = None,
+    staged: Tensor | None = None,
+    backend: str | None = None,
+    return_log_prob: bool | Reduction = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Make one step of guided sampling: combine the predictions, apply the solver's row, add the noise.
 
     One pass over memory. Arithmetic is in float32 (in float64 if the sample is), rounded once to the output's dtype.
+    Where gradients are enabled and an input requires one, autograd records the step: see the page on fine-tuning.
 
     Args:
         table: from a solver such as ``ddim``, on the sample's device.
@@ -52,8 +87,7 @@ def guided_step(
             one per sample, (batch,). The host never waits for a device to read it; on the CPU it is checked. Or a
             ``Cursor``, which the step advances; ``out`` then has to be the sample itself.
         sample: x_t, shape (batch, ...), dense within a sample (contiguous, channels_last, ...), any batch stride.
-        predictions: what the model returned (without autograd, as under ``torch.no_grad()``: the step is not
-            differentiable), one tensor of the sample's shape for each weight of the guidance, laid
+        predictions: what the model returned, one tensor of the sample's shape for each weight of the guidance, laid
             out within a sample as the sample is; or one tensor with all of them along the batch,
             ``cat([unconditional, conditional])``.
         guidance: ``ClassifierFree``, ``Composed``, ``Classifier``, a sum of them, or ``None`` for one prediction.
@@ -86,9 +120,13 @@ def guided_step(
             another's samples.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; ``None``: the best for the device, see ``fastguide
             info``.
+        return_log_prob: whether to return the log-probability of the next sample as well, float64 of shape (batch,):
+            ``"sum"`` over a sample's elements, or their ``"mean"`` (also ``True``), as the code of DDPO and Flow-GRPO.
+            Where gradients are recorded, the next sample is held fixed in it. ``out`` is then apart from the inputs.
 
     Returns:
-        The next sample: ``out``, or a new tensor of the sample's dtype.
+        The next sample: ``out``, or a new tensor of the sample's dtype; with ``return_log_prob``, that and its
+        log-probability: see ``log_prob_of``.
 
     Raises:
         TypeError, ValueError, IndexError: an argument is not as described; the message names it, what was expected
@@ -105,6 +143,8 @@ def guided_step(
         index, sample, predictions, token_of(guidance), gradient, variance, noise, generator, seeds, inpainting,
         entries_of(history), anchor, original, out, staged, backend,
     )  # fmt: skip
+    if return_log_prob is not False:
+        return step_with_log_prob(guided_step, table, Call(*call), guidance, history, return_log_prob)
     kinds = None
     if type(table) is StepTable and not is_dynamo_compiling() and (history is None or history_follows(history, index)):
         kinds = kinds_of.get(table._token)
@@ -117,13 +157,18 @@ def guided_step(
                 history.note(index)
             return done
     chosen = backend_for(backend, checks.device_of("sample", sample).type)
-    arguments, generator = checks.validate(
+    known = inpainting if isinstance(inpainting, Inpainting) else ()
+    records = asks_for_gradients(guidance, predictions, sample, gradient, variance, noise, anchor, call[10], *known)
+    used = UNGUIDED if guidance is None else guidance
+    if records and isinstance(used, Guidance):
+        used = to_be_recorded(used, chosen, sample)
+    arguments, generator = (_validate_without_gradients if records else checks.validate)(
         chosen,
         table,
         index,
         sample,
         predictions,
-        UNGUIDED if guidance is None else guidance,
+        used,
         (gradient, variance),
         noise,
         generator,
@@ -135,6 +180,8 @@ def guided_step(
         out,
         staged,
     )
+    if records or (arguments.weights.requires_grad and torch.is_grad_enabled()):
+        return recorded_step(chosen, table, guidance, arguments, generator, index, history, out)
     increment = 0
     if generator is not None:
         arguments, increment = draw(arguments, generator, chosen.torch_stream, out_is_new=out is None)
@@ -156,6 +203,10 @@ def guided_step(
         history.note(index)
     remember(table, guidance, Call(*call), chosen, arguments)
     return arguments.out
+
+
+_validate_without_gradients = torch.no_grad()(checks.validate)
+"""Tensors that require a gradient are refused while gradients are enabled, unless they are to be recorded."""
 
 
 def _note_the_write(*tensors: Tensor | None) -> None:

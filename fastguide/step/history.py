@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -51,9 +53,16 @@ class History:
         self._next: int | None = 0
 
     def restart(self) -> History:
-        """Begin a new loop: the next step is the table's first."""
+        """Begin a new loop: the next step is the table's first. What autograd has recorded is left behind."""
         self._next = 0
+        self.entries = self.entries.detach()
         return self
+
+    def continued(self, entries: Tensor, index: int) -> History:
+        """Return one that goes on from these entries with the call of this index, which may write to them."""
+        other = copy(self)
+        other.entries, other._next = entries, index
+        return other
 
     def note(self, index: int | Tensor | Cursor) -> None:
         """Note that a step was made, whose index the host may know."""

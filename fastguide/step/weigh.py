@@ -31,11 +31,9 @@ def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> Ste
     named = dict(zip(made_by.names, selected(parameters, steps, batch).unbind(-1), strict=False))
     terms = weights_of(a, predictions, made_by.program, (steps, first), named)
     made = with_gradient_scale(terms, count, selected(a.weights, steps, batch)[:, -1:]).to(a.weights.dtype)
-    made_by.last_weights = made[None]
+    made_by.last_weights = made[None].detach()
     if terms.shape[1] > count:
-        of_sample = made[:, -1:]
-        made = torch.cat([made[:, :1] + of_sample, made[:, 1:count], of_sample, made[:, count : count + 1]], -1)
-        predictions = [*predictions, a.sample]
+        made, predictions = with_sample_as_prediction(made, count), [*predictions, a.sample]
     return a._replace(
         predictions=predictions, weights=made[None], program=None, parameters=None, made=None, scratch=None
     )
@@ -70,6 +68,12 @@ def weights_of(
 def with_gradient_scale(terms: Tensor, count: int, scale: Tensor) -> Tensor:
     """Return the terms' weights with a gradient's scale, (batch or 1, 1), behind those of so many predictions."""
     return torch.cat([terms[:, :count], scale.double().expand(len(terms), -1), terms[:, count:]], -1)
+
+
+def with_sample_as_prediction(made: Tensor, count: int) -> Tensor:
+    """Return made weights of so many predictions and the sample, as a step reads them of one prediction more."""
+    of_sample = made[:, -1:]
+    return torch.cat([made[:, :1] + of_sample, made[:, 1:count], of_sample, made[:, count : count + 1]], -1)
 
 
 def position_of(a: StepArguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ TABLES = {
     "ddim": fastguide.ddim(SCHEDULE, 6),
     "flow": fastguide.flow_match_euler(FlowSchedule(shift=3.0), 6),
     "flow stochastic": fastguide.flow_match_euler(FlowSchedule(), 6, stochastic=True),
+    "flow sde": fastguide.flow_match_sde(FlowSchedule(), 6),
     "flow inverted": fastguide.flow_match_euler(FlowSchedule(invert_sigmas=True), 6),
     "euler": fastguide.euler(SCHEDULE, 6, timestep_spacing="leading"),
     "euler v churn": fastguide.euler(SCHEDULE, 6, prediction_type="v_prediction", s_churn=3.0, sigma_spacing="karras"),

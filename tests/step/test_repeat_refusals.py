@@ -49,8 +49,8 @@ def test_bad_calls_are_refused_after_good_ones(call, kind, message):
 BAD = {  # arguments that replace good ones of the same step
     "another device": lambda: {"predictions": [draw(), draw().to("meta")]},
     "another stride": lambda: {"predictions": [draw(), draw(2, 4, 3).mT]},
-    "requires grad": lambda: {"predictions": [draw(), draw().requires_grad_()]},
-    "a sample that requires grad": lambda: {"sample": draw().requires_grad_()},
+    "requires grad": lambda: {"predictions": [draw(), draw().requires_grad_()], "out": draw()},
+    "a sample that requires grad": lambda: {"sample": draw().requires_grad_(), "out": draw()},
     "freed memory": lambda: {"predictions": [draw(), freed(draw())]},
     "a freed sample": lambda: {"sample": freed(draw())},
     "a view of freed memory": lambda: {"predictions": [draw(), freed_view()]},

@@ -188,7 +188,7 @@ def captured() -> dict[str, Any]:
     ):  # fmt: skip
         sampler = sampler_of(name, mesh_of(1, 2), cuda_graph=mode)
         first = sampled(sampler, **arguments_of(name))
-        state = next(iter(sampler._cache.values())).state
+        state = next(iter(sampler._states.cached.values())).state
         state.model_call = None  # type: ignore[assignment]  # no Python at replays
         found[name] = first, sampled(sampler, **arguments_of(name))
     return found

@@ -5,6 +5,7 @@
 
 #include "kernels/arguments.h"
 #include "kernels/thresholds.h"
+#include "maths/step.h"
 
 namespace fastguide {
 
@@ -21,6 +22,23 @@ constexpr bool kHasDouble = true;
 
 // What may be written behind keys that are appended to others.
 constexpr int64_t kMoreKeys = 16;
+// Operations on `count` elements, at most kBlock, of which backward passes consist: see cpu/backward.h. `to` may be one
+// of the operands.
+template <typename T>
+struct RunFunctions {
+  // A sample's elements from `offset` on, as T: in place, or in scratch.
+  const T* (*load)(const Input& input, int64_t sample, int64_t offset, int64_t count, T* scratch);
+  void (*store)(const T* from, const Output& output, int64_t sample, int64_t offset, int64_t count);
+  // m of two and more predictions.
+  void (*guided)(const StepArguments& arguments, const T* weights, int64_t sample, int64_t offset, int64_t count, T* m);
+  void (*sum_of_two)(T a, const T* x, T b, const T* y, int64_t count, T* to);  // a*x + b*y
+  void (*product)(const T* x, const T* y, int64_t count, T* to);
+  // Makes q zero where the step has clipped x0.
+  void (*keep_unclipped)(const Row<T>& row, const T* x, const T* m, const T* g, int64_t count, T* q);
+  void (*deviations)(T base, T span, const T* v, int64_t count, T* to);          // exp((base + span*v)/2)
+  double (*sum_of_products)(const T* a, const T* b, const T* c, int64_t count);  // of a*(b - c)
+  double (*sum_of_squares)(const T* a, const T* b, int64_t count);               // of (a - b)^2
+};
 
 // What a step on the CPU consists of.
 struct StepFunctions {
@@ -37,6 +55,8 @@ struct StepFunctions {
   // Append the keys among `count` that are above `low` and at most `high`; return how many they are.
   int64_t (*append_keys)(const int32_t* keys, int64_t count, int32_t low, int32_t high, int32_t* to);
   int64_t (*append_wide_keys)(const int64_t* keys, int64_t count, int64_t low, int64_t high, int64_t* to);
+  const RunFunctions<float>& (*float_runs)();
+  const RunFunctions<double>& (*double_runs)();
 };
 
 // portable_noise writes `count` values, at most kBlock: those of a sample's elements from `begin` on.
@@ -49,6 +69,8 @@ struct StepFunctions {
   void tally_double(const double* x0, int64_t count, double top, Tally<double>* so_far, int64_t* between); \
   int64_t append_keys(const int32_t* keys, int64_t count, int32_t low, int32_t high, int32_t* to); \
   int64_t append_wide_keys(const int64_t* keys, int64_t count, int64_t low, int64_t high, int64_t* to); \
+  const RunFunctions<float>& float_runs(); \
+  const RunFunctions<double>& double_runs(); \
   void portable_noise(const StepArguments& arguments, int64_t sample, uint32_t step, int64_t begin, int64_t count, \
                       float* z); \
   }

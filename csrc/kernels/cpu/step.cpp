@@ -301,3 +301,5 @@ void step_range(const StepArguments& a, int64_t begin, int64_t end) {
 
 }  // namespace FASTGUIDE_ISA
 }  // namespace fastguide
+
+#include "kernels/cpu/runs.h"  // of what is above

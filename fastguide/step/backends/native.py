@@ -31,6 +31,7 @@ CAPABILITY_VARIABLE = "FASTGUIDE_CPU_CAPABILITY"
 _EXPORTS = (
     "fastguide_row_columns",
     "fastguide_arguments",
+    "fastguide_gradients",
     "fastguide_operations",
     "fastguide_program_terms",
     "fastguide_program_values",
@@ -89,6 +90,8 @@ def backend() -> Backend:
         torch_stream=on_gpus,
         makes_weights=("cpu", "cuda") if on_gpus else ("cpu",),
         checks_overlap=True,
+        backward=torch.ops.fastguide.guided_step_backward.default,
+        squares=torch.ops.fastguide.guided_step_squares.default,
         repeats=True,
         most_predictions=_library.fastguide_gpu_predictions(),
     )
@@ -117,6 +120,8 @@ def _load() -> ctypes.CDLL:
     _check_list(found.fastguide_row_columns, ROW_COLUMNS)
     arguments = torch.ops.fastguide.guided_step.default._schema.arguments
     _check_list(found.fastguide_arguments, [f"{_ARGUMENT_TYPES[str(a.type)]} {a.name}" for a in arguments])
+    backward = torch.ops.fastguide.guided_step_backward.default._schema.arguments[len(arguments) :]
+    _check_list(found.fastguide_gradients, [f"{_ARGUMENT_TYPES[str(a.type)]} {a.name}" for a in backward])
     _check_list(found.fastguide_operations, tuple(OPERATIONS))
     _check_number(found.fastguide_program_terms, MOST_TERMS)
     _check_number(found.fastguide_program_values, MOST_VALUES)

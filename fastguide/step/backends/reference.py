@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...guidance.encoded import decode
 from ...solvers.table import ROW_COLUMNS
+from ..backward import Gradients
 from ..noise import portable_noise
 from ..operator import StepArguments, library
 from ..original import combined, per_sample, unclipped
@@ -143,3 +146,80 @@ def _advance(cursor: Tensor, timestep: Tensor | None, rows: Tensor, steps: Tenso
 
 def _write(out: Tensor, values: Tensor, finished: Tensor | None) -> None:
     out.copy_(values if finished is None else torch.where(finished, out, values.to(out.dtype)))
+
+
+# ---- Backward ----
+
+
+def guided_step_backward(*arguments: object, **gradients: Any) -> None:
+    """Write the gradients of a step's inputs: the formulas are in csrc/kernels/cpu/backward.h.
+
+    The arguments are the fields of ``StepArguments``, and by name those of ``Gradients``.
+    """
+    a, b = StepArguments(*arguments), Gradients(**gradients)  # type: ignore[arg-type]
+    sample, batch, dtype = a.sample, a.sample.shape[0], a.rows.dtype
+    steps, _, _ = position_of(a)
+    row = {name: per_sample(a.rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
+    weights = selected(a.weights, steps, batch)
+    count = weights.shape[-1] - 1
+    weight = [per_sample(w, sample) for w in weights.unbind(-1)]
+    scale = weight[count]
+    each = [prediction.to(dtype) for prediction in split(a.predictions, count, batch)]
+    nothing = torch.zeros_like(sample, dtype=dtype)
+
+    came, of_original = _or_nothing(b.grad_out, nothing), _or_nothing(b.grad_original, nothing)
+    if a.mask is not None:
+        came = a.mask.to(dtype) * came
+    later = _slots_of(b.grad_left, batch)
+    left = sum((torch.where(row["hist_slot"] == slot, grad, 0.0) for slot, grad in enumerate(later)), nothing)
+    q = row["out_x0"] * came + row["hist_x0"] * left + of_original
+    x0 = row["x0_sample"] * sample.to(dtype) + row["x0_pred"] * combined(weight, each, nothing)
+    if a.gradient is not None:
+        x0 = x0 + row["x0_grad"] * scale * a.gradient.to(dtype)
+    q = row["x0_scale"] * torch.where((row["x0_scale"] * x0).abs() > row["clip"], 0.0, q)
+
+    of_m = row["x0_pred"] * q + row["out_pred"] * came
+    shift, deviation = row["out_grad"], row["out_noise"]
+    if a.variance is not None:
+        log_variance = row["logvar_base"] + row["logvar_span"] * a.variance.to(dtype)
+        shift = shift + row["out_var_grad"] * torch.exp(log_variance)
+        deviation = deviation * torch.exp(0.5 * log_variance)
+    unscaled = row["x0_grad"] * q + shift * came
+
+    _give(b.grad_sample, row["x0_sample"] * q + row["out_sample"] * came + row["hist_sample"] * left)
+    factors = [weight[0] - sum(weight[1:count]), *weight[1:count]]
+    given = [] if not b.grad_predictions else split(list(b.grad_predictions), count, batch)
+    for grad, factor in zip(given, factors, strict=False):
+        grad.copy_(factor * of_m)
+    _give(b.grad_gradient, scale * unscaled)
+    _give(b.grad_noise, deviation * came + row["x0_noise"] * of_original)
+    _give(b.grad_anchor, row["out_anchor"] * came)
+    for slot, grad in enumerate(_slots_of(b.grad_history, batch)):
+        stays = torch.where(row["hist_slot"] == slot, 0.0, later[slot]) if later else nothing
+        grad.copy_(row[f"out_hist_{slot}"] * came + stays)
+    if b.grad_variance is not None and a.variance is not None:
+        variance_scale = torch.exp(row["logvar_base"] + row["logvar_span"] * a.variance.to(dtype))
+        moved = 0.5 * deviation * _or_nothing(a.noise, nothing)
+        moved = moved + row["out_var_grad"] * variance_scale * scale * _or_nothing(a.gradient, nothing)
+        b.grad_variance.copy_(row["logvar_span"] * moved * came)
+    if b.grad_weights is not None:
+        factors = [p - each[0] if k else p for k, p in enumerate(each)] or [nothing]
+        parts = [(of_m * factor).double() for factor in factors]
+        parts.append((unscaled * _or_nothing(a.gradient, nothing)).double())
+        b.grad_weights.copy_(torch.stack([part.flatten(1).sum(1) for part in parts], 1))
+
+
+library.impl("guided_step_backward", guided_step_backward, "CompositeExplicitAutograd")
+
+
+def _or_nothing(grad: Tensor | None, nothing: Tensor) -> Tensor:
+    return nothing if grad is None else grad.to(nothing.dtype)
+
+
+def _slots_of(history: Tensor | None, batch: int) -> list[Tensor]:
+    return [] if history is None or not batch else list(history.unflatten(0, (-1, batch)).unbind(0))
+
+
+def _give(grad: Tensor | None, values: Tensor) -> None:
+    if grad is not None:
+        grad.copy_(values)

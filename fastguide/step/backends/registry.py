@@ -30,6 +30,10 @@ class Backend(NamedTuple):
     """Whether a step gets the thresholds of x_0, rather than finds them."""
     checks_overlap: bool = False
     """Whether it refuses by itself, before it writes, an output that shares a part of an input's memory."""
+    backward: StepFunction | None = None
+    """Writes the gradients of a step's inputs, called with ``Gradients`` too; ``None``: the reference does."""
+    squares: StepFunction | None = None
+    """Makes a step and adds up its distance from its mean: ``guided_step_squares``; ``None``: by two steps."""
     repeats: bool = False
     """Whether its steps can be made again by ``fastguide.step.repeat``, with the native library's help."""
     relaunch: Callable[[StepArguments], Callable[..., None]] | None = None

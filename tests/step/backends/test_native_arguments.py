@@ -24,11 +24,14 @@ pytestmark = pytest.mark.skipif(
 ARGUMENTS = [
     f"{native._ARGUMENT_TYPES[str(a.type)]} {a.name}" for a in torch.ops.fastguide.guided_step.default._schema.arguments
 ]
+BACKWARD = torch.ops.fastguide.guided_step_backward.default._schema.arguments
+GRADIENTS = [f"{native._ARGUMENT_TYPES[str(a.type)]} {a.name}" for a in BACKWARD[len(ARGUMENTS) :]]
 
 
 LISTS = {
     "fastguide_row_columns": ROW_COLUMNS,
     "fastguide_arguments": ARGUMENTS,
+    "fastguide_gradients": GRADIENTS,
     "fastguide_call": Call._fields,
     "fastguide_objects": Objects._fields,
     "fastguide_operations": tuple(OPERATIONS),
@@ -71,6 +74,7 @@ def swapped(values, i, j):
         ("arguments", ARGUMENTS[:-1], "expected OptionalTensor inverse_thresholds, got nothing more"),
         ("arguments", [*ARGUMENTS, "OptionalTensor history"], "expected nothing more, got OptionalTensor history"),
         ("arguments", ["OptionalTensor out", *ARGUMENTS[1:]], "expected Tensor out, got OptionalTensor out"),
+        ("gradients", GRADIENTS[1:], "expected OptionalTensor grad_out, got OptionalTensor grad_original"),
         ("operations", swapped(tuple(OPERATIONS), 0, 1), "expected add, got sub"),
         ("program_terms", MOST_TERMS + 1, f"expected {MOST_TERMS}, got {MOST_TERMS + 1}"),
         ("program_values", 2 * MOST_VALUES, f"expected {MOST_VALUES}, got {2 * MOST_VALUES}"),

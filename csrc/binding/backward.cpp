@@ -1,0 +1,296 @@
+// The operators fastguide::guided_step_backward and fastguide::guided_step_squares for CPU tensors: each part of a
+// sample by itself, so that no bit depends on how parts are shared out among threads.
+//
+// fastguide/step/autograd.py and fastguide/step/log_probability.py call them, with arguments of a step that was
+// checked.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "binding/capability.h"
+#include "binding/operands.h"
+#include "binding/run.h"
+#include "binding/tensors.h"
+#include "kernels/backward.h"
+#include "kernels/cpu/backward.h"
+#include "kernels/cpu/launch.h"
+#include "kernels/cursor.h"
+#include "kernels/weights.h"
+
+namespace fastguide {
+namespace {
+
+struct GradientOperands {
+  explicit GradientOperands(StableIValue* stack) : next(stack) {}
+
+  StableIValue* next;
+#define FASTGUIDE_TAKE(type, name) type name = torch::stable::detail::to<type>(*next++);
+  FASTGUIDE_GRADIENTS(FASTGUIDE_TAKE)
+#undef FASTGUIDE_TAKE
+};
+
+#define FASTGUIDE_COUNT(type, name) +1
+constexpr uint64_t kGradients = 0 FASTGUIDE_GRADIENTS(FASTGUIDE_COUNT);
+#undef FASTGUIDE_COUNT
+
+// Calls f(begin, end) for ranges of all parts of all samples, in parallel if that is worth it.
+template <typename F>
+void over_parts(const StepArguments& a, const F& f) {
+  const int64_t count = a.batch * parts_of(a),
+                grain = std::max<int64_t>(kGrain / std::min(kPart, a.elements_per_sample), 1);
+  if (count <= grain) {
+    f(int64_t{0}, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, f);
+  }
+}
+
+// Adds up the numbers of each sample's parts, in order.
+void add_parts(const std::vector<double>& parts, int64_t batch, int64_t parts_per_sample, int64_t columns, double* to) {
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    for (int64_t column = 0; column < columns; ++column) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts_per_sample; ++part) {
+        sum += parts[static_cast<size_t>((sample * parts_per_sample + part) * columns + column)];
+      }
+      to[sample * columns + column] = sum;
+    }
+  }
+}
+
+double* numbers_of(const char* name, const Tensor& tensor, int64_t count) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() &&
+                      tensor.numel() == count,
+                  name, ": expected ", count, " numbers of float64 on the CPU, contiguous");
+  return static_cast<double*>(tensor.mutable_data_ptr());
+}
+
+// ---- Gradients ----
+
+// Checks a tensor that holds the batch so many times.
+int64_t check_copies(const char* name, const Tensor& tensor, const Layout& layout, int64_t copies) {
+  const int64_t stride = check_layout(name, tensor, layout, copies * layout.batch);
+  check_storage(name, tensor, layout);
+  return stride;
+}
+
+Input optional_input(const char* name, const OptionalTensor& tensor, const Layout& layout, int64_t copies = 1) {
+  if (!tensor.has_value()) return {};
+  const int64_t stride = check_copies(name, *tensor, layout, copies);
+  return {tensor->const_data_ptr(), stride, element_of(name, *tensor)};
+}
+
+Output optional_output(const char* name, const OptionalTensor& tensor, const Layout& layout, int64_t copies = 1) {
+  if (!tensor.has_value()) return {};
+  const int64_t stride = check_copies(name, *tensor, layout, copies);
+  STD_TORCH_CHECK(copies * layout.batch <= 1 || stride >= layout.elements_per_sample, name,
+                  ": expected samples that do not overlap");
+  return {tensor->mutable_data_ptr(), stride, element_of(name, *tensor)};
+}
+
+void read_prediction_gradients(const TensorList& tensors, const StepArguments& a, const Layout& layout,
+                               std::vector<Output>* outputs) {
+  const char* name = "grad_predictions";
+  if (tensors.empty()) return;
+  const int64_t count = a.num_predictions;
+  if (tensors.size() == 1 && count > 1) {
+    const Output all = optional_output(name, tensors[0], layout, count);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t offset = k * layout.batch * all.batch_stride * element_bytes(all.element);
+      outputs->push_back({static_cast<char*>(all.data) + offset, all.batch_stride, all.element});
+    }
+    return;
+  }
+  STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == count, name, ": expected ", count, ", got ", tensors.size());
+  for (const Tensor& tensor : tensors) outputs->push_back(optional_output(name, tensor, layout));
+}
+
+BackwardArguments read_gradients(const GradientOperands& operands, const StepArguments& a, const Layout& layout,
+                                 std::vector<Output>* predictions) {
+  BackwardArguments b{};
+  const OptionalTensor& any = operands.grad_left.has_value() ? operands.grad_left : operands.grad_history;
+  b.slots = any.has_value() && layout.batch > 0 ? static_cast<int>(any->sizes()[0] / layout.batch) : 0;
+  STD_TORCH_CHECK(b.slots <= kMaxSlots, "grad_history: expected at most ", kMaxSlots, " slots, got ", b.slots);
+  b.grad_out = optional_input("grad_out", operands.grad_out, layout);
+  b.grad_original = optional_input("grad_original", operands.grad_original, layout);
+  b.grad_left = optional_input("grad_left", operands.grad_left, layout, b.slots);
+  b.grad_sample = optional_output("grad_sample", operands.grad_sample, layout);
+  b.grad_gradient = optional_output("grad_gradient", operands.grad_gradient, layout);
+  b.grad_variance = optional_output("grad_variance", operands.grad_variance, layout);
+  b.grad_noise = optional_output("grad_noise", operands.grad_noise, layout);
+  b.grad_anchor = optional_output("grad_anchor", operands.grad_anchor, layout);
+  b.grad_history = optional_output("grad_history", operands.grad_history, layout, b.slots);
+  read_prediction_gradients(operands.grad_predictions, a, layout, predictions);
+  b.grad_predictions = predictions->empty() ? nullptr : predictions->data();
+  if (operands.grad_weights.has_value()) {
+    b.grad_weights = numbers_of("grad_weights", *operands.grad_weights, layout.batch * weight_columns(a));
+  }
+  return b;
+}
+
+template <typename T>
+void run_backward(const StepArguments& a, const BackwardArguments& b, const RunFunctions<T>& runs) {
+  const int64_t parts = parts_of(a), columns = weight_columns(a);
+  std::vector<double> sums(b.grad_weights == nullptr ? 0 : static_cast<size_t>(a.batch * parts * columns));
+  over_parts(a, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t begin = k % parts * kPart, end = std::min(begin + kPart, a.elements_per_sample);
+      Backward<T>(runs, a, b, k / parts, sums.empty() ? nullptr : sums.data() + k * columns).run(begin, end);
+    }
+  });
+  if (b.grad_weights != nullptr) add_parts(sums, a.batch, parts, columns, b.grad_weights);
+}
+
+// The boxed function of fastguide::guided_step_backward. Of the step's arguments, `out` says the layout, and is not
+// written.
+void guided_step_backward(StableIValue* stack, uint64_t num_arguments, uint64_t num_outputs) {
+  STD_TORCH_CHECK(num_arguments == kArguments + kGradients && num_outputs == 0, "guided_step_backward: expected ",
+                  kArguments + kGradients, " arguments and no outputs, got ", num_arguments, " and ", num_outputs);
+  const Operands operands(stack);
+  const GradientOperands gradients(operands.next);
+  const Layout layout = layout_of(operands.out);
+  StepArguments a{};
+  std::vector<Input> inputs;
+  read(operands, layout, &inputs, &a);
+  STD_TORCH_CHECK(a.cursor == nullptr && a.program == nullptr && a.noise_kind != Noise::torch_stream && layout.is_cpu,
+                  "guided_step_backward: expected CPU tensors, and no cursor, program or philox");
+  std::vector<Output> predictions;
+  const BackwardArguments b = read_gradients(gradients, a, layout, &predictions);
+  STD_TORCH_CHECK(b.grad_variance.data == nullptr || a.noise_kind != Noise::portable,
+                  "seeds: expected the values of the noise where a variance has a gradient");
+  a.original = a.staged = a.history = {};
+  check(a, true);
+  if (b.grad_weights != nullptr) std::fill_n(b.grad_weights, layout.batch * weight_columns(a), 0.0);
+  if (is_empty(layout)) return;
+  const StepFunctions functions = selected_functions(a.double_precision);
+  if (a.double_precision) {
+    run_backward(a, b, functions.double_runs());
+  } else {
+    run_backward(a, b, functions.float_runs());
+  }
+}
+
+// ---- Squares ----
+
+constexpr int64_t kAtHand = 4 * kBlock;  // elements that are still in the first-level cache when they are read again
+
+// Where in its table a sample is, as a step of a table of one row that writes no history.
+template <typename T>
+void make_mean(const StepFunctions& functions, const StepArguments& a, int64_t sample, int64_t begin, int64_t end,
+               bool writes_history, T* mean) {
+  const Position position = position_of(a, sample);
+  StepArguments m = a;
+  Row<T> row = row_at<T>(a, position.index);
+  if (!writes_history) row.hist_slot = T(-1);
+  m.rows = &row;
+  m.steps = 1;
+  m.weights = static_cast<const T*>(a.weights) + position.index * a.weights_step_stride;
+  m.weights_step_stride = 0;
+  m.index = 0;
+  m.indices = nullptr;
+  m.noise_kind = Noise::none;
+  m.noise = {};
+  m.original = m.staged = {};
+  m.out = {mean - begin, 0, sizeof(T) == sizeof(float) ? Element::float32 : Element::float64};
+  functions.step_range(m, sample * a.elements_per_sample + begin, sample * a.elements_per_sample + end);
+}
+
+// Whether a step is its mean and then the noise, to the bit, and writes nothing else.
+bool ends_with_noise(const StepArguments& a) {
+  return a.noise_kind == Noise::given && a.history.data == nullptr && a.anchor.data == nullptr &&
+         a.original.data == nullptr && a.staged.data == nullptr;
+}
+
+template <typename T>
+void add_noise(const RunFunctions<T>& runs, const StepArguments& a, int64_t sample, int64_t begin, int64_t end,
+               const T* mean) {
+  const T deviation = row_at<T>(a, position_of(a, sample).index).out_noise;
+  const bool in_place = a.out.element == (sizeof(T) == sizeof(float) ? Element::float32 : Element::float64);
+  T loaded[kBlock], next[kBlock];
+  for (int64_t offset = begin; offset < end; offset += kBlock) {
+    const int64_t count = std::min(end - offset, kBlock);
+    const T* z = runs.load(a.noise, sample, offset, count, loaded);
+    T* to = in_place ? static_cast<T*>(a.out.data) + sample * a.out.batch_stride + offset : next;
+    runs.sum_of_two(deviation, z, T(1), mean + (offset - begin), count, to);
+    if (!in_place) runs.store(next, a.out, sample, offset, count);
+  }
+}
+
+// Sums up (x' - mean)^2 of each sample; makes x' in the same pass, where it is not there yet.
+template <typename T>
+void run_squares(const StepFunctions& functions, const RunFunctions<T>& runs, const StepArguments& a, bool makes_step,
+                 double* squares) {
+  const int64_t parts = parts_of(a), size = a.elements_per_sample;
+  std::vector<double> sums(static_cast<size_t>(a.batch * parts));
+  over_parts(a, [&](int64_t first, int64_t last) {
+    alignas(64) T mean[kAtHand];
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t sample = k / parts, whole = std::min((k % parts + 1) * kPart, size);
+      double sum = 0;
+      for (int64_t begin = k % parts * kPart; begin < whole; begin += kAtHand) {
+        const int64_t end = std::min(begin + kAtHand, whole);
+        make_mean(functions, a, sample, begin, end, !makes_step, mean);
+        if (makes_step && ends_with_noise(a)) {
+          add_noise(runs, a, sample, begin, end, mean);
+        } else if (makes_step) {
+          functions.step_range(a, sample * size + begin, sample * size + end);
+        }
+        sum += squares_of(runs, as_input(a.out), sample, begin, end, mean);
+      }
+      sums[static_cast<size_t>(k)] = sum;
+    }
+  });
+  add_parts(sums, a.batch, parts, 1, squares);
+}
+
+// The boxed function of fastguide::guided_step_squares, which has two arguments more than a step: whether to make it,
+// or else to take `out` for what it made; and where the sums go.
+void guided_step_squares(StableIValue* stack, uint64_t num_arguments, uint64_t num_outputs) {
+  STD_TORCH_CHECK(num_arguments == kArguments + 2 && num_outputs == 0, "guided_step_squares: expected ", kArguments + 2,
+                  " arguments and no outputs, got ", num_arguments, " and ", num_outputs);
+  const Operands operands(stack);
+  const bool makes_step = torch::stable::detail::to<bool>(stack[kArguments]);
+  const Tensor squares = torch::stable::detail::to<Tensor>(stack[kArguments + 1]);
+  const Layout layout = layout_of(operands.out);
+  StepArguments a{};
+  std::vector<Input> inputs;
+  read(operands, layout, &inputs, &a);
+  STD_TORCH_CHECK(a.cursor == nullptr && a.program == nullptr && a.mask.data == nullptr && a.variance.data == nullptr &&
+                      layout.is_cpu,
+                  "guided_step_squares: expected CPU tensors, and no cursor, program, mask or variance");
+  double* to = numbers_of("squares", squares, layout.batch);
+  check(a, true);
+  if (makes_step) {  // out is written before the inputs are read again
+    for_each_input(a, a.predictions, [&](Argument name, const Input& input) {
+      if (name == Argument::noise) return;  // of which the mean has nothing
+      check_apart("out", a.out, a.batch, name_of(name), input, {a.batch, a.elements_per_sample});
+    });
+  }
+  std::fill(to, to + layout.batch, 0.0);
+  if (is_empty(layout)) return;
+  const StepFunctions functions = selected_functions(a.double_precision);
+  if (a.double_precision) {
+    run_squares(functions, functions.double_runs(), a, makes_step, to);
+  } else {
+    run_squares(functions, functions.float_runs(), a, makes_step, to);
+  }
+}
+
+}  // namespace
+}  // namespace fastguide
+
+// The types and names of the arguments that guided_step_backward has beside a step's, each followed by a comma.
+extern "C" __attribute__((visibility("default"))) const char* fastguide_gradients() {
+#define FASTGUIDE_NAME(type, name) #type " " #name ","
+  return FASTGUIDE_GRADIENTS(FASTGUIDE_NAME);
+#undef FASTGUIDE_NAME
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastguide, CPU, m) {
+  m.impl("guided_step_backward", &fastguide::guided_step_backward);
+  m.impl("guided_step_squares", &fastguide::guided_step_squares);
+}

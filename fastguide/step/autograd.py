@@ -1,0 +1,321 @@
+"""Steps that autograd follows: forward the same kernel, backward another one, and nothing kept that it need not read.
+
+A step is linear but for the clip of x_0, so that its backward pass is weights again (csrc/kernels/cpu/backward.h); the
+clip's mask is computed anew. Weights that a program makes of moments get their gradient from torch's own operations, by
+the formulas of the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd.function import once_differentiable
+
+from ..guidance import Guidance
+from ..guidance.moment_weights import MomentWeights
+from ..solvers.table import ROW_COLUMNS, StepTable
+from .backends.reference import guided_step_backward
+from .backends.registry import Backend
+from .backward import Gradients
+from .history import History
+from .memory import empty_strided, in_layout_of
+from .noise import DeviceGenerator, draw, portable_noise
+from .operator import StepArguments
+from .weigh import position_of, selected, split, weighed, weights_of, with_gradient_scale, with_sample_as_prediction
+
+_ELEMENTWISE = ("sample", "gradient", "variance", "noise", "anchor")
+_INPUTS = (*_ELEMENTWISE, "history", "known", "known_noise", "weights", "parameters")
+"""The fields that get gradients, beside the predictions."""
+_KEPT = ("sample", "rows", "weights", "indices", "gradient", "variance", "noise", "seeds", "mask", "parameters", "made")
+"""The fields that a backward pass may read, beside the predictions."""
+_BEFORE = 2
+"""Arguments of ``_Step`` before the inputs."""
+_OTHERS = {"out", "original", "predictions", "index", "philox", "philox_threads", "program", "scratch"}
+
+
+# ---- What is recorded ----
+
+
+def asks_for_gradients(guidance: Guidance | None, predictions: Any, *others: Tensor | None) -> bool:
+    """Tell whether any input of a step requires a gradient; refuse what is differentiated in another way."""
+    several = predictions if isinstance(predictions, (list, tuple)) else (predictions,)
+    tensors = [tensor for tensor in (*several, *others) if isinstance(tensor, Tensor)]
+    if not torch.compiler.is_compiling():
+        _check_that_it_is_plain(tensors)
+    if not torch.is_grad_enabled():
+        return False
+    asked = any(tensor.requires_grad for tensor in tensors)
+    return asked or (isinstance(guidance, Guidance) and guidance.requires_grad)
+
+
+def _check_that_it_is_plain(tensors: list[Tensor]) -> None:
+    """Refuse tensors that are differentiated, or mapped over, in other ways than autograd's."""
+    if _functorch.peek_interpreter_stack() is not None:
+        for tensor in tensors:
+            if _functorch.is_batchedtensor(tensor) or _functorch.is_gradtrackingtensor(tensor):
+                raise NotImplementedError("guided_step: expected no tensors of torch.func, whose transforms it lacks")
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError("guided_step: expected no tangents, as it has no forward-mode derivative")
+
+
+def _check_that_it_records(a: StepArguments, out: Tensor | None) -> None:
+    """Refuse forms of a step through which no gradient can go."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("sample: no gradients are recorded within torch.compile; make the step outside of it")
+    if a.cursor is not None:
+        raise ValueError("index: expected an int or a tensor where gradients are recorded, got a Cursor")
+    if a.inverse_thresholds is not None:
+        raise ValueError("table: expected no dynamic thresholding where gradients are recorded, got a table with it")
+    for name, tensor in (("out", out), ("staged", a.staged)):
+        if tensor is not None:
+            raise ValueError(f"{name}: expected None where gradients are recorded, got a tensor to write to")
+    if a.mask is not None and a.mask.requires_grad:
+        raise ValueError("inpainting.mask: expected one that requires no grad, got one that does")
+    for name, value in zip(a._fields, a, strict=True):
+        if value is not None and name not in {*_INPUTS, *_KEPT, *_OTHERS}:
+            raise ValueError(f"{name}: expected None where gradients are recorded, got {type(value).__name__}")
+
+
+def to_be_recorded(guidance: Guidance, chosen: Backend, sample: Tensor) -> Guidance:
+    """Return guidance for the checks of a step, which would make its weights without recording how."""
+    in_step = isinstance(guidance.weights_from, MomentWeights) and sample.device.type in chosen.makes_weights
+    return guidance if guidance.weights_from is None or in_step else guidance.with_constants()
+
+
+def recorded_step(
+    chosen: Backend,
+    table: StepTable,
+    guidance: Guidance | None,
+    a: StepArguments,
+    generator: torch.Generator | DeviceGenerator | None,
+    index: Any,
+    history: History | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Make and record the step of checked arguments; return the next sample.
+
+    Args:
+        chosen: the backend.
+        table, guidance, generator, index, history, out: as ``guided_step`` got them.
+        a: the operator's arguments, without noise that is still to be drawn.
+    """
+    _check_that_it_records(a, out)
+    increment = 0
+    if generator is not None:
+        in_kernel = chosen.torch_stream and a.variance is None  # whose gradient reads the noise
+        a, increment = draw(a, generator, in_kernel, out_is_new=False)
+    made_by = None if guidance is None or a.program is not None else guidance.weights_from
+    if isinstance(made_by, MomentWeights):
+        a = weighed(a, made_by, made_by.on(a.sample.device)[1])
+    elif guidance is not None and made_by is not None:
+        a = a._replace(weights=guidance.weights_for(a.predictions, a.sample.device, a.rows.dtype))
+    if a.weights.requires_grad:
+        a = a._replace(weights=selected(a.weights, position_of(a)[0], len(a.sample))[None])
+    plan = _Plan(chosen, a, table.clips, None if a.program is None else guidance)
+    inputs = [getattr(a, name) for name in _INPUTS]
+    new: Tensor
+    new, _, entries = _Step.apply(plan, a.original, *inputs, *a.predictions)  # type: ignore[no-untyped-call]
+    if increment and isinstance(generator, torch.Generator):
+        generator.set_offset(generator.get_offset() + increment)
+    if history is not None:
+        if entries is not None:
+            history.entries = entries
+        history.note(index)
+    return new
+
+
+class _Plan:
+    """What the two passes of a step share beside the tensors that autograd keeps; it keeps none itself."""
+
+    def __init__(self, chosen: Backend, a: StepArguments, clips: bool, guidance: Guidance | None) -> None:
+        self.arguments: StepArguments | None = a
+        """Until the step is made."""
+        self.chosen, self.clips = chosen, clips
+        self.made_by = None if guidance is None else guidance.weights_from
+        """Of a step with a program."""
+        self.batch, self.shape, self.device = len(a.sample), a.sample.shape, a.sample.device
+        self.strides = (a.sample.numel() // max(self.batch, 1), *a.sample.stride()[1:])
+        self.weights = a.weights.shape[-1] - 1
+        self.stacked = len(a.predictions) == 1 and self.weights > 1
+        self.predictions = self.weights if self.stacked else len(a.predictions)
+        self.slots = 0 if a.history is None else len(a.history) // max(self.batch, 1)
+        self.index = a.index
+        self.dtypes = {name: tensor.dtype for name in _INPUTS if isinstance(tensor := getattr(a, name), Tensor)}
+        self.of_predictions = [prediction.dtype for prediction in a.predictions]
+
+    def new(self, dtype: torch.dtype, copies: int = 1) -> Tensor:
+        """Return a tensor in the layout that all have, for the batch once or several times."""
+        return empty_strided((copies * self.batch, *self.shape[1:]), self.strides, dtype, self.device)
+
+    def placed(self, grad: Tensor | None) -> Tensor | None:
+        """Return a gradient in that layout."""
+        if grad is None or (grad.stride()[1:] == self.strides[1:] and grad.stride(0) >= self.strides[0]):
+            return grad
+        return self.new(grad.dtype, len(grad) // max(self.batch, 1)).copy_(grad)
+
+
+class _Step(torch.autograd.Function):
+    """One step; its inputs are a plan, ``original``, which it writes, ``_INPUTS`` and the predictions."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, original: Tensor | None, *inputs: Tensor | None) -> Any:
+        a, plan.arguments = plan.arguments, None
+        assert a is not None
+        if a.history is not None:
+            a = a._replace(history=a.history.clone())
+        plan.chosen.step(*a)
+        needs = dict(zip(_INPUTS, ctx.needs_input_grad[_BEFORE:], strict=False))
+        reads = plan.clips or needs["weights"] or a.program is not None
+        of_variance = needs["variance"]
+        varies = of_variance or needs["gradient"] or needs["noise"] or needs["weights"]
+        kept = a._replace(
+            sample=a.sample if reads else None,  # type: ignore[arg-type]
+            predictions=a.predictions if reads else [],
+            gradient=a.gradient if reads or of_variance else None,
+            variance=a.variance if varies else None,
+            noise=a.noise if of_variance else None,
+            seeds=a.seeds if of_variance else None,
+            made=None if a.made is None else a.made.clone(),  # the next step makes others in its place
+        )
+        ctx.save_for_backward(*(getattr(kept, name) for name in _KEPT), *kept.predictions)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        if original is not None:
+            ctx.mark_dirty(original)
+        return a.out, original, a.history
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *came: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad
+        if all(grad is None for grad in came):
+            return (None,) * len(needs)
+        plan: _Plan = ctx.plan
+        out, original, left = map(plan.placed, came)
+        gradients = Gradients(out, original, left)
+        return (*[None] * _BEFORE, *_gradients(plan, ctx.saved_tensors, gradients, needs[_BEFORE:]))
+
+
+# ---- Backward ----
+
+
+def _gradients(plan: _Plan, kept: tuple[Any, ...], came: Gradients, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Return the gradients of ``_INPUTS`` and of the predictions; ``None``: not needed."""
+    a = _arguments(plan, kept, came)
+    needed = dict(zip(_INPUTS, needs, strict=False))
+    new = {name: plan.new(plan.dtypes[name]) for name in _ELEMENTWISE if needed[name]}
+    if needed["history"]:
+        new["history"] = plan.new(plan.dtypes["history"], plan.slots)
+    of_predictions: list[Tensor] = []
+    if any(needs[len(_INPUTS) :]):
+        copies = plan.weights if plan.stacked else 1
+        of_predictions = [plan.new(dtype, copies) for dtype in plan.of_predictions]
+    apart = split(of_predictions, plan.predictions, plan.batch)
+    if a.made is not None:
+        new |= _run_with_program(plan, a, came, new, apart)
+    else:
+        columns = _run(plan, a, came, new, apart, needed["weights"])
+        if columns is not None:
+            new["weights"] = columns if a.weights.shape[1] > 1 else columns.sum(0, keepdim=True)
+    if "weights" in new:
+        new["weights"] = new["weights"].reshape(a.weights.shape).to(a.weights.dtype)
+    new |= _of_known(plan, a, came, needed)
+    none: list[Tensor | None] = [None] * len(plan.of_predictions)
+    return [*(new.get(name) if needed[name] else None for name in _INPUTS), *(of_predictions or none)]
+
+
+def _arguments(plan: _Plan, kept: tuple[Any, ...], came: Gradients) -> StepArguments:
+    """Return the step's arguments as they were kept; what the backward pass does not read, any tensor stands for."""
+    values = dict(zip(_KEPT, kept, strict=False))
+    predictions = split(list(kept[len(_KEPT) :]), plan.predictions, plan.batch)
+    first: Tensor = next(grad for grad in came[:3] if isinstance(grad, Tensor))[: plan.batch]
+    values["sample"] = first if values["sample"] is None else values["sample"]
+    return StepArguments(
+        **values, out=first, original=None, staged=None, index=plan.index,
+        predictions=predictions or [first] * plan.predictions,
+    )  # fmt: skip
+
+
+def _run(
+    plan: _Plan, a: StepArguments, came: Gradients, new: dict[str, Tensor], of_predictions: list[Tensor], weighs: bool
+) -> Tensor | None:
+    """Fill the gradients; return those of each sample's weights if wanted: float64 of shape (batch, columns)."""
+    columns = None
+    if weighs:
+        columns = torch.empty(plan.batch, a.weights.shape[-1], dtype=torch.float64, device=plan.device)
+    gradients = came._replace(grad_predictions=tuple(of_predictions), grad_weights=columns)
+    others: dict[str, Any] = {f"grad_{name}": new.get(name) for name in (*_ELEMENTWISE, "history")}
+    gradients = gradients._replace(**others)
+    noise = a.noise if a.seeds is None else _drawn(a)
+    a = a._replace(
+        noise=noise, seeds=None, known=a.mask, known_noise=a.mask, program=None, parameters=None, made=None
+    )  # of the known part, nothing is read
+    (plan.chosen.backward or guided_step_backward)(*a, **gradients._asdict())
+    return columns
+
+
+def _drawn(a: StepArguments) -> Tensor:
+    """Return the noise that the step has drawn from seeds, in the layout of its tensors."""
+    assert a.seeds is not None
+    steps, first, _ = position_of(a)
+    step = steps - first
+    drawn = portable_noise(a.seeds, a.out.shape, step=step if len(step) != 1 else step[0])
+    return in_layout_of(a.out, drawn)
+
+
+def _run_with_program(
+    plan: _Plan, a: StepArguments, came: Gradients, new: dict[str, Tensor], of_predictions: list[Tensor]
+) -> dict[str, Tensor]:
+    """Fill the gradients of a step whose weights are made of moments; return those of its constants."""
+    assert a.made is not None
+    made_by, count = plan.made_by, plan.weights
+    assert isinstance(made_by, MomentWeights)
+    places = of_predictions or [plan.new(a.sample.dtype) for _ in range(count)]
+    others, columns = a.predictions, a.made
+    of_sample = None
+    if columns.shape[1] > count + 1:
+        of_sample = plan.new(a.sample.dtype)
+        columns, others, places = with_sample_as_prediction(columns, count), [*others, a.sample], [*places, of_sample]
+    of_columns = _run(plan, a._replace(weights=columns[None], predictions=others), came, new, places, True)
+
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (a.sample, a.parameters, a.weights, *a.predictions)]  # type: ignore[union-attr]
+        sample, parameters, weights, *predictions = leaves
+        steps, first, _ = position_of(a)
+        named = dict(zip(made_by.names, selected(parameters, steps, plan.batch).unbind(-1), strict=False))
+        terms = weights_of(a._replace(sample=sample), predictions, made_by.program, (steps, first), named)
+        made = with_gradient_scale(terms, count, selected(weights, steps, plan.batch)[:, -1:])
+        if of_sample is not None:
+            made = with_sample_as_prediction(made, count)
+        through = torch.autograd.grad(made, leaves, of_columns, allow_unused=True)
+    for place, more in zip(of_predictions, through[3:], strict=False):
+        if more is not None:
+            place.add_(more)
+    if "sample" in new:
+        for grad in (of_sample, through[0]):
+            if grad is not None:
+                new["sample"].add_(grad)
+    named_leaves = zip(("parameters", "weights"), through[1:3], strict=True)
+    return {name: grad for name, grad in named_leaves if grad is not None}
+
+
+def _of_known(plan: _Plan, a: StepArguments, came: Gradients, needed: dict[str, bool]) -> dict[str, Tensor]:
+    """Return the gradients of the known part of x_0 and its noise, which are rare, by torch's own operations."""
+    grad = came.grad_out
+    if a.mask is None or grad is None or not (needed["known"] or needed["known_noise"]):
+        return {}
+    row = a.rows.index_select(0, position_of(a)[0])
+    behind = (1 - a.mask.to(row.dtype)) * grad.to(row.dtype)
+    names = {"known": "known_sample", "known_noise": "known_noise"}
+    factors = {name: row[:, ROW_COLUMNS.index(column)] for name, column in names.items()}
+    return {
+        name: (factor.reshape(-1, *[1] * (grad.dim() - 1)) * behind).to(plan.dtypes[name])
+        for name, factor in factors.items()
+        if needed[name]
+    }

@@ -1,0 +1,52 @@
+"""The operators beside the step's own: its backward pass, and its distance from its mean. Their arguments and fakes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operator import SCHEMA, guided_step_fake, library
+
+
+class Gradients(NamedTuple):
+    """What the backward pass reads and writes beside a step's arguments, of which ``out`` says no more than the layout.
+
+    The first three come in: the gradients of what the step wrote. The others go out; ``None``: it is not asked for.
+    ``FASTGUIDE_GRADIENTS`` in csrc/kernels/backward.h has the same.
+    """
+
+    grad_out: Tensor | None = None
+    grad_original: Tensor | None = None
+    grad_left: Tensor | None = None
+    """Of the history, as the step has left it."""
+    grad_sample: Tensor | None = None
+    grad_predictions: tuple[Tensor, ...] = ()
+    """As the predictions come: one each, or one for all along the batch; empty: not asked for."""
+    grad_gradient: Tensor | None = None
+    grad_variance: Tensor | None = None
+    grad_noise: Tensor | None = None
+    grad_anchor: Tensor | None = None
+    grad_history: Tensor | None = None
+    """Of the history, as the step has read it."""
+    grad_weights: Tensor | None = None
+    """Of each sample's own weights, whether it shares them or not: float64 of shape (batch, columns)."""
+
+
+def _schema() -> str:
+    """Return the fields as arguments of an operator, those that it writes with aliases of their own."""
+    parts = []
+    for place, name in enumerate(Gradients._fields):
+        alias = f"({chr(ord('m') + place)}!)" if place >= Gradients._fields.index("grad_sample") else ""
+        several = name == "grad_predictions"
+        parts.append(f"Tensor{alias}{'[]' if several else '?'} {name}{'' if several else '=None'}")
+    return ", ".join(parts)
+
+
+library.define("guided_step_backward" + SCHEMA.replace(") -> ()", f", *, {_schema()}) -> ()"))
+library.define("guided_step_squares" + SCHEMA.replace(") -> ()", ", *, bool makes_step, Tensor(z!) squares) -> ()"))
+"""Writes the sum of (x' - mean)^2 over each sample into ``squares``, float64 of shape (batch,); the mean is the step
+without its noise. It makes the step; or ``out`` is what the step made, and it moves the history on alone."""
+for _name in ("guided_step_backward", "guided_step_squares"):
+    torch.library.register_fake(f"fastguide::{_name}", lambda *_, **__: guided_step_fake(), lib=library)

@@ -47,6 +47,8 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "PixArt-alpha": (transformers.pixart_alpha, {GUIDED: 7}),
     "PixArt-Sigma": (transformers.pixart_sigma, {GUIDED: 7}),
     "PixArt-Sigma, perturbed attention": (transformers.pixart_sigma_perturbed, {GUIDED: 7}),
+    "AnyFlow": (transformers.any_flow, {GUIDED: 7}),
+    "Helios": (transformers.helios, {GUIDED: 14}),
     "HunyuanVideo": (transformers.hunyuan_video, {ALONE: 7}),  # its scale is an input of the model
     "HunyuanVideo, true guidance": (transformers.hunyuan_video_guided, {GUIDED: 7}),
     "CogVideoX-2b": (transformers.cogvideox_ddim, {GUIDED: 7}),

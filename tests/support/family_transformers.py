@@ -233,6 +233,30 @@ def ltx_with_conditions():
     return _ltx_with_autoencoder("LTXConditionPipeline", flow())
 
 
+_SMALL_WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+    "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
+}  # fmt: skip
+
+
+def any_flow():
+    """Make AnyFlow, whose model is told where each step leads."""
+    pipe, given = wan()
+    transformer = model_of("AnyFlowTransformer3DModel", **_SMALL_WAN, rope_max_seq_len=32)
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
+    pipe = pipeline_of("AnyFlowPipeline", transformer, scheduler, vae=pipe.vae)
+    return pipe, {**given, "guidance_scale": 4.0}
+
+
+def helios():
+    """Make Helios: two chunks of a video, each a loop of its own."""
+    pipe, given = wan()
+    transformer = model_of("HeliosTransformer3DModel", **_SMALL_WAN, rope_dim=(4, 4, 4), guidance_cross_attn=False)
+    scheduler = diffusers.HeliosScheduler(stages=1, use_dynamic_shifting=True)
+    pipe = pipeline_of("HeliosPipeline", transformer, scheduler, vae=pipe.vae)
+    return pipe, {**given, "height": 64, "width": 64, "num_frames": 9, "num_latent_frames_per_chunk": 2}
+
+
 def hunyuan_video(*, guided=False):
     transformer = model_of(
         "HunyuanVideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,

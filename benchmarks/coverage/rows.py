@@ -117,7 +117,6 @@ def row_of(source: Source, served: Collection[str], find: Callable[[str], Source
 _SEEN_WHEN_RUN = {
     "DiTPipeline": "joined along the batch after",
     "LuminaPipeline": "joined along the batch after",
-    "LTXConditionPipeline": "a timestep for each token",
 }
 """What this reading does not tell from what is fused, by pipeline: seen in tests/diffusers/test_families.py."""
 

@@ -23,6 +23,7 @@ from .dtypes import Dtypes, of_the_model, of_the_sample
 from .guidance_arguments import Scale
 from .host_tables import HostTables, host_tables, on_host
 from .noise import Generators
+from .per_token import per_token_step
 from .step_signatures import Draws, StepWithChurn, StepWithGenerator
 from .timesteps import place_of
 from .two_calls import TwoCalls
@@ -84,14 +85,16 @@ class FlowMatchEulerDiscreteScheduler(_Flow, diffusers.FlowMatchEulerDiscreteSch
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-        reason = None if per_token_timesteps is None else "timesteps for each token"
-        if reason is None:
+        if per_token_timesteps is None:
             stochastic = self._internal_dict["stochastic_sampling"]
             drawing = Drawing(generator, dtype=torch.float32) if stochastic else None
             done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale, drawing)
-            if done is not None:
-                return done
-        output, sample = left(self, model_output, sample, guidance_scale, reason)
+        else:
+            result = per_token_step(self, model_output, timestep, sample, per_token_timesteps, guidance_scale)
+            done = None if result is None else self._result(result, None, result.dtype, return_dict)
+        if done is not None:
+            return done
+        output, sample = left(self, model_output, sample, guidance_scale)
         return super().step(  # type: ignore[misc]
             output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, per_token_timesteps, return_dict
         )

@@ -227,7 +227,7 @@ BY_HAND = {  # what somebody saw who read the pipeline: form, calls, changes
     "Krea2Pipeline": (C_FORM, CALLS, []),
     "LatentConsistencyModelPipeline": ("embedded", "", []),
     "LEditsPPPipelineStableDiffusion": ("more conditions", "", []),
-    "LTXConditionPipeline": (U_FORM, BATCH, ["negate after", "a timestep for each token"]),
+    "LTXConditionPipeline": (U_FORM, BATCH, ["negate after"]),
     "LTX2Pipeline": ("rescaled", "", []),
     "LongCatAudioDiTPipeline": (U_FORM, CALLS, []),
     "Lumina2Pipeline": ("norm rescaled", "", []),

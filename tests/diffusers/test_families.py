@@ -20,7 +20,6 @@ from tests.support.scheduler_pair import diffusers, fused
 pytest.importorskip("transformers")  # without it, diffusers has hardly any pipelines
 
 GUIDED, ALONE = "fused with guidance", "fused without guidance"
-PER_TOKEN = "left to diffusers: timesteps for each token"
 STEPS = 4, 3
 FAMILIES = {  # how it is made, and what the steps of two calls are, one of four steps and one of three
     "FLUX": (transformers.flux_embedded, {ALONE: 7}),  # its scale is an input of the model
@@ -41,7 +40,8 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "Qwen-Image": (transformers.qwen_image, {ALONE: 7}),  # divides by the norm of each token
     "LTX": (transformers.ltx, {GUIDED: 7}),
     "LTX, from an image": (transformers.ltx_from_image, {GUIDED: 7}),
-    "LTX, with conditions": (transformers.ltx_with_conditions, {PER_TOKEN: 7}),
+    "LTX, a timestep for each token": (transformers.ltx_with_conditions, {GUIDED: 7}),
+    "LTX, with a frame": (transformers.ltx_with_a_frame, {GUIDED: 7}),
     "Sana": (transformers.sana, {GUIDED: 7}),
     "Sana-Sprint": (transformers.sana_sprint, {ALONE: 7}),  # its scale is an input of the model
     "PixArt-alpha": (transformers.pixart_alpha, {GUIDED: 7}),

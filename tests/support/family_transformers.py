@@ -228,9 +228,15 @@ def ltx_from_image():
     return pipe, {**given, "image": picture(32)}
 
 
-def ltx_with_conditions():
-    """Make LTX with a timestep for each token, of which those of given frames may differ."""
-    return _ltx_with_autoencoder("LTXConditionPipeline", flow())
+def ltx_with_conditions(**conditions):
+    """Make LTX with a timestep for each token, all the same where no frames are given."""
+    pipe, given = _ltx_with_autoencoder("LTXConditionPipeline", flow())
+    return pipe, {**given, **conditions}
+
+
+def ltx_with_a_frame():
+    """Make it with a first frame that is given, and nearly kept: its tokens are told earlier timesteps."""
+    return ltx_with_conditions(image=picture(32), strength=0.7)
 
 
 _SMALL_WAN = {

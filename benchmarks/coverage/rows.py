@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastguide.diffusers.pipelines import LEFT_ALONE
 from fastguide.diffusers.served import SERVED
@@ -86,8 +86,6 @@ def row_of(source: Source, served: Collection[str], find: Callable[[str], Source
     inner = _inner(source, find)
     steps = _steps(source, inner)
     guidance = _least_fused([guidance_of(step, methods) for step, methods in steps])
-    if source.name in _SEEN_WHEN_RUN:
-        guidance = replace(guidance, changes=(*guidance.changes, _SEEN_WHEN_RUN[source.name]))
     main, *others = [name for name in scheduler_arguments(source) if name not in _NO_STEPS]
     scheduler, by, origin = default_scheduler(source, main)
     stepping = {step.scheduler for step, _ in steps}
@@ -112,13 +110,6 @@ def row_of(source: Source, served: Collection[str], find: Callable[[str], Source
         on_demand=_on_demand(source, inner, guidance),
         reasons=(*unserved, *_reasons(guidance)),
     )
-
-
-_SEEN_WHEN_RUN = {
-    "DiTPipeline": "joined along the batch after",
-    "LuminaPipeline": "joined along the batch after",
-}
-"""What this reading does not tell from what is fused, by pipeline: seen in tests/diffusers/test_families.py."""
 
 
 def shares(rows: Sequence[Row]) -> Shares:

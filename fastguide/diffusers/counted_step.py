@@ -340,7 +340,7 @@ def _planned_step(
         drawn = drawing.drawn(loop.table, call, sample, loop.inputs(sample, dtypes)[0].dtype, dtypes)
     used, result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, dtypes, *drawn, lead)
     loop.like = None
-    if is_by_value(scale) and (drawing is None or drawing.path is None):
+    if lead == 1 and is_by_value(scale) and (drawing is None or drawing.path is None):
         loop.like = loop.made.like = Like(scale, guidance, token_of(guidance), used, used._token, dtypes)
     scheduler._step_index = index + 1
     count_fused(scheduler, guidance, is_last=loop.is_over)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .halves import FIRST, SECOND, OfHalves, difference, guided, scaled
+from .joined import Doubled, Joined
 from .lazy_tensor import LazyTensor, plain
-from .traced import LARGEST, Combined, Joined, ScaleAsSeen, Source, Term, Traced, leading
+from .traced import LARGEST, Combined, ScaleAsSeen, Source, Term, Traced, leading
 
 # ---- Arithmetic ----
 
@@ -182,6 +183,10 @@ def _interpolated(first: Any, second: Any, weight: Any) -> Any:
 
 def _negative(operand: Any) -> Any:
     operand = _general(operand)
+    if type(operand) is Joined and type(operand.main) is Combined and operand.is_pending():
+        main, rest = _negative(operand.main), _negative(operand.rest)
+        if type(main) is type(rest) is Combined:
+            return Joined(main, rest)
     found = _as_sum(operand)
     if found is None:
         return operator.neg(plain(operand))
@@ -274,15 +279,20 @@ def _shares(part: Any, whole: Tensor) -> bool:
 
 
 def _joined(tensors: Any, dim: int = 0) -> Any:
-    """Return ``torch.cat``: in the channels, of guidance and what the model returned besides."""
-    if dim == 1 and isinstance(tensors, (list, tuple)) and len(tensors) == 2:
+    """Return ``torch.cat``: in the channels, of guidance and what the model returned besides; or of it, twice."""
+    if isinstance(tensors, (list, tuple)) and len(tensors) == 2:
         main, rest = _general(tensors[0]), tensors[1]
-        if type(main) is Combined and type(rest) is Traced and main.is_pending() and _may_be_joined(main, rest):
-            return Joined(main, rest)
+        if dim == 0 and type(main) is Combined and tensors[1] is tensors[0] and main.is_pending():
+            return Doubled(main)
+        if dim == 1 and type(main) in (Combined, Doubled) and type(rest) is Traced and main.is_pending():
+            if type(main) is Doubled and rest.value().shape[1] == 0:
+                return Doubled(main.main)
+            if _may_be_joined(main, rest):
+                return Joined(main, rest)
     return torch.cat([plain(tensor) for tensor in tensors], dim)
 
 
-def _may_be_joined(main: Combined, rest: Traced) -> bool:
+def _may_be_joined(main: Combined | Doubled, rest: Traced) -> bool:
     first, second = main.like().shape, rest.value().shape
     fits = len(first) == len(second) > 1 and first[:1] + first[2:] == second[:1] + second[2:]
     return fits and rest.source.may_wait() and main.dtype == rest.dtype
@@ -403,6 +413,7 @@ def _install() -> None:
                 elif name not in vars(kind) and hasattr(Tensor, name):
                     setattr(kind, name, _with_keywords(name, rule))
     Traced.chunk = _halved  # type: ignore[attr-defined]
+    setattr(Joined, "__neg__", _negative)  # noqa: B010, mypy knows of no operator that is set
     LazyTensor.rules |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _joined)
     LazyTensor.rules[torch.stack] = _stacked
     taking = _names("chunk", "split", "unbind")

@@ -105,7 +105,7 @@ def accelerate(pipe: Any) -> Acceleration:
     _check(pipe)
     changes = _changes_of(pipe)
     exchanged, left_alone = _exchange(pipe, changes)
-    tried = trace_models(_pipelines(pipe), changes.fusion, changes.traces, left_alone)
+    tried = trace_models(_pipelines(pipe), changes.fusion, changes.traces)
     if not exchanged and not left_alone:
         left_alone["pipe"] = "it has no scheduler"
     return Acceleration(exchanged, tried, left_alone, changes.fusion.counts)

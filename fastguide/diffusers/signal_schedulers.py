@@ -23,9 +23,9 @@ from .counted_step import CountedStep, Drawing, counted_step, left
 from .dtypes import Dtypes, of_the_model, of_the_sample, promoted
 from .guidance_arguments import Scale
 from .host_tables import HostTables, host_tables, on_host
+from .joined import Joined
 from .noise import Generators
 from .step_signatures import NOT_AT, Draws, StepWithGenerator, StepWithoutNoise
-from .traced import Joined
 
 __all__ = [
     "DEISMultistepScheduler",

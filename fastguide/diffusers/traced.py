@@ -66,7 +66,7 @@ class Source:
         """Whether torch does not count who writes to it."""
         self.escaped = False
         """Whether others than traced tensors have it, or a view of it."""
-        self.combined: list[weakref.ref[Combined | Joined]] | None = None
+        self.combined: list[weakref.ref[Any]] | None = None
         """What was combined of it, if it is not counted who writes to it."""
 
     def version(self) -> int | None:
@@ -260,7 +260,7 @@ def check_version(source: Source, version: int | None) -> None:
         raise RuntimeError(f"the model's output {WRITTEN_TO}")
 
 
-def register(made: Combined | Joined, seen: Iterable[tuple[Source, int | None]]) -> None:
+def register(made: LazyTensor, seen: Iterable[tuple[Source, int | None]]) -> None:
     """Let what was made of outputs be computed before others can write to those, where torch does not count that."""
     for source, version in seen:
         if version is None:
@@ -278,66 +278,6 @@ def leading(scale: Tensor) -> int:
     """Return how many dimensions of a scale have a number for each element: 1 for samples, 2 for their frames."""
     sizes = [size != 1 for size in scale.shape]
     return max(1, len(sizes) - sizes[::-1].index(True)) if any(sizes) else min(1, len(sizes))
-
-
-class Joined(LazyTensor):
-    """A combination with another output after it in the channels: guidance, and the variance that a model learned."""
-
-    __slots__ = ("main", "rest", "seen")
-
-    def __init__(self, main: Combined, rest: Traced) -> None:
-        self._value = None
-        self.main = main
-        self.rest = rest
-        self.seen = rest.source, rest.source.version()
-        """The other output, and how often it had been written to."""
-        register(self, (*main.seen, self.seen))
-
-    def like(self) -> Tensor:
-        """Return the tensor itself."""
-        return self.computed()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of both."""
-        return self.main.dtype
-
-    def is_pending(self) -> bool:
-        """Tell whether nobody has seen its values, or those of the combination."""
-        return self._value is None and self.main.is_pending()
-
-    def check_unchanged(self) -> None:
-        """Refuse outputs that are not what they were when they were combined.
-
-        Raises:
-            RuntimeError: one has been written to since.
-        """
-        self.main.check_unchanged()
-        check_version(*self.seen)
-
-    def value(self) -> Tensor:
-        """Compute the tensor, for later use."""
-        if self._value is None:
-            check_version(*self.seen)
-            self._value = torch.cat([self.main.value(), self.rest.value()], 1)
-        return self._value
-
-    def _compute(self) -> Tensor:
-        stop_trying((*self.main.seen, self.seen))
-        return self.value()
-
-    def split(self, split_size: Any, dim: int = 0) -> Any:
-        """Return both parts, if it is they that are asked for."""
-        if self.is_pending() and dim == 1 and split_size == self.main.like().shape[1] == own_value(self.rest).shape[1]:
-            return self.main, self.rest
-        return self.computed().split(split_size, dim)
-
-    def chunk(self, chunks: int, dim: int = 0) -> Any:
-        """Return both parts, if it is they that are asked for."""
-        size = self.main.like().shape[1] if self.is_pending() else None
-        if chunks == 2 and dim == 1 and size is not None:
-            return self.split(size, 1)
-        return self.computed().chunk(chunks, dim)
 
 
 def own_value(operand: Any) -> Any:

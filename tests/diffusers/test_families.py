@@ -55,7 +55,9 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "CogVideoX-5b": (transformers.cogvideox_dpm, {GUIDED: 7}),
     "Z-Image": (transformers.z_image, {GUIDED: 7}),
     "Z-Image, normalized": (transformers.z_image_normalized, {ALONE: 7}),  # norms decide
-    "Lumina": (transformers.lumina, {ALONE: 7}),  # guides three of the four channels
+    "Lumina": (transformers.lumina, {GUIDED: 7}),
+    "DiT": (transformers.class_conditional, {GUIDED: 7}),
+    "DiT, two pictures": (transformers.class_conditional_pair, {GUIDED: 7}),
     "Lumina 2": (transformers.lumina_2, {ALONE: 7}),  # divides by the norm of each row
     "Lumina 2, not normalized": (transformers.lumina_2_without_normalization, {GUIDED: 7}),
     "Lumina 2, truncated": (transformers.lumina_2_truncated, {GUIDED: 3, ALONE: 4}),  # steps without guidance

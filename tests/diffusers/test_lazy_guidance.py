@@ -16,8 +16,9 @@ from fastguide.diffusers import guiders
 from fastguide.diffusers import traced as module
 from fastguide.diffusers.guidance_arguments import guidance_of
 from fastguide.diffusers.halves import OfHalves
+from fastguide.diffusers.joined import Joined
 from fastguide.diffusers.lazy_guidance import Taken, Weights, resolved
-from fastguide.diffusers.traced import Combined, Fusion, Joined
+from fastguide.diffusers.traced import Combined, Fusion
 from tests.support.scheduler_pair import STEPS, diffusers, fused, pair, randn
 
 WHOLE = randn(4, 3, 5)

@@ -10,7 +10,7 @@ import torch
 
 from tests.support.family_pipelines import masked_picture, model_of, named, picture, prompts, with_random_weights
 from tests.support.scheduler_pair import diffusers
-from tests.support.transformer_pipelines import embeddings, flux, nothing, stable_diffusion_3, wan
+from tests.support.transformer_pipelines import autoencoder, embeddings, flux, nothing, stable_diffusion_3, wan
 
 MASKS = "prompt_attention_mask", "negative_prompt_attention_mask"
 
@@ -164,6 +164,20 @@ def lumina():
     pipe = pipeline_of("LuminaPipeline", transformer, flow())
     given = {**prompts(), **masks()}
     return pipe, {**given, "height": 32, "width": 32, "guidance_scale": 4.0}
+
+
+def class_conditional(labels=(3,)):
+    """Make DiT, whose samples are there twice, each half with the same guidance."""
+    transformer = model_of(
+        "DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8,
+        num_layers=1, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4,
+    )  # fmt: skip
+    pipe = diffusers.DiTPipeline(transformer, autoencoder(4), diffusers.DPMSolverMultistepScheduler())
+    return pipe, {"class_labels": list(labels), "guidance_scale": 4.0, "output_type": "pt"}
+
+
+def class_conditional_pair():
+    return class_conditional((3, 5))
 
 
 def lumina_2(**also):

@@ -14,7 +14,7 @@ from .guided import Guided
 from .halves import GUIDED, OfHalves
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
-from .traced import Combined, Scale, Term, leading
+from .traced import EXACT, Combined, Scale, Term, leading
 
 
 class Taken(NamedTuple):
@@ -46,10 +46,6 @@ class PerFrame(NamedTuple):
     """Flattened."""
     lead: int
     """How many dimensions of the sample it is for."""
-
-
-EXACT = 1e-12
-"""How far coefficients may be from those of classifier-free guidance, which they are but for rounding."""
 
 
 def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: bool = False) -> tuple[Output, Any]:
@@ -108,7 +104,7 @@ def _taken_apart(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[O
     joined = output.main if type(output) is Joined else output
     main = joined.main if type(joined) is Doubled else joined
     assert type(main) is Combined
-    terms, scale_tensor = main.terms, None if main.scale is None else main.scale.tensor
+    terms, scale_tensor = _present(main.terms), None if main.scale is None else main.scale.factor()
     if len(main.seen) == 1 and len(terms) > 1 and all([of.piece is not None for of, _, _ in terms]):  # noqa: C419
         terms = tuple(sorted(terms, key=_piece_of))
     scale = _scale_of(terms, scale_tensor)
@@ -136,6 +132,13 @@ def _taken_apart(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[O
             return predictions[0], None
         return taken, Weights(constants)
     return taken, Weights(constants, tuple([factor for _, _, factor in terms]), scale_tensor)
+
+
+def _present(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Return the terms but those of tensors that were added, and taken away again."""
+    if all([of.source.is_output for of, _, _ in terms]):  # noqa: C419
+        return terms
+    return tuple([term for term in terms if term[0].source.is_output or max(map(abs, term[1:])) > EXACT]) or terms[:1]
 
 
 def _twice(prediction: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .halves import OfHalves
 from .joined import Joined
 from .lazy_tensor import plain
-from .traced import LARGEST, Combined, ScaleAsSeen, Source, Term, Traced, leading
+from .traced import EXACT, LARGEST, Combined, ScaleAsSeen, Source, Term, Traced, beside, leading
 
 Seen = tuple[tuple[Source, int | None], ...]
 Sum = tuple[tuple[Term, ...], ScaleAsSeen | None, Seen]
@@ -53,7 +53,7 @@ def _are_alike(first: Traced, second: Traced) -> bool:
 
 
 def _is_same(first: Traced, second: Traced) -> bool:
-    if first is second:
+    if first is second or (first._value is not None and first._value is second._value):
         return True
     return first.piece is not None and first.source is second.source and first.piece == second.piece
 
@@ -90,7 +90,9 @@ def total(function: Any, first: Any, second: Any, sign: float) -> Any:
         if made is not None:
             return made
     left, right = as_sum(first), as_sum(second)
-    if left is None or right is None or first.dtype != second.dtype:
+    if left is None or right is None:
+        return _sum_of_one(function, first, second, left, right, sign)
+    if first.dtype != second.dtype:
         return function(plain(first), plain(second))
     scale = left[1] if right[1] is None else right[1]
     if left[1] is not None and scale is not None and not left[1].is_same(scale):
@@ -99,6 +101,22 @@ def total(function: Any, first: Any, second: Any, sign: float) -> Any:
         return function(plain(first), plain(second))
     terms, seen = _merged(left[0], right[0], sign), _seen(left[2], right[2])
     return Combined((function, first, second), terms, scale, first.dtype, seen)
+
+
+def _sum_of_one(function: Any, first: Any, second: Any, left: Sum | None, right: Sum | None, sign: float) -> Any:
+    """Return a sum whose other operand is no combination: 0, or a tensor like them, such as the pipeline's latents."""
+    found, own, other = (left, first, second) if right is None else (right, second, first)
+    if found is not None and _number(other) == 0 and (right is None or sign > 0):
+        return Combined((function, first, second), found[0], found[1], own.dtype, found[2])
+    tensor = None if found is None else beside(other, found[0][0][0], own.dtype)
+    if found is None or tensor is None:
+        return function(plain(first), plain(second))
+    added: Seen = ((tensor.source, tensor.source.version()),)
+    if right is None:
+        terms = _merged(found[0], ((tensor, 1.0, 0.0),), sign)
+        return Combined((function, first, tensor), terms, found[1], own.dtype, _seen(found[2], added))
+    terms = _merged(((tensor, 1.0, 0.0),), found[0], sign)
+    return Combined((function, tensor, second), terms, found[1], own.dtype, _seen(added, found[2]))
 
 
 def _sum_of_pieces(function: Any, first: Traced, second: Any, sign: float) -> Combined | None:
@@ -137,12 +155,37 @@ def product(function: Any, first: Any, second: Any, invert: bool = False) -> Any
         by = 1.0 / number if invert else number
         scaled = tuple([(of, constant * by, factor * by) for of, constant, factor in terms])
         return Combined((function, first, second), scaled, scale, operand.dtype, seen)
-    if number is None and not invert and scale is None and _is_scale(other, operand):
-        scaled = tuple([(of, 0.0, constant) for of, constant, _ in terms])
-        as_seen = ScaleAsSeen.of(other)
-        first, second = (first, as_seen.tensor) if operand is first else (as_seen.tensor, second)
-        return Combined((function, first, second), scaled, as_seen, operand.dtype, seen)
+    if number is None and _is_scale(other, operand) and not (invert and _may_not_divide(other, terms)):
+        as_seen = ScaleAsSeen.of(other, invert)
+        multiplied = _times(terms, scale, as_seen)
+        if multiplied is not None:
+            first, second = (first, as_seen.tensor) if operand is first else (as_seen.tensor, second)
+            return Combined((function, first, second), *multiplied, operand.dtype, seen)
     return function(plain(first), plain(second))
+
+
+def _may_not_divide(scale: Tensor, terms: tuple[Term, ...]) -> bool:
+    """Tell whether an inverse may be infinite, as far as the host knows, or be made of outputs that were used.
+
+    Of several numbers, the host does not ask.
+    """
+    fusion = terms[0][0].source.fusion
+    return scale.dim() > 0 or fusion is None or not fusion.tries or (scale.is_cpu and scale.item() == 0)
+
+
+def _times(
+    terms: tuple[Term, ...], scale: ScaleAsSeen | None, by: ScaleAsSeen
+) -> tuple[tuple[Term, ...], ScaleAsSeen | None] | None:
+    """Return terms times a scale, and what scales those; ``None``: they would have two.
+
+    A scale that divides what it has multiplied, or the other way round, is gone.
+    """
+    if scale is None:
+        return tuple([(of, 0.0, constant) for of, constant, _ in terms]), by
+    cancels = scale.divides != by.divides and scale.has_same_values(by)
+    if not cancels or any(abs(constant) > EXACT for _, constant, _ in terms):
+        return None
+    return tuple([(of, factor, 0.0) for of, _, factor in terms]), None
 
 
 def _number(value: Any) -> float | None:

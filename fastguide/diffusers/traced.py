@@ -20,6 +20,8 @@ from torch import Tensor
 from .lazy_tensor import LazyTensor, plain
 
 Scale = float | Tensor
+EXACT = 1e-12
+"""How far coefficients may be from what they are but for rounding."""
 LARGEST = 1e30
 """A number above this, or NaN, is no coefficient that the kernels' float32 could do with."""
 
@@ -51,12 +53,14 @@ class Fusion:
 
 
 class Source:
-    """One output of a model: the tensor itself, and who else may know of it."""
+    """One output of a model, or another tensor that goes into a sum: itself, and who else may know of it."""
 
-    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "tensor", "uncounted")
+    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "is_output", "tensor", "uncounted")
 
-    def __init__(self, tensor: Tensor, fusion: Fusion | None) -> None:
+    def __init__(self, tensor: Tensor, fusion: Fusion | None, is_output: bool = True) -> None:
         self.tensor = tensor
+        self.is_output = is_output
+        """Whether a model has returned it."""
         self.fusion = fusion
         """``None``: of a guider, which is asked anew each time."""
         self.dtype = tensor.dtype
@@ -126,32 +130,69 @@ def traced(output: Tensor, fusion: Fusion | None) -> Traced:
     return Traced(Source(output, fusion), output)
 
 
+def beside(tensor: Any, output: Traced, dtype: torch.dtype) -> Traced | None:
+    """Return a tensor of the pipeline's own, mostly its latents, as one that is added to outputs like another one.
+
+    ``None``: it is no such tensor, or outputs have been used before the step in this run. Where torch does not count
+    who writes to it, it is copied.
+
+    Args:
+        tensor: anything that is added.
+        output: one of those that it is added to.
+        dtype: of their sum.
+    """
+    fusion, like = output.source.fusion, output.value()
+    if type(tensor) is not Tensor or fusion is None or not fusion.tries:
+        return None
+    if tensor.dtype != dtype or tensor.requires_grad:
+        return None
+    if tensor.shape != like.shape or tensor.device != like.device or tensor.dim() == 0:
+        return None
+    tensor = tensor.clone() if tensor.is_inference() else tensor
+    return Traced(Source(tensor, fusion, is_output=False), tensor)
+
+
 Term = tuple[Traced, float, float]
 """A traced tensor and its coefficient, ``constant + factor * scale`` with a scale that all terms share."""
 
 
 class ScaleAsSeen(NamedTuple):
-    """A tensor that multiplies combinations, as it was when it first did."""
+    """A tensor that multiplies or divides combinations, as it was when it first did."""
 
     tensor: Tensor
     """A copy, if torch does not count who writes to it."""
     version: int
+    divides: bool = False
 
     @classmethod
-    def of(cls, scale: Tensor) -> ScaleAsSeen:
+    def of(cls, scale: Tensor, divides: bool = False) -> ScaleAsSeen:
         """Return a scale as it is now."""
         if scale.is_inference():
             scale = scale.clone()
-            return cls(scale, 0)
-        return cls(scale, scale._version)
+            return cls(scale, 0, divides)
+        return cls(scale, scale._version, divides)
 
     def is_same(self, other: ScaleAsSeen) -> bool:
         """Tell whether another one is the same tensor, with the same values."""
-        return self.tensor is other.tensor and self.version == other.version
+        return self.divides == other.divides and self.has_same_values(other)
+
+    def has_same_values(self, other: ScaleAsSeen) -> bool:
+        """Tell whether the tensors are one, or the same number of another."""
+        one, two = self.tensor, other.tensor
+        if one is two or one.dim() or two.dim() or one.dtype != two.dtype or one.device != two.device:
+            return one is two and self.version == other.version
+        if one.is_cpu:
+            return one.item() == two.item()
+        counted = not (one.is_inference() or two.is_inference()) and self.version == other.version
+        return counted and one.data_ptr() == two.data_ptr() != 0
 
     def is_changed(self) -> bool:
         """Tell whether it has been written to since."""
         return not self.tensor.is_inference() and self.tensor._version != self.version
+
+    def factor(self) -> Tensor:
+        """Return what multiplies."""
+        return self.tensor.reciprocal() if self.divides else self.tensor
 
 
 _UNCOUNTED = -1
@@ -257,7 +298,8 @@ def check_version(source: Source, version: int | None) -> None:
         RuntimeError: it has.
     """
     if source.version() != version:
-        raise RuntimeError(f"the model's output {WRITTEN_TO}")
+        what = "the model's output" if source.is_output else "a tensor that was added to the model's output"
+        raise RuntimeError(f"{what} {WRITTEN_TO}")
 
 
 def register(made: LazyTensor, seen: Iterable[tuple[Source, int | None]]) -> None:

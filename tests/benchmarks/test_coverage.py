@@ -209,7 +209,7 @@ BY_HAND = {  # what somebody saw who read the pipeline: form, calls, changes
     "ChromaPipeline": (U_FORM, CALLS, []),
     "CogVideoXPipeline": (U_FORM, BATCH, ["cast before"]),
     "CogView4Pipeline": (U_FORM, CALLS, []),
-    "Cosmos2_5_PredictBasePipeline": (C_FORM, CALLS, ["arithmetic before"]),
+    "Cosmos2_5_PredictBasePipeline": (C_FORM, CALLS, ["sum before", "arithmetic before"]),
     "CycleDiffusionPipeline": (U_FORM, BATCH, ["not in halves"]),
     "DDPMPipeline": ("none", "", []),
     "EasyAnimatePipeline": (U_FORM, BATCH, []),

@@ -18,6 +18,8 @@ MASKS = "prompt_attention_mask", "negative_prompt_attention_mask"
 def pipeline_of(kind, transformer, scheduler, **also):
     """Make a pipeline of a transformer, without encoders; its autoencoder is ``also``'s."""
     parts = {"vae": None, **nothing("text_encoder", "tokenizer"), **also}
+    if parts.pop("no_vae", False):
+        del parts["vae"]
     return getattr(diffusers, kind)(transformer=transformer, scheduler=scheduler, **parts)
 
 
@@ -200,6 +202,18 @@ def lumina_2_truncated():
     return lumina_2(cfg_normalization=False, cfg_trunc_ratio=0.5)
 
 
+def prx_pixels():
+    """Make PRX for pixels, whose model predicts x_0: the pipeline converts that to a velocity."""
+    transformer = model_of(
+        "PRXTransformer2DModel", in_channels=3, patch_size=2, context_in_dim=8, hidden_size=16, num_heads=2, depth=1,
+        axes_dim=[4, 4],
+    )  # fmt: skip
+    pipe = pipeline_of("PRXPixelPipeline", transformer, flow(shift=3.0), no_vae=True)
+    masks_of_text = {name: torch.ones(1, 5, dtype=torch.bool) for name in MASKS}
+    given = {**prompts(), **masks_of_text, "use_resolution_binning": False, "output_type": "pt"}
+    return pipe, {**given, "height": 16, "width": 16, "guidance_scale": 4.0}
+
+
 def aura_flow():
     transformer = model_of(
         "AuraFlowTransformer2DModel", sample_size=4, in_channels=4, out_channels=4, num_mmdit_layers=1,
@@ -251,6 +265,48 @@ def ltx_with_conditions(**conditions):
 def ltx_with_a_frame():
     """Make it with a first frame that is given, and nearly kept: its tokens are told earlier timesteps."""
     return ltx_with_conditions(image=picture(32), strength=0.7)
+
+
+def ltx_2(kind="LTX2Pipeline", **also):
+    """Make LTX-2, which guides in x_0 and makes sound as well: the same without rescaling."""
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    rope = {"rope_double_precision": False, "rope_type": "split"}
+    transformer = model_of(
+        "LTX2VideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2,
+        audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=1, caption_channels=16, **rope,
+    )  # fmt: skip
+    vae = model_of(
+        "AutoencoderKLLTX2Video", latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,),
+        layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False), downsample_type=("spatial",),
+        upsample_residual=(False,), upsample_factor=(1,), patch_size=1,
+    )  # fmt: skip
+    audio_vae = model_of(
+        "AutoencoderKLLTX2Audio", base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2,
+        mel_bins=8,
+    )  # fmt: skip
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None}
+    connectors = with_random_weights(
+        LTX2TextConnectors(
+            caption_channels=16, text_proj_in_factor=1, connector_rope_base_seq_len=32, **rope,
+            **{f"{of}_connector_{name}": size for of in ("video", "audio") for name, size in sizes.items()},
+        )
+    )  # fmt: skip
+    parts = {"vae": vae, "audio_vae": audio_vae, "connectors": connectors, "vocoder": None}
+    pipe = pipeline_of(kind, transformer, flow(), **parts)
+    given = {**named("prompt_embeds negative_prompt_embeds", (5, 16), (5, 16)), **masks()}
+    plain = {"guidance_scale": 4.0, "guidance_rescale": 0.0, "stg_scale": 0.0}
+    return pipe, {**given, **plain, "height": 32, "width": 32, "num_frames": 5, **also}
+
+
+def ltx_2_not_rescaled():
+    return ltx_2(modality_scale=1.0, audio_guidance_rescale=0.0, audio_stg_scale=0.0, audio_modality_scale=1.0)
+
+
+def ltx_2_hdr():
+    return ltx_2("LTX2HDRPipeline")
 
 
 _SMALL_WAN = {

@@ -6,7 +6,6 @@ import ast
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from fastguide.diffusers.pipelines import LEFT_ALONE
 from fastguide.diffusers.served import SERVED
 
 from .defaults import default_scheduler, scheduler_arguments
@@ -96,8 +95,6 @@ def row_of(source: Source, served: Collection[str], find: Callable[[str], Source
     other_schedulers = {name: default_scheduler(source, name)[0] for name in others if inner or name in stepping}
     missing = [name for name in dict.fromkeys((scheduler, *other_schedulers.values())) if name not in served]
     unserved = [f"{name} is not served" for name in missing]
-    if source.name in LEFT_ALONE:
-        unserved.append(LEFT_ALONE[source.name])
     return Row(
         pipeline=source.name,
         deprecated=source.module.startswith("deprecated"),

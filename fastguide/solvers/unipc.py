@@ -118,6 +118,13 @@ def unipc_table(
     return signal_table(steps, columns, "unipc")
 
 
+def predictor_forms(
+    steps: SignalSteps, solver_order: int, solver_type: UniPCType, predict_x0: bool, lower_order_final: bool
+) -> list[Form]:
+    """Return what each call makes of its corrected sample, which is the form's ``sample``, and of entries."""
+    return _forms(steps, solver_order, solver_type, predict_x0, range(steps.total), lower_order_final)
+
+
 class CorrectedSample(NamedTuple):
     """What a call makes of the sample before it predicts: ``anchor * xa + result * x' + sum of entries``."""
 
@@ -142,9 +149,8 @@ def corrected_samples(
     With the row ``x' = a * x_c + sum_i c_i * e_i`` and ``x_c = xa + sum_i k_i * e_i``, the own entry is eliminated. The
     entries are x_0, and no step leads to sigma = 0.
     """
-    options = steps, solver_order, solver_type, True
-    forms = _forms(*options, disable_corrector, lower_order_final)
-    bare = _forms(*options, range(steps.total), lower_order_final)
+    forms = _forms(steps, solver_order, solver_type, True, disable_corrector, lower_order_final)
+    bare = predictor_forms(steps, solver_order, solver_type, True, lower_order_final)
     found: list[CorrectedSample | None] = []
     for call, (form, predictor) in enumerate(zip(forms, bare, strict=True)):
         if form.anchor == 0:

@@ -20,6 +20,7 @@ from tests.support.scheduler_pair import diffusers, fused
 pytest.importorskip("transformers")  # without it, diffusers has hardly any pipelines
 
 GUIDED, ALONE = "fused with guidance", "fused without guidance"
+HANDED_OVER = "left to diffusers: a history that was read, and may have been changed"
 STEPS = 4, 3
 FAMILIES = {  # how it is made, and what the steps of two calls are, one of four steps and one of three
     "FLUX": (transformers.flux_embedded, {ALONE: 7}),  # its scale is an input of the model
@@ -49,6 +50,8 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "PixArt-alpha": (transformers.pixart_alpha, {GUIDED: 7}),
     "PixArt-Sigma": (transformers.pixart_sigma, {GUIDED: 7}),
     "PixArt-Sigma, perturbed attention": (transformers.pixart_sigma_perturbed, {GUIDED: 7}),
+    "ChronoEdit": (transformers.chrono_edit, {GUIDED: 7}),
+    "ChronoEdit, with reasoning": (transformers.chrono_edit_with_reasoning, {GUIDED: 4, HANDED_OVER: 3}),
     "AnyFlow": (transformers.any_flow, {GUIDED: 7}),
     "Helios": (transformers.helios, {GUIDED: 14}),
     "HunyuanVideo": (transformers.hunyuan_video, {ALONE: 7}),  # its scale is an input of the model

@@ -6,6 +6,8 @@ text encoder, and most have no autoencoder: the pipelines then take latents for 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from tests.support.family_pipelines import masked_picture, model_of, named, picture, prompts, with_random_weights
@@ -313,6 +315,35 @@ _SMALL_WAN = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
     "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
 }  # fmt: skip
+
+
+class Images(torch.nn.Module):
+    """Stand for what prepares images for their encoder, and for that: three vectors of each image."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, images=None, return_tensors="pt", **prepared):
+        if images is not None:
+            from transformers import BatchFeature
+
+            return BatchFeature({"pixel_values": images})
+        means = prepared["pixel_values"].flatten(2).mean(-1)
+        return SimpleNamespace(hidden_states=[means[..., None] * torch.linspace(-1, 1, 8), None])
+
+
+def chrono_edit(**also):
+    """Make ChronoEdit, a Wan model that is given a first frame."""
+    pipe, given = wan()
+    sizes = {**_SMALL_WAN, "in_channels": 12, "image_dim": 8, "added_kv_proj_dim": 24, "rope_max_seq_len": 32}
+    transformer = model_of("ChronoEditTransformer3DModel", **sizes, qk_norm="rms_norm_across_heads")
+    parts = {"vae": pipe.vae, "image_encoder": Images(), "image_processor": Images()}
+    pipe = pipeline_of("ChronoEditPipeline", transformer, pipe.scheduler, **parts)
+    return pipe, {**given, "image": picture(16), **also}
+
+
+def chrono_edit_with_reasoning():
+    """Make it with frames that it drops after two steps: it cuts them out of the scheduler's history as well."""
+    return chrono_edit(enable_temporal_reasoning=True, num_temporal_reasoning_steps=2, num_frames=9)
 
 
 def any_flow():

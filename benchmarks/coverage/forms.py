@@ -39,7 +39,7 @@ SEEN_THROUGH: frozenset[str] = frozenset(
     (
         *(
             f"{change} {when}"
-            for change in ("cast", "slice", "split", "negate", "shape")
+            for change in ("cast", "slice", "split", "negate", "shape", "sum")
             for when in ("before", "after")
         ),
         *("conditional first", "not in halves", "halves of two calls"),
@@ -190,7 +190,7 @@ def _change(node: Node) -> str:
     if node.kind in _TRANSPARENT or node.kind == "part":
         return ""
     if node.kind in _OPERATORS:
-        return "arithmetic"
+        return "sum" if node.kind in ("Add", "Sub") and _operands(node, "scale") else "arithmetic"
     return node.detail if node.kind == "function" else node.kind
 
 

@@ -6,7 +6,6 @@ import ast
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from fastguide.diffusers.pipelines import LEFT_ALONE
 from fastguide.diffusers.served import SERVED
 
 from .defaults import default_scheduler, scheduler_arguments
@@ -86,16 +85,16 @@ def row_of(source: Source, served: Collection[str], find: Callable[[str], Source
     inner = _inner(source, find)
     steps = _steps(source, inner)
     guidance = _least_fused([guidance_of(step, methods) for step, methods in steps])
-    if source.name in _SEEN_WHEN_RUN:
-        guidance = replace(guidance, changes=(*guidance.changes, _SEEN_WHEN_RUN[source.name]))
+    if source.name in _SUMS_WHEN_RUN:
+        guidance = replace(
+            guidance, changes=tuple(dict.fromkeys(c.replace("arithmetic", "sum") for c in guidance.changes))
+        )
     main, *others = [name for name in scheduler_arguments(source) if name not in _NO_STEPS]
     scheduler, by, origin = default_scheduler(source, main)
     stepping = {step.scheduler for step, _ in steps}
     other_schedulers = {name: default_scheduler(source, name)[0] for name in others if inner or name in stepping}
     missing = [name for name in dict.fromkeys((scheduler, *other_schedulers.values())) if name not in served]
     unserved = [f"{name} is not served" for name in missing]
-    if source.name in LEFT_ALONE:
-        unserved.append(LEFT_ALONE[source.name])
     return Row(
         pipeline=source.name,
         deprecated=source.module.startswith("deprecated"),
@@ -114,12 +113,9 @@ def row_of(source: Source, served: Collection[str], find: Callable[[str], Source
     )
 
 
-_SEEN_WHEN_RUN = {
-    "DiTPipeline": "joined along the batch after",
-    "LuminaPipeline": "joined along the batch after",
-    "LTXConditionPipeline": "a timestep for each token",
-}
-"""What this reading does not tell from what is fused, by pipeline: seen in tests/diffusers/test_families.py."""
+_SUMS_WHEN_RUN = frozenset(("LTX2HDRPipeline", "PRXPixelPipeline", "StableDiffusionLatentUpscalePipeline"))
+"""Pipelines that make sums of predictions and latents, and not of masks, which this reading does not tell apart: seen
+in tests/diffusers/test_families.py."""
 
 
 def shares(rows: Sequence[Row]) -> Shares:

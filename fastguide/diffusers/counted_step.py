@@ -79,6 +79,8 @@ class CountedStep(SchedulerStep):
     """diffusers' ``config``, without the time that this takes."""
     _host: HostTables | None = None
     _counted: CountedLoop | None = None
+    _handed_over: bool = False
+    """Whether diffusers goes on with the loop: somebody has read its history, see ``handed_over``."""
     _copied_loop: CopiedLoop | None = None
     """Of the scheduler that this one is a copy of, if it was copied in the middle of a loop."""
     sigmas: Tensor
@@ -132,6 +134,7 @@ class CountedStep(SchedulerStep):
         versions = version_of(levels), version_of(self.timesteps)
         self._host = host._replace(sigmas=levels, timesteps=self.timesteps, versions=versions)
         self._counted = self._copied_loop = None
+        self._handed_over = False
         if self._fusion is not None:
             self._fusion.tries = True
 
@@ -242,6 +245,9 @@ def counted_step(
     real = type(timestep) is Tensor and timestep.is_floating_point()
     if is_dynamo_compiling() or (scheduler._refuses_integers and not real and is_integer(timestep)):
         return None
+    if scheduler._handed_over:
+        count(scheduler, LEFT + "a history that was read, and may have been changed")
+        return None
     output: Output = model_output
     scale, loop = guidance_scale, scheduler._counted
     if type(model_output) is not Tensor or type(sample) is not Tensor:
@@ -342,7 +348,7 @@ def _planned_step(
         drawn = drawing.drawn(loop.table, call, sample, loop.inputs(sample, dtypes)[0].dtype, dtypes)
     used, result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, dtypes, *drawn, lead)
     loop.like = None
-    if is_by_value(scale) and (drawing is None or drawing.path is None):
+    if lead == 1 and is_by_value(scale) and (drawing is None or drawing.path is None):
         loop.like = loop.made.like = Like(scale, guidance, token_of(guidance), used, used._token, dtypes)
     scheduler._step_index = index + 1
     count_fused(scheduler, guidance, is_last=loop.is_over)

@@ -100,6 +100,8 @@ def _counted_table(ours: type[CountedStep], scheduler: Any, num_inference_steps:
     """Return the whole loop of a scheduler that counts its steps."""
     if eta != 0:
         raise ValueError(f"eta: expected 0 with {type(scheduler).__name__}, got {eta!r}")
+    if scheduler.config.get("stages", 1) != 1:
+        raise ValueError(f"scheduler: expected one with a single loop, got one with {scheduler.config.stages} stages")
     own: Any = ours.__new__(ours)
     own.__dict__.update(scheduler.__dict__)
     own.set_timesteps(num_inference_steps)

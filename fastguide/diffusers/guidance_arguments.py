@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..guidance import Classifier, ClassifierFree, Guidance
 from ..guidance.scales import as_scale, scale_columns
 from ..schedules.predictions import GradientForm
-from .lazy_guidance import EXACT, Output, Taken, Weights, resolved
+from .lazy_guidance import Output, Taken, Weights, resolved
 from .lazy_tensor import plain
+from .traced import EXACT
 
 Scale = float | Sequence[float] | Tensor
 
@@ -97,8 +98,17 @@ def _weighted(weights: Weights) -> Guidance:
         return Guidance(scale_columns(*constants, 0.0), None)
     each = torch.as_tensor(as_scale("guidance_scale", scale.reshape(-1)))
     factors = (sum(factors), *factors[1:])
-    columns = [c if abs(f) <= EXACT else c + f * each for c, f in zip(constants, factors, strict=True)]
-    return Guidance(scale_columns(*columns, 0.0), None)
+    rows = _rows(constants, tuple([0.0 if abs(f) <= EXACT else f for f in factors]), each.dtype, each.device)
+    return Guidance(torch.addcmul(rows[0], rows[1], each[..., None]), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(
+    constants: tuple[float, ...], factors: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return coefficients as rows of weights, with a gradient's scale, which is 0."""
+    rows = torch.tensor([[*constants, 0.0], [*factors, 0.0]], dtype=dtype, device="cpu").to(device)
+    return rows[:1, None], rows[1:, None]
 
 
 def _classifier(gradient_scale: Scale, gradient_form: GradientForm) -> Classifier:

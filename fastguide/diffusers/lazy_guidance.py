@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..guidance import Guidance
 from . import linear as linear  # the rules, which are set by its import
+from .channel_weights import of_channels
 from .guided import Guided
 from .halves import GUIDED, OfHalves
+from .joined import Doubled, Joined
 from .lazy_tensor import plain
-from .traced import Combined, Joined, Scale, Term, leading
+from .traced import EXACT, Combined, Scale, Term, leading
 
 
 class Taken(NamedTuple):
@@ -37,16 +40,12 @@ class Weights(NamedTuple):
 
 
 class PerFrame(NamedTuple):
-    """A scale for each frame of each sample."""
+    """A scale for each frame of each sample, or weights for each channel of each."""
 
-    scale: Tensor
+    scale: Tensor | Guidance
     """Flattened."""
     lead: int
     """How many dimensions of the sample it is for."""
-
-
-EXACT = 1e-12
-"""How far coefficients may be from those of classifier-free guidance, which they are but for rounding."""
 
 
 def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: bool = False) -> tuple[Output, Any]:
@@ -77,7 +76,7 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
     if type(output) is Guided and guidance_scale is None and output.is_pending() and output.shape == sample.shape:
         output.check_unchanged()
         return Taken(output.predictions, None, output.dtype), output.guidance
-    if guidance_scale is None and type(output) in (Combined, Joined) and output.is_pending():
+    if guidance_scale is None and type(output) in (Combined, Doubled, Joined) and output.is_pending():
         taken = _taken_apart(output, sample)
         if taken is not None and (per_frame or type(taken[1]) is not PerFrame):
             return taken
@@ -96,11 +95,16 @@ def _is_whole(output: OfHalves, whole: Tensor, sample: Tensor) -> bool:
     return output.form == GUIDED and unchanged and whole.shape == (2 * shape[0], *shape[1:])
 
 
-def _taken_apart(output: Combined | Joined, sample: Tensor) -> tuple[Output, Any] | None:
+def _taken_apart(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[Output, Any] | None:
     """Return the predictions of a combination, and what weighs them; ``None``: they are not of the sample's shape."""
     output.check_unchanged()
-    main = output.main if isinstance(output, Joined) else output
-    terms, scale_tensor = main.terms, None if main.scale is None else main.scale.tensor
+    channels = of_channels(output, sample) if type(output) is Joined else None
+    if channels is not None:
+        return Taken(channels[0], None, output.dtype), PerFrame(channels[1], 2)
+    joined = output.main if type(output) is Joined else output
+    main = joined.main if type(joined) is Doubled else joined
+    assert type(main) is Combined
+    terms, scale_tensor = _present(main.terms), None if main.scale is None else main.scale.factor()
     if len(main.seen) == 1 and len(terms) > 1 and all([of.piece is not None for of, _, _ in terms]):  # noqa: C419
         terms = tuple(sorted(terms, key=_piece_of))
     scale = _scale_of(terms, scale_tensor)
@@ -110,9 +114,11 @@ def _taken_apart(output: Combined | Joined, sample: Tensor) -> tuple[Output, Any
         if terms[1][0].source is source and main.dtype is source.dtype and whole.shape == (2 * shape[0], *shape[1:]):
             return whole, scale
     predictions = tuple([of.value() for of, *_ in terms])
+    if type(joined) is Doubled:
+        predictions = tuple([_twice(each) for each in predictions])
     if any(prediction.shape != sample.shape for prediction in predictions):
         return None
-    variance = output.rest.value() if isinstance(output, Joined) else None
+    variance = output.rest.value() if type(output) is Joined else None
     if variance is not None and variance.shape != sample.shape:
         return None
     taken = Taken(predictions, variance, main.dtype)
@@ -126,6 +132,18 @@ def _taken_apart(output: Combined | Joined, sample: Tensor) -> tuple[Output, Any
             return predictions[0], None
         return taken, Weights(constants)
     return taken, Weights(constants, tuple([factor for _, _, factor in terms]), scale_tensor)
+
+
+def _present(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Return the terms but those of tensors that were added, and taken away again."""
+    if all([of.source.is_output for of, _, _ in terms]):  # noqa: C419
+        return terms
+    return tuple([term for term in terms if term[0].source.is_output or max(map(abs, term[1:])) > EXACT]) or terms[:1]
+
+
+def _twice(prediction: Tensor) -> Tensor:
+    """Return a prediction twice along the batch: of one sample, without a copy."""
+    return prediction.expand(2, *prediction.shape[1:]) if len(prediction) == 1 else torch.cat([prediction, prediction])
 
 
 def _piece_of(term: Term) -> tuple[int, int]:

@@ -44,6 +44,8 @@ class LoopTable:
     staging: StepTable | None = None
     """``scaling`` on the device, once a loop was asked for the model's input of the very sample that a step returned:
     from then on, steps write that input as well."""
+    corrected: Any = None
+    """The samples that its calls go on from and do not make, if a scheduler was asked for them."""
     like: Any = None
     """What the last step of an earlier loop and those like it have in common, if there was one: see ``run_again``."""
 

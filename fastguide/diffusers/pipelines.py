@@ -18,8 +18,6 @@ from .traced import Fusion
 from .tracing import Traces, trace_models
 
 _CHANGES = "_fastguide_changes"
-LEFT_ALONE = {"ChronoEditPipeline": "the pipeline cuts frames out of the scheduler's history in the middle of a loop"}
-"""Pipelines whose schedulers stay, by class, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def accelerate(pipe: Any) -> Acceleration:
     _check(pipe)
     changes = _changes_of(pipe)
     exchanged, left_alone = _exchange(pipe, changes)
-    tried = trace_models(_pipelines(pipe), changes.fusion, changes.traces, left_alone)
+    tried = trace_models(_pipelines(pipe), changes.fusion, changes.traces)
     if not exchanged and not left_alone:
         left_alone["pipe"] = "it has no scheduler"
     return Acceleration(exchanged, tried, left_alone, changes.fusion.counts)
@@ -191,10 +189,9 @@ def _exchange(pipe: Any, changes: _Changes) -> tuple[dict[str, str], dict[str, s
     for path, part in _pipelines(pipe):
         for name, scheduler in _schedulers(part).items():
             if id(scheduler) not in fused_for:
-                reason = LEFT_ALONE.get(type(part).__name__)
-                fused_for[id(scheduler)] = fused = None if reason else _fused(scheduler)
+                fused_for[id(scheduler)] = fused = _fused(scheduler)
                 if fused is None:
-                    left_alone[path + name] = reason or _reason(scheduler)
+                    left_alone[path + name] = _reason(scheduler)
                 else:
                     exchanged[path + name] = type(fused).__name__
             fused = fused_for[id(scheduler)]

@@ -10,6 +10,7 @@ from . import (
     distilled_schedulers,
     edm_schedulers,
     flow_schedulers,
+    helios_schedulers,
     pndm_schedulers,
     schedulers,
     sigma_schedulers,
@@ -21,6 +22,7 @@ from .scheduler_step import SchedulerStep
 _MODULES = [
     schedulers,
     flow_schedulers,
+    helios_schedulers,
     sigma_schedulers,
     signal_schedulers,
     pndm_schedulers,

@@ -17,15 +17,18 @@ from ..solvers._dpm import multistep_columns
 from ..solvers._signal_steps import SignalSteps, signal_table
 from ..solvers.deis import deis_table
 from ..solvers.dpm_solver_singlestep import singlestep_table
+from ..solvers.entries import Form
 from ..solvers.sa_solver import sa_solver_table
-from ..solvers.unipc import unipc_table
+from ..solvers.unipc import predictor_forms, unipc_table
+from .counted_loop import CountedLoop
 from .counted_step import CountedStep, Drawing, counted_step, left
 from .dtypes import Dtypes, of_the_model, of_the_sample, promoted
 from .guidance_arguments import Scale
+from .handed_over import HandsOver
 from .host_tables import HostTables, host_tables, on_host
+from .joined import Joined
 from .noise import Generators
 from .step_signatures import NOT_AT, Draws, StepWithGenerator, StepWithoutNoise
-from .traced import Joined
 
 __all__ = [
     "DEISMultistepScheduler",
@@ -146,7 +149,7 @@ class DPMSolverSinglestepScheduler(_Signal, StepWithGenerator, diffusers.DPMSolv
         return bool(self.config.algorithm_type == "sde-dpmsolver++")
 
 
-class UniPCMultistepScheduler(_Signal, StepWithoutNoise, diffusers.UniPCMultistepScheduler):  # type: ignore[metaclass]
+class UniPCMultistepScheduler(_Signal, HandsOver, StepWithoutNoise, diffusers.UniPCMultistepScheduler):  # type: ignore[metaclass]
     """``diffusers.UniPCMultistepScheduler`` with the fused step."""
 
     solver_p: Any
@@ -182,6 +185,11 @@ class UniPCMultistepScheduler(_Signal, StepWithoutNoise, diffusers.UniPCMultiste
             disable_corrector=self.disable_corrector,
             lower_order_final=config.lower_order_final,
         )
+
+    def _predictor_forms(self, loop: CountedLoop) -> list[Form]:
+        config, steps = self.config, self._signal_steps(loop.tables, loop.begin)
+        options = config.solver_order, config.solver_type, self.predict_x0, config.lower_order_final
+        return predictor_forms(steps, *options)
 
 
 class DEISMultistepScheduler(_Signal, StepWithoutNoise, diffusers.DEISMultistepScheduler):  # type: ignore[metaclass]

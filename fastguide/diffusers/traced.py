@@ -20,6 +20,8 @@ from torch import Tensor
 from .lazy_tensor import LazyTensor, plain
 
 Scale = float | Tensor
+EXACT = 1e-12
+"""How far coefficients may be from what they are but for rounding."""
 LARGEST = 1e30
 """A number above this, or NaN, is no coefficient that the kernels' float32 could do with."""
 
@@ -51,12 +53,14 @@ class Fusion:
 
 
 class Source:
-    """One output of a model: the tensor itself, and who else may know of it."""
+    """One output of a model, or another tensor that goes into a sum: itself, and who else may know of it."""
 
-    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "tensor", "uncounted")
+    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "is_output", "tensor", "uncounted")
 
-    def __init__(self, tensor: Tensor, fusion: Fusion | None) -> None:
+    def __init__(self, tensor: Tensor, fusion: Fusion | None, is_output: bool = True) -> None:
         self.tensor = tensor
+        self.is_output = is_output
+        """Whether a model has returned it."""
         self.fusion = fusion
         """``None``: of a guider, which is asked anew each time."""
         self.dtype = tensor.dtype
@@ -66,7 +70,7 @@ class Source:
         """Whether torch does not count who writes to it."""
         self.escaped = False
         """Whether others than traced tensors have it, or a view of it."""
-        self.combined: list[weakref.ref[Combined | Joined]] | None = None
+        self.combined: list[weakref.ref[Any]] | None = None
         """What was combined of it, if it is not counted who writes to it."""
 
     def version(self) -> int | None:
@@ -126,32 +130,69 @@ def traced(output: Tensor, fusion: Fusion | None) -> Traced:
     return Traced(Source(output, fusion), output)
 
 
+def beside(tensor: Any, output: Traced, dtype: torch.dtype) -> Traced | None:
+    """Return a tensor of the pipeline's own, mostly its latents, as one that is added to outputs like another one.
+
+    ``None``: it is no such tensor, or outputs have been used before the step in this run. Where torch does not count
+    who writes to it, it is copied.
+
+    Args:
+        tensor: anything that is added.
+        output: one of those that it is added to.
+        dtype: of their sum.
+    """
+    fusion, like = output.source.fusion, output.value()
+    if type(tensor) is not Tensor or fusion is None or not fusion.tries:
+        return None
+    if tensor.dtype != dtype or tensor.requires_grad:
+        return None
+    if tensor.shape != like.shape or tensor.device != like.device or tensor.dim() == 0:
+        return None
+    tensor = tensor.clone() if tensor.is_inference() else tensor
+    return Traced(Source(tensor, fusion, is_output=False), tensor)
+
+
 Term = tuple[Traced, float, float]
 """A traced tensor and its coefficient, ``constant + factor * scale`` with a scale that all terms share."""
 
 
 class ScaleAsSeen(NamedTuple):
-    """A tensor that multiplies combinations, as it was when it first did."""
+    """A tensor that multiplies or divides combinations, as it was when it first did."""
 
     tensor: Tensor
     """A copy, if torch does not count who writes to it."""
     version: int
+    divides: bool = False
 
     @classmethod
-    def of(cls, scale: Tensor) -> ScaleAsSeen:
+    def of(cls, scale: Tensor, divides: bool = False) -> ScaleAsSeen:
         """Return a scale as it is now."""
         if scale.is_inference():
             scale = scale.clone()
-            return cls(scale, 0)
-        return cls(scale, scale._version)
+            return cls(scale, 0, divides)
+        return cls(scale, scale._version, divides)
 
     def is_same(self, other: ScaleAsSeen) -> bool:
         """Tell whether another one is the same tensor, with the same values."""
-        return self.tensor is other.tensor and self.version == other.version
+        return self.divides == other.divides and self.has_same_values(other)
+
+    def has_same_values(self, other: ScaleAsSeen) -> bool:
+        """Tell whether the tensors are one, or the same number of another."""
+        one, two = self.tensor, other.tensor
+        if one is two or one.dim() or two.dim() or one.dtype != two.dtype or one.device != two.device:
+            return one is two and self.version == other.version
+        if one.is_cpu:
+            return one.item() == two.item()
+        counted = not (one.is_inference() or two.is_inference()) and self.version == other.version
+        return counted and one.data_ptr() == two.data_ptr() != 0
 
     def is_changed(self) -> bool:
         """Tell whether it has been written to since."""
         return not self.tensor.is_inference() and self.tensor._version != self.version
+
+    def factor(self) -> Tensor:
+        """Return what multiplies."""
+        return self.tensor.reciprocal() if self.divides else self.tensor
 
 
 _UNCOUNTED = -1
@@ -257,10 +298,11 @@ def check_version(source: Source, version: int | None) -> None:
         RuntimeError: it has.
     """
     if source.version() != version:
-        raise RuntimeError(f"the model's output {WRITTEN_TO}")
+        what = "the model's output" if source.is_output else "a tensor that was added to the model's output"
+        raise RuntimeError(f"{what} {WRITTEN_TO}")
 
 
-def register(made: Combined | Joined, seen: Iterable[tuple[Source, int | None]]) -> None:
+def register(made: LazyTensor, seen: Iterable[tuple[Source, int | None]]) -> None:
     """Let what was made of outputs be computed before others can write to those, where torch does not count that."""
     for source, version in seen:
         if version is None:
@@ -278,66 +320,6 @@ def leading(scale: Tensor) -> int:
     """Return how many dimensions of a scale have a number for each element: 1 for samples, 2 for their frames."""
     sizes = [size != 1 for size in scale.shape]
     return max(1, len(sizes) - sizes[::-1].index(True)) if any(sizes) else min(1, len(sizes))
-
-
-class Joined(LazyTensor):
-    """A combination with another output after it in the channels: guidance, and the variance that a model learned."""
-
-    __slots__ = ("main", "rest", "seen")
-
-    def __init__(self, main: Combined, rest: Traced) -> None:
-        self._value = None
-        self.main = main
-        self.rest = rest
-        self.seen = rest.source, rest.source.version()
-        """The other output, and how often it had been written to."""
-        register(self, (*main.seen, self.seen))
-
-    def like(self) -> Tensor:
-        """Return the tensor itself."""
-        return self.computed()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of both."""
-        return self.main.dtype
-
-    def is_pending(self) -> bool:
-        """Tell whether nobody has seen its values, or those of the combination."""
-        return self._value is None and self.main.is_pending()
-
-    def check_unchanged(self) -> None:
-        """Refuse outputs that are not what they were when they were combined.
-
-        Raises:
-            RuntimeError: one has been written to since.
-        """
-        self.main.check_unchanged()
-        check_version(*self.seen)
-
-    def value(self) -> Tensor:
-        """Compute the tensor, for later use."""
-        if self._value is None:
-            check_version(*self.seen)
-            self._value = torch.cat([self.main.value(), self.rest.value()], 1)
-        return self._value
-
-    def _compute(self) -> Tensor:
-        stop_trying((*self.main.seen, self.seen))
-        return self.value()
-
-    def split(self, split_size: Any, dim: int = 0) -> Any:
-        """Return both parts, if it is they that are asked for."""
-        if self.is_pending() and dim == 1 and split_size == self.main.like().shape[1] == own_value(self.rest).shape[1]:
-            return self.main, self.rest
-        return self.computed().split(split_size, dim)
-
-    def chunk(self, chunks: int, dim: int = 0) -> Any:
-        """Return both parts, if it is they that are asked for."""
-        size = self.main.like().shape[1] if self.is_pending() else None
-        if chunks == 2 and dim == 1 and size is not None:
-            return self.split(size, 1)
-        return self.computed().chunk(chunks, dim)
 
 
 def own_value(operand: Any) -> Any:

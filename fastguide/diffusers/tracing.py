@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from types import CodeType
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
@@ -23,16 +22,13 @@ _MODELS = ("unet", "transformer", "transformer_2", "image_unet", "prior", "decod
 """The names that pipelines have for what predicts."""
 
 
-def trace_models(
-    pipelines: Iterable[tuple[str, Any]], fusion: Fusion, traces: list[Traces], left_alone: dict[str, str]
-) -> list[str]:
+def trace_models(pipelines: Iterable[tuple[str, Any]], fusion: Fusion, traces: list[Traces]) -> list[str]:
     """Trace the models whose guidance may go to a fused step.
 
     Args:
         pipelines: each with what its parts' names begin with.
         fusion: the pipelines' own, whose ``callers`` become their methods.
         traces: to which those of each model are added.
-        left_alone: to which models that stay as they are, are added, with the reason.
 
     Returns:
         The names of the models that are traced.
@@ -48,11 +44,8 @@ def trace_models(
             if not isinstance(model, torch.nn.Module) or id(model) in seen:
                 continue
             seen.add(id(model))
-            if isinstance(pipe, diffusers.DiTPipeline):
-                left_alone[path + name] = "DiTPipeline combines parts of channels by itself; only its step is fused"
-            else:
-                traces.append(_watch_of(model).trace(model, fusion))
-                tried.append(path + name)
+            traces.append(_watch_of(model).trace(model, fusion))
+            tried.append(path + name)
     return tried
 
 

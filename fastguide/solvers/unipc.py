@@ -118,6 +118,53 @@ def unipc_table(
     return signal_table(steps, columns, "unipc")
 
 
+def predictor_forms(
+    steps: SignalSteps, solver_order: int, solver_type: UniPCType, predict_x0: bool, lower_order_final: bool
+) -> list[Form]:
+    """Return what each call makes of its corrected sample, which is the form's ``sample``, and of entries."""
+    return _forms(steps, solver_order, solver_type, predict_x0, range(steps.total), lower_order_final)
+
+
+class CorrectedSample(NamedTuple):
+    """What a call makes of the sample before it predicts: ``anchor * xa + result * x' + sum of entries``."""
+
+    anchor: float
+    """The factor of the sample as the last call wrote it."""
+    result: float
+    """That of the sample that the call leads to, which stands for its own entry."""
+    entries: dict[int, float]
+    """Those of entries, by the calls that left them."""
+
+
+def corrected_samples(
+    steps: SignalSteps,
+    *,
+    solver_order: int,
+    solver_type: UniPCType,
+    disable_corrector: Collection[int],
+    lower_order_final: bool,
+) -> list[CorrectedSample | None]:
+    """Return each call's corrected sample, which its row does not make; ``None``: the call corrects nothing.
+
+    With the row ``x' = a * x_c + sum_i c_i * e_i`` and ``x_c = xa + sum_i k_i * e_i``, the own entry is eliminated. The
+    entries are x_0, and no step leads to sigma = 0.
+    """
+    forms = _forms(steps, solver_order, solver_type, True, disable_corrector, lower_order_final)
+    bare = predictor_forms(steps, solver_order, solver_type, True, lower_order_final)
+    found: list[CorrectedSample | None] = []
+    for call, (form, predictor) in enumerate(zip(forms, bare, strict=True)):
+        if form.anchor == 0:
+            found.append(None)
+            continue
+        a, c = predictor.sample, predictor.entries
+        k = {each: (value - c.get(each, 0.0)) / a for each, value in form.entries.items()}
+        own = k[call] / c[call]
+        scale = 1 / (1 + own * a)
+        entries = {each: (value - own * c.get(each, 0.0)) * scale for each, value in k.items() if each != call}
+        found.append(CorrectedSample(scale, own * scale, entries))
+    return found
+
+
 class _Interval(NamedTuple):
     """A predictor's step: ``sample * x + first * e + factor * sum_i predictor_i * (e_i - e) / r_i``."""
 
@@ -177,8 +224,8 @@ def _interval(
     outer = -alpha if predict_x0 else -sigma
     phi = math.expm1(signed)
     sample = sigma / sigma_s if predict_x0 else alpha / alpha_s
-    if h == math.inf:  # to x_0, of order 1, and no call comes after it
-        return _Interval(sample, outer * phi, 0.0, [1.0], [], [0.0])
+    if h == math.inf:  # of order 1: from noise alone, or to x_0, after which no call comes
+        return _Interval(sample, outer * phi, outer * phi if now == -math.inf else 0.0, [1.0], [], [0.5])
     step = signed if solver_type == "bh1" else phi
     ratios = [(lambda_of(points[call - i]) - now) / h for i in range(1, order)] + [1.0]
     predictor, corrector = _weights(ratios, signed, step)
@@ -193,13 +240,21 @@ def _weights(ratios: Sequence[float], signed: float, step: float) -> tuple[list[
         b.append(phi_k * factorial / step)
         factorial *= k + 1
         phi_k = phi_k / signed - 1 / factorial
-    points = torch.tensor(ratios, dtype=torch.float64, device="cpu")
-    r = torch.stack([points**k for k in range(order)])
-    target = torch.tensor(b, dtype=torch.float64, device="cpu")
-    corrector = [0.5] if order == 1 else torch.linalg.solve(r, target).tolist()
-    if order <= 2:
-        return [0.5] * (order - 1), corrector
-    return torch.linalg.solve(r[:-1, :-1], target[:-1]).tolist(), corrector
+    if order == 1:
+        return [], [0.5]
+    return [0.5] if order == 2 else _solved(ratios[:-1], b[:-1]), _solved(ratios, b)
+
+
+def _solved(ratios: Sequence[float], b: Sequence[float]) -> list[float]:
+    """Return the rho; an entry of noise alone, infinitely far back, weighs nothing, and the last equation is left out.
+
+    That is the limit, as such an entry's rho falls with the square of its distance.
+    """
+    near = [ratio for ratio in ratios if math.isfinite(ratio)]
+    points = torch.tensor(near, dtype=torch.float64, device="cpu")
+    target = torch.tensor(b[: len(near)], dtype=torch.float64, device="cpu")
+    rhos = iter(torch.linalg.solve(torch.stack([points**k for k in range(len(near))]), target).tolist())
+    return [next(rhos) if math.isfinite(ratio) else 0.0 for ratio in ratios]
 
 
 def _check_steps(disable_corrector: Collection[int]) -> None:

@@ -116,8 +116,13 @@ READ_AND_RUN = {  # what is between the model and the step; form, calls, changes
         ("split before",),
     ),
     "negated after": (f"{HALVES}; pred = -(u + s * (c - u))", U_FORM, BATCH, ("negate after",)),
+    "a sum before": (
+        f"{TWO}; c, u = latents - c, latents - u; pred = u + s * (c - u)", U_FORM, CALLS, ("sum before",),
+    ),
+    "a sum after": (f"{HALVES}; pred = latents + (u + s * (c - u))", U_FORM, BATCH, ("sum after",)),
     "arithmetic before": (
-        f"{TWO}; c, u = latents - c, latents - u; pred = u + s * (c - u)", U_FORM, CALLS, ("arithmetic before",),
+        f"{TWO}; m = latents > 0; c, u = c * m, u * m; pred = u + s * (c - u)", U_FORM, CALLS,
+        ("arithmetic before",),
     ),
     "shape after": (
         f"{HALVES}; pred = (u + s * (c - u)).flatten(1).reshape(latents.shape)", U_FORM, BATCH, ("shape after",),

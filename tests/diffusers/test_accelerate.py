@@ -336,17 +336,3 @@ def test_pipelines_that_share_a_scheduler_and_a_model():
 def test_an_acceleration_says_what_it_is():
     done = fused.accelerate(FreePipeline(torch.zeros(2, 3, 4, 4)))
     assert done == fused.Acceleration({"scheduler": "DDIMScheduler"}, ["unet"], {}, Counter())
-
-
-def test_a_pipeline_that_cuts_the_scheduler_s_history_is_left_alone():
-    """It would find none in fastguide's."""
-
-    class ChronoEditPipeline(FreePipeline):
-        pass
-
-    pipe = ChronoEditPipeline(torch.zeros(2, 3, 4, 4))
-    done = fused.accelerate(pipe)
-    assert done.exchanged == {}
-    assert done.tried == []
-    assert done.left_alone["scheduler"].startswith("the pipeline cuts frames out of the scheduler's history")
-    assert type(pipe.scheduler) is diffusers.DDIMScheduler

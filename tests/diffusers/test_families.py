@@ -20,7 +20,7 @@ from tests.support.scheduler_pair import diffusers, fused
 pytest.importorskip("transformers")  # without it, diffusers has hardly any pipelines
 
 GUIDED, ALONE = "fused with guidance", "fused without guidance"
-PER_TOKEN = "left to diffusers: timesteps for each token"
+HANDED_OVER = "left to diffusers: a history that was read, and may have been changed"
 STEPS = 4, 3
 FAMILIES = {  # how it is made, and what the steps of two calls are, one of four steps and one of three
     "FLUX": (transformers.flux_embedded, {ALONE: 7}),  # its scale is an input of the model
@@ -41,23 +41,34 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "Qwen-Image": (transformers.qwen_image, {ALONE: 7}),  # divides by the norm of each token
     "LTX": (transformers.ltx, {GUIDED: 7}),
     "LTX, from an image": (transformers.ltx_from_image, {GUIDED: 7}),
-    "LTX, with conditions": (transformers.ltx_with_conditions, {PER_TOKEN: 7}),
+    "LTX, a timestep for each token": (transformers.ltx_with_conditions, {GUIDED: 7}),
+    "LTX, with a frame": (transformers.ltx_with_a_frame, {GUIDED: 7}),
+    "LTX-2, not rescaled": (transformers.ltx_2_not_rescaled, {GUIDED: 7, ALONE: 7}),  # of sound, another output
+    "LTX-2, HDR": (transformers.ltx_2_hdr, {GUIDED: 7, ALONE: 7}),
     "Sana": (transformers.sana, {GUIDED: 7}),
     "Sana-Sprint": (transformers.sana_sprint, {ALONE: 7}),  # its scale is an input of the model
     "PixArt-alpha": (transformers.pixart_alpha, {GUIDED: 7}),
     "PixArt-Sigma": (transformers.pixart_sigma, {GUIDED: 7}),
     "PixArt-Sigma, perturbed attention": (transformers.pixart_sigma_perturbed, {GUIDED: 7}),
+    "ChronoEdit": (transformers.chrono_edit, {GUIDED: 7}),
+    "ChronoEdit, with reasoning": (transformers.chrono_edit_with_reasoning, {GUIDED: 4, HANDED_OVER: 3}),
+    "AnyFlow": (transformers.any_flow, {GUIDED: 7}),
+    "Helios": (transformers.helios, {GUIDED: 14}),
     "HunyuanVideo": (transformers.hunyuan_video, {ALONE: 7}),  # its scale is an input of the model
     "HunyuanVideo, true guidance": (transformers.hunyuan_video_guided, {GUIDED: 7}),
     "CogVideoX-2b": (transformers.cogvideox_ddim, {GUIDED: 7}),
     "CogVideoX-5b": (transformers.cogvideox_dpm, {GUIDED: 7}),
     "Z-Image": (transformers.z_image, {GUIDED: 7}),
     "Z-Image, normalized": (transformers.z_image_normalized, {ALONE: 7}),  # norms decide
-    "Lumina": (transformers.lumina, {ALONE: 7}),  # guides three of the four channels
+    "Lumina": (transformers.lumina, {GUIDED: 7}),
+    "DiT": (transformers.class_conditional, {GUIDED: 7}),
+    "DiT, two pictures": (transformers.class_conditional_pair, {GUIDED: 7}),
     "Lumina 2": (transformers.lumina_2, {ALONE: 7}),  # divides by the norm of each row
     "Lumina 2, not normalized": (transformers.lumina_2_without_normalization, {GUIDED: 7}),
     "Lumina 2, truncated": (transformers.lumina_2_truncated, {GUIDED: 3, ALONE: 4}),  # steps without guidance
     "AuraFlow": (transformers.aura_flow, {GUIDED: 7}),
+    "PRX, of pixels": (transformers.prx_pixels, {GUIDED: 7}),
+    "Stable Diffusion, latent upscaler": (unets.latent_upscaler, {GUIDED: 7}),
     "Kandinsky 2.2, prior": (unets.kandinsky_prior, {GUIDED: 7}),
     "Kandinsky 2.2, decoder": (unets.kandinsky_decoder, {GUIDED: 7}),
     "Kandinsky 2.2, decoder with DDIM": (unets.kandinsky_decoder_without_variance, {GUIDED: 7}),
@@ -75,6 +86,8 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
 }
 SOUND = ["Stable Audio"] if fused.served.HAS_TORCHSDE else []
 FAMILIES |= {name: (transformers.stable_audio, {GUIDED: 7}) for name in SOUND}
+IN_INFERENCE_MODE = {name: {ALONE: 14} for name in FAMILIES if name.startswith("LTX-2")}
+"""Where it is others: of sums with a tensor whose writes torch does not count."""
 SCALES = "guidance_scale", "true_cfg_scale", "image_guidance_scale", "guidance_scale_2", "pag_scale"
 
 
@@ -125,7 +138,7 @@ def test_inference_mode_makes_the_same(name):
     with torch.inference_mode():
         for steps in STEPS:
             close(result(pipe, given, steps), before[steps])
-    assert done.counts == FAMILIES[name][1]
+    assert done.counts == IN_INFERENCE_MODE.get(name, FAMILIES[name][1])
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"consistency model"}))

@@ -14,6 +14,7 @@ from tests.support.scheduler_pair import COUNTED, SHAPE, pair, randn, set_steps,
 def made(name):
     """Return the drop-in and diffusers' own, which make steps by rows."""
     config = {"PNDMScheduler": {"skip_prk_steps": True}, "DPMSolverSDEScheduler": {"noise_sampler_seed": 3}}
+    config["HeliosScheduler"] = {"stages": 1}
     return pair(name, **config.get(name, {}))
 
 

@@ -16,8 +16,9 @@ from fastguide.diffusers import guiders
 from fastguide.diffusers import traced as module
 from fastguide.diffusers.guidance_arguments import guidance_of
 from fastguide.diffusers.halves import OfHalves
+from fastguide.diffusers.joined import Joined
 from fastguide.diffusers.lazy_guidance import Taken, Weights, resolved
-from fastguide.diffusers.traced import Combined, Fusion, Joined
+from fastguide.diffusers.traced import Combined, Fusion
 from tests.support.scheduler_pair import STEPS, diffusers, fused, pair, randn
 
 WHOLE = randn(4, 3, 5)
@@ -83,7 +84,7 @@ COMPUTED = {
     "rescaled": lambda u, c: (lambda g: 0.7 * (g * (c.std() / g.std())) + 0.3 * g)(u + 2.0 * (c - u)),
     "cast to numbers that are whole": lambda u, c: (u + 2.0 * (c - u)).to(torch.int64),
     "a product": lambda u, c: u * c,
-    "divided by what may be anything": lambda u, c: (u + 2.0 * (c - u)) / torch.tensor(3.0),
+    "divided by what may be anything": lambda u, c: (u + 2.0 * (c - u)) / torch.tensor([3.0, 2.0]).view(2, 1, 1),
     "divided into": lambda u, c: 2.0 / u,
     "no number": lambda u, c: u + float("nan") * (c - u),
     "joined": lambda u, c: torch.cat([u + 2.0 * (c - u), c]),
@@ -102,7 +103,7 @@ COMPUTED = {
     "copied by a reshape": lambda u, c: (u + 2.0 * (c - u)).transpose(1, 2).reshape(-1),
     "reflected": lambda u, c: 1.0 - 2.0 ** (u + 2.0 * (c - u)),
     "in place by an operator": lambda u, c: operator.iadd(u + 2.0 * (c - u), 1.0),
-    "in a dictionary": lambda u, c: torch.func.functional_call(torch.nn.Identity(), {}, (u + 2.0 * (c - u),)) + 0,
+    "in a dictionary": lambda u, c: torch.func.functional_call(torch.nn.Identity(), {}, (u + 2.0 * (c - u),)) + 1,
     "attributes": lambda u, c: (u + 2.0 * (c - u)).data.T,
     "compiled": lambda u, c: torch.compile(lambda x: x.exp(), backend="eager")(u + 2.0 * (c - u)),
     "saved": lambda u, c: pickle.loads(pickle.dumps(u + 2.0 * (c - u))),

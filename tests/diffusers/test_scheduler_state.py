@@ -112,10 +112,12 @@ def test_copies_of_a_scheduler_step_alike():
 
 def config_of(name):
     """Return a configuration that is not the default one."""
-    if name.startswith("Flow"):
+    if name.startswith(("Flow", "Helios")):
         return {"shift": 3.0}
     if name.startswith(("EDM", "Cosine")):
         return {"sigma_max": 60.0}
+    if name.startswith("LTX"):
+        return {"eta": 0.5}
     own = {"IPNDM": "num_train_timesteps", "SCM": "num_train_timesteps", "UnCLIP": "num_train_timesteps"}
     own |= {"CMStochasticIterative": "num_train_timesteps", "DDPMWuerstchen": "scaler"}
     changed = own.get(name.removesuffix("Scheduler"))

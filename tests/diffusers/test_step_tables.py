@@ -12,6 +12,7 @@ from tests.support.scheduler_pair import COUNTED, SHAPE, diffusers, fused, randn
 STEPS = 7
 CONFIGS = {
     "PNDMScheduler": {"skip_prk_steps": True},
+    "HeliosScheduler": {"stages": 1},
     "DDIMScheduler": {"clip_sample": False},
     "DDPMScheduler": {"clip_sample": False, "variance_type": "fixed_small"},
 }

@@ -75,6 +75,13 @@ CASES = {  # name, configuration, options of step
     ),
     "flow lcm": ("FlowMatchLCMScheduler", {"shift": 3.0}, {}),
     "flow lcm inverted": ("FlowMatchLCMScheduler", {"invert_sigmas": True}, {}),
+    "flow map": ("FlowMapEulerDiscreteScheduler", {"shift": 3.0}, {}),
+    "flow ancestral": ("LTXEulerAncestralRFScheduler", {"eta": 0.6, "s_noise": 1.1}, {}),
+    "flow ancestral without noise": ("LTXEulerAncestralRFScheduler", {"eta": 0.0}, {}),
+    "helios": ("HeliosScheduler", {"stages": 1, "shift": 3.0}, {}),
+    "helios 3": ("HeliosScheduler", {"stages": 1, "solver_order": 3, "disable_corrector": [3]}, {}),
+    "helios full order at the end": ("HeliosScheduler", {"stages": 1, "lower_order_final": False}, {}),
+    "helios euler": ("HeliosScheduler", {"stages": 1, "scheduler_type": "euler", "shift": 3.0}, {}),
     "edm euler": ("EDMEulerScheduler", {}, {}),
     "edm euler v churn": (
         "EDMEulerScheduler", {"prediction_type": "v_prediction", "final_sigmas_type": "sigma_min"},

@@ -155,6 +155,17 @@ def stable_diffusion_xl_inpainting_model():
     return pipe, {**given, **masked_picture(), "strength": 0.99, "guidance_scale": 5.0}
 
 
+def latent_upscaler():
+    """Make the pipeline that preconditions its model's output by itself, which has a channel too many."""
+    denoiser = unet(8, 5, time_cond_proj_dim=128 + 8)
+    scheduler = diffusers.EulerDiscreteScheduler(**LATENT_BETAS, prediction_type="sample")
+    pipe = diffusers.StableDiffusionLatentUpscalePipeline(
+        unet=denoiser, vae=autoencoder(), scheduler=scheduler, **nothing("text_encoder", "tokenizer")
+    )
+    pooled = named("pooled_prompt_embeds negative_pooled_prompt_embeds", (8,), (8,))
+    return pipe, {**prompts(), **pooled, "image": embeddings((4, 4, 4))[0], "guidance_scale": 4.0}
+
+
 # ---- Kandinsky 2.2 ----
 
 

@@ -6,11 +6,13 @@ text encoder, and most have no autoencoder: the pipelines then take latents for 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from tests.support.family_pipelines import masked_picture, model_of, named, picture, prompts, with_random_weights
 from tests.support.scheduler_pair import diffusers
-from tests.support.transformer_pipelines import embeddings, flux, nothing, stable_diffusion_3, wan
+from tests.support.transformer_pipelines import autoencoder, embeddings, flux, nothing, stable_diffusion_3, wan
 
 MASKS = "prompt_attention_mask", "negative_prompt_attention_mask"
 
@@ -18,6 +20,8 @@ MASKS = "prompt_attention_mask", "negative_prompt_attention_mask"
 def pipeline_of(kind, transformer, scheduler, **also):
     """Make a pipeline of a transformer, without encoders; its autoencoder is ``also``'s."""
     parts = {"vae": None, **nothing("text_encoder", "tokenizer"), **also}
+    if parts.pop("no_vae", False):
+        del parts["vae"]
     return getattr(diffusers, kind)(transformer=transformer, scheduler=scheduler, **parts)
 
 
@@ -166,6 +170,20 @@ def lumina():
     return pipe, {**given, "height": 32, "width": 32, "guidance_scale": 4.0}
 
 
+def class_conditional(labels=(3,)):
+    """Make DiT, whose samples are there twice, each half with the same guidance."""
+    transformer = model_of(
+        "DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8,
+        num_layers=1, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4,
+    )  # fmt: skip
+    pipe = diffusers.DiTPipeline(transformer, autoencoder(4), diffusers.DPMSolverMultistepScheduler())
+    return pipe, {"class_labels": list(labels), "guidance_scale": 4.0, "output_type": "pt"}
+
+
+def class_conditional_pair():
+    return class_conditional((3, 5))
+
+
 def lumina_2(**also):
     transformer = model_of(
         "Lumina2Transformer2DModel", sample_size=4, in_channels=4, hidden_size=16, num_layers=1, num_refiner_layers=1,
@@ -184,6 +202,18 @@ def lumina_2_without_normalization():
 def lumina_2_truncated():
     """Guide the first half of the steps only."""
     return lumina_2(cfg_normalization=False, cfg_trunc_ratio=0.5)
+
+
+def prx_pixels():
+    """Make PRX for pixels, whose model predicts x_0: the pipeline converts that to a velocity."""
+    transformer = model_of(
+        "PRXTransformer2DModel", in_channels=3, patch_size=2, context_in_dim=8, hidden_size=16, num_heads=2, depth=1,
+        axes_dim=[4, 4],
+    )  # fmt: skip
+    pipe = pipeline_of("PRXPixelPipeline", transformer, flow(shift=3.0), no_vae=True)
+    masks_of_text = {name: torch.ones(1, 5, dtype=torch.bool) for name in MASKS}
+    given = {**prompts(), **masks_of_text, "use_resolution_binning": False, "output_type": "pt"}
+    return pipe, {**given, "height": 16, "width": 16, "guidance_scale": 4.0}
 
 
 def aura_flow():
@@ -228,9 +258,110 @@ def ltx_from_image():
     return pipe, {**given, "image": picture(32)}
 
 
-def ltx_with_conditions():
-    """Make LTX with a timestep for each token, of which those of given frames may differ."""
-    return _ltx_with_autoencoder("LTXConditionPipeline", flow())
+def ltx_with_conditions(**conditions):
+    """Make LTX with a timestep for each token, all the same where no frames are given."""
+    pipe, given = _ltx_with_autoencoder("LTXConditionPipeline", flow())
+    return pipe, {**given, **conditions}
+
+
+def ltx_with_a_frame():
+    """Make it with a first frame that is given, and nearly kept: its tokens are told earlier timesteps."""
+    return ltx_with_conditions(image=picture(32), strength=0.7)
+
+
+def ltx_2(kind="LTX2Pipeline", **also):
+    """Make LTX-2, which guides in x_0 and makes sound as well: the same without rescaling."""
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    rope = {"rope_double_precision": False, "rope_type": "split"}
+    transformer = model_of(
+        "LTX2VideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2,
+        audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=1, caption_channels=16, **rope,
+    )  # fmt: skip
+    vae = model_of(
+        "AutoencoderKLLTX2Video", latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,),
+        layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False), downsample_type=("spatial",),
+        upsample_residual=(False,), upsample_factor=(1,), patch_size=1,
+    )  # fmt: skip
+    audio_vae = model_of(
+        "AutoencoderKLLTX2Audio", base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2,
+        mel_bins=8,
+    )  # fmt: skip
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None}
+    connectors = with_random_weights(
+        LTX2TextConnectors(
+            caption_channels=16, text_proj_in_factor=1, connector_rope_base_seq_len=32, **rope,
+            **{f"{of}_connector_{name}": size for of in ("video", "audio") for name, size in sizes.items()},
+        )
+    )  # fmt: skip
+    parts = {"vae": vae, "audio_vae": audio_vae, "connectors": connectors, "vocoder": None}
+    pipe = pipeline_of(kind, transformer, flow(), **parts)
+    given = {**named("prompt_embeds negative_prompt_embeds", (5, 16), (5, 16)), **masks()}
+    plain = {"guidance_scale": 4.0, "guidance_rescale": 0.0, "stg_scale": 0.0}
+    return pipe, {**given, **plain, "height": 32, "width": 32, "num_frames": 5, **also}
+
+
+def ltx_2_not_rescaled():
+    return ltx_2(modality_scale=1.0, audio_guidance_rescale=0.0, audio_stg_scale=0.0, audio_modality_scale=1.0)
+
+
+def ltx_2_hdr():
+    return ltx_2("LTX2HDRPipeline")
+
+
+_SMALL_WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+    "freq_dim": 16, "ffn_dim": 16, "num_layers": 1,
+}  # fmt: skip
+
+
+class Images(torch.nn.Module):
+    """Stand for what prepares images for their encoder, and for that: three vectors of each image."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, images=None, return_tensors="pt", **prepared):
+        if images is not None:
+            from transformers import BatchFeature
+
+            return BatchFeature({"pixel_values": images})
+        means = prepared["pixel_values"].flatten(2).mean(-1)
+        return SimpleNamespace(hidden_states=[means[..., None] * torch.linspace(-1, 1, 8), None])
+
+
+def chrono_edit(**also):
+    """Make ChronoEdit, a Wan model that is given a first frame."""
+    pipe, given = wan()
+    sizes = {**_SMALL_WAN, "in_channels": 12, "image_dim": 8, "added_kv_proj_dim": 24, "rope_max_seq_len": 32}
+    transformer = model_of("ChronoEditTransformer3DModel", **sizes, qk_norm="rms_norm_across_heads")
+    parts = {"vae": pipe.vae, "image_encoder": Images(), "image_processor": Images()}
+    pipe = pipeline_of("ChronoEditPipeline", transformer, pipe.scheduler, **parts)
+    return pipe, {**given, "image": picture(16), **also}
+
+
+def chrono_edit_with_reasoning():
+    """Make it with frames that it drops after two steps: it cuts them out of the scheduler's history as well."""
+    return chrono_edit(enable_temporal_reasoning=True, num_temporal_reasoning_steps=2, num_frames=9)
+
+
+def any_flow():
+    """Make AnyFlow, whose model is told where each step leads."""
+    pipe, given = wan()
+    transformer = model_of("AnyFlowTransformer3DModel", **_SMALL_WAN, rope_max_seq_len=32)
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
+    pipe = pipeline_of("AnyFlowPipeline", transformer, scheduler, vae=pipe.vae)
+    return pipe, {**given, "guidance_scale": 4.0}
+
+
+def helios():
+    """Make Helios: two chunks of a video, each a loop of its own."""
+    pipe, given = wan()
+    transformer = model_of("HeliosTransformer3DModel", **_SMALL_WAN, rope_dim=(4, 4, 4), guidance_cross_attn=False)
+    scheduler = diffusers.HeliosScheduler(stages=1, use_dynamic_shifting=True)
+    pipe = pipeline_of("HeliosPipeline", transformer, scheduler, vae=pipe.vae)
+    return pipe, {**given, "height": 64, "width": 64, "num_frames": 9, "num_latent_frames_per_chunk": 2}
 
 
 def hunyuan_video(*, guided=False):

@@ -1,0 +1,246 @@
+"""Add and multiply traced outputs: say with which coefficients the result is a sum of them.
+
+Sums and differences, multiples by a number or by one number a sample, and casts are what the formulas of guidance are
+made of.
+"""
+
+from __future__ import annotations
+
+import operator
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .halves import OfHalves
+from .joined import Joined
+from .lazy_tensor import plain
+from .traced import EXACT, LARGEST, Combined, ScaleAsSeen, Source, Term, Traced, beside, leading
+
+Seen = tuple[tuple[Source, int | None], ...]
+Sum = tuple[tuple[Term, ...], ScaleAsSeen | None, Seen]
+"""Terms, the scale of their factors, and the outputs that they are of, with their versions."""
+
+
+def as_sum(operand: Any) -> Sum | None:
+    """Return an operand as a sum of terms; ``None``: it is no linear combination that may wait."""
+    kind = type(operand)
+    if kind is OfHalves:
+        operand, kind = operand.combined(), Combined
+    if kind is Traced:
+        source = operand.source
+        return (((operand, 1.0, 0.0),), None, ((source, source.version()),)) if source.may_wait() else None
+    if kind is Combined and operand.is_pending():
+        return operand.terms, operand.scale, operand.seen
+    return None
+
+
+def general(operand: Any) -> Any:
+    """Return an operand as a combination, if it is one of halves."""
+    return operand.combined() if type(operand) is OfHalves else operand
+
+
+def _are_alike(first: Traced, second: Traced) -> bool:
+    """Tell whether both are outputs of the same pipeline, of the same shape and device."""
+    one, other = first.source, second.source
+    if one is other and first.piece is not None and second.piece is not None:
+        return first.piece[1] == second.piece[1]
+    if one.fusion is not other.fusion:
+        return False
+    left, right = first.value(), second.value()
+    return left.shape == right.shape and left.device == right.device
+
+
+def _is_same(first: Traced, second: Traced) -> bool:
+    if first is second or (first._value is not None and first._value is second._value):
+        return True
+    return first.piece is not None and first.source is second.source and first.piece == second.piece
+
+
+def _merged(left: tuple[Term, ...], right: tuple[Term, ...], sign: float) -> tuple[Term, ...]:
+    """Return the terms of both, the second ones with a sign."""
+    merged = list(left)
+    for of, constant, factor in right:
+        for place, (other, before, factor_before) in enumerate(merged):
+            if _is_same(of, other):
+                merged[place] = (other, before + sign * constant, factor_before + sign * factor)
+                break
+        else:
+            merged.append((of, sign * constant, sign * factor))
+    return tuple(merged)
+
+
+def _seen(left: Seen, right: Seen) -> Seen:
+    """Return the outputs of both; of one that both have, the earlier version, as one of them may have lost it."""
+    if left == right:
+        return left
+    merged = dict(left)
+    for source, version in right:
+        before = merged.get(source, version)
+        merged[source] = before if version is None or before is None else min(before, version)
+    return tuple(merged.items())
+
+
+def total(function: Any, first: Any, second: Any, sign: float) -> Any:
+    """Return the sum of two operands, the second with a sign; ``function``: of torch, which computes it."""
+    first, second = general(first), general(second)
+    if type(first) is Traced and first.piece is not None:
+        made = _sum_of_pieces(function, first, second, sign)
+        if made is not None:
+            return made
+    left, right = as_sum(first), as_sum(second)
+    if left is None or right is None:
+        return _sum_of_one(function, first, second, left, right, sign)
+    if first.dtype != second.dtype:
+        return function(plain(first), plain(second))
+    scale = left[1] if right[1] is None else right[1]
+    if left[1] is not None and scale is not None and not left[1].is_same(scale):
+        return function(plain(first), plain(second))
+    if not _are_alike(left[0][0][0], right[0][0][0]):
+        return function(plain(first), plain(second))
+    terms, seen = _merged(left[0], right[0], sign), _seen(left[2], right[2])
+    return Combined((function, first, second), terms, scale, first.dtype, seen)
+
+
+def _sum_of_one(function: Any, first: Any, second: Any, left: Sum | None, right: Sum | None, sign: float) -> Any:
+    """Return a sum whose other operand is no combination: 0, or a tensor like them, such as the pipeline's latents."""
+    found, own, other = (left, first, second) if right is None else (right, second, first)
+    if found is not None and _number(other) == 0 and (right is None or sign > 0):
+        return Combined((function, first, second), found[0], found[1], own.dtype, found[2])
+    tensor = None if found is None else beside(other, found[0][0][0], own.dtype)
+    if found is None or tensor is None:
+        return function(plain(first), plain(second))
+    added: Seen = ((tensor.source, tensor.source.version()),)
+    if right is None:
+        terms = _merged(found[0], ((tensor, 1.0, 0.0),), sign)
+        return Combined((function, first, tensor), terms, found[1], own.dtype, _seen(found[2], added))
+    terms = _merged(((tensor, 1.0, 0.0),), found[0], sign)
+    return Combined((function, tensor, second), terms, found[1], own.dtype, _seen(added, found[2]))
+
+
+def _sum_of_pieces(function: Any, first: Traced, second: Any, sign: float) -> Combined | None:
+    """Return a sum in the common case, parts of one output's batch; ``None``: it is another one."""
+    source = first.source
+    if source.escaped or not source.is_linear:
+        return None
+    if type(second) is Traced:
+        piece, other = first.piece, second.piece
+        assert piece is not None
+        if second.source is not source or other is None or other == piece or other[1] != piece[1]:
+            return None
+        terms: tuple[Term, ...] = ((first, 1.0, 0.0), (second, sign, 0.0))
+        return Combined((function, first, second), terms, None, source.dtype, ((source, source.version()),))
+    if type(second) is not Combined or second._dtype is not source.dtype or not second.is_pending():
+        return None
+    seen, piece = second.seen, second.terms[0][0].piece
+    if len(seen) > 1 or seen[0][0] is not source or piece is None or piece[1] != first.piece[1]:  # type: ignore[index]
+        return None
+    return Combined(
+        (function, first, second), _merged(((first, 1.0, 0.0),), second.terms, sign), second.scale, source.dtype, seen
+    )
+
+
+def product(function: Any, first: Any, second: Any, invert: bool = False) -> Any:
+    """Return a combination times, or divided by, a number or a number for each sample."""
+    first, second = general(first), general(second)
+    operand, other, found = first, second, as_sum(first)
+    if found is None:
+        operand, other, found = second, first, None if invert else as_sum(second)
+    if found is None:
+        return function(plain(first), plain(second))
+    terms, scale, seen = found
+    number = other if type(other) is float and abs(other) < LARGEST else _number(other)
+    if number is not None and not (invert and number == 0):
+        by = 1.0 / number if invert else number
+        scaled = tuple([(of, constant * by, factor * by) for of, constant, factor in terms])
+        return Combined((function, first, second), scaled, scale, operand.dtype, seen)
+    if number is None and _is_scale(other, operand) and not (invert and _may_not_divide(other, terms)):
+        as_seen = ScaleAsSeen.of(other, invert)
+        multiplied = _times(terms, scale, as_seen)
+        if multiplied is not None:
+            first, second = (first, as_seen.tensor) if operand is first else (as_seen.tensor, second)
+            return Combined((function, first, second), *multiplied, operand.dtype, seen)
+    return function(plain(first), plain(second))
+
+
+def _may_not_divide(scale: Tensor, terms: tuple[Term, ...]) -> bool:
+    """Tell whether an inverse may be infinite, as far as the host knows, or be made of outputs that were used.
+
+    Of several numbers, the host does not ask.
+    """
+    fusion = terms[0][0].source.fusion
+    return scale.dim() > 0 or fusion is None or not fusion.tries or (scale.is_cpu and scale.item() == 0)
+
+
+def _times(
+    terms: tuple[Term, ...], scale: ScaleAsSeen | None, by: ScaleAsSeen
+) -> tuple[tuple[Term, ...], ScaleAsSeen | None] | None:
+    """Return terms times a scale, and what scales those; ``None``: they would have two.
+
+    A scale that divides what it has multiplied, or the other way round, is gone.
+    """
+    if scale is None:
+        return tuple([(of, 0.0, constant) for of, constant, _ in terms]), by
+    cancels = scale.divides != by.divides and scale.has_same_values(by)
+    if not cancels or any(abs(constant) > EXACT for _, constant, _ in terms):
+        return None
+    return tuple([(of, factor, 0.0) for of, _, factor in terms]), None
+
+
+def _number(value: Any) -> float | None:
+    if type(value) is not float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return None
+        value = float(value)
+    return value if abs(value) < LARGEST else None
+
+
+def _is_scale(scale: Any, operand: Any) -> bool:
+    """Tell whether a tensor is one number, or one for each sample or frame, that leaves an operand's dtype as it is."""
+    if type(scale) is not Tensor or scale.requires_grad or not scale.is_floating_point():
+        return False
+    like, lead = operand.like(), 0
+    if scale.dim() > 0:
+        if scale.dim() != like.dim() or scale.dtype != operand.dtype:
+            return False
+        lead = leading(scale)
+    fits = scale.shape[:lead] == like.shape[:lead]
+    return fits and (scale.device == like.device or scale.dim() == 0)
+
+
+def interpolated(first: Any, second: Any, weight: Any) -> Any:
+    """Return ``torch.lerp``."""
+    first, second = general(first), general(second)
+    left, right = as_sum(first), as_sum(second)
+    if left is not None and right is not None and first.dtype == second.dtype:
+        made = total(operator.add, first, product(operator.mul, weight, total(operator.sub, second, first, -1.0)), 1.0)
+        if type(made) is Combined:
+            made.made_by = (torch.lerp, first, second, weight)
+            return made
+    return torch.lerp(plain(first), plain(second), plain(weight))
+
+
+def negative(operand: Any) -> Any:
+    """Return ``-operand``."""
+    operand = general(operand)
+    if type(operand) is Joined and type(operand.main) is Combined and operand.is_pending():
+        main, rest = negative(operand.main), negative(operand.rest)
+        if type(main) is type(rest) is Combined:
+            return Joined(main, rest)
+    found = as_sum(operand)
+    if found is None:
+        return operator.neg(plain(operand))
+    terms = tuple([(of, -constant, -factor) for of, constant, factor in found[0]])
+    return Combined((operator.neg, operand), terms, found[1], operand.dtype, found[2])
+
+
+def cast(operand: Any, dtype: Any) -> Any:
+    """Return an operand in another dtype: what is traced is cast in the step."""
+    if dtype is None or operand.dtype == dtype:
+        return operand
+    operand = general(operand)
+    found = as_sum(operand)
+    if found is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return plain(operand).to(dtype)
+    return Combined((lambda tensor: tensor.to(dtype), operand), found[0], found[1], dtype, found[2])

@@ -1,0 +1,118 @@
+"""View and join traced outputs: parts of them, other shapes, and what a pipeline puts side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .halves import FIRST, SECOND
+from .joined import Doubled, Joined
+from .lazy_tensor import plain
+from .sums import as_sum, general
+from .traced import Combined, Traced
+
+
+def chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
+    """Return the parts; those of a whole output along its batch without making tensors of them."""
+    if type(operand) is Joined:
+        return operand.chunk(chunks, dim)
+    if type(operand) is Traced and operand._value is operand.source.tensor and dim == 0:
+        tensor = operand.source.tensor
+        counted = type(chunks) is int and chunks > 1 and tensor.dim() > 0 and not tensor.requires_grad
+        if counted and tensor.shape[0] % chunks == 0:
+            source = operand.source
+            if chunks == 2:
+                return Traced(source, None, FIRST), Traced(source, None, SECOND)
+            return tuple([Traced(source, None, (number, chunks)) for number in range(chunks)])
+    return parts_of(lambda each: each.chunk(chunks, dim), operand)
+
+
+def halved(self: Traced, chunks: int, dim: int = 0) -> Any:
+    """Return the parts of an output, as its method: mostly halves along the batch."""
+    source = self.source
+    if chunks == 2 and dim == 0 and self._value is source.tensor and source.is_linear:
+        shape = source.tensor.shape
+        if shape and shape[0] % 2 == 0:
+            return Traced(source, None, FIRST), Traced(source, None, SECOND)
+    return chunk(self, chunks, dim)
+
+
+def split(operand: Any, split_size: Any, dim: int = 0) -> Any:
+    """Return the parts of some sizes."""
+    if type(operand) is Joined:
+        return operand.split(split_size, dim)
+    return parts_of(lambda each: each.split(split_size, dim), operand)
+
+
+def view(operand: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return a view of an operand, as one of each of its terms."""
+    parts = parts_of(lambda tensor: (function(tensor),), operand)
+    return parts[0]
+
+
+def parts_of(function: Callable[[Tensor], Any], operand: Any) -> Any:
+    """Return parts of an operand, which a function of tensors makes: of each of its terms, if they are views."""
+    operand = general(operand)
+    found = as_sum(operand)
+    if found is None or (found[1] is not None and found[1].tensor.dim() > 0):
+        return function(plain(operand))
+    values = [of.value() for of, *_ in found[0]]
+    made = [function(value) for value in values]
+    if not all(_shares(part, value) for parts, value in zip(made, values, strict=True) for part in parts):
+        return function(plain(operand))
+    sources = [of.source for of, *_ in found[0]]
+    traced = [[Traced(source, part) for part in parts] for source, parts in zip(sources, made, strict=True)]
+    if type(operand) is Traced:
+        return tuple(traced[0])
+    return tuple(
+        Combined(
+            (lambda tensor, number=number: function(tensor)[number], operand),
+            tuple((of, *term[1:]) for of, term in zip(pieces, found[0], strict=True)),
+            found[1],
+            operand.dtype,
+            found[2],
+            operand,
+        )
+        for number, pieces in enumerate(zip(*traced, strict=True))
+    )
+
+
+def _shares(part: Any, whole: Tensor) -> bool:
+    if type(part) is not Tensor or part.dtype != whole.dtype:
+        return False
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+def joined(tensors: Any, dim: int = 0) -> Any:
+    """Return ``torch.cat``: in the channels, of guidance and what the model returned besides; or of it, twice."""
+    if isinstance(tensors, (list, tuple)) and len(tensors) == 2:
+        main, rest = general(tensors[0]), tensors[1]
+        if dim == 0 and type(main) is Combined and tensors[1] is tensors[0] and main.is_pending():
+            return Doubled(main)
+        if dim == 1 and type(main) in (Combined, Doubled) and type(rest) is Traced and main.is_pending():
+            if type(main) is Doubled and rest.value().shape[1] == 0:
+                return Doubled(main.main)
+            if _may_be_joined(main, rest):
+                return Joined(main, rest)
+    return torch.cat([plain(tensor) for tensor in tensors], dim)
+
+
+def _may_be_joined(main: Combined | Doubled, rest: Traced) -> bool:
+    first, second = main.like().shape, rest.value().shape
+    fits = len(first) == len(second) > 1 and first[:1] + first[2:] == second[:1] + second[2:]
+    return fits and rest.source.may_wait() and main.dtype == rest.dtype
+
+
+def stacked(tensors: Any, dim: int = 0) -> Any:
+    """Return ``torch.stack``: of one tensor, it has one term for each of the tensor's."""
+    if isinstance(tensors, (list, tuple)) and len(tensors) == 1:
+        tensors = [general(tensors[0])]
+        found = as_sum(tensors[0])
+        if found is not None and (found[1] is None or found[1].tensor.dim() == 0):
+            terms = tuple([(Traced(of.source, of.value().unsqueeze(dim)), *how) for of, *how in found[0]])
+            made_by = (lambda tensor: torch.stack([tensor], dim)), tensors[0]
+            return Combined(made_by, terms, found[1], tensors[0].dtype, found[2])  # type: ignore[arg-type]
+    return torch.stack([plain(tensor) for tensor in tensors], dim)

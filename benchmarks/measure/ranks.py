@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from fastguide import ClassifierFree, Composed, Guidance, NoiseSchedule, Sampler, ddim
 from fastguide.sampling.distributed.dimension import Dimension
 
+from ..report import machine
 from .loops import LATENTS, MODELS, denoiser
 from .timing import Times, describe
 
@@ -28,7 +30,7 @@ PROCESSES, STEPS = 2, 10
 ONE, PREDICTIONS, SAMPLES = "Sampler, one process", "Sampler, shared predictions", "Sampler, shared samples"
 AT_ONCE = "Sampler, shared predictions, no overlap"
 CONVOLUTIONS = "convolutions"
-_FEWEST = 5  # turns
+_FEWEST, _COUNTED = 5, 3  # turns that count, of three each
 _AGREEMENT = 1e-4  # relative: a model's sums depend on its batch
 
 
@@ -131,12 +133,14 @@ def of_this_rank(workload: Workload, seconds: float) -> list[dict[str, Any]]:
             del calls[name]
             reason = f"differs from one process by {difference:.1e}"
             rows.append(row | {"contender": name, "status": "wrong", "reason": reason})
-    times, of_processor = _in_turns(calls, seconds)
+    turns = _in_turns(calls, seconds)
     gather = loop.seconds_of_a_gather()
+    times = {name: Times.of([turn.seconds for turn in of_one]) for name, of_one in turns.items()}
+    used = {name: statistics.median(turn.processor_seconds for turn in of_one) for name, of_one in turns.items()}
     for name, found in times.items():
         more: dict[str, Any] = {"faster_than_one": times[ONE].median / found.median}
-        more["processor_seconds"] = of_processor[name]
-        more["less_of_the_processor"] = of_processor[ONE] / of_processor[name]
+        more |= {"processor_seconds": used[name], "less_of_the_processor": used[ONE] / used[name]}
+        more["others"] = statistics.median(turn.others for turn in turns[name])
         if name in (PREDICTIONS, AT_ONCE):
             more |= {"bytes_sent_a_step": loop.bytes_sent, "seconds_of_gathers_a_step": gather}
         rows.append(row | {"contender": name, "status": "ok", **found.fields, **more})
@@ -241,29 +245,43 @@ def _waiting_at_once() -> Iterator[None]:
         Dimension.begin_all_gather = begin  # type: ignore[method-assign]
 
 
-def _in_turns(calls: dict[str, Callable[[], Tensor]], seconds: float) -> tuple[dict[str, Times], dict[str, float]]:
+class Turn(NamedTuple):
+    """A call that was timed."""
+
+    seconds: float
+    processor_seconds: float
+    """What the process that takes most takes of its processor."""
+    others: float
+    """The share of all processors that others used meanwhile."""
+
+
+def _in_turns(calls: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[Turn]]:
     """Time each call again and again, in turns of changing order, which is the same on all ranks.
 
-    Returns:
-        The times by this rank's clock; and the median seconds that a call takes of the processor, on the rank where it
-        takes most: of these, others who use the machine take none.
+    Two processes need two processors, which others may use: of each call, the third of its turns counts in which others
+    used least.
     """
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    of_processor: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[Turn]] = {name: [] for name in calls}
     shuffled, names = random.Random(0), list(calls)
-    end = time.perf_counter() + seconds * len(calls)
+    end = time.perf_counter() + seconds * len(calls) * _COUNTED
     goes_on = torch.ones(1)
     while goes_on.item():
         shuffled.shuffle(names)
         for name in names:
-            dist.barrier()
-            begin, used = time.perf_counter(), time.process_time()
-            calls[name]()
-            found[name].append(time.perf_counter() - begin)
-            of_processor[name].append(time.process_time() - used)
-        goes_on[0] = float(time.perf_counter() < end or len(found[ONE]) < _FEWEST)
+            found[name].append(_turn(calls[name]))
+        goes_on[0] = float(time.perf_counter() < end or len(found[ONE]) < _FEWEST * _COUNTED)
         dist.broadcast(goes_on, 0)
-    most = torch.tensor([[Times.of(each).median] for each in of_processor.values()])
+    counted = len(found[ONE]) // _COUNTED
+    return {name: sorted(turns, key=lambda turn: turn.others)[:counted] for name, turns in found.items()}
+
+
+def _turn(call: Callable[[], Tensor]) -> Turn:
+    dist.barrier()
+    before, begin, used = machine.ticks(), time.perf_counter(), time.process_time()
+    call()
+    seconds, used = time.perf_counter() - begin, time.process_time() - used
+    after = machine.ticks()
+    all_used, most = torch.tensor([used]), torch.tensor([used])
+    dist.all_reduce(all_used)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    medians = dict(zip(calls, most.flatten().tolist(), strict=True))
-    return {name: Times.of(each) for name, each in found.items()}, medians
+    return Turn(seconds, most.item(), machine.share_of_others(before, after, all_used.item()))

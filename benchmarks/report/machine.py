@@ -51,15 +51,23 @@ def huge_pages() -> str:
 
 def busy(seconds: float = 0.5) -> float | None:
     """Measure the share of this process's processors that other processes use; None where the system does not tell."""
-    before = _ticks()
+    before = ticks()
     time.sleep(seconds)
-    after = _ticks()
+    after = ticks()
     if before is None or after is None or after[0] == before[0]:
         return None
     return 1 - (after[1] - before[1]) / (after[0] - before[0])
 
 
-def _ticks() -> tuple[int, int] | None:
+def share_of_others(before: tuple[int, int] | None, after: tuple[int, int] | None, own_seconds: float) -> float:
+    """Return which share of the processors others used between two readings of ``ticks``; 0 where nobody knows."""
+    if before is None or after is None or after[0] == before[0]:
+        return 0.0
+    used = (after[0] - before[0]) - (after[1] - before[1]) - own_seconds * os.sysconf("SC_CLK_TCK")
+    return max(used, 0.0) / (after[0] - before[0])
+
+
+def ticks() -> tuple[int, int] | None:
     """Return the ticks of this process's processors since the system started: all of them, and the idle ones."""
     stat = Path("/proc/stat")
     if not stat.exists() or not hasattr(os, "sched_getaffinity"):

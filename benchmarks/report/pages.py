@@ -73,6 +73,7 @@ def _times(workload: str, rows: Sequence[Row]) -> Table:
         more += [f"host {_time(r['host_seconds'])}"] if "host_seconds" in r else []
         if "less_of_the_processor" in r:
             more.append(f"{r['less_of_the_processor']:.2f} x by the processor's time")
+            more.append(f"others used {r['others']:.0%}")
         if "bytes_sent_a_step" in r:
             sent, gathers = r["bytes_sent_a_step"] / 1024, _time(r["seconds_of_gathers_a_step"])
             more += [f"{sent:.0f} KiB a step to the other process, {gathers} alone"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from benchmarks import suites
 from benchmarks.measure import ranks as measured
-from benchmarks.report import pages
+from benchmarks.report import machine, pages
 from tests.support import rank_benchmarks, ranks
 
 
@@ -29,3 +31,11 @@ def test_two_processes_agree_with_one_before_they_are_timed():
 def test_loops_of_several_processes_are_chosen_by_their_titles():
     assert len(set(suites.chosen_ranks([]))) == len(measured.WORKLOADS)
     assert suites.chosen_ranks(["ranks: small DiT"]) == [measured.WORKLOADS[2].title]
+
+
+def test_what_others_use_is_what_is_used_and_not_ours():
+    second = os.sysconf("SC_CLK_TCK")
+    before, after = (100, 40), (100 + 2 * second, 40 + second)  # two processors, of which one was idle
+    assert machine.share_of_others(before, after, 0.5) == pytest.approx(0.25)
+    assert machine.share_of_others(before, after, 1.5) == 0  # ticks are coarse
+    assert machine.share_of_others(before, before, 0.0) == machine.share_of_others(None, None, 1.0) == 0

@@ -154,7 +154,7 @@ def test_a_busy_machine_meets_no_target_and_changes_no_ratio():
 
 def test_other_processes_that_are_always_busy_are_reported(monkeypatch):
     ticks = iter([(1000, 600), (1100, 640), (7, 7), (7, 7), None, None])
-    monkeypatch.setattr(machine, "_ticks", lambda: next(ticks))
+    monkeypatch.setattr(machine, "ticks", lambda: next(ticks))
     assert [machine.busy(0.0) for _ in range(3)] == [pytest.approx(0.6), None, None]
     (row,) = results.disturbed([], 0.6)
     assert row["reason"].startswith("others used 60% of the processors")
@@ -163,7 +163,7 @@ def test_other_processes_that_are_always_busy_are_reported(monkeypatch):
 
 def test_the_share_of_others_is_what_the_system_counts():
     """A thread of this test takes the part of another process."""
-    if machine._ticks() is None:
+    if machine.ticks() is None:
         pytest.skip("this system has no /proc/stat")
     stop = threading.Event()
 

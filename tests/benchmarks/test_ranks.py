@@ -12,6 +12,7 @@ from benchmarks.report import machine, pages
 from tests.support import rank_benchmarks, ranks
 
 
+@pytest.mark.xdist_group("ranks")  # one server forks the processes of all
 def test_two_processes_agree_with_one_before_they_are_timed():
     """And one that does not is not timed."""
     for plain, one_by_one, wrong in ranks.run(2, rank_benchmarks.rows):

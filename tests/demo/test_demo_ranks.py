@@ -12,6 +12,8 @@ for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
 
 from tests.support import rank_demo, ranks  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one server forks the processes of all
+
 
 def test_two_processes_share_the_sampling_of_the_demo(tmp_path):
     with socket.socket() as free:

@@ -8,6 +8,8 @@ import torch
 from tests.support import rank_cases, ranks
 from tests.support.rank_cases import CASES, arguments_of, sampled, sampler_of
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one server forks the processes of all
+
 MESHES = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 3: [(3, 1), (1, 3)], 4: [(2, 2), (1, 4), (4, 1)]}
 
 

@@ -30,7 +30,7 @@ def mesh_of(data: int, guidance: int) -> DeviceMesh:
     return init_device_mesh("cpu", (data, guidance), mesh_dim_names=("data", "guidance"))
 
 
-def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 30.0) -> list[Any]:
+def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return what the function returns on each rank, or the exit status of one that did not end.
 
     Raises:
@@ -38,7 +38,7 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: floa
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _server().Process(target=_process, args=(rank, world, folder, timeout, function, arguments), daemon=True)
+            _server().Process(target=_process, args=(rank, world, folder, function, arguments), daemon=True)
             for rank in range(world)
         ]
         for process in processes:
@@ -59,13 +59,11 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, timeout: floa
     return results
 
 
-def _process(
-    rank: int, world: int, folder: str, timeout: float, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _process(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=datetime.timedelta(seconds=_LONGEST / 2),
     )  # fmt: skip
     try:
         result = function(*arguments)

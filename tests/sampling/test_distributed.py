@@ -39,15 +39,16 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(world, expected):
 
 
 def test_what_is_sent_and_called_at_each_step():
-    """For two ranks: outputs in the model's dtype, once a step, or once a call where predictions are one by one."""
+    """For two ranks: outputs in the model's dtype, once a step; one by one, while the next call goes on."""
     first, second = ranks.run(2, rank_cases.what_is_sent)
     one, float32, bfloat16 = 5 * 2 * 4 * 4, torch.float32, torch.bfloat16
-    assert first["classifier-free"] == second["classifier-free"] == ([(one, float32)] * 4, [5] * 4)
-    assert first["bfloat16"] == second["bfloat16"] == ([(one, bfloat16)] * 4, [5] * 4)
-    assert first["learned variance"] == ([(2 * one, float32)] * 4, [5] * 4)
-    assert first["four, one by one"] == second["four, one by one"] == ([(one, float32)] * 8, [5] * 8)
-    assert first["five"] == ([(3 * one, float32)] * 4, [15] * 4)
-    assert second["five"] == ([(3 * one, float32)] * 4, [10] * 4)
+    assert first["classifier-free"] == second["classifier-free"] == [5, (one, float32), "end"] * 4
+    assert first["bfloat16"] == second["bfloat16"] == [5, (one, bfloat16), "end"] * 4
+    assert first["learned variance"] == second["learned variance"] == [5, (2 * one, float32), "end"] * 4
+    assert first["five"] == [15, (3 * one, float32), "end"] * 4
+    assert second["five"] == [10, (3 * one, float32), "end"] * 4
+    one_by_one = [5, (one, float32), 5, (one, float32), "end", "end"] * 4
+    assert first["four, one by one"] == second["four, one by one"] == one_by_one
 
 
 def test_steps_with_an_all_gather_can_be_a_graph(expected):

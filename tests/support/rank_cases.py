@@ -149,32 +149,33 @@ def every_case(meshes: list[tuple[int, int]]) -> dict[tuple[int, int], dict[str,
     return found
 
 
-def what_is_sent() -> dict[str, Any]:
-    """The elements and the dtype of each all-gather of a step, and the rows that this rank gives its model."""
-    found: dict[str, Any] = {}
-    mesh = mesh_of(1, 2)
+def what_is_sent() -> dict[str, list[Any]]:
+    """What happens on this rank in a run: rows given to the model, what all-gathers begin to send, and their ends."""
+    found: dict[str, list[Any]] = {}
+    begin, end, mesh = Dimension.begin_all_gather, Dimension.end, mesh_of(1, 2)
     for name in ("classifier-free", "bfloat16", "learned variance", "four, one by one", "five"):
-        sent: list[tuple[int, torch.dtype]] = []
-        rows: list[int] = []
+        happened: list[Any] = []
         case = CASES[name]
 
-        def counted(x: Tensor, *rest: Any, case: Case = case, rows: list[int] = rows) -> Tensor:
-            rows.append(len(x))
+        def model(x: Tensor, *rest: Any, case: Case = case, happened: list[Any] = happened) -> Tensor:
+            happened.append(len(x))
             return case.model(x, *rest)
 
-        sampler = Sampler(counted, case.table, case.guidance, **case.options, mesh=mesh)
-        sampled(sampler, **arguments_of(name))
-        rows.clear()
-        gather = Dimension.begin_all_gather
+        def begins(self: Dimension, out: Tensor, mine: Tensor, happened: list[Any] = happened) -> Any:
+            happened.append((mine.numel(), mine.dtype))
+            return begin(self, out, mine)
 
-        def spied(self: Dimension, out: Tensor, mine: Tensor, sent: list[Any] = sent, gather: Any = gather) -> Any:
-            sent.append((mine.numel(), mine.dtype))
-            return gather(self, out, mine)
+        def ends(self: Dimension, work: Any, happened: list[Any] = happened) -> None:
+            happened.append("end")
+            end(self, work)
 
-        Dimension.begin_all_gather = spied  # type: ignore[method-assign]
+        sampler = Sampler(model, case.table, case.guidance, **case.options, mesh=mesh)
         sampled(sampler, **arguments_of(name))
-        Dimension.begin_all_gather = gather  # type: ignore[method-assign]
-        found[name] = sent[1:], rows  # the first one is the agreement
+        happened.clear()
+        Dimension.begin_all_gather, Dimension.end = begins, ends  # type: ignore[method-assign]
+        sampled(sampler, **arguments_of(name))
+        Dimension.begin_all_gather, Dimension.end = begin, end  # type: ignore[method-assign]
+        found[name] = happened[2:]  # the first two are the agreement
     return found
 
 

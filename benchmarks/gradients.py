@@ -2,9 +2,10 @@
 
     python -m benchmarks.gradients [--seconds 4] [--json benchmarks/results/bench-cpu-gradients.json]
 
-Contenders take turns in changing order. The backward pass is timed beside ``copy_`` of the bytes that it moves, into
-memory that is there and into new tensors, as gradients are; and beside autograd through the same formula in torch, whose
-memory is measured too. A busy machine makes all of them slower, but not alike: the load is noted.
+Contenders take turns in changing order. The backward pass is timed beside ``copy_`` of the bytes that it moves between
+tensors that are there; beside filling as many new tensors as there are gradients, by copies of what is read; and beside
+autograd through the same formula in torch, whose memory is measured too. A busy machine makes all of them slower, but
+not alike: the load is noted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguide import ClassifierFree, FlowSchedule, ddim, ddpm, flow_match_sde, guided_step
+from fastguide import ClassifierFree, FlowSchedule, StepTable, ddim, ddpm, flow_match_sde, guided_step
 from fastguide.step.memory import empty_like
 
 from .measure.timing import describe, in_turns
@@ -30,7 +31,7 @@ from .workloads import SCHEDULE
 CALL, SCALE = 10, 7.5
 SHAPES = ((1, 4, 64, 64), (64, 3, 256, 256))
 OURS, PLAIN = "fastguide", "autograd of the formula in torch"
-COPY, COPY_NEW = "copy_ of the same bytes", "copy_ of the same bytes, into new tensors"
+COPY, COPY_NEW = "copy_ of the same bytes", "copy_ of what is read, into as many new tensors"
 STEP = "the step alone"
 
 Row = dict[str, Any]
@@ -67,47 +68,45 @@ def backward_calls(shape: tuple[int, ...], clip: float | None) -> tuple[Calls, d
         return run
 
     read = [came] if clip is None else [came, x.detach(), uncond.detach(), cond.detach()]
-    moved = copies(read, 3)
-    calls = {OURS: back(ours), PLAIN: back(plain), COPY: moved(False), COPY_NEW: moved(True)}
+    calls = {OURS: back(ours), PLAIN: back(plain), COPY: copies(read, 3), COPY_NEW: lambda: new_copies(read, 3)}
     return calls, {OURS: both(ours), PLAIN: both(plain)}
 
 
-def copies(read: list[Tensor], written: int) -> Callable[[bool], Callable[[], object]]:
-    """Return copies of as many bytes as are read and written; an odd tensor is half a copy."""
+def copies(read: list[Tensor], written: int) -> Callable[[], object]:
+    """Return copies between tensors that are there, of as many bytes as are read and written."""
     total = len(read) + written
-    sources = [read[k % len(read)] for k in range(total // 2)]
-    places = [torch.randn_like(source) for source in sources]
-    half = read[0][: max(len(read[0]) // 2, 1)] if total % 2 else None
-    half_place = None if half is None else torch.randn_like(half)
+    pairs = [(torch.randn_like(source), source) for source in (read * 2)[: total // 2]]
+    if total % 2:  # half a tensor is read, and half a tensor written
+        half = read[0].flatten()[: read[0].numel() // 2]
+        pairs.append((torch.randn_like(half), half))
+    return lambda: [place.copy_(source) for place, source in pairs]
 
-    def make(new: bool) -> Callable[[], object]:
-        def run() -> object:
-            kept = [(empty_like(p) if new else p).copy_(s) for p, s in zip(places, sources, strict=True)]
-            if half is not None and half_place is not None:
-                kept.append((empty_like(half_place) if new else half_place).copy_(half))
-            return kept
 
-        return run
-
-    return make
+def new_copies(read: list[Tensor], written: int) -> list[Tensor]:
+    """Fill new tensors with what is read, or with zeros where less is read than written."""
+    new = [empty_like(read[0]) for _ in range(written)]
+    for place, source in zip(new, read, strict=False):
+        place.copy_(source)
+    for place in new[len(read) :]:
+        place.zero_()
+    return new
 
 
 def backward(device: torch.device, seconds: float) -> Iterator[Row]:
     """Yield the rows of backward passes."""
     for shape in SHAPES:
         for clip in (None, 1.0):
-            what = {
-                "suite": "gradients",
-                "workload": f"backward of ddim, {'clipped, ' if clip else ''}{shape}, float32",
-            }
+            title = f"backward of ddim, {'clipped, ' if clip else ''}{shape}, float32"
+            what = {"suite": "gradients", "workload": title}
             calls, whole = backward_calls(shape, clip)
-            yield from _rows(what, calls, device, seconds, OURS)
+            yield from _rows(what, calls, device, seconds)
             del calls
             if shape == SHAPES[-1]:
                 peaks = {name: peak_bytes(call) for name, call in whole.items()}
                 for name, peak in peaks.items():
-                    yield what | {"contender": f"{name}: memory of both passes", "status": "ok", "peak_bytes": peak}
-                yield what | {"contender": "memory", "status": "ok", "of_torch_s": peaks[OURS] / peaks[PLAIN]}
+                    ratio = peaks[OURS] / peak
+                    row = {"contender": f"{name}: memory of both passes", "status": "ok", "peak_bytes": peak}
+                    yield what | row | {"fastguide_s_memory_over_this": ratio}
 
 
 def log_probability(device: torch.device, seconds: float) -> Iterator[Row]:
@@ -115,26 +114,30 @@ def log_probability(device: torch.device, seconds: float) -> Iterator[Row]:
     tables = {"ddpm": ddpm(SCHEDULE, 50), "flow sde": flow_match_sde(FlowSchedule(), 50)}
     for shape in SHAPES:
         for name, table in tables.items():
-            x, uncond, cond, noise, out = (torch.randn(shape) for _ in range(5))
-            guidance = ClassifierFree(SCALE)
-            options = {"noise": noise, "out": out}
-
-            def step(return_log_prob: Any, options: dict[str, Any] = options, table: Any = table) -> object:
-                both = [uncond, cond]
-                return guided_step(table, CALL, x, both, guidance, return_log_prob=return_log_prob, **options)
-
-            calls: Calls = {OURS: lambda step=step: step("mean"), STEP: lambda step=step: step(False)}  # type: ignore[misc]
             what = {"suite": "gradients", "workload": f"log-probability of {name}, {shape}, float32"}
-            yield from _rows(what, calls, device, seconds, OURS)
+            yield from _rows(what, log_probability_calls(table, shape), device, seconds)
 
 
-def _rows(what: Row, calls: Calls, device: torch.device, seconds: float, ours: str) -> Iterator[Row]:
+def log_probability_calls(table: StepTable, shape: tuple[int, ...]) -> Calls:
+    """Return a step with its log-probability, and without."""
+    x, uncond, cond, noise, out = (torch.randn(shape) for _ in range(5))
+    guidance = ClassifierFree(SCALE)
+
+    def with_log_prob() -> object:
+        return guided_step(table, CALL, x, [uncond, cond], guidance, noise=noise, out=out, return_log_prob="mean")
+
+    return {
+        OURS: with_log_prob,
+        STEP: lambda: guided_step(table, CALL, x, [uncond, cond], guidance, noise=noise, out=out),
+    }
+
+
+def _rows(what: Row, calls: Calls, device: torch.device, seconds: float) -> Iterator[Row]:
     times, failures = in_turns(calls, seconds, device)
     for name, error in failures.items():
         yield what | {"contender": name, "status": "failed", "reason": describe(error)}
     for name, found in times.items():
-        ratio = times[ours].median / found.median
-        fastest = times[ours].low / found.low
+        ratio, fastest = times[OURS].median / found.median, times[OURS].low / found.low
         row = what | {"contender": name, "status": "ok", **found.fields}
         yield row | {"fastguide_s_time_over_this": ratio, "the_same_of_the_fastest_tenths": fastest}
 
@@ -167,10 +170,7 @@ def main() -> None:
     for part in (backward, log_probability):
         for row in part(device, options.seconds):
             rows.append(row)
-            times = {
-                key: value for key, value in row.items() if key not in ("suite", "workload", "contender", "status")
-            }
-            numbers = ", ".join(f"{key} {value:.4g}" for key, value in times.items() if isinstance(value, (int, float)))
+            numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, (int, float)))
             print(f"{row['workload']}: {row['contender']}: {numbers or row.get('reason')}", flush=True)
     if options.json is not None:
         results = {"machine": about, "seconds": time.perf_counter() - begin, "interrupted": False, "rows": rows}

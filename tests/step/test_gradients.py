@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 import fastguide
 from fastguide import Classifier, ClassifierFree, Composed, FlowSchedule, History, Inpainting, NoiseSchedule
+from fastguide.step.backends import native
 from fastguide.step.backends.registry import BACKENDS
 
 SCHEDULE, FLOW = NoiseSchedule.linear(), FlowSchedule(shift=3.0)
@@ -141,10 +142,27 @@ def test_the_predicted_original_the_anchor_and_the_known_part(backend):
     assert gradcheck(run, draws(5), fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.fixture(params=["reference", *native.CAPABILITIES])
+def each_instruction_set(request):
+    """The backend's name, at that instruction set."""
+    if request.param == "reference":
+        yield request.param
+        return
+    if "native" not in BOTH:
+        pytest.skip(BACKENDS["native"].status)
+    before = native.cpu_capability()
+    try:
+        if native.set_cpu_capability(request.param) != request.param:
+            pytest.skip(f"this processor has no {request.param}")
+        yield "native"
+    finally:
+        native.set_cpu_capability(before)
+
+
 @pytest.mark.parametrize(("state", "predicted"), [("float32",) * 2, ("float32", "bfloat16"), ("float16", "float32")])
-def test_float32_is_as_exact_as_torch_s_own(state, predicted, backend):
+def test_float32_is_as_exact_as_torch_s_own(state, predicted, each_instruction_set):
     """The same formula in torch, followed by autograd; over several blocks, parts and a tail."""
+    backend = each_instruction_set
     table, shape, scale = fastguide.ddpm(SCHEDULE, 6, clip_sample_range=1.0), (2, 3, 47, 61), torch.tensor([2.0, 5.0])
     state, predicted = getattr(torch, state), getattr(torch, predicted)
     x, z, weigh = (t.detach().to(state) for t in draws(3, shape=shape))

@@ -63,6 +63,7 @@ def backend() -> Backend:
             ("cpu",),
             f"triton {version}, interpreted on the CPU (TRITON_INTERPRET=1)",
             needs_thresholds=True,
+            backward=_backward,
             repeats=True,
             relaunch=Relaunch,
         )
@@ -76,9 +77,16 @@ def backend() -> Backend:
         status,
         torch_stream=cuda,
         needs_thresholds=True,
+        backward=_backward,
         repeats=cuda,
         relaunch=Relaunch,
     )
+
+
+def _backward(*arguments: Any, **gradients: Any) -> None:
+    from .triton_backward import guided_step_backward
+
+    guided_step_backward(*arguments, **gradients)
 
 
 def _version() -> str:

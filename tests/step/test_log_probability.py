@@ -57,7 +57,7 @@ def test_the_textbook_s_density(name, backend):
     table, guidance = TABLES[name], ClassifierFree(3.0)
     x, predictions = randn(0), [0.5 * randn(1), 0.5 * randn(2)]
     variance = {"variance": randn(3).clamp(-1, 1)} if table.learned_variance else {}
-    history, before = (History(table, x) for _ in range(2))
+    history, before, plain = (History(table, x) for _ in range(3))
     truth = History(table, x.double())
     for call, reduction in ((0, "mean"), (1, "sum")):
         kept = truth.entries.clone()
@@ -74,13 +74,18 @@ def test_the_textbook_s_density(name, backend):
         silent = not table.adds_noise[call]
         if silent:
             x = guided_step(table, call, x, predictions, guidance, history=history, backend=backend)
-            guided_step(table, call, randn(0), predictions, guidance, history=before, backend=backend)
+            for other in (before, plain):
+                guided_step(table, call, randn(0), predictions, guidance, history=other, backend=backend)
             mean_of(None)
             continue
         new, log_prob = guided_step(
             table, call, x, predictions, guidance, seeds=SEEDS, history=history, backend=backend,
             return_log_prob=reduction, **variance,
         )  # fmt: skip
+        alone = guided_step(
+            table, call, x, predictions, guidance, seeds=SEEDS, history=plain, backend=backend, **variance
+        )
+        assert torch.equal(new, alone)
         expected = textbook(table, call, x.double(), new, mean_of, reduction)
         torch.testing.assert_close(log_prob, expected, rtol=1e-5, atol=1e-6)
         again = log_prob_of(

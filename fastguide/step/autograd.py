@@ -20,7 +20,7 @@ from ..guidance.moment_weights import MomentWeights
 from ..solvers.table import ROW_COLUMNS, StepTable
 from .backends.reference import guided_step_backward
 from .backends.registry import BACKENDS, Backend, StepFunction
-from .backward import Gradients
+from .backward import Gradients, unknown_fields
 from .history import History
 from .memory import empty_strided, in_layout_of
 from .noise import DeviceGenerator, draw, portable_noise
@@ -34,7 +34,6 @@ _KEPT = ("sample", "rows", "weights", "indices", "gradient", "variance", "noise"
 """The fields that a backward pass may read, beside the predictions."""
 _BEFORE = 2
 """Arguments of ``_Step`` before the inputs."""
-_OTHERS = {"out", "original", "predictions", "index", "philox", "philox_threads", "program", "scratch"}
 
 
 # ---- What is recorded ----
@@ -77,9 +76,8 @@ def _check_that_it_records(a: StepArguments, out: Tensor | None) -> None:
             raise ValueError(f"{name}: expected None where gradients are recorded, got a tensor to write to")
     if a.mask is not None and a.mask.requires_grad:
         raise ValueError("inpainting.mask: expected one that requires no grad, got one that does")
-    for name, value in zip(a._fields, a, strict=True):
-        if value is not None and name not in {*_INPUTS, *_KEPT, *_OTHERS}:
-            raise ValueError(f"{name}: expected None where gradients are recorded, got {type(value).__name__}")
+    for name in unknown_fields(a):
+        raise ValueError(f"{name}: expected none where gradients are recorded, as its own is not known, got one")
 
 
 def to_be_recorded(guidance: Guidance, chosen: Backend, sample: Tensor) -> Guidance:

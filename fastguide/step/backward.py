@@ -7,7 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .operator import SCHEMA, guided_step_fake, library
+from .operator import SCHEMA, StepArguments, guided_step_fake, library
+
+_KNOWN = frozenset({
+    "out", "original", "staged", "sample", "predictions", "rows", "weights", "index", "indices", "gradient", "variance",
+    "noise", "seeds", "philox", "philox_threads", "cursor", "timestep", "mask", "known", "known_noise", "anchor",
+    "history", "program", "parameters", "made", "scratch",
+})  # fmt: skip
+"""The fields of ``StepArguments`` that these operators, and who calls them, have been written for."""
+
+
+def unknown_fields(a: StepArguments) -> list[str]:
+    """Return the fields that a step has beyond these: their part in a gradient is not known."""
+    others = {name: getattr(a, name) for name in a._fields if name not in _KNOWN}
+    defaults = a._field_defaults
+    return [name for name, value in others.items() if isinstance(value, Tensor) or value != defaults.get(name)]
 
 
 class Gradients(NamedTuple):

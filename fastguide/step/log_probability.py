@@ -23,6 +23,7 @@ from ..solvers.table import ROW_COLUMNS, StepTable
 from . import checks
 from .autograd import asks_for_gradients, recorded_step, to_be_recorded
 from .backends.registry import Backend, StepFunction, backend_for
+from .backward import unknown_fields
 from .call import Call
 from .cursor import Cursor
 from .history import History, entries_of
@@ -224,7 +225,7 @@ def _log_prob(chosen: Backend, a: StepArguments, reduction: Reduction, *, makes_
         chosen.step(*_without_noise(a, mean))
         return _of_learned_variance(a, mean, a.out, reduction)
     squares = torch.empty(len(a.sample), dtype=torch.float64, device=a.sample.device)
-    if chosen.squares is not None:
+    if chosen.squares is not None and not unknown_fields(a):
         chosen.squares(*a, makes_step=makes_step, squares=squares)
     else:
         add_squares(chosen.step, a, makes_step, squares)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -22,6 +24,8 @@ from fastguide import (
     Tangential,
     ZeroStar,
 )
+from fastguide.step.backward import unknown_fields
+from fastguide.step.operator import StepArguments
 from tests.step.test_gradients import BOTH, SCHEDULE, draws
 
 DDIM = fastguide.ddim(SCHEDULE, 6, clip_sample_range=1.0)
@@ -161,3 +165,18 @@ def test_a_compiled_function_makes_such_steps_outside_of_its_graph():
     with pytest.raises(Exception, match=r"no gradients are recorded within torch\.compile"):
         torch.compile(run, backend="eager", fullgraph=True)(x)
     torch._dynamo.reset()
+
+
+def test_a_field_that_no_gradient_knows_is_refused():
+    """One that a step gains later: its gradient would be dropped."""
+    x = torch.zeros(2, 3)
+    arguments = StepArguments(x, None, None, x, [x], x, x, 0, None, None, None, None)
+    assert unknown_fields(arguments) == []
+
+    class Later(NamedTuple):
+        threshold: torch.Tensor | None = None
+        level: float = 0.0
+
+    assert unknown_fields(Later()) == []
+    assert unknown_fields(Later(x)) == ["threshold"]
+    assert unknown_fields(Later(None, 0.5)) == ["level"]

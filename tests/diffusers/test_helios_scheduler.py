@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy
 import pytest
 import torch
 
+from fastguide.solvers.unipc import _weights
 from tests.support.counted_loops import largest_error, model
 from tests.support.scheduler_pair import SHAPE, fused, pair, randn
 
@@ -112,6 +116,38 @@ def test_what_rows_do_not_express_is_left_to_diffusers(config, reason):
         if type(scheduler) is getattr(fused, NAME):
             assert scheduler._counted.made.why_not == reason
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for (a, _), (b, _) in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("config", [{}, {"solver_type": "bh1"}, {"disable_corrector": [3]}])
+def test_the_third_order(config):
+    """From a sigma below 1, as the pipeline gives them."""
+    results = []
+    for scheduler in pair(NAME, stages=1, solver_order=3, shift=2.0, **config):
+        scheduler.set_timesteps(8, sigmas=numpy.linspace(0.999, 0.0, 9)[:-1])
+        x, seen = randn(*SHAPE), []
+        for t in scheduler.timesteps:
+            output = scheduler.step(model(x, t, 1.0), t, x)
+            x = output.prev_sample
+            seen.append((x, output.last_sample))
+        results.append(seen)
+    assert largest_error(*results) < 5e-6
+
+
+@pytest.mark.parametrize("ratios", [[-0.7, -math.inf, 1.0], [-math.inf, 1.0]])
+def test_an_entry_of_noise_alone_has_the_weight_of_the_limit(ratios):
+    """diffusers divides infinity by infinity there, in the third order."""
+    far = [max(ratio, -1e9) for ratio in ratios]
+    for got, expected in zip(_weights(ratios, -0.4, -0.33), _weights(far, -0.4, -0.33), strict=True):
+        assert [*got] == pytest.approx([*expected], abs=1e-7)
+    results = []
+    for scheduler in (getattr(fused, NAME)(stages=1, solver_order=3), getattr(fused, NAME)(stages=1)):
+        scheduler.set_timesteps(80)
+        x = randn(*SHAPE)
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t, 1.0), t, x, return_dict=False)[0]
+        results.append(x)
+    third, second = results  # two orders of one method, which meet with the number of steps
+    assert (third - second).norm() < 0.002 * second.norm()
 
 
 def test_a_table_is_of_one_loop():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,24 @@ torch.set_num_threads(max(torch.get_num_threads() // PROCESSES, 1))  # the proce
 
 DEVICE_CODE = "cuda on the host"
 ON_GPU = [pytest.param(f"{name} on the gpu", marks=pytest.mark.gpu) for name in ("native", "triton")]
+
+
+MOST_INTERPRETED = 12_000
+"""Elements of a shape up to which Triton interprets it: larger ones are for the CPU's threads, and minutes of tiles."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave large shapes to compiled kernels: they have more of the tiles that smaller ones have, and none others."""
+    large = [item for item in items if _is_large_for_triton(getattr(item, "callspec", None))]
+    if large:
+        config.hook.pytest_deselected(items=large)
+        items[:] = [item for item in items if item not in set(large)]
+
+
+def _is_large_for_triton(call: Any) -> bool:
+    shape = None if call is None else call.params.get("shape")
+    is_shape = isinstance(shape, tuple) and all(isinstance(size, int) for size in shape)
+    return is_shape and call.params.get("backend") == "triton" and math.prod(shape) > MOST_INTERPRETED
 
 
 @pytest.fixture

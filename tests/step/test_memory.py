@@ -114,7 +114,7 @@ def test_expanded_noise_is_the_same_for_every_sample(backend, generator):
 
 
 @pytest.mark.parametrize("place", ["sample", "prediction", "gradient", "noise"])
-@pytest.mark.parametrize("shape", [(2, 3, 11), (2, 3, 100, 101)])
+@pytest.mark.parametrize("shape", [(2, 3, 11), (2, 3, 23, 61), (2, 3, 100, 101)])
 def test_out_may_be_an_input(backend, place, shape, generator):
     table = TABLES["ddpm"]
     inputs = make_inputs(table, shape, generator, gradient=True)

@@ -12,6 +12,7 @@ SHAPES = [
     ((1,), "one element, no inner dimension"),
     ((3, 7), "shorter than any vector: tails only"),
     ((2, 3, 17, 19), "prime sizes: vectors and a tail, more than one converted block"),
+    ((2, 3, 23, 61), "several tiles of a GPU's kernel, and a tail"),
     ((2, 4, 64, 64), "exactly one grain: no threads"),
     ((3, 1, 131, 127), "threads that begin inside a sample"),
     ((40, 1031), "threads that hold several samples"),

@@ -41,11 +41,14 @@ _BEFORE = 2
 
 def asks_for_gradients(guidance: Guidance | None, predictions: Any, *others: Tensor | None) -> bool:
     """Tell whether any input of a step requires a gradient; refuse what is differentiated in another way."""
+    records = torch.is_grad_enabled()
+    if not records and forward_ad._current_level < 0 and _functorch.peek_interpreter_stack() is None:
+        return False
     several = predictions if isinstance(predictions, (list, tuple)) else (predictions,)
     tensors = [tensor for tensor in (*several, *others) if isinstance(tensor, Tensor)]
     if not torch.compiler.is_compiling():
         _check_that_it_is_plain(tensors)
-    if not torch.is_grad_enabled():
+    if not records:
         return False
     asked = any(tensor.requires_grad for tensor in tensors)
     return asked or (isinstance(guidance, Guidance) and guidance.requires_grad)

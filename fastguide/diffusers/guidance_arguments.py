@@ -15,6 +15,7 @@ from ..guidance.scales import as_scale, scale_columns
 from ..schedules.predictions import GradientForm
 from .lazy_guidance import EXACT, Output, Taken, Weights, resolved
 from .lazy_tensor import plain
+from .weights_of_formula import Conversion
 
 Scale = float | Sequence[float] | Tensor
 
@@ -90,15 +91,16 @@ def _guidance_for(guidance_scale: Any, gradient_scale: Any, gradient_form: Gradi
 
 def _weighted(weights: Weights) -> Guidance:
     """Make the guidance of a pipeline's own coefficients; in column 0 is their sum, which is 1 but for rounding."""
-    constants, factors, scale = weights
+    constants, factors, scale, is_guidance = weights
+    make = Guidance if is_guidance else Conversion
     total = sum(constants)
     constants = (1.0 if abs(total - 1) <= EXACT else total, *constants[1:])
     if scale is None:
-        return Guidance(scale_columns(*constants, 0.0), None)
+        return make(scale_columns(*constants, 0.0), None)
     each = torch.as_tensor(as_scale("guidance_scale", scale.reshape(-1)))
     factors = (sum(factors), *factors[1:])
     columns = [c if abs(f) <= EXACT else c + f * each for c, f in zip(constants, factors, strict=True)]
-    return Guidance(scale_columns(*columns, 0.0), None)
+    return make(scale_columns(*columns, 0.0), None)
 
 
 def _classifier(gradient_scale: Scale, gradient_form: GradientForm) -> Classifier:

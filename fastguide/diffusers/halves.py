@@ -55,9 +55,9 @@ class OfHalves(LazyTensor):
             self._general = self._made()
         return self._general
 
-    def computed(self) -> Tensor:
-        """Return the tensor, for any use, the same one each time."""
-        return self.combined().computed()
+    def computed(self, by: str = "") -> Tensor:
+        """Return the tensor, for any use, the same one each time; ``by``: the operation that asks."""
+        return self.combined().computed(by)
 
     def _made(self) -> Combined:
         uncond, cond, scale, dtype = self.uncond, self.cond, self.scale, self.dtype

@@ -1,22 +1,24 @@
 """Say which operations of torch's leave traced outputs traced, and with which coefficients.
 
-Sums and differences of them, multiples by a number or by one number a sample, casts, and views are what the formulas of
-guidance are made of. Whatever else is asked for computes the tensors.
+Sums and differences of them, also with other tensors such as the latents, multiples by a number or by one number a
+sample, casts, and views are linear. Of norms and deviations, and what these scale, formulas are made: see
+formula_rules.py. Whatever else is asked for computes the tensors.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .halves import FIRST, SECOND, OfHalves, difference, guided, scaled
-from .lazy_tensor import LazyTensor, plain
-from .traced import LARGEST, Combined, Joined, ScaleAsSeen, Source, Term, Traced, leading
+from . import formula_rules as rules
+from .formula import PRODUCT, Formula
+from .halves import FIRST, SECOND, OfHalves
+from .lazy_tensor import plain
+from .traced import LARGEST, Combined, Joined, ScaleAsSeen, Source, Term, Traced, beside, leading, own_value, traced
 
 # ---- Arithmetic ----
 
@@ -57,6 +59,8 @@ def _are_alike(first: Traced, second: Traced) -> bool:
 def _is_same(first: Traced, second: Traced) -> bool:
     if first is second:
         return True
+    if first.piece is None and second.piece is None and not first.source.is_output:
+        return first._value is second._value
     return first.piece is not None and first.source is second.source and first.piece == second.piece
 
 
@@ -84,7 +88,17 @@ def _seen(left: Seen, right: Seen) -> Seen:
     return tuple(merged.items())
 
 
-def _sum(function: Any, first: Any, second: Any, sign: float) -> Any:
+_NAMES = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"}
+
+
+def beyond(function: Any, first: Any, second: Any) -> Any:
+    """Return what an operator makes of operands that it makes no combination of: a formula, or a tensor."""
+    name = _NAMES[function]
+    made = rules.combined(name, function, first, second)
+    return function(plain(first, name), plain(second, name)) if made is None else made
+
+
+def summed(function: Any, first: Any, second: Any, sign: float) -> Any:
     """Return the sum of two operands, the second with a sign; ``function``: of torch, which computes it."""
     first, second = _general(first), _general(second)
     if type(first) is Traced and first.piece is not None:
@@ -92,15 +106,34 @@ def _sum(function: Any, first: Any, second: Any, sign: float) -> Any:
         if made is not None:
             return made
     left, right = _as_sum(first), _as_sum(second)
-    if left is None or right is None or first.dtype != second.dtype:
-        return function(plain(first), plain(second))
+    if left is None or right is None:
+        return _sum_beside(function, first, second, left, right, sign)
     scale = left[1] if right[1] is None else right[1]
     if left[1] is not None and scale is not None and not left[1].is_same(scale):
-        return function(plain(first), plain(second))
+        return beyond(function, first, second)
     if not _are_alike(left[0][0][0], right[0][0][0]):
-        return function(plain(first), plain(second))
+        return beyond(function, first, second)
+    if left[2][0][0].step != right[2][0][0].step:  # a state, such as momentum's: it would grow at each step
+        with torch.inference_mode(False):  # so that torch counts who writes to it
+            return beside(function(own_value(first), own_value(second)), left[2][0][0].fusion)
     terms, seen = _merged(left[0], right[0], sign), _seen(left[2], right[2])
-    return Combined((function, first, second), terms, scale, first.dtype, seen)
+    dtype = first.dtype if first.dtype == second.dtype else torch.promote_types(first.dtype, second.dtype)
+    return Combined((function, first, second), terms, scale, dtype, seen)
+
+
+def _sum_beside(function: Any, first: Any, second: Any, left: Sum | None, right: Sum | None, sign: float) -> Any:
+    """Return the sum of operands of which one at most is linear: with 0, or with a tensor such as the latents."""
+    if left is not None:
+        if rules.number_of(second) == 0:
+            return Combined((function, first, second), left[0], left[1], first.dtype, left[2])
+        added = rules.tensor_beside(second, first)
+        if added is not None:
+            return summed(function, first, added, sign)
+    elif right is not None:
+        added = rules.tensor_beside(first, second)
+        if added is not None:
+            return summed(function, added, second, sign)
+    return beyond(function, first, second)
 
 
 def _sum_of_pieces(function: Any, first: Traced, second: Any, sign: float) -> Combined | None:
@@ -125,34 +158,28 @@ def _sum_of_pieces(function: Any, first: Traced, second: Any, sign: float) -> Co
     )
 
 
-def _product(function: Any, first: Any, second: Any, invert: bool = False) -> Any:
+def multiplied(function: Any, first: Any, second: Any, invert: bool = False) -> Any:
     """Return a combination times, or divided by, a number or a number for each sample."""
     first, second = _general(first), _general(second)
     operand, other, found = first, second, _as_sum(first)
     if found is None:
         operand, other, found = second, first, None if invert else _as_sum(second)
     if found is None:
-        return function(plain(first), plain(second))
+        return beyond(function, first, second)
     terms, scale, seen = found
-    number = other if type(other) is float and abs(other) < LARGEST else _number(other)
+    number = other if type(other) is float and abs(other) < LARGEST else rules.number_of(other)
     if number is not None and not (invert and number == 0):
         by = 1.0 / number if invert else number
         scaled = tuple([(of, constant * by, factor * by) for of, constant, factor in terms])
+        if type(other) is Tensor:
+            first, second = rules.as_read(first), rules.as_read(second)
         return Combined((function, first, second), scaled, scale, operand.dtype, seen)
     if number is None and not invert and scale is None and _is_scale(other, operand):
         scaled = tuple([(of, 0.0, constant) for of, constant, _ in terms])
         as_seen = ScaleAsSeen.of(other)
         first, second = (first, as_seen.tensor) if operand is first else (as_seen.tensor, second)
         return Combined((function, first, second), scaled, as_seen, operand.dtype, seen)
-    return function(plain(first), plain(second))
-
-
-def _number(value: Any) -> float | None:
-    if type(value) is not float:
-        if not isinstance(value, Real) or isinstance(value, bool):
-            return None
-        value = float(value)
-    return value if abs(value) < LARGEST else None
+    return beyond(function, first, second)
 
 
 def _is_scale(scale: Any, operand: Any) -> bool:
@@ -168,42 +195,48 @@ def _is_scale(scale: Any, operand: Any) -> bool:
     return fits and (scale.device == like.device or scale.dim() == 0)
 
 
-def _interpolated(first: Any, second: Any, weight: Any) -> Any:
+def interpolated(first: Any, second: Any, weight: Any) -> Any:
     """Return ``torch.lerp``."""
     first, second = _general(first), _general(second)
     left, right = _as_sum(first), _as_sum(second)
     if left is not None and right is not None and first.dtype == second.dtype:
-        made = _sum(operator.add, first, _product(operator.mul, weight, _sum(operator.sub, second, first, -1.0)), 1.0)
+        made = summed(
+            operator.add, first, multiplied(operator.mul, weight, summed(operator.sub, second, first, -1.0)), 1.0
+        )
         if type(made) is Combined:
             made.made_by = (torch.lerp, first, second, weight)
             return made
-    return torch.lerp(plain(first), plain(second), plain(weight))
+    return torch.lerp(*plain((first, second, weight), "lerp"))
 
 
-def _negative(operand: Any) -> Any:
+def negative(operand: Any) -> Any:
+    """Return an operand times -1."""
     operand = _general(operand)
     found = _as_sum(operand)
     if found is None:
-        return operator.neg(plain(operand))
+        made = rules.negative(operand)
+        return operator.neg(plain(operand, "neg")) if made is None else made
     terms = tuple([(of, -constant, -factor) for of, constant, factor in found[0]])
     return Combined((operator.neg, operand), terms, found[1], operand.dtype, found[2])
 
 
-def _cast(operand: Any, dtype: Any) -> Any:
+def cast(operand: Any, dtype: Any) -> Any:
     """Return an operand in another dtype: what is traced is cast in the step."""
     if dtype is None or operand.dtype == dtype:
         return operand
     operand = _general(operand)
+    if type(operand) is Formula and operand.kind != PRODUCT:
+        return rules.cast(operand, dtype)
     found = _as_sum(operand)
     if found is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        return plain(operand).to(dtype)
+        return plain(operand, "to").to(dtype)
     return Combined((lambda tensor: tensor.to(dtype), operand), found[0], found[1], dtype, found[2])
 
 
 # ---- Views ----
 
 
-def _chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
+def chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
     """Return the parts; those of a whole output along its batch without making tensors of them."""
     if type(operand) is Joined:
         return operand.chunk(chunks, dim)
@@ -215,41 +248,45 @@ def _chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
             if chunks == 2:
                 return Traced(source, None, FIRST), Traced(source, None, SECOND)
             return tuple([Traced(source, None, (number, chunks)) for number in range(chunks)])
-    return _parts(lambda each: each.chunk(chunks, dim), operand)
+    return parts_of(lambda each: each.chunk(chunks, dim), operand, "chunk")
 
 
-def _halved(self: Traced, chunks: int, dim: int = 0) -> Any:
+def halved(self: Traced, chunks: int, dim: int = 0) -> Any:
     """Return the parts of an output, as its method: mostly halves along the batch."""
     source = self.source
     if chunks == 2 and dim == 0 and self._value is source.tensor and source.is_linear:
         shape = source.tensor.shape
         if shape and shape[0] % 2 == 0:
             return Traced(source, None, FIRST), Traced(source, None, SECOND)
-    return _chunk(self, chunks, dim)
+    return chunk(self, chunks, dim)
 
 
-def _split(operand: Any, split_size: Any, dim: int = 0) -> Any:
+def split(operand: Any, split_size: Any, dim: int = 0) -> Any:
+    """Return the parts of a size, or of sizes."""
     if type(operand) is Joined:
         return operand.split(split_size, dim)
-    return _parts(lambda each: each.split(split_size, dim), operand)
+    return parts_of(lambda each: each.split(split_size, dim), operand, "split")
 
 
-def _view(operand: Any, function: Callable[[Tensor], Any]) -> Any:
+def view(operand: Any, name: str, how: tuple[Any, ...]) -> Any:
     """Return a view of an operand, as one of each of its terms."""
-    parts = _parts(lambda tensor: (function(tensor),), operand)
+    how = plain(how)
+    if type(operand) is Formula:
+        return rules.viewed(operand, name, how)
+    parts = parts_of(lambda tensor: (getattr(tensor, name)(*how),), operand, name.strip("_"))
     return parts[0]
 
 
-def _parts(function: Callable[[Tensor], Any], operand: Any) -> Any:
+def parts_of(function: Callable[[Tensor], Any], operand: Any, by: str) -> Any:
     """Return parts of an operand, which a function of tensors makes: of each of its terms, if they are views."""
     operand = _general(operand)
     found = _as_sum(operand)
     if found is None or (found[1] is not None and found[1].tensor.dim() > 0):
-        return function(plain(operand))
+        return function(plain(operand, by))
     values = [of.value() for of, *_ in found[0]]
     made = [function(value) for value in values]
     if not all(_shares(part, value) for parts, value in zip(made, values, strict=True) for part in parts):
-        return function(plain(operand))
+        return function(plain(operand, by))
     sources = [of.source for of, *_ in found[0]]
     traced = [[Traced(source, part) for part in parts] for source, parts in zip(sources, made, strict=True)]
     if type(operand) is Traced:
@@ -273,13 +310,13 @@ def _shares(part: Any, whole: Tensor) -> bool:
     return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-def _joined(tensors: Any, dim: int = 0) -> Any:
+def joined(tensors: Any, dim: int = 0) -> Any:
     """Return ``torch.cat``: in the channels, of guidance and what the model returned besides."""
     if dim == 1 and isinstance(tensors, (list, tuple)) and len(tensors) == 2:
         main, rest = _general(tensors[0]), tensors[1]
         if type(main) is Combined and type(rest) is Traced and main.is_pending() and _may_be_joined(main, rest):
             return Joined(main, rest)
-    return torch.cat([plain(tensor) for tensor in tensors], dim)
+    return torch.cat([plain(tensor, "cat") for tensor in tensors], dim)
 
 
 def _may_be_joined(main: Combined, rest: Traced) -> bool:
@@ -288,7 +325,7 @@ def _may_be_joined(main: Combined, rest: Traced) -> bool:
     return fits and rest.source.may_wait() and main.dtype == rest.dtype
 
 
-def _stacked(tensors: Any, dim: int = 0) -> Any:
+def stacked(tensors: Any, dim: int = 0) -> Any:
     """Return ``torch.stack``: of one tensor, it has one term for each of the tensor's."""
     if isinstance(tensors, (list, tuple)) and len(tensors) == 1:
         tensors = [_general(tensors[0])]
@@ -297,116 +334,11 @@ def _stacked(tensors: Any, dim: int = 0) -> Any:
             terms = tuple([(Traced(of.source, of.value().unsqueeze(dim)), *how) for of, *how in found[0]])
             made_by = (lambda tensor: torch.stack([tensor], dim)), tensors[0]
             return Combined(made_by, terms, found[1], tensors[0].dtype, found[2])  # type: ignore[arg-type]
-    return torch.stack([plain(tensor) for tensor in tensors], dim)
+    return torch.stack([plain(tensor, "stack") for tensor in tensors], dim)
 
 
-# ---- torch's functions, and Python's operators ----
-
-
-def _names(*names: str) -> list[Any]:
-    return [getattr(where, name) for name in names for where in (torch, Tensor) if hasattr(where, name)]
-
-
-def _moved(operand: Any, *arguments: Any) -> Any:
-    """Return ``Tensor.to`` with these arguments."""
-    if len(arguments) == 1 and isinstance(arguments[0], torch.dtype):
-        return _cast(operand, arguments[0])
-    if len(arguments) == 1 and isinstance(arguments[0], (str, torch.device)):
-        same = operand.like().device == torch.device(arguments[0])
-        return operand if same else plain(operand).to(*arguments)
-    return plain(operand).to(*plain(arguments))
-
-
-def _add(first: Any, second: Any) -> Any:
-    made = guided(first, second) if type(second) is OfHalves else guided(second, first)
-    return _sum(operator.add, first, second, 1.0) if made is None else made
-
-
-def _sub(first: Any, second: Any) -> Any:
-    made = difference(first, second)
-    return _sum(operator.sub, first, second, -1.0) if made is None else made
-
-
-def _mul(first: Any, second: Any) -> Any:
-    made = scaled(first, second) if type(second) is OfHalves else scaled(second, first)
-    return _product(operator.mul, first, second) if made is None else made
-
-
-def _div(first: Any, second: Any) -> Any:
-    return _product(operator.truediv, first, second, invert=True)
-
-
-_RULES: dict[tuple[str, ...], Callable[..., Any]] = {
-    ("add", "__add__"): _add,
-    ("__radd__",): lambda first, second: _add(second, first),
-    ("sub", "__sub__", "subtract"): _sub,
-    ("__rsub__",): lambda first, second: _sub(second, first),
-    ("mul", "__mul__", "multiply"): _mul,
-    ("__rmul__",): lambda first, second: _mul(second, first),
-    ("div", "__truediv__", "divide", "true_divide"): _div,
-    ("neg", "__neg__", "negative"): _negative,
-    ("lerp",): _interpolated,
-    ("to",): _moved,
-    ("float",): lambda operand: _cast(operand, torch.float32),
-    ("double",): lambda operand: _cast(operand, torch.float64),
-    ("half",): lambda operand: _cast(operand, torch.float16),
-    ("bfloat16",): lambda operand: _cast(operand, torch.bfloat16),
-    ("chunk",): _chunk,
-    ("split",): _split,
-    ("unbind",): lambda operand, dim=0: _parts(lambda tensor: tensor.unbind(dim), operand),
-}
-_VIEWS = (
-    *("__getitem__", "flatten", "movedim", "narrow", "permute", "reshape", "select", "squeeze", "transpose"),
-    *("unflatten", "unsqueeze", "view"),
-)
-
-
-_OPERATORS = (
-    "__add__",
-    "__radd__",
-    "__sub__",
-    "__rsub__",
-    "__mul__",
-    "__rmul__",
-    "__truediv__",
-    "__neg__",
-    "__getitem__",
-)
-"""Which Python calls without keywords."""
-
-
-def _viewing(name: str) -> Callable[..., Any]:
-    return lambda operand, *how: _view(operand, lambda tensor: getattr(tensor, name)(*plain(how)))
-
-
-def _with_keywords(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a rule as a method, which computes the tensor for what is said by keywords."""
-
-    def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        if not keywords:
-            return rule(self, *arguments)
-        if set(keywords) <= {"dim"}:
-            return rule(self, *arguments, *keywords.values())
-        return getattr(self.computed(), name)(*plain(arguments), **plain(keywords))
-
-    return method
-
-
-def _install() -> None:
-    rules: dict[tuple[str, ...], Callable[..., Any]] = _RULES | {(name,): _viewing(name) for name in _VIEWS}
-    for names, rule in rules.items():
-        LazyTensor.rules |= dict.fromkeys(_names(*names), rule)
-        for name in names:
-            for kind in (Traced, Combined, OfHalves):
-                if name in _OPERATORS:
-                    setattr(kind, name, rule)
-                elif name not in vars(kind) and hasattr(Tensor, name):
-                    setattr(kind, name, _with_keywords(name, rule))
-    Traced.chunk = _halved  # type: ignore[attr-defined]
-    LazyTensor.rules |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _joined)
-    LazyTensor.rules[torch.stack] = _stacked
-    taking = _names("chunk", "split", "unbind")
-    LazyTensor.take_dim |= {torch.cat, torch.concat, torch.concatenate, torch.stack, *taking}
-
-
-_install()
+def cloned(operand: Any, **how: Any) -> Any:
+    """Return ``Tensor.clone``: an output is copied at once, as the next call may write to it."""
+    if type(operand) is Traced and operand.source.is_output and not how:
+        return traced(operand.value().clone(), operand.source.fusion)
+    return plain(operand, "clone").clone(**how)

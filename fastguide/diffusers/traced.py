@@ -27,21 +27,27 @@ LARGEST = 1e30
 class Fusion:
     """What the models and schedulers of one pipeline know of each other: whether guidance is fused, and how often."""
 
-    __slots__ = ("callers", "counts", "tries")
+    __slots__ = ("callers", "computed", "counts", "guidances", "steps", "tries")
 
     def __init__(self) -> None:
         self.callers: dict[int, CodeType] = {}
         """The code of the pipelines' methods, whose calls of the models are traced, by identity."""
         self.tries = False
         """Whether models' outputs are traced: from ``set_timesteps`` on to the last step. A run in which guidance is
-        used before the step ends that: rescaled guidance, for example, is computed by the pipeline at every step."""
+        used before the step ends that."""
         self.counts: Counter[str] = Counter()
         """Steps, by what was done."""
+        self.computed: Counter[str] = Counter()
+        """The operations that ended tracing: they needed the values of guidance before the step."""
+        self.steps = 0
+        """How many there have been, to tell outputs of an earlier one."""
+        self.guidances: dict[Any, Any] = {}
+        """What weights were made with, by what the pipeline computed: see weights_of_formula.py."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
         copied = Fusion()
         copied.callers = dict(self.callers)
-        copied.counts = self.counts  # of a scheduler that a pipeline copies for itself
+        copied.counts, copied.computed = self.counts, self.computed  # of a scheduler that a pipeline copies for itself
         copied.tries = self.tries
         return copied
 
@@ -51,11 +57,13 @@ class Fusion:
 
 
 class Source:
-    """One output of a model: the tensor itself, and who else may know of it."""
+    """One output of a model: the tensor itself, and who else may know of it; or another tensor of the pipeline's."""
 
-    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "tensor", "uncounted")
+    __slots__ = (
+        "combined", "dtype", "escaped", "fusion", "is_linear", "is_output", "step", "tensor", "uncounted",
+    )  # fmt: skip
 
-    def __init__(self, tensor: Tensor, fusion: Fusion | None) -> None:
+    def __init__(self, tensor: Tensor, fusion: Fusion | None, is_output: bool = True) -> None:
         self.tensor = tensor
         self.fusion = fusion
         """``None``: of a guider, which is asked anew each time."""
@@ -64,9 +72,12 @@ class Source:
         """Whether combinations of it may wait."""
         self.uncounted = tensor.is_inference()
         """Whether torch does not count who writes to it."""
-        self.escaped = False
+        self.is_output = is_output
+        self.escaped = not is_output
         """Whether others than traced tensors have it, or a view of it."""
-        self.combined: list[weakref.ref[Combined | Joined]] | None = None
+        self.step = 0 if fusion is None else fusion.steps
+        """How many steps there had been."""
+        self.combined: list[weakref.ref[Waiting | Joined]] | None = None
         """What was combined of it, if it is not counted who writes to it."""
 
     def version(self) -> int | None:
@@ -115,10 +126,15 @@ class Traced(LazyTensor):
 
     like = value
 
-    def computed(self) -> Tensor:
+    def computed(self, by: str = "") -> Tensor:
         """Return the tensor, for any use."""
         self.source.escape()
         return self.value()
+
+
+def beside(tensor: Tensor, fusion: Fusion | None) -> Traced:
+    """Return another tensor of a pipeline's, such as its latents, that is added to outputs."""
+    return Traced(Source(tensor, fusion, is_output=False), tensor)
 
 
 def traced(output: Tensor, fusion: Fusion | None) -> Traced:
@@ -157,10 +173,83 @@ class ScaleAsSeen(NamedTuple):
 _UNCOUNTED = -1
 
 
-class Combined(LazyTensor):
-    """A linear combination of models' outputs, which is computed when it is asked for."""
+class Waiting(LazyTensor):
+    """What was made of models' outputs, and is computed when it is asked for."""
 
-    __slots__ = ("_dtype", "base", "handed_out", "made_by", "scale", "seen", "terms")
+    __slots__ = ("_dtype", "handed_out", "made_by", "seen")
+
+    def __init__(
+        self, made_by: tuple[Any, ...], dtype: torch.dtype, seen: tuple[tuple[Source, int | None], ...]
+    ) -> None:
+        self._value = None
+        self.made_by = made_by
+        """The function that computes it, and its arguments."""
+        self._dtype = dtype
+        self.seen = seen
+        """The outputs, and how often each had been written to when it was first combined."""
+        self.handed_out: int | None = None
+        """How often its value had been written to when others got it; ``None``: nobody has."""
+        if seen[0][1] is None or (len(seen) > 1 and any([version is None for _, version in seen])):  # noqa: C419
+            register(self, seen)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the tensor that it stands for."""
+        return self._dtype
+
+    def is_pending(self) -> bool:
+        """Tell whether nobody has seen its values."""
+        return self._value is None
+
+    def check_unchanged(self) -> None:
+        """Refuse outputs that are not what they were when they were combined.
+
+        Raises:
+            RuntimeError: one has been written to since.
+        """
+        for source, version in self.seen:
+            check_version(source, version)
+
+    def value(self) -> Tensor:
+        """Return the tensor for one's own use, as it was before others could write to it."""
+        value = self._value
+        if value is None or self._may_be_written():
+            self.check_unchanged()
+            made = self._made()
+            if value is None:
+                self._value = made
+            return made
+        return value
+
+    def _made(self) -> Tensor:
+        function, *operands = self.made_by
+        made: Tensor = function(*[own_value(operand) for operand in operands])
+        return made
+
+    def _may_be_written(self) -> bool:
+        if self.handed_out is None:
+            return False
+        assert self._value is not None
+        return self.handed_out == _UNCOUNTED or self._value._version != self.handed_out
+
+    def _shared(self) -> Tensor:
+        """Return the value that others get, the first time."""
+        return self.value()
+
+    def computed(self, by: str = "") -> Tensor:
+        """Return the tensor, for any use, the same one each time; ``by``: the operation that asks."""
+        if self.handed_out is None:
+            stop_trying(self.seen, by)
+            self._value = self._shared()
+            self.handed_out = _UNCOUNTED if self._value.is_inference() else self._value._version
+        assert self._value is not None
+        return self._value
+
+
+class Combined(Waiting):
+    """A linear combination of models' outputs."""
+
+    __slots__ = ("base", "scale", "terms")
 
     def __init__(
         self,
@@ -171,26 +260,12 @@ class Combined(LazyTensor):
         seen: tuple[tuple[Source, int | None], ...],
         base: Combined | None = None,
     ) -> None:
-        self._value = None
-        self.made_by = made_by
-        """The function that computes it, and its arguments."""
+        super().__init__(made_by, dtype, seen)
         self.terms = terms
         self.scale = scale
         """What factors multiply: one number, or one for each sample."""
-        self._dtype = dtype
-        self.seen = seen
-        """The outputs, and how often each had been written to when it was first combined."""
         self.base = base
         """What it is a view of."""
-        self.handed_out: int | None = None
-        """How often its value had been written to when others got it; ``None``: nobody has."""
-        if seen[0][1] is None or (len(seen) > 1 and any([version is None for _, version in seen])):  # noqa: C419
-            register(self, seen)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the tensor that it stands for."""
-        return self._dtype
 
     def like(self) -> Tensor:
         """Return a tensor of the same shape and device."""
@@ -206,42 +281,20 @@ class Combined(LazyTensor):
         Raises:
             RuntimeError: one has been written to since.
         """
-        for source, version in self.seen:
-            check_version(source, version)
+        super().check_unchanged()
         if self.scale is not None and self.scale.is_changed():
             raise RuntimeError(f"the scale of guidance {WRITTEN_TO}")
 
     def value(self) -> Tensor:
         """Return the tensor for one's own use, as it was before others could write to it."""
-        value = self._value
-        if self.base is not None or value is None or self._may_be_written():
-            function, *operands = self.made_by
-            if self.base is None:
-                self.check_unchanged()
-            made: Tensor = function(*[own_value(operand) for operand in operands])
-            if self.base is None and value is None:
-                self._value = made
-            return made
-        return value
+        return super().value() if self.base is None else self._made()
 
-    def _may_be_written(self) -> bool:
-        if self.handed_out is None:
-            return False
-        assert self._value is not None
-        return self.handed_out == _UNCOUNTED or self._value._version != self.handed_out
-
-    def computed(self) -> Tensor:
-        """Return the tensor, for any use, the same one each time."""
-        if self.handed_out is None:
-            stop_trying(self.seen)
-            if self.base is None:
-                self._value = self.value()
-            else:
-                function, _ = self.made_by
-                self._value = function(self.base.computed())
-            self.handed_out = _UNCOUNTED if self._value.is_inference() else self._value._version
-        assert self._value is not None
-        return self._value
+    def _shared(self) -> Tensor:
+        if self.base is None:
+            return self.value()
+        function, _ = self.made_by
+        shared: Tensor = function(self.base.computed())
+        return shared
 
 
 WRITTEN_TO = (
@@ -257,21 +310,24 @@ def check_version(source: Source, version: int | None) -> None:
         RuntimeError: it has.
     """
     if source.version() != version:
-        raise RuntimeError(f"the model's output {WRITTEN_TO}")
+        what = "the model's output" if source.is_output else "a tensor that was added to the model's output"
+        raise RuntimeError(f"{what} {WRITTEN_TO}")
 
 
-def register(made: Combined | Joined, seen: Iterable[tuple[Source, int | None]]) -> None:
+def register(made: Waiting | Joined, seen: Iterable[tuple[Source, int | None]]) -> None:
     """Let what was made of outputs be computed before others can write to those, where torch does not count that."""
     for source, version in seen:
         if version is None:
             source.combined = [*(source.combined or ()), weakref.ref(made)]
 
 
-def stop_trying(seen: Iterable[tuple[Source, int | None]]) -> None:
-    """Trace no more outputs in this run of the pipeline: guidance is used before the step."""
+def stop_trying(seen: Iterable[tuple[Source, int | None]], by: str) -> None:
+    """Trace no more outputs in this run of the pipeline: an operation uses guidance before the step."""
     for source, _ in seen:
-        if source.fusion is not None:
-            source.fusion.tries = False
+        fusion = source.fusion
+        if fusion is not None and fusion.tries:
+            fusion.tries = False
+            fusion.computed[by] += 1
 
 
 def leading(scale: Tensor) -> int:
@@ -295,7 +351,7 @@ class Joined(LazyTensor):
 
     def like(self) -> Tensor:
         """Return the tensor itself."""
-        return self.computed()
+        return self.computed("shape")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -322,24 +378,26 @@ class Joined(LazyTensor):
             self._value = torch.cat([self.main.value(), self.rest.value()], 1)
         return self._value
 
-    def _compute(self) -> Tensor:
-        stop_trying((*self.main.seen, self.seen))
+    def computed(self, by: str = "") -> Tensor:
+        """Return the tensor itself, the same one each time; ``by``: the operation that asks."""
+        if self._value is None:
+            stop_trying((*self.main.seen, self.seen), by)
         return self.value()
 
     def split(self, split_size: Any, dim: int = 0) -> Any:
         """Return both parts, if it is they that are asked for."""
         if self.is_pending() and dim == 1 and split_size == self.main.like().shape[1] == own_value(self.rest).shape[1]:
             return self.main, self.rest
-        return self.computed().split(split_size, dim)
+        return self.computed("split").split(split_size, dim)
 
     def chunk(self, chunks: int, dim: int = 0) -> Any:
         """Return both parts, if it is they that are asked for."""
         size = self.main.like().shape[1] if self.is_pending() else None
         if chunks == 2 and dim == 1 and size is not None:
             return self.split(size, 1)
-        return self.computed().chunk(chunks, dim)
+        return self.computed("chunk").chunk(chunks, dim)
 
 
 def own_value(operand: Any) -> Any:
     """Return the tensor that an operand stands for, for one's own use, which does not write to it."""
-    return operand.value() if type(operand) in (Traced, Combined) else plain(operand)
+    return operand.value() if isinstance(operand, (Traced, Waiting)) else plain(operand)

@@ -71,9 +71,9 @@ def accelerate(pipe: Any) -> Acceleration:
     """Give a diffusers pipeline the fused step, and fuse its classifier-free guidance into it.
 
     The scheduler becomes fastguide's of the same name, with the state that it has. The models' outputs are traced:
-    where the pipeline gives the scheduler a sum of them, such as ``uncond + guidance_scale * (cond - uncond)``, also one
-    that is rescaled to a deviation or norm of each sample, or goes on to a sum with the latents, the step does all of
-    it, in float32; whatever else the pipeline computes is computed as before, and named in ``computed``. Nothing is
+    where the pipeline gives the scheduler a sum of them, such as ``uncond + guidance_scale * (cond - uncond)``, also
+    one that is rescaled to a deviation or norm of each sample, or goes on to a sum with the latents, the step does all
+    of it, in float32; whatever else the pipeline computes is computed as before, and named in ``computed``. Nothing is
     traced with gradients, or where a model is called by other code than the pipeline's methods. A model that is
     compiled in place, by ``model.compile()``, has to be before.
 

@@ -306,7 +306,7 @@ def _scalar(operation: str, *operands: Any) -> Number:
     if operation == "add" and first == 0.0:
         assert second is not None
         return second
-    if operation == "mul" and 0.0 in (first, second):
+    if (operation == "mul" and 0.0 in (first, second)) or (operation == "div" and first == 0.0):  # no term of a vector
         return 0.0
     if operation == "mul" and first == 1.0:
         assert second is not None

@@ -9,6 +9,7 @@ for a result computes it as diffusers does.
 from __future__ import annotations
 
 import importlib.util
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,28 +26,34 @@ import diffusers.guiders.tangential_classifier_free_guidance as _tangential
 import torch
 from torch import Tensor
 
-from ..guidance import Guidance, MagnitudeAware, Tangential
+from ..guidance import FrequencyDecoupled, Guidance, MagnitudeAware, Tangential
 from ..guidance.formulas import Base
+from ..solvers import StepTable
+from ..step.guided_step import guided_step
+from ..step.memory import in_layout_of
 from .guided import Guided, may_be_traced, may_wait
 from .lazy_tensor import plain
 from .saved_as import SavedAsDiffusers
 from .traced import Fusion, Waiting, traced
 
+_ONE = torch.ones(1, dtype=torch.float64, device="cpu")
+_PREDICTION = StepTable.from_columns(
+    torch.zeros(1, dtype=torch.int64, device="cpu"), {"out_pred": _ONE}, name="the guided prediction"
+)
 _MOST = 64
 _made: weakref.WeakKeyDictionary[Any, dict[Any, Guidance]] = weakref.WeakKeyDictionary()
 """By guider, what was made of its numbers: a guidance has memory that two pipelines must not share."""
 
 
-def _guidance_of(guider: Any, make: Callable[..., Guidance], **options: Any) -> Guidance:
+def _kept(guider: Any, make: Callable[..., Guidance], scale: Any, **options: Any) -> Guidance:
     """Return a guider's guidance, the same one for the same numbers: steps with it are then repeated."""
     made = _made.setdefault(guider, {})
-    options |= {"guidance_rescale": guider.guidance_rescale}
-    key = make, guider.guidance_scale, tuple(options.items())
+    key = make, scale, tuple(options.items())
     guidance = made.get(key)
     if guidance is None:
         if len(made) >= _MOST:
             made.clear()
-        guidance = made[key] = make(guider.guidance_scale, **options)
+        guidance = made[key] = make(scale, **options)
     return guidance
 
 
@@ -67,7 +74,7 @@ def _left_to_the_step(
     """
     if pred_uncond is None or not (may_wait(pred_cond) and may_wait(pred_uncond)):
         return forward(pred_cond, pred_uncond)
-    guidance = _guidance_of(guider, make, **options)
+    guidance = _kept(guider, make, guider.guidance_scale, **options, guidance_rescale=guider.guidance_rescale)
     result = Guided((pred_uncond, pred_cond), guidance, lambda: forward(pred_cond, pred_uncond)[0])
     return _output(result, pred_cond, pred_uncond)
 
@@ -184,6 +191,43 @@ if _has("adaptive_projected_guidance_mix"):
 
         Momentum is added up by diffusers' own operations, and is one term more.
         """
+
+
+if _has("frequency_decoupled_guidance"):
+    import diffusers.guiders.frequency_decoupled_guidance as _decoupled
+
+    class FrequencyDecoupledGuidance(_decoupled.FrequencyDecoupledGuidance, metaclass=SavedAsDiffusers):
+        """``diffusers.FrequencyDecoupledGuidance``, whose result is computed in the step, of one pyramid.
+
+        A level that is left out has the conditional prediction's frequencies, where diffusers' own raises an error, or
+        takes those of the level before; and results have the predictions' size, also where it is no power of two. With
+        weights for what is parallel, or rescaling of each level, diffusers computes the result.
+        """
+
+        def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
+            """Combine the predictions as diffusers does, in the step that uses the result."""
+            by_level = self.guidance_rescale_space == "freq" and any(rescale > 0 for rescale in self.guidance_rescale)
+            ours = self.levels > 1 and all(math.isclose(weight, 1.0) for weight in self.parallel_weights)
+            if not self._is_fdg_enabled() or by_level or not ours:
+                return super().forward(pred_cond, pred_uncond)
+            if pred_uncond is None or not (may_wait(pred_cond) and may_wait(pred_uncond)):
+                return super().forward(pred_cond, pred_uncond)
+            none = 0.0 if self.use_original_formulation else 1.0
+            scales = [
+                scale if self._is_fdg_enabled_for_level(level) else none
+                for level, scale in enumerate(self.guidance_scales)
+            ]
+            rescale = 0.0 if self.guidance_rescale_space == "freq" else self.guidance_rescale[0]
+            guidance = _kept(self, FrequencyDecoupled, tuple(scales), guidance_rescale=rescale, base=_base(self))
+            terms = tuple(guidance.terms([pred_uncond, pred_cond]))
+            return _output(Guided(terms, guidance, lambda: _weighed(guidance, terms)), pred_cond, pred_uncond)
+
+
+def _weighed(guidance: Guidance, terms: tuple[Tensor, ...]) -> Tensor:
+    """Return the sum that a guidance makes of its terms, by a step that does nothing else, in the first's dtype."""
+    sample = torch.zeros_like(terms[0], dtype=terms[-1].dtype)
+    table = _PREDICTION.to(sample.device)
+    return guided_step(table, 0, sample, [in_layout_of(sample, term) for term in terms], guidance).to(terms[0].dtype)
 
 
 if _has("ltx2_guidance"):

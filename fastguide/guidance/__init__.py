@@ -5,6 +5,7 @@ from .auto import AutoGuidance
 from .classifier import Classifier
 from .classifier_free import ClassifierFree
 from .composed import Composed
+from .frequency_decoupled import FrequencyDecoupled
 from .from_moments import as_guidance
 from .magnitude_aware import MagnitudeAware
 from .normalized import Normalized
@@ -20,6 +21,7 @@ __all__ = [
     "Classifier",
     "ClassifierFree",
     "Composed",
+    "FrequencyDecoupled",
     "Guidance",
     "MagnitudeAware",
     "Normalized",

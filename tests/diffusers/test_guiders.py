@@ -12,6 +12,7 @@ import torch
 import fastguide.diffusers as fused
 from fastguide.diffusers import guiders
 from fastguide.diffusers.lazy_guidance import resolved
+from tests.support.pyramids import pyramid, up
 from tests.support.scheduler_pair import diffusers
 
 STEPS = 10
@@ -280,3 +281,64 @@ def test_the_same_numbers_are_the_same_guidance(kind):
     del other
     gc.collect()
     assert alive() is None
+
+
+# ---- Frequency-decoupled guidance, with pyramids in the place of kornia's ----
+
+DECOUPLED = {  # options, and the scales that they mean
+    "two levels": ({"guidance_scales": [6.0, 2.0]}, None),
+    "three levels": ({"guidance_scales": [6.0, 3.0, 2.0]}, None),
+    "rescaled": ({"guidance_scales": [6.0, 2.0], "guidance_rescale": 0.7}, None),
+    "from the conditional": ({"guidance_scales": [6.0, 2.0], "use_original_formulation": True}, None),
+    "a level that is over": ({"guidance_scales": [6.0, 2.0], "stop": [1.0, 0.3]}, [6.0, 1.0]),
+    "a level that is not yet": ({"guidance_scales": [6.0, 2.0], "start": [0.8, 0.0]}, [1.0, 2.0]),
+    "of what is parallel": ({"guidance_scales": [6.0, 2.0], "parallel_weights": 0.5}, "diffusers"),
+    "rescaled by level": (
+        {"guidance_scales": [6.0, 2.0], "guidance_rescale": 0.7, "guidance_rescale_space": "freq"}, "diffusers",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pyramids(monkeypatch):
+    if not hasattr(diffusers.guiders, "FrequencyDecoupledGuidance"):
+        pytest.skip("this diffusers has no FrequencyDecoupledGuidance")
+    from diffusers.guiders import frequency_decoupled_guidance as module
+
+    monkeypatch.setattr(module, "_CAN_USE_KORNIA", True)
+    monkeypatch.setattr(module, "build_laplacian_pyramid_func", pyramid)
+    monkeypatch.setattr(module, "upsample_and_blur_func", lambda x: up(x, tuple(2 * size for size in x.shape[-2:])))
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+@torch.no_grad()
+def test_frequency_decoupled_guidance(name, pyramids, seen):
+    options, meant = DECOUPLED[name]
+    ours, theirs = both("FrequencyDecoupledGuidance", **options)
+    assert dict(ours.config) == dict(theirs.config)
+    x, (uncond, cond) = outputs(2, (2, 3, 16, 32))
+    results = []
+    if isinstance(meant, list):  # where diffusers raises an error, or takes another level's frequencies
+        levels = [a + scale * (b - a) for a, b, scale in zip(pyramid(uncond, 2), pyramid(cond, 2), meant, strict=True)]
+        expected = levels[0] + up(levels[1], (16, 32))
+    else:
+        expected = theirs.forward(cond, uncond).pred
+    for pred, package in ((ours.forward(cond, uncond).pred, fused), (expected, diffusers)):
+        scheduler = package.FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(STEPS)
+        results.append(scheduler.step(pred, scheduler.timesteps[5], x, return_dict=False)[0])
+    assert (results[0] - results[1]).norm() <= 1e-5 * results[1].norm()
+    assert (seen[0] is None) == (meant == "diffusers")
+    again = ours.forward(cond, uncond).pred + 0
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_frequency_decoupled_guidance_of_any_size(pyramids):
+    """kornia makes both sides powers of two, if neither is one, and diffusers returns that size."""
+    ours, _ = both("FrequencyDecoupledGuidance", guidance_scales=[6.0, 2.0])
+    _, (uncond, cond) = outputs(2, (2, 3, 11, 14))
+    assert ours.forward(cond, uncond).pred.shape == cond.shape
+    ours.set_state(step=9, num_inference_steps=STEPS, timestep=torch.tensor(100))
+    ours.disable()
+    assert ours.forward(cond, None).pred is cond

@@ -18,6 +18,7 @@ from .guidance import (
     Tangential,
     ZeroStar,
     as_guidance,
+    space_of,
 )
 from .sampling.sampler import Sampler
 from .sampling.trajectory import Trajectory
@@ -45,11 +46,11 @@ __all__ = [
     "Classifier",
     "ClassifierFree",
     "Composed",
-    "FrequencyDecoupled",
     "ConditionDropout",
     "Cursor",
     "DeviceGenerator",
     "FlowSchedule",
+    "FrequencyDecoupled",
     "Guidance",
     "History",
     "Inpainting",
@@ -71,5 +72,6 @@ __all__ = [
     "guided_step",
     "linear_quadratic_sigmas",
     "portable_noise",
+    "space_of",
     "training_target",
 ]

@@ -11,6 +11,7 @@ from .magnitude_aware import MagnitudeAware
 from .normalized import Normalized
 from .perp_neg import PerpNeg
 from .perturbed import Perturbed
+from .spaces import space_of
 from .tangential import Tangential
 from .weights import Guidance
 from .zero_star import ZeroStar
@@ -30,4 +31,5 @@ __all__ = [
     "Tangential",
     "ZeroStar",
     "as_guidance",
+    "space_of",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from .encoded import encode, scratch_numbers
 from .program import Program, input_of, traced
 from .scales import scale_columns
+from .spaces import TableSpace
 from .symbols import Space, Vector
 
 _HOST = torch.device("cpu")
@@ -61,10 +62,16 @@ class MomentWeights:
         count: int,
         parameters: Mapping[str, float | Tensor],
         options: Mapping[str, Any] | None = None,
-        space: Space = "prediction",
+        space: Space | TableSpace = "prediction",
     ) -> MomentWeights:
         """Return the weights that a function makes; see ``traced``."""
-        return cls(traced(function, count, tuple(parameters), options or {}, space), parameters)
+        program = traced(function, count, tuple(parameters), options or {}, space)
+        return cls(program, {**parameters, **(space.parameters() if isinstance(space, TableSpace) else {})})
+
+    @property
+    def scales(self) -> list[float | Tensor]:
+        """The parameters, each a number or of shape (steps or 1, batch or 1)."""
+        return list(self._always[1].values())
 
     def with_parameters(self, parameters: Mapping[str, float | Tensor]) -> MomentWeights:
         """Return the same program with other numbers, and the same memory: what either makes is gone with the other.

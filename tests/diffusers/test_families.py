@@ -83,8 +83,9 @@ FAMILIES |= {  # with a stand-in for the model
     "LTX-2, four predictions": (guided.ltx_2_of_four, {GUIDED: 14}),
     "Cosmos 2": (guided.cosmos_2, {GUIDED: 7}),  # guides x_0
     "PRX of pixels": (guided.prx_pixel, {GUIDED: 7}),  # predicts x_0
+    "upscaler of latents": (guided.latent_upscale, {GUIDED: 7}),  # preconditions both predictions
 }
-OF_LATENTS = {"LTX-2", "LTX-2, four predictions", "Cosmos 2", "PRX of pixels"}
+OF_LATENTS = {"LTX-2", "LTX-2, four predictions", "Cosmos 2", "PRX of pixels", "upscaler of latents"}
 """Whose guidance is a sum with the latents, which torch does not count writes to in inference mode."""
 SOUND = ["Stable Audio"] if fused.served.HAS_TORCHSDE else []
 FAMILIES |= {name: (transformers.stable_audio, {GUIDED: 7}) for name in SOUND}

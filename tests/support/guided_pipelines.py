@@ -157,3 +157,25 @@ def prx_pixel():
     )
     given = _prompts(mask="attention_mask")
     return pipe, {**given, "height": 32, "width": 32, "guidance_scale": 5.0, "use_resolution_binning": False}
+
+
+class _Upscaler(StandIn):
+    """A U-Net for k-diffusion's preconditioning, with a channel that is not used."""
+
+    def forward(self, x, timestep, encoder_hidden_states, timestep_cond):
+        made = self.shift(x[:, : self.channels], encoder_hidden_states, timestep.expand(len(x)))
+        return SimpleNamespace(sample=torch.cat([made, made[:, :1]], 1))
+
+
+def latent_upscale():
+    """Make the upscaler of latents, which guides what its preconditioning makes of two predictions in one batch."""
+    unet = _Upscaler(4)
+    unet.config.in_channels = 8
+    vae = Part({"latent_channels": 4, "block_out_channels": (8, 8, 8, 8)})
+    scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", prediction_type="sample")
+    pipe = diffusers.StableDiffusionLatentUpscalePipeline(
+        vae=vae, text_encoder=Part(), tokenizer=None, unet=unet, scheduler=scheduler
+    )
+    names = "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds"
+    given = named(names, (5, 8), (5, 8), (8,), (8,))
+    return pipe, {**given, "image": torch.zeros(1, 4, 8, 8), "guidance_scale": 5.0, "prompt": None}

@@ -63,7 +63,7 @@ def _as_number(value: Any, beside: Any) -> tuple[Any, Any] | None:
         return number, as_read(value)
     if type(value) is not Tensor or value.requires_grad or not value.is_floating_point():
         return None
-    if value.device != beside.device and value.dim() > 0:
+    if value.dim() > 0 and not (value.device == beside.device and is_one_a_sample(value.shape, sizes_of(beside))):
         return None
     seen = ScaleAsSeen.of(value)
     return seen, seen.tensor
@@ -112,7 +112,9 @@ def tensor_beside(value: Any, operand: Any) -> Traced | None:
     source = _source_of(operand)
     if value.shape != sizes_of(operand) or value.device != source.tensor.device or value.dim() < 2:
         return None
-    return beside(value, source.fusion)
+    made = beside(value, source.fusion)
+    made.source.step = source.step  # another scheduler of the pipeline may have made a step since
+    return made
 
 
 def _are_alike(left: Any, right: Any) -> bool:

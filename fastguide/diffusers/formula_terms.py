@@ -28,13 +28,13 @@ class Terms:
         """Of each leaf."""
         found: dict[Any, Traced] = {}
         keys: dict[int, Any] = {}
-        scaled = False
+        scaled, of_pieces = False, all(map(_is_of_pieces, leaves))
         for leaf in leaves:
             weights: Weights = {}
             for of, constant, factor in ((leaf, 1.0, 0.0),) if type(leaf) is Traced else leaf.terms:
                 key = keys.get(id(of))
                 if key is None:
-                    key = keys[id(of)] = _key(of)
+                    key = keys[id(of)] = (id(of.source), of.piece) if of_pieces else _key(of)
                     found.setdefault(key, of)
                 before = weights.get(key)
                 weights[key] = (constant, factor) if before is None else (before[0] + constant, before[1] + factor)
@@ -44,21 +44,30 @@ class Terms:
             found = self._merged(found)
         ordered = sorted(found.items(), key=_place_of_term)
         self.number = {key: number for number, (key, _) in enumerate(ordered)}
-        self._tensors = [term.value() for _, term in ordered]
+        self._terms = [term for _, term in ordered]
         self.outputs = sum([term.source.is_output for term in found.values()])
         """How many of them are models' outputs, or sums of such."""
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._terms)
+
+    def whole(self, sample: Tensor) -> Tensor | None:
+        """Return the one output whose halves the two terms are; ``None``: they are not those."""
+        if len(self._terms) != 2 or (self._terms[0].piece, self._terms[1].piece) != ((0, 2), (1, 2)):
+            return None
+        source, shape = self._terms[0].source, sample.shape
+        alike = self._terms[1].source is source and source.tensor.shape == (2 * shape[0], *shape[1:])
+        return source.tensor if alike else None
 
     def tensors_like(self, sample: Tensor) -> tuple[Tensor, ...] | None:
         """Return the terms in the sample's shape; ``None``: they have not as many elements."""
-        for tensor in self._tensors:
+        tensors = [term.value() for term in self._terms]
+        for tensor in tensors:
             if tensor.shape != sample.shape:
                 alike = tensor.shape[0] == sample.shape[0] and tensor.numel() == sample.numel()
                 if not alike or not lies_in_order(tensor):
                     return None
-        return tuple([each if each.shape == sample.shape else each.view(sample.shape) for each in self._tensors])
+        return tuple([each if each.shape == sample.shape else each.view(sample.shape) for each in tensors])
 
     def _merged(self, found: dict[Any, Traced]) -> dict[Any, Traced]:
         """Compute sums of outputs that occur in the same proportion everywhere, where kernels take fewer terms."""
@@ -94,6 +103,13 @@ class Terms:
                 for each in keys:
                     del weights[each]
                 weights[key] = constant, 0.0
+
+
+def _is_of_pieces(leaf: Any) -> bool:
+    """Tell whether an output, or all that a sum is of, is a part of a batch, as it was cut."""
+    if type(leaf) is Traced:
+        return leaf.piece is not None
+    return all([of.piece is not None for of, *_ in leaf.terms])  # noqa: C419  # twice as fast
 
 
 def _key(term: Traced) -> Any:

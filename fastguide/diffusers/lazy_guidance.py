@@ -88,7 +88,10 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
     if guidance_scale is None and type(output) is Formula and _is_vector_of(output, sample):
         made = taken_apart(output, sample)
         if made is not None:
-            return Taken(made[0], None, output.dtype), made[1]
+            predictions, guidance = made
+            if isinstance(predictions, Tensor):
+                return predictions, guidance
+            return Taken(predictions, None, output.dtype), guidance
     output = plain(output, "the step, which does not take it apart")
     if not isinstance(output, Tensor):
         hint = "; its .sample is one" if isinstance(getattr(output, "sample", None), Tensor) else ""

@@ -42,17 +42,19 @@ class _Made(NamedTuple):
     """By the numbers, with the tensors whose identity is among them."""
 
 
-def taken_apart(output: Formula, sample: Tensor) -> tuple[tuple[Tensor, ...], Guidance] | None:
-    """Return predictions and guidance of a vector; ``None``: the kernels do not take it.
+def taken_apart(output: Formula, sample: Tensor) -> tuple[Tensor | tuple[Tensor, ...], Guidance] | None:
+    """Return predictions, or one tensor of both, and guidance of a vector; ``None``: the kernels do not take it.
 
     Raises:
         RuntimeError: what it is made of has been written to since.
     """
     read = _Read(output)
     read.check_unchanged(output)
-    predictions = read.terms.tensors_like(sample)
+    whole = read.terms.whole(sample)
+    is_whole = whole is not None and whole.dtype == output.dtype
+    predictions = whole if is_whole else read.terms.tensors_like(sample)
     fusion = output.seen[0][0].fusion
-    if predictions is None or fusion is None or len(predictions) < 2:
+    if predictions is None or fusion is None or len(read.terms) < 2:
         return None
     made = fusion.guidances.get(read.key)
     if made is None:

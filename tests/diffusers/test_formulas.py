@@ -124,8 +124,9 @@ def error(got, expected):
 def made_by_a_step(output, sample=None):
     sample = torch.zeros(output.shape, dtype=torch.float32) if sample is None else sample
     taken, guidance = resolved(output, sample, None)
-    assert isinstance(taken, Taken)
-    return fastguide.guided_step(PREDICTION, 0, sample, list(taken.predictions), guidance), guidance
+    assert isinstance(guidance, fastguide.Guidance)
+    predictions = list(taken.predictions) if isinstance(taken, Taken) else taken
+    return fastguide.guided_step(PREDICTION, 0, sample, predictions, guidance), guidance
 
 
 @pytest.mark.parametrize("halves", [False, True])
@@ -226,6 +227,11 @@ COMPUTED = {
     "numbers without the samples' shape": (
         lambda u, c: (c - u).norm(2, (1, 2, 3)) * u.flatten(1)[:, :2], "mul",
     ),
+    "a factor for each element": (lambda u, c: rescaled(u, c) * LATENTS.float(), "mul"),
+    "a number and a factor for each element": (
+        lambda u, c: (c - u).norm(2, (1, 2, 3), keepdim=True) * LATENTS.float(), "mul",
+    ),
+    "a sum with what broadcasts": (lambda u, c: rescaled(u, c) + LATENTS.float()[:1], "add"),
     "divided into": (lambda u, c: (c - u).norm(2, (1, 2, 3), keepdim=True) / (c - u), "div"),
     "a part of a formula": (lambda u, c: rescaled(u, c)[:, :2] * 1.0, "getitem"),
     "a power": (lambda u, c: (c - u) ** 3, "pow"),

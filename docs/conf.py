@@ -30,7 +30,7 @@ nitpick_ignore_regex = [
     ("py:class", r"Tensor|Base|Callback|Condition|Generators|GradientForm|Scale|Space"),
     (
         "py:class",
-        r"([\w.]+\.)?(Calls|FirstOrder|FromMoments|GradientSource|Mode|MomentWeights|Vector)",
+        r"([\w.]+\.)?(Calls|FirstOrder|FromMoments|GradientSource|LowPasses|Mode|MomentWeights|Table|TableSpace|Vector)",
     ),
 ]
 

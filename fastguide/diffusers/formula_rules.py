@@ -221,28 +221,25 @@ def ones(operand: Any, **how: Any) -> Any:
 _DIMENSIONS = frozenset(("dim", "keepdim"))
 
 
-def _given(
-    names: Sequence[str], arguments: tuple[Any, ...], keywords: dict[str, Any], most: int
-) -> dict[str, Any] | None:
-    """Return a function's arguments by name; ``None``: it has others than these, or lazy ones.
+def _given(names: Sequence[str], arguments: tuple[Any, ...], keywords: dict[str, Any], most: int) -> dict[str, Any]:
+    """Return a function's arguments by name; none, if it has others than these, or lazy ones.
 
     ``most``: how many of them may be given without their names.
     """
     given = dict(zip(names, arguments, strict=False)) | keywords
     known = len(arguments) <= most and set(given) <= set(names)
-    return given if known and not any(isinstance(value, Waiting) for value in given.values()) else None
+    return given if known and not any(isinstance(value, Waiting) for value in given.values()) else {}
 
 
 def _of_samples(sizes: torch.Size, dim: Any, keepdim: Any) -> torch.Size | None:
     """Return the shape of a sum over these dimensions; ``None``: they are not all of a sample."""
-    dims = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-    return _summed(sizes, dims, bool(keepdim)) if all(isinstance(each, int) for each in dims) else None
+    return _summed(sizes, () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim), bool(keepdim))
 
 
 @functools.lru_cache(maxsize=256)
-def _summed(sizes: torch.Size, dims: tuple[int, ...], keepdim: bool) -> torch.Size | None:
+def _summed(sizes: torch.Size, dims: tuple[Any, ...], keepdim: bool) -> torch.Size | None:
     count = len(sizes)
-    if count < 2 or 0 in sizes or not all(-count <= each < count for each in dims):
+    if count < 2 or 0 in sizes or not all(isinstance(each, int) and -count <= each < count for each in dims):
         return None
     summed = {each % count for each in dims or range(count)}
     if not summed >= set(range(1, count)) or (0 in summed and sizes[0] != 1):
@@ -250,9 +247,9 @@ def _summed(sizes: torch.Size, dims: tuple[int, ...], keepdim: bool) -> torch.Si
     return torch.Size([1 if k in summed else size for k, size in enumerate(sizes) if keepdim or k not in summed])
 
 
-def _named(name: str, given: dict[str, Any] | None) -> str:
+def _named(name: str, given: dict[str, Any]) -> str:
     """Return what an operation is called where it computes guidance."""
-    dim = None if given is None else given.get("dim")
+    dim = given.get("dim")
     if dim is None:
         return name
     dims = [str(each) for each in ((dim,) if isinstance(dim, int) else dim)]
@@ -277,15 +274,16 @@ def reduction(
     def rule(operand: Any, *arguments: Any, **keywords: Any) -> Any:
         if operation == "std" and arguments and type(arguments[0]) is bool:
             arguments = (None, *arguments)
-        given: dict[str, Any] | None = keywords
+        given, known = keywords, True
         if arguments or not keywords.keys() <= _DIMENSIONS:
             given = _given((*names, *needed.keys() - set(names)), arguments, keywords, len(names))
+            known = bool(given) and all(
+                key in _DIMENSIONS or value in needed.get(key, ()) for key, value in given.items()
+            )
         summed = as_vector(operand)
         if kind == PRODUCT and type(operand) is Formula and operand.kind == PRODUCT and operand.is_pending():
             summed = operand
-        if summed is not None and given is not None and all(
-            key in _DIMENSIONS or value in needed.get(key, ()) for key, value in given.items()
-        ):  # fmt: skip
+        if summed is not None and known:
             sizes = _of_samples(sizes_of(summed), given.get("dim"), given.get("keepdim", False))
             if sizes is not None:
                 made_by = (lambda tensor: function(tensor, *arguments, **keywords)), summed

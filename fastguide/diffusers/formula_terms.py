@@ -28,7 +28,7 @@ class Terms:
         """Of each leaf."""
         found: dict[Any, Traced] = {}
         keys: dict[int, Any] = {}
-        scaled, of_pieces = False, all(map(_is_of_pieces, leaves))
+        scaled, of_pieces = False, _are_of_pieces(leaves)
         for leaf in leaves:
             weights: Weights = {}
             for of, constant, factor in ((leaf, 1.0, 0.0),) if type(leaf) is Traced else leaf.terms:
@@ -43,10 +43,14 @@ class Terms:
         if len(found) > MOST_TERMS and not scaled:
             found = self._merged(found)
         ordered = sorted(found.items(), key=_place_of_term)
-        self.number = {key: number for number, (key, _) in enumerate(ordered)}
-        self._terms = [term for _, term in ordered]
-        self.outputs = sum([term.source.is_output for term in found.values()])
+        self.number: dict[Any, int] = {}
+        self._terms: list[Traced] = []
+        self.outputs = 0
         """How many of them are models' outputs, or sums of such."""
+        for key, term in ordered:
+            self.number[key] = len(self._terms)
+            self._terms.append(term)
+            self.outputs += term.source.is_output
 
     def __len__(self) -> int:
         return len(self._terms)
@@ -105,11 +109,17 @@ class Terms:
                 weights[key] = constant, 0.0
 
 
-def _is_of_pieces(leaf: Any) -> bool:
-    """Tell whether an output, or all that a sum is of, is a part of a batch, as it was cut."""
-    if type(leaf) is Traced:
-        return leaf.piece is not None
-    return all([of.piece is not None for of, *_ in leaf.terms])  # noqa: C419  # twice as fast
+def _are_of_pieces(leaves: Sequence[Any]) -> bool:
+    """Tell whether all outputs, and all that sums are of, are parts of a batch, as they were cut."""
+    for leaf in leaves:
+        if type(leaf) is Traced:
+            if leaf.piece is None:
+                return False
+        else:
+            for of, *_ in leaf.terms:
+                if of.piece is None:
+                    return False
+    return True
 
 
 def _key(term: Traced) -> Any:

@@ -116,32 +116,36 @@ class _Read:
         """Refuse what is not as it was when it was used."""
         for source, version in output.seen:
             check_version(source, version)
-        if any([scale.is_changed() for scale in self.scales]):  # noqa: C419  # no generator, as there are few or none
-            raise RuntimeError(f"the scale of guidance {WRITTEN_TO}")
+        for scale in self.scales:
+            if scale.is_changed():
+                raise RuntimeError(f"the scale of guidance {WRITTEN_TO}")
 
-    def _place(self, operand: Any) -> int:
-        kind = type(operand)
+    def _place(self, operand: Any) -> int:  # without comprehensions, each of which is a call
+        kind, structure = type(operand), self.structure
         if kind is float:
             self.numbers.append(operand)
-            self.structure.append(_NUMBER)
-            return len(self.structure) - 1
+            structure.append(_NUMBER)
+            return len(structure) - 1
         place = self._places.get(id(operand))
         if place is not None:
             return place
         if kind is Formula:
             operation, operands = operand.operation, operand.operands
+            first = self._place(operands[0]) if operation != "constant" else 0
             if operation == "same":
-                place = self._places[id(operand)] = self._place(operands[0])
-                return place
-            made = [self._place(each) for each in operands] if operation != "constant" else ()
-            entry: Entry = (operation, *made)
+                self._places[id(operand)] = first
+                return first
+            if len(operands) == 2:
+                entry: Entry = (operation, first, self._place(operands[1]))
+            else:
+                entry = (operation, first) if operation != "constant" else (operation,)
         elif kind is ScaleAsSeen:
             entry = "scale", self._scale(operand)
         else:
             self._leaves.append(operand)
             entry = _LEAF
-        place = self._places[id(operand)] = len(self.structure)
-        self.structure.append(entry)
+        place = self._places[id(operand)] = len(structure)
+        structure.append(entry)
         return place
 
     def _scale(self, scale: ScaleAsSeen) -> int:
@@ -162,17 +166,19 @@ class _Read:
             (key,) = weights
             return (number[key],)
         scale = None if leaf.scale is None else self._scale(leaf.scale)
-        by_term = {number[key]: weight for key, weight in weights.items()}
-        total = sum([constant for constant, _ in by_term.values()])
-        others = sorted(by_term)
-        if others[0] == 0:
-            del others[0]
+        total, others = 0.0, {}
+        for key, weight in weights.items():
+            total += weight[0]
+            if number[key]:
+                others[number[key]] = weight
+        order = tuple(sorted(others))
         self.numbers.append(1.0 if abs(total - 1.0) <= _EXACT else total)
-        self.numbers += [by_term[k][0] for k in others]
+        for k in order:
+            self.numbers.append(others[k][0])
         if scale is not None:
-            self.numbers.append(sum([factor for _, factor in by_term.values()]))
-            self.numbers += [by_term[k][1] for k in others]
-        return scale, tuple(others)
+            self.numbers.append(sum([factor for _, factor in weights.values()]))
+            self.numbers += [others[k][1] for k in order]
+        return scale, order
 
 
 # ---- Tracing ----

@@ -155,6 +155,15 @@ def test_outputs_in_16_bits_are_taken_as_they_are(name):
     assert error(got, expected) <= 2e-6 < error(own, expected)
 
 
+@pytest.mark.parametrize("formula", [in_originals, lambda u, c: (LATENTS.float() - (u + 3.0 * (c - u))) / 0.5])
+def test_the_latents_are_the_last_term(formula):
+    """As a kernel takes differences to the first one, and those of predictions are exact."""
+    given = [each.float() for each in outputs()]
+    taken, _ = resolved(formula(*traced(given)), torch.zeros(SHAPE), None)
+    assert len(taken.predictions) == 3
+    assert torch.equal(taken.predictions[-1], LATENTS.float())
+
+
 def test_more_terms_than_the_kernels_take():
     """Outputs that occur together are added first, as LTX-2's: the step has three terms."""
 

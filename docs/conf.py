@@ -33,7 +33,7 @@ nitpick_ignore_regex = [
     ),
     (
         "py:class",
-        r"([\w.]+\.)?(Calls|FirstOrder|FromMoments|GradientSource|Mode|MomentWeights|Vector)",
+        r"([\w.]+\.)?(Calls|FirstOrder|FromMoments|GradientSource|LowPasses|Mode|MomentWeights|Table|TableSpace|Vector)",
     ),
 ]
 

@@ -9,6 +9,7 @@ from .guidance import (
     Classifier,
     ClassifierFree,
     Composed,
+    FrequencyDecoupled,
     Guidance,
     MagnitudeAware,
     Normalized,
@@ -17,6 +18,7 @@ from .guidance import (
     Tangential,
     ZeroStar,
     as_guidance,
+    space_of,
 )
 from .sampling.distributed.ranks import samples_of_rank
 from .sampling.sampler import Sampler
@@ -50,6 +52,7 @@ __all__ = [
     "Cursor",
     "DeviceGenerator",
     "FlowSchedule",
+    "FrequencyDecoupled",
     "Guidance",
     "History",
     "Inpainting",
@@ -74,5 +77,6 @@ __all__ = [
     "log_prob_of",
     "portable_noise",
     "samples_of_rank",
+    "space_of",
     "training_target",
 ]

@@ -6,13 +6,13 @@ What the tracer fuses is in ``FUSED_FORMS`` and ``SEEN_THROUGH``, and nowhere el
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fastguide.diffusers import tracing
 
 from .reading import Step
-from .values import Node, same
+from .values import MASK, PER_FRAME, Node, same
 
 FUSED_FORMS: dict[str, bool] = {
     "none": True,  # one prediction, which the step takes as it is
@@ -22,14 +22,14 @@ FUSED_FORMS: dict[str, bool] = {
     "weights": True,  # (1 + s) c - s u, multiplied out
     "lerp": True,
     "scale per frame": True,  # by schedulers that count their steps, and keep nothing of earlier ones
-    "rescaled": False,  # to the standard deviation of c; most pipelines do so only on demand
-    "norm rescaled": False,  # to the norm of c
-    "adaptive projected": False,
+    "rescaled": True,  # to each sample's standard deviation of c; most pipelines do so only on demand
+    "norm rescaled": False,  # to the norm of c, of each token or row, or decided by Python
+    "adaptive projected": False,  # of each channel, in a pipeline itself
     "perturbed attention": True,
     "several conditions": True,  # a sum of more than two predictions
     "more conditions": False,  # what is none, or of as many as there are edits
     "extra passes": False,  # of a model with parts left out: spatio-temporal, self-attention guidance
-    "own guider": False,  # of diffusers.guiders, in the pipeline
+    "own guider": True,  # of diffusers.guiders, in the pipeline
     "other": False,
     "not found": False,  # no step, or its model output was not followed
 }
@@ -39,7 +39,7 @@ SEEN_THROUGH: frozenset[str] = frozenset(
     (
         *(
             f"{change} {when}"
-            for change in ("cast", "slice", "split", "negate", "shape", "sum")
+            for change in ("cast", "slice", "split", "negate", "shape", "sum", "multiple")
             for when in ("before", "after")
         ),
         *("conditional first", "not in halves", "halves of two calls"),
@@ -90,6 +90,8 @@ def guidance_of(step: Step, methods: Iterable[str] = ()) -> Guidance:
         return Guidance("not found", changes=own)
     nodes = list(step.output.walk())
     form = _particular(nodes)
+    if form == "rescaled":
+        return Guidance(form, changes=(*_after_rescaling(step.output), *own))
     predictions = _predictions(nodes)
     if form is None and len(predictions) > 2:
         form = _of_more_than_two(nodes, methods)
@@ -109,11 +111,21 @@ def _particular(nodes: Sequence[Node]) -> str | None:
             return "own guider"
         if node.kind == "function" and node.detail in _FUNCTIONS:
             return _FUNCTIONS[node.detail]
-        if node.kind == "scale" and node.detail:
+        if node.kind == "scale" and node.detail == PER_FRAME.note:
             return f"scale {node.detail}"
         if node.kind == "part" and node.detail.endswith("?"):
             return "more conditions"
     return None
+
+
+def _after_rescaling(output: Node) -> Iterator[str]:
+    """Yield what is done to a rescaled prediction that its step cannot do, whose deviations are of the whole."""
+    rescaled = next(node for node in output.walk() if _FUNCTIONS.get(node.detail) == "rescaled")
+    inside = {id(node) for node in rescaled.walk()}
+    changes = dict.fromkeys(_change(node) for node in output.walk() if id(node) not in inside)
+    for change in changes:
+        if change not in ("", "cast", "negate", "sum", "multiple"):
+            yield f"{change} after rescaling"
 
 
 def _of_more_than_two(nodes: Sequence[Node], methods: Iterable[str]) -> str:
@@ -189,8 +201,12 @@ def _change(node: Node) -> str:
     """Return in a word what a node does to a prediction; nothing, if it is the prediction."""
     if node.kind in _TRANSPARENT or node.kind == "part":
         return ""
+    if node.kind in ("Add", "Sub") and _operands(node, "scale"):
+        return "sum"  # with another tensor, such as the latents
+    if node.kind in ("Mult", "Div") and (factors := _operands(node, "scale")):
+        return "masked" if any(factor.detail == MASK.note for factor in factors) else "multiple"
     if node.kind in _OPERATORS:
-        return "sum" if node.kind in ("Add", "Sub") and _operands(node, "scale") else "arithmetic"
+        return "arithmetic"
     return node.detail if node.kind == "function" else node.kind
 
 

@@ -25,6 +25,7 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
     for title, count, of_current in (
         ("default scheduler served", all_of_them.served, current.served),
         ("fully fused", all_of_them.fully_fused, current.fully_fused),
+        ("  guidance of several predictions", all_of_them.guided, current.guided),
         ("  by the form of guidance alone", all_of_them.form_fused, current.form_fused),
     ):
         yield (

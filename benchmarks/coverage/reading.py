@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from .sources import Source, default_values
 from .values import (
     ABOUT,
+    MASK,
     PER_FRAME,
     SHAPES,
     SPLITS,
     UNKNOWN,
+    ZEROS,
     Component,
     Function,
     Known,
@@ -41,6 +43,7 @@ _GUIDANCE_IS_ON = re.compile(
     r"^_?(prior_)?(do|is|use|apply)?_?(classifier_free_guidance|true_cfg|cfg|perturbed_attention_guidance)$"
 )
 _SCALE = re.compile(r"(guidance|cfg)_scale(_\w+)?$")
+_MASK = re.compile("mask|indicator")
 _TRUE_CFG = re.compile(r"true_cfg_scale$")
 _STEP = re.compile(r"^(batch_)?step(_\w+)?$")
 _NEGATIVE = re.compile(r"^neg(ative)?_|^has_neg_prompt$")
@@ -223,7 +226,7 @@ class _Reader:
             case ast.Call():
                 return self._called(node, frame)
             case ast.BinOp(left=left, op=op, right=right):
-                return operation(type(op).__name__, self._value(left, frame), self._value(right, frame))
+                return operation(type(op).__name__, self._operand(left, frame), self._operand(right, frame))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 parts = nodes_in(self._value(operand, frame))
                 return Node("negate", parts) if parts else UNKNOWN
@@ -234,7 +237,8 @@ class _Reader:
                 return joined(self._value(body, frame), self._value(other, frame))
             case ast.Compare() | ast.BoolOp() | ast.UnaryOp():
                 truth = self._truth(node, frame)
-                return UNKNOWN if truth is None else Known(truth)
+                unknown = MASK if isinstance(node, ast.Compare) else UNKNOWN
+                return unknown if truth is None else Known(truth)
             case ast.Tuple(elts=elements) | ast.List(elts=elements):
                 return Many([self._value(e, frame) for e in elements])
             case (
@@ -245,6 +249,11 @@ class _Reader:
                 self._assign(target, any_of(self._value(iterated, frame)), inner)
                 return Many([self._value(element, inner)])
         return UNKNOWN
+
+    def _operand(self, node: ast.expr, frame: _Frame) -> Value:
+        """Return an operand's value; one without predictions that is named so is a mask."""
+        value = self._value(node, frame)
+        return MASK if isinstance(value, Unknown) and not value.note and _MASK.search(ast.unparse(node)) else value
 
     def _attribute(self, node: ast.Attribute, frame: _Frame) -> Value:
         if isinstance(node.value, ast.Name) and node.value.id == "self":
@@ -283,6 +292,8 @@ class _Reader:
     def _called(self, node: ast.Call, frame: _Frame) -> Value:
         given = [self._value(a.value if isinstance(a, ast.Starred) else a, frame) for a in node.args]
         named = {k.arg: self._value(k.value, frame) for k in node.keywords if k.arg is not None}
+        if ast.unparse(node.func) == "torch.zeros_like" and not nodes_in(*given):
+            return ZEROS
         if ast.unparse(node.func) == "torch.linspace" and "guidance_scale" in ast.unparse(node):
             return PER_FRAME
         if isinstance(node.func, ast.Attribute):
@@ -334,7 +345,10 @@ class _Reader:
 
     def _step(self, scheduler: Value, owner: str, method: str, given: list[Value], named: dict[str, Value]) -> Value:
         name = scheduler.names[0] if isinstance(scheduler, Component) else owner.removeprefix("self.")
-        parts = nodes_in(named.get("model_output", given[0] if given else UNKNOWN))
+        stepped = named.get("model_output", given[0] if given else UNKNOWN)
+        if stepped == ZEROS:  # to keep a scheduler in step with another one
+            return UNKNOWN
+        parts = nodes_in(stepped)
         output = output_of(parts[0]) if len(parts) == 1 else Node("shape", parts) if parts else None
         self.steps.append(Step(name, method, output))
         return UNKNOWN if output is None else Many([UNKNOWN, Node("function", (output,), "the scheduler's step")])

@@ -57,6 +57,8 @@ class Shares:
     """Whose scheduler is served and whose guidance is fused."""
     form_fused: int
     """As ``fully_fused``, if nothing were done to the predictions but guidance."""
+    guided: int = 0
+    """As ``fully_fused``, of those that combine several predictions."""
 
 
 def served_names() -> frozenset[str]:
@@ -122,7 +124,11 @@ def shares(rows: Sequence[Row]) -> Shares:
     """Count rows."""
     served = [row for row in rows if row.served]
     return Shares(
-        len(rows), len(served), sum(row.fused for row in served), sum(FUSED_FORMS[row.form] for row in served)
+        len(rows),
+        len(served),
+        sum(row.fused for row in served),
+        sum(FUSED_FORMS[row.form] for row in served),
+        sum(row.fused and row.form not in ("none", "embedded") for row in served),
     )
 
 

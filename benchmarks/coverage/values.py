@@ -94,6 +94,9 @@ Value: TypeAlias = Node | Known | Component | Many | Function | Unknown
 UNKNOWN = Unknown()
 PER_FRAME = Unknown("per frame")
 """A scale that has a value for each frame."""
+ZEROS = Unknown("zeros")
+MASK = Unknown("mask")
+"""A factor that has a value for each element."""
 
 
 def same(one: Node, other: Node) -> bool:

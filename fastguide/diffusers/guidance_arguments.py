@@ -16,6 +16,7 @@ from ..schedules.predictions import GradientForm
 from .lazy_guidance import Output, Taken, Weights, resolved
 from .lazy_tensor import plain
 from .traced import EXACT
+from .weights_of_formula import Conversion
 
 Scale = float | Sequence[float] | Tensor
 
@@ -91,15 +92,16 @@ def _guidance_for(guidance_scale: Any, gradient_scale: Any, gradient_form: Gradi
 
 def _weighted(weights: Weights) -> Guidance:
     """Make the guidance of a pipeline's own coefficients; in column 0 is their sum, which is 1 but for rounding."""
-    constants, factors, scale = weights
+    constants, factors, scale, is_guidance = weights
+    make = Guidance if is_guidance else Conversion
     total = sum(constants)
     constants = (1.0 if abs(total - 1) <= EXACT else total, *constants[1:])
     if scale is None:
-        return Guidance(scale_columns(*constants, 0.0), None)
+        return make(scale_columns(*constants, 0.0), None)
     each = torch.as_tensor(as_scale("guidance_scale", scale.reshape(-1)))
     factors = (sum(factors), *factors[1:])
     rows = _rows(constants, tuple([0.0 if abs(f) <= EXACT else f for f in factors]), each.dtype, each.device)
-    return Guidance(torch.addcmul(rows[0], rows[1], each[..., None]), None)
+    return make(torch.addcmul(rows[0], rows[1], each[..., None]), None)
 
 
 @functools.lru_cache(maxsize=64)

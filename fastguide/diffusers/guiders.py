@@ -1,13 +1,15 @@
 """Fuse the guidance of diffusers' modular pipelines, by a guider, into the scheduler's step.
 
-Each class is diffusers' of the same name: the same configuration, state and interface. What is linear in the
-predictions is traced; what is made of their norms and deviations is a guidance whose weights the step makes. Anything
-else that asks for a result computes it as diffusers does.
+Each class is diffusers' of the same name: the same configuration, state and interface. Most trace the predictions, and
+let diffusers' own code combine them: sums, and what is made of their norms and deviations, wait for the step. What that
+code does by other means, or wrongly, is a guidance of fastguide's whose weights the step makes. Anything else that asks
+for a result computes it as diffusers does.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,27 +26,34 @@ import diffusers.guiders.tangential_classifier_free_guidance as _tangential
 import torch
 from torch import Tensor
 
-from ..guidance import AdaptiveProjected, ClassifierFree, Guidance, MagnitudeAware, Tangential, ZeroStar
+from ..guidance import FrequencyDecoupled, Guidance, MagnitudeAware, Tangential
 from ..guidance.formulas import Base
+from ..solvers import StepTable
+from ..step.guided_step import guided_step
+from ..step.memory import in_layout_of
 from .guided import Guided, may_be_traced, may_wait
+from .lazy_tensor import plain
 from .saved_as import SavedAsDiffusers
-from .traced import traced
+from .traced import Fusion, Waiting, traced
 
+_ONE = torch.ones(1, dtype=torch.float64, device="cpu")
+_PREDICTION = StepTable.from_columns(
+    torch.zeros(1, dtype=torch.int64, device="cpu"), {"out_pred": _ONE}, name="the guided prediction"
+)
 _MOST = 64
 _made: weakref.WeakKeyDictionary[Any, dict[Any, Guidance]] = weakref.WeakKeyDictionary()
 """By guider, what was made of its numbers: a guidance has memory that two pipelines must not share."""
 
 
-def _guidance_of(guider: Any, make: Callable[..., Guidance], **options: Any) -> Guidance:
+def _kept(guider: Any, make: Callable[..., Guidance], scale: Any, **options: Any) -> Guidance:
     """Return a guider's guidance, the same one for the same numbers: steps with it are then repeated."""
     made = _made.setdefault(guider, {})
-    options |= {"guidance_rescale": guider.guidance_rescale}
-    key = make, guider.guidance_scale, tuple(options.items())
+    key = make, scale, tuple(options.items())
     guidance = made.get(key)
     if guidance is None:
         if len(made) >= _MOST:
             made.clear()
-        guidance = made[key] = make(guider.guidance_scale, **options)
+        guidance = made[key] = make(scale, **options)
     return guidance
 
 
@@ -65,7 +74,7 @@ def _left_to_the_step(
     """
     if pred_uncond is None or not (may_wait(pred_cond) and may_wait(pred_uncond)):
         return forward(pred_cond, pred_uncond)
-    guidance = _guidance_of(guider, make, **options)
+    guidance = _kept(guider, make, guider.guidance_scale, **options, guidance_rescale=guider.guidance_rescale)
     result = Guided((pred_uncond, pred_cond), guidance, lambda: forward(pred_cond, pred_uncond)[0])
     return _output(result, pred_cond, pred_uncond)
 
@@ -76,56 +85,58 @@ def _output(pred: Any, pred_cond: Tensor, pred_uncond: Tensor | None) -> Any:
     return (pred, {}) if kind is None else kind(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
 
-def _traced(prediction: Any) -> Any:
-    return traced(prediction, None) if may_be_traced(prediction) else prediction
+_fusions: weakref.WeakKeyDictionary[Any, Fusion] = weakref.WeakKeyDictionary()
+"""By guider, what keeps the weights that were made: two pipelines must not share their memory."""
 
 
-class ClassifierFreeGuidance(_classifier_free.ClassifierFreeGuidance, metaclass=SavedAsDiffusers):
+class _Traces:
+    """Mix this into a guider, whose own code then combines traced predictions."""
+
+    def forward(self, *predictions: Tensor | None, **named: Tensor | None) -> Any:
+        """Combine the predictions as diffusers does, in the step that uses the result."""
+        fusion = _fusions.setdefault(self, Fusion())
+        fusion.steps += 1
+        given = [_traced(prediction, fusion) for prediction in predictions]
+        output = super().forward(  # type: ignore[misc]
+            *given, **{name: _traced(prediction, fusion) for name, prediction in named.items()}
+        )
+        buffer = getattr(self, "momentum_buffer", None)
+        if buffer is not None and isinstance(buffer.running_average, Waiting):  # of outputs that may be overwritten
+            buffer.running_average = buffer.running_average.value()
+        return output
+
+
+def _traced(prediction: Any, fusion: Fusion) -> Any:
+    return traced(prediction, fusion) if may_be_traced(prediction) else prediction
+
+
+class ClassifierFreeGuidance(_Traces, _classifier_free.ClassifierFreeGuidance, metaclass=SavedAsDiffusers):
     """``diffusers.ClassifierFreeGuidance``, whose result is computed in the step of one of fastguide's schedulers."""
 
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
-        """Combine the predictions as diffusers does, in the step that uses the result."""
-        if pred_uncond is None or not self._is_cfg_enabled():
-            return super().forward(pred_cond, pred_uncond)
-        if self.guidance_rescale > 0.0:
-            make = ClassifierFree.from_w if self.use_original_formulation else ClassifierFree
-            return _left_to_the_step(self, super().forward, pred_cond, pred_uncond, make)
-        return super().forward(_traced(pred_cond), _traced(pred_uncond))
 
-
-class ClassifierFreeZeroStarGuidance(_zero_star.ClassifierFreeZeroStarGuidance, metaclass=SavedAsDiffusers):
+class ClassifierFreeZeroStarGuidance(
+    _Traces, _zero_star.ClassifierFreeZeroStarGuidance, metaclass=SavedAsDiffusers
+):  # fmt: skip
     """``diffusers.ClassifierFreeZeroStarGuidance``, whose result is computed in the step.
 
     Its first steps are 0 with rescaling too, where diffusers divides 0 by 0, and returns NaN.
     """
 
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
+    def forward(  # type: ignore[override]  # of which the mixed-in one takes any number
+        self, pred_cond: Tensor, pred_uncond: Tensor | None = None
+    ) -> Any:
         """Combine the predictions as diffusers does, in the step that uses the result."""
         if self._enabled and self._step < self.zero_init_steps:
-            return _output(torch.zeros_like(pred_cond), pred_cond, pred_uncond)
-        if not self._is_cfg_enabled():
-            return super().forward(pred_cond, pred_uncond)
-        return _left_to_the_step(
-            self, super().forward, pred_cond, pred_uncond, ZeroStar, base=_base(self), zero_init_steps=0
-        )
+            return _output(torch.zeros_like(plain(pred_cond)), pred_cond, pred_uncond)
+        return super().forward(pred_cond, pred_uncond)
 
 
-class AdaptiveProjectedGuidance(_projected.AdaptiveProjectedGuidance, metaclass=SavedAsDiffusers):
+class AdaptiveProjectedGuidance(_Traces, _projected.AdaptiveProjectedGuidance, metaclass=SavedAsDiffusers):
     """``diffusers.AdaptiveProjectedGuidance``, whose result is computed in the step.
 
-    With momentum, or norms over some dimensions alone, diffusers computes it.
+    Momentum is added up by diffusers' own operations, and is one term more. With norms over some dimensions alone,
+    diffusers computes the result.
     """
-
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
-        """Combine the predictions as diffusers does, in the step that uses the result."""
-        dims = getattr(self, "adaptive_projected_guidance_norm_dim", None)
-        if not self._is_apg_enabled() or self.momentum_buffer is not None or dims is not None:
-            return super().forward(pred_cond, pred_uncond)
-        longest = self.adaptive_projected_guidance_rescale
-        return _left_to_the_step(
-            self, super().forward, pred_cond, pred_uncond, AdaptiveProjected,
-            eta=self.eta, norm_threshold=longest if longest > 0 else None, base=_base(self),
-        )  # fmt: skip
 
 
 class TangentialClassifierFreeGuidance(_tangential.TangentialClassifierFreeGuidance, metaclass=SavedAsDiffusers):
@@ -143,28 +154,16 @@ class TangentialClassifierFreeGuidance(_tangential.TangentialClassifierFreeGuida
         return bool(self._count_prepared == 1)
 
 
-class PerturbedAttentionGuidance(_perturbed.PerturbedAttentionGuidance, metaclass=SavedAsDiffusers):
-    """``diffusers.PerturbedAttentionGuidance``, whose result is computed in the step, but for rescaling."""
-
-    def forward(
-        self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_skip: Tensor | None = None
-    ) -> Any:
-        """Combine the predictions as diffusers does, but trace them first."""
-        return super().forward(_traced(pred_cond), _traced(pred_uncond), _traced(pred_cond_skip))
+class PerturbedAttentionGuidance(_Traces, _perturbed.PerturbedAttentionGuidance, metaclass=SavedAsDiffusers):
+    """``diffusers.PerturbedAttentionGuidance``, whose result is computed in the step."""
 
 
-class SkipLayerGuidance(_skipped.SkipLayerGuidance, metaclass=SavedAsDiffusers):
-    """``diffusers.SkipLayerGuidance``, whose result is computed in the step, but for rescaling."""
-
-    def forward(
-        self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_skip: Tensor | None = None
-    ) -> Any:
-        """Combine the predictions as diffusers does, but trace them first."""
-        return super().forward(_traced(pred_cond), _traced(pred_uncond), _traced(pred_cond_skip))
+class SkipLayerGuidance(_Traces, _skipped.SkipLayerGuidance, metaclass=SavedAsDiffusers):
+    """``diffusers.SkipLayerGuidance``, whose result is computed in the step."""
 
 
-class SmoothedEnergyGuidance(_smoothed.SmoothedEnergyGuidance, metaclass=SavedAsDiffusers):
-    """``diffusers.SmoothedEnergyGuidance``, whose result is computed in the step, but for rescaling.
+class SmoothedEnergyGuidance(_Traces, _smoothed.SmoothedEnergyGuidance, metaclass=SavedAsDiffusers):
+    """``diffusers.SmoothedEnergyGuidance``, whose result is computed in the step.
 
     It counts its model's calls, as diffusers' other guiders do: diffusers' own does not, and so blurs no attention.
     """
@@ -174,20 +173,74 @@ class SmoothedEnergyGuidance(_smoothed.SmoothedEnergyGuidance, metaclass=SavedAs
         self._count_prepared += 1
         super().prepare_models(denoiser)
 
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_seg: Tensor | None = None) -> Any:
-        """Combine the predictions as diffusers does, but trace them first."""
-        return super().forward(_traced(pred_cond), _traced(pred_uncond), _traced(pred_cond_seg))
+
+class AutoGuidance(_Traces, _auto.AutoGuidance, metaclass=SavedAsDiffusers):
+    """``diffusers.AutoGuidance``, whose result is computed in the step."""
 
 
-class AutoGuidance(_auto.AutoGuidance, metaclass=SavedAsDiffusers):
-    """``diffusers.AutoGuidance``, whose result is computed in the step, but for rescaling."""
-
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
-        """Combine the predictions as diffusers does, but trace them first."""
-        return super().forward(_traced(pred_cond), _traced(pred_uncond))
+def _has(module: str) -> bool:
+    """Tell whether this version of diffusers has a guider."""
+    return importlib.util.find_spec(f"diffusers.guiders.{module}") is not None
 
 
-if importlib.util.find_spec("diffusers.guiders.magnitude_aware_guidance") is not None:  # of newer versions
+if _has("adaptive_projected_guidance_mix"):
+    import diffusers.guiders.adaptive_projected_guidance_mix as _mix
+
+    class AdaptiveProjectedMixGuidance(_Traces, _mix.AdaptiveProjectedMixGuidance, metaclass=SavedAsDiffusers):
+        """``diffusers.AdaptiveProjectedMixGuidance``, whose result is computed in the step.
+
+        Momentum is added up by diffusers' own operations, and is one term more.
+        """
+
+
+if _has("frequency_decoupled_guidance"):
+    import diffusers.guiders.frequency_decoupled_guidance as _decoupled
+
+    class FrequencyDecoupledGuidance(_decoupled.FrequencyDecoupledGuidance, metaclass=SavedAsDiffusers):
+        """``diffusers.FrequencyDecoupledGuidance``, whose result is computed in the step, of one pyramid.
+
+        A level that is left out has the conditional prediction's frequencies, where diffusers' own raises an error, or
+        takes those of the level before; and results have the predictions' size, also where it is no power of two. With
+        weights for what is parallel, or rescaling of each level, diffusers computes the result.
+        """
+
+        def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
+            """Combine the predictions as diffusers does, in the step that uses the result."""
+            by_level = self.guidance_rescale_space == "freq" and any(rescale > 0 for rescale in self.guidance_rescale)
+            ours = self.levels > 1 and all(math.isclose(weight, 1.0) for weight in self.parallel_weights)
+            if not self._is_fdg_enabled() or by_level or not ours:
+                return super().forward(pred_cond, pred_uncond)
+            if pred_uncond is None or not (may_wait(pred_cond) and may_wait(pred_uncond)):
+                return super().forward(pred_cond, pred_uncond)
+            none = 0.0 if self.use_original_formulation else 1.0
+            scales = [
+                scale if self._is_fdg_enabled_for_level(level) else none
+                for level, scale in enumerate(self.guidance_scales)
+            ]
+            rescale = 0.0 if self.guidance_rescale_space == "freq" else self.guidance_rescale[0]
+            guidance = _kept(self, FrequencyDecoupled, tuple(scales), guidance_rescale=rescale, base=_base(self))
+            terms = tuple(guidance.terms([pred_uncond, pred_cond]))
+            return _output(Guided(terms, guidance, lambda: _weighed(guidance, terms)), pred_cond, pred_uncond)
+
+
+def _weighed(guidance: Guidance, terms: tuple[Tensor, ...]) -> Tensor:
+    """Return the sum that a guidance makes of its terms, by a step that does nothing else, in the first's dtype."""
+    sample = torch.zeros_like(terms[0], dtype=terms[-1].dtype)
+    table = _PREDICTION.to(sample.device)
+    return guided_step(table, 0, sample, [in_layout_of(sample, term) for term in terms], guidance).to(terms[0].dtype)
+
+
+if _has("ltx2_guidance"):
+    import diffusers.guiders.ltx2_guidance as _ltx2
+
+    class LTX2Guidance(_Traces, _ltx2.LTX2Guidance, metaclass=SavedAsDiffusers):
+        """``diffusers.LTX2Guidance``, whose result is computed in the step, with up to four predictions.
+
+        The conversion back from x_0, a sum with the sample, is as well.
+        """
+
+
+if _has("magnitude_aware_guidance"):
     import diffusers.guiders.magnitude_aware_guidance as _magnitude
 
     class MagnitudeAwareGuidance(_magnitude.MagnitudeAwareGuidance, metaclass=SavedAsDiffusers):

@@ -7,7 +7,7 @@ combinations.
 
 from __future__ import annotations
 
-import operator
+import functools
 from typing import Any
 
 import torch
@@ -55,22 +55,24 @@ class OfHalves(LazyTensor):
             self._general = self._made()
         return self._general
 
-    def computed(self) -> Tensor:
-        """Return the tensor, for any use, the same one each time."""
-        return self.combined().computed()
+    def computed(self, by: str = "") -> Tensor:
+        """Return the tensor, for any use, the same one each time; ``by``: the operation that asks."""
+        return self.combined().computed(by)
 
     def _made(self) -> Combined:
-        uncond, cond, scale, dtype = self.uncond, self.cond, self.scale, self.dtype
-        seen = ((uncond.source, self.version),)
-        terms: tuple[Term, ...] = ((cond, 1.0, 0.0), (uncond, -1.0, 0.0))
-        made = Combined((operator.sub, cond, uncond), terms, None, dtype, seen)
-        if self.form != DIFFERENCE and scale != 1.0:
-            terms = ((cond, scale, 0.0), (uncond, -scale, 0.0))
-            made = Combined((operator.mul, scale, made), terms, None, dtype, seen)
-        if self.form == GUIDED:
-            terms = ((uncond, 1.0 - scale, 0.0), (cond, scale, 0.0))
-            made = Combined((operator.add, uncond, made), terms, None, dtype, seen)
-        return made
+        uncond, cond, form, scale = self.uncond, self.cond, self.form, self.scale
+        of_uncond = 1.0 - scale if form == GUIDED else -scale
+        terms: tuple[Term, ...] = ((uncond, of_uncond, 0.0), (cond, scale, 0.0))
+        made_by = functools.partial(_computed, form, scale), uncond, cond
+        return Combined(made_by, terms, None, self.dtype, ((uncond.source, self.version),))
+
+
+def _computed(form: int, scale: float, uncond: Tensor, cond: Tensor) -> Tensor:
+    """Compute what a pipeline asked for, by its own operations."""
+    made = cond - uncond
+    if form != DIFFERENCE and scale != 1.0:
+        made = scale * made
+    return uncond + made if form == GUIDED else made
 
 
 def difference(first: Any, second: Any) -> OfHalves | None:

@@ -47,8 +47,9 @@ def on_host(theirs: Callable[..., None]) -> Any:
         device = options.pop("device", None)
         if len(arguments) > place:
             device, arguments = arguments[place], (*arguments[:place], None, *arguments[place + 1 :])
-        theirs(self, *arguments, **options)
-        self._tables_are_set(device)
+        with torch.inference_mode(False):  # so that torch counts who writes to the tables
+            theirs(self, *arguments, **options)
+            self._tables_are_set(device)
 
     return set_timesteps
 

@@ -60,8 +60,10 @@ class Doubled(LazyTensor):
             self._value = torch.cat([one, one])
         return self._value
 
-    def _compute(self) -> Tensor:
-        stop_trying(self.seen)
+    def computed(self, by: str = "") -> Tensor:
+        """Return the tensor itself, the same one each time; ``by``: the operation that asks."""
+        if self._value is None:
+            stop_trying(self.seen, by)
         return self.value()
 
 
@@ -80,7 +82,7 @@ class Joined(LazyTensor):
 
     def like(self) -> Tensor:
         """Return the tensor itself."""
-        return self.computed()
+        return self.computed("shape")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,15 +111,17 @@ class Joined(LazyTensor):
             self._value = torch.cat([self.main.value(), self.rest.value()], 1)
         return self._value
 
-    def _compute(self) -> Tensor:
-        stop_trying((*self.main.seen, *self.seen))
+    def computed(self, by: str = "") -> Tensor:
+        """Return the tensor itself, the same one each time; ``by``: the operation that asks."""
+        if self._value is None:
+            stop_trying((*self.main.seen, *self.seen), by)
         return self.value()
 
     def split(self, split_size: Any, dim: int = 0) -> Any:
         """Return both parts, if it is they that are asked for."""
         if self.is_pending() and dim == 1 and split_size == self.main.like().shape[1] == own_value(self.rest).shape[1]:
             return self.main, self.rest
-        return self.computed().split(split_size, dim)
+        return self.computed("split").split(split_size, dim)
 
     def chunk(self, chunks: int, dim: int = 0) -> Any:
         """Return both parts, if it is they that are asked for: along the channels, or of two along the batch."""
@@ -128,4 +132,4 @@ class Joined(LazyTensor):
             if [type(half) for half in halves] == [Traced, Traced]:
                 assert type(self.main) is Doubled
                 return tuple([Joined(self.main.main, half) for half in halves])
-        return self.computed().chunk(chunks, dim)
+        return self.computed("chunk").chunk(chunks, dim)

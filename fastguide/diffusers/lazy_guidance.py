@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from ..guidance import Guidance
-from . import linear as linear  # the rules, which are set by its import
+from . import torch_rules as torch_rules  # the rules, which are set by its import
 from .channel_weights import of_channels
+from .formula import VECTOR, Formula
 from .guided import Guided
 from .halves import GUIDED, OfHalves
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
 from .traced import EXACT, Combined, Scale, Term, leading
+from .weights_of_formula import taken_apart
 
 
 class Taken(NamedTuple):
@@ -37,6 +39,8 @@ class Weights(NamedTuple):
     constants: tuple[float, ...]
     factors: tuple[float, ...] = ()
     scale: Tensor | None = None
+    is_guidance: bool = True
+    """Whether more than one of the predictions is a model's output, and none only a tensor that was added to it."""
 
 
 class PerFrame(NamedTuple):
@@ -80,12 +84,23 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
         taken = _taken_apart(output, sample)
         if taken is not None and (per_frame or type(taken[1]) is not PerFrame):
             return taken
-    output = plain(output)
+    if guidance_scale is None and type(output) is Formula and _is_vector_of(output, sample):
+        made = taken_apart(output, sample)
+        if made is not None:
+            predictions, guidance = made
+            if isinstance(predictions, Tensor):
+                return predictions, guidance
+            return Taken(predictions, None, output.dtype), guidance
+    output = plain(output, "the step, which does not take it apart")
     if not isinstance(output, Tensor):
         hint = "; its .sample is one" if isinstance(getattr(output, "sample", None), Tensor) else ""
         hint = "; its [0] is one" if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else hint
         raise TypeError(f"model_output: expected a tensor, got {type(output).__name__}{hint}")
     return output, guidance_scale
+
+
+def _is_vector_of(output: Formula, sample: Tensor) -> bool:
+    return output.is_pending() and output.kind == VECTOR and output.sizes == sample.shape
 
 
 def _is_whole(output: OfHalves, whole: Tensor, sample: Tensor) -> bool:
@@ -104,9 +119,11 @@ def _taken_apart(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[O
     joined = output.main if type(output) is Joined else output
     main = joined.main if type(joined) is Doubled else joined
     assert type(main) is Combined
-    terms, scale_tensor = _present(main.terms), None if main.scale is None else main.scale.factor()
+    terms, scale_tensor = _present(main.terms), None if main.scale is None else main.scale.tensor
     if len(main.seen) == 1 and len(terms) > 1 and all([of.piece is not None for of, _, _ in terms]):  # noqa: C419
         terms = tuple(sorted(terms, key=_piece_of))
+    elif len(main.seen) > 1 and not terms[0][0].source.is_output:  # differences to the latents would round more
+        terms = tuple(sorted(terms, key=lambda term: not term[0].source.is_output))
     scale = _scale_of(terms, scale_tensor)
     if scale is not None and main is output and terms[0][0].piece == (0, 2) and terms[1][0].piece == (1, 2):
         source = terms[0][0].source
@@ -127,11 +144,12 @@ def _taken_apart(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[O
     if scale_tensor is not None and leading(scale_tensor) > 1:
         return None
     constants = tuple([constant for _, constant, _ in terms])
+    is_guidance = terms[-1][0].source.is_output or sum(of.source.is_output for of, *_ in terms) > 1
     if scale_tensor is None:
         if constants == (1.0,) and variance is None and main.dtype == predictions[0].dtype:
             return predictions[0], None
-        return taken, Weights(constants)
-    return taken, Weights(constants, tuple([factor for _, _, factor in terms]), scale_tensor)
+        return taken, Weights(constants, is_guidance=is_guidance)
+    return taken, Weights(constants, tuple([factor for _, _, factor in terms]), scale_tensor, is_guidance)
 
 
 def _present(terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -154,7 +172,7 @@ def _piece_of(term: Term) -> tuple[int, int]:
 
 def _scale_of(terms: tuple[Term, ...], scale: Tensor | None) -> Scale | PerFrame | None:
     """Return the scale of two predictions' classifier-free guidance, the first one being the unconditional."""
-    if len(terms) != 2:
+    if len(terms) != 2 or not terms[1][0].source.is_output:
         return None
     (_, first, first_factor), (_, second, second_factor) = terms
     if scale is None:

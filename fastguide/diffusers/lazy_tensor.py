@@ -29,6 +29,8 @@ class LazyTensor:
     """torch's functions that need not compute it, with what is called in their place."""
     take_dim: ClassVar[set[Any]] = set()
     """Those of them that take ``dim=`` as well."""
+    take_keywords: ClassVar[set[Any]] = set()
+    """Those of them that take any keywords."""
 
     _value: Tensor | None
 
@@ -39,8 +41,8 @@ class LazyTensor:
     def _compute(self) -> Tensor:
         raise NotImplementedError(type(self).__name__)
 
-    def computed(self) -> Tensor:
-        """Return the tensor itself, the same one each time."""
+    def computed(self, by: str = "") -> Tensor:
+        """Return the tensor itself, the same one each time; ``by``: the operation that asks."""
         value = self._value
         if value is None:
             value = self._value = self._compute()
@@ -51,30 +53,36 @@ class LazyTensor:
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         rule = cls.rules.get(function)
-        if rule is not None and (not keywords or (function in cls.take_dim and keywords.keys() == {"dim"})):
+        if rule is not None and (
+            not keywords or function in cls.take_keywords or (function in cls.take_dim and keywords.keys() == {"dim"})
+        ):
             return rule(*arguments, **(keywords or {}))
-        return function(*plain(arguments), **plain(keywords or {}))
+        name = getattr(function, "__name__", str(function)).strip("_")
+        return function(*plain(arguments, name), **plain(keywords or {}, name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copied: Tensor = self.computed().__deepcopy__(memo)
+        copied: Tensor = self.computed("deepcopy").__deepcopy__(memo)
         return copied
 
     def __getattr__(self, name: str) -> Any:
         if name == "__dict__":  # of this object itself, which has none
             raise AttributeError(name)
-        return getattr(self.computed(), name)
+        return getattr(self.computed(name), name)
 
 
-def plain(value: Any) -> Any:
-    """Return a value, or a list, tuple or dictionary of them, with tensors in the place of lazy ones."""
+def plain(value: Any, by: str = "") -> Any:
+    """Return a value, or a list, tuple or dictionary of them, with tensors in the place of lazy ones.
+
+    ``by``: the operation that asks for them.
+    """
     kind = type(value)
     if kind is Tensor or value is None:
         return value
     if issubclass(kind, LazyTensor):
-        return value.computed()
+        return value.computed(by)
     if kind is tuple or kind is list:
-        return kind([plain(element) for element in value])
-    return {name: plain(element) for name, element in value.items()} if kind is dict else value
+        return kind([plain(element, by) for element in value])
+    return {name: plain(element, by) for name, element in value.items()} if kind is dict else value
 
 
 # ---- What is answered without computing it, and the operators, which Python looks up in the class ----
@@ -86,7 +94,7 @@ def _of_like(name: str) -> property:
 
 def _settable(name: str) -> property:
     return property(
-        lambda self: getattr(self.computed(), name), lambda self, value: setattr(self.computed(), name, value)
+        lambda self: getattr(self.computed(name), name), lambda self, value: setattr(self.computed(name), name, value)
     )
 
 
@@ -95,7 +103,10 @@ def _method_of_like(name: str) -> Callable[..., Any]:
 
 
 def _method(name: str) -> Callable[..., Any]:
-    return lambda self, *arguments, **keywords: getattr(self.computed(), name)(*plain(arguments), **plain(keywords))
+    by = name.strip("_")
+    return lambda self, *arguments, **keywords: getattr(self.computed(by), name)(
+        *plain(arguments, by), **plain(keywords, by)
+    )
 
 
 for _name in dir(Tensor):

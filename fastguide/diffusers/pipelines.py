@@ -37,6 +37,9 @@ class Acceleration:
     counts: Counter[str] = field(default_factory=Counter)
     """Steps made since, by what was done: ``"fused with guidance"``, ``"fused without guidance"`` (the pipeline had
     none, or computed it by itself), and ``"left to diffusers: "`` with the reason. Not counted: compiled steps."""
+    computed: Counter[str] = field(default_factory=Counter)
+    """Operations that are not traced, for which guidance was computed before the step since, such as ``"norm over dim
+    -1"``; one a run, as the rest of the run is not traced then."""
 
 
 @dataclass
@@ -58,7 +61,7 @@ class _Changes:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Changes:
         """Return those of a copied pipeline, which counts its own steps."""
         fusion = copy.deepcopy(self.fusion, memo)
-        fusion.counts = Counter()
+        fusion.counts, fusion.computed = Counter(), Counter()
         schedulers = copy.deepcopy(self.schedulers, memo)
         return _Changes(self.owner, fusion, schedulers, copy.deepcopy(self.traces, memo))
 
@@ -67,10 +70,11 @@ def accelerate(pipe: Any) -> Acceleration:
     """Give a diffusers pipeline the fused step, and fuse its classifier-free guidance into it.
 
     The scheduler becomes fastguide's of the same name, with the state that it has. The models' outputs are traced:
-    where the pipeline gives the scheduler a sum of them, such as ``uncond + guidance_scale * (cond - uncond)``, the
-    step does both in one pass and in float32; whatever else it computes is computed as before, such as rescaled
-    guidance. Nothing is traced with gradients, or where a model is called by other code than the pipeline's methods. A
-    model that is compiled in place, by ``model.compile()``, has to be before.
+    where the pipeline gives the scheduler a sum of them, such as ``uncond + guidance_scale * (cond - uncond)``, also
+    one that is rescaled to a deviation or norm of each sample, or goes on to a sum with the latents, the step does all
+    of it, in float32; whatever else the pipeline computes is computed as before, and named in ``computed``. Nothing is
+    traced with gradients, or where a model is called by other code than the pipeline's methods. A model that is
+    compiled in place, by ``model.compile()``, has to be before.
 
     Pipelines within the pipeline are accelerated with it: the prior and the decoder of a combined one.
 
@@ -95,8 +99,8 @@ def accelerate(pipe: Any) -> Acceleration:
     >>> pipe = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
     >>> pipe.set_progress_bar_config(disable=True)
     >>> done = fastguide.diffusers.accelerate(pipe)
-    >>> done
-    Acceleration(exchanged={'scheduler': 'DDIMScheduler'}, tried=['unet'], left_alone={}, counts=Counter())
+    >>> done.exchanged, done.tried, done.left_alone
+    ({'scheduler': 'DDIMScheduler'}, ['unet'], {})
     >>> _ = pipe(num_inference_steps=4)
     >>> done.counts
     Counter({'fused without guidance': 4})
@@ -107,7 +111,7 @@ def accelerate(pipe: Any) -> Acceleration:
     tried = trace_models(_pipelines(pipe), changes.fusion, changes.traces)
     if not exchanged and not left_alone:
         left_alone["pipe"] = "it has no scheduler"
-    return Acceleration(exchanged, tried, left_alone, changes.fusion.counts)
+    return Acceleration(exchanged, tried, left_alone, changes.fusion.counts, changes.fusion.computed)
 
 
 def restore(pipe: Any) -> None:

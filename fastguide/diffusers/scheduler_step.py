@@ -25,6 +25,7 @@ from .saved_as import SavedAsDiffusers
 from .tables import TableCache, current_tables, is_defined, prepare_tables, table_of
 from .timesteps import HostTimesteps, move_timesteps, row_of
 from .traced import Fusion
+from .weights_of_formula import Conversion
 
 
 class SchedulerStep(metaclass=SavedAsDiffusers):
@@ -207,6 +208,7 @@ def plan(
 def count_fused(scheduler: SchedulerStep, guidance: Guidance | None, *, is_last: bool) -> None:
     """Count a fused step, for ``Acceleration.counts``; after the last one of a run, outputs are not traced."""
     guided = guidance is not None and (guidance.num_predictions > 1 or guidance.classifier is not None)
+    guided = guided and not isinstance(guidance, Conversion)
     count(scheduler, "fused with guidance" if guided else "fused without guidance")
     if is_last and scheduler._fusion is not None:
         scheduler._fusion.tries = False
@@ -222,6 +224,7 @@ def count(scheduler: SchedulerStep, what: str) -> None:
     """Count a step, by what was done, for ``Acceleration.counts``."""
     if scheduler._fusion is not None and not torch.compiler.is_compiling():
         scheduler._fusion.counts[what] += 1
+        scheduler._fusion.steps += 1
 
 
 LEFT = "left to diffusers: "

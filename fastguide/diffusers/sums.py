@@ -1,22 +1,23 @@
 """Add and multiply traced outputs: say with which coefficients the result is a sum of them.
 
-Sums and differences, multiples by a number or by one number a sample, and casts are what the formulas of guidance are
-made of.
+Sums and differences, also with other tensors such as the latents, multiples by a number or by one number a sample, and
+casts are linear. Of norms and deviations, and what these scale, formulas are made: see formula_rules.py.
 """
 
 from __future__ import annotations
 
 import operator
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import formula_rules as rules
+from .formula import PRODUCT, Formula
 from .halves import OfHalves
 from .joined import Joined
 from .lazy_tensor import plain
-from .traced import EXACT, LARGEST, Combined, ScaleAsSeen, Source, Term, Traced, beside, leading
+from .traced import LARGEST, Combined, ScaleAsSeen, Source, Term, Traced, beside, leading, own_value
 
 Seen = tuple[tuple[Source, int | None], ...]
 Sum = tuple[tuple[Term, ...], ScaleAsSeen | None, Seen]
@@ -82,6 +83,16 @@ def _seen(left: Seen, right: Seen) -> Seen:
     return tuple(merged.items())
 
 
+_NAMES = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"}
+
+
+def beyond(function: Any, first: Any, second: Any) -> Any:
+    """Return what an operator makes of operands that it makes no combination of: a formula, or a tensor."""
+    name = _NAMES[function]
+    made = rules.combined(name, function, first, second)
+    return function(plain(first, name), plain(second, name)) if made is None else made
+
+
 def total(function: Any, first: Any, second: Any, sign: float) -> Any:
     """Return the sum of two operands, the second with a sign; ``function``: of torch, which computes it."""
     first, second = general(first), general(second)
@@ -91,32 +102,30 @@ def total(function: Any, first: Any, second: Any, sign: float) -> Any:
             return made
     left, right = as_sum(first), as_sum(second)
     if left is None or right is None:
-        return _sum_of_one(function, first, second, left, right, sign)
-    if first.dtype != second.dtype:
-        return function(plain(first), plain(second))
+        return _sum_beside(function, first, second, left, right, sign)
     scale = left[1] if right[1] is None else right[1]
     if left[1] is not None and scale is not None and not left[1].is_same(scale):
-        return function(plain(first), plain(second))
+        return beyond(function, first, second)
     if not _are_alike(left[0][0][0], right[0][0][0]):
-        return function(plain(first), plain(second))
+        return beyond(function, first, second)
+    if left[2][0][0].step != right[2][0][0].step:  # a state, such as momentum's: it would grow at each step
+        with torch.inference_mode(False):  # so that torch counts who writes to it
+            return beside(function(own_value(first), own_value(second)), left[2][0][0].fusion)
     terms, seen = _merged(left[0], right[0], sign), _seen(left[2], right[2])
-    return Combined((function, first, second), terms, scale, first.dtype, seen)
+    dtype = first.dtype if first.dtype == second.dtype else torch.promote_types(first.dtype, second.dtype)
+    return Combined((function, first, second), terms, scale, dtype, seen)
 
 
-def _sum_of_one(function: Any, first: Any, second: Any, left: Sum | None, right: Sum | None, sign: float) -> Any:
-    """Return a sum whose other operand is no combination: 0, or a tensor like them, such as the pipeline's latents."""
+def _sum_beside(function: Any, first: Any, second: Any, left: Sum | None, right: Sum | None, sign: float) -> Any:
+    """Return the sum of operands of which one at most is linear: with 0, or with a tensor such as the latents."""
     found, own, other = (left, first, second) if right is None else (right, second, first)
-    if found is not None and _number(other) == 0 and (right is None or sign > 0):
-        return Combined((function, first, second), found[0], found[1], own.dtype, found[2])
-    tensor = None if found is None else beside(other, found[0][0][0], own.dtype)
-    if found is None or tensor is None:
-        return function(plain(first), plain(second))
-    added: Seen = ((tensor.source, tensor.source.version()),)
-    if right is None:
-        terms = _merged(found[0], ((tensor, 1.0, 0.0),), sign)
-        return Combined((function, first, tensor), terms, found[1], own.dtype, _seen(found[2], added))
-    terms = _merged(((tensor, 1.0, 0.0),), found[0], sign)
-    return Combined((function, tensor, second), terms, found[1], own.dtype, _seen(added, found[2]))
+    if found is not None:
+        if rules.number_of(other) == 0 and (right is None or sign > 0):
+            return Combined((function, first, second), found[0], found[1], own.dtype, found[2])
+        added = rules.tensor_beside(other, own)
+        if added is not None:
+            return total(function, first, added, sign) if right is None else total(function, added, second, sign)
+    return beyond(function, first, second)
 
 
 def _sum_of_pieces(function: Any, first: Traced, second: Any, sign: float) -> Combined | None:
@@ -148,52 +157,21 @@ def product(function: Any, first: Any, second: Any, invert: bool = False) -> Any
     if found is None:
         operand, other, found = second, first, None if invert else as_sum(second)
     if found is None:
-        return function(plain(first), plain(second))
+        return beyond(function, first, second)
     terms, scale, seen = found
-    number = other if type(other) is float and abs(other) < LARGEST else _number(other)
+    number = other if type(other) is float and abs(other) < LARGEST else rules.number_of(other)
     if number is not None and not (invert and number == 0):
         by = 1.0 / number if invert else number
         scaled = tuple([(of, constant * by, factor * by) for of, constant, factor in terms])
+        if type(other) is Tensor:
+            first, second = rules.as_read(first), rules.as_read(second)
         return Combined((function, first, second), scaled, scale, operand.dtype, seen)
-    if number is None and _is_scale(other, operand) and not (invert and _may_not_divide(other, terms)):
-        as_seen = ScaleAsSeen.of(other, invert)
-        multiplied = _times(terms, scale, as_seen)
-        if multiplied is not None:
-            first, second = (first, as_seen.tensor) if operand is first else (as_seen.tensor, second)
-            return Combined((function, first, second), *multiplied, operand.dtype, seen)
-    return function(plain(first), plain(second))
-
-
-def _may_not_divide(scale: Tensor, terms: tuple[Term, ...]) -> bool:
-    """Tell whether an inverse may be infinite, as far as the host knows, or be made of outputs that were used.
-
-    Of several numbers, the host does not ask.
-    """
-    fusion = terms[0][0].source.fusion
-    return scale.dim() > 0 or fusion is None or not fusion.tries or (scale.is_cpu and scale.item() == 0)
-
-
-def _times(
-    terms: tuple[Term, ...], scale: ScaleAsSeen | None, by: ScaleAsSeen
-) -> tuple[tuple[Term, ...], ScaleAsSeen | None] | None:
-    """Return terms times a scale, and what scales those; ``None``: they would have two.
-
-    A scale that divides what it has multiplied, or the other way round, is gone.
-    """
-    if scale is None:
-        return tuple([(of, 0.0, constant) for of, constant, _ in terms]), by
-    cancels = scale.divides != by.divides and scale.has_same_values(by)
-    if not cancels or any(abs(constant) > EXACT for _, constant, _ in terms):
-        return None
-    return tuple([(of, factor, 0.0) for of, _, factor in terms]), None
-
-
-def _number(value: Any) -> float | None:
-    if type(value) is not float:
-        if not isinstance(value, Real) or isinstance(value, bool):
-            return None
-        value = float(value)
-    return value if abs(value) < LARGEST else None
+    if number is None and not invert and scale is None and _is_scale(other, operand):
+        scaled = tuple([(of, 0.0, constant) for of, constant, _ in terms])
+        as_seen = ScaleAsSeen.of(other)
+        first, second = (first, as_seen.tensor) if operand is first else (as_seen.tensor, second)
+        return Combined((function, first, second), scaled, as_seen, operand.dtype, seen)
+    return beyond(function, first, second)
 
 
 def _is_scale(scale: Any, operand: Any) -> bool:
@@ -218,11 +196,11 @@ def interpolated(first: Any, second: Any, weight: Any) -> Any:
         if type(made) is Combined:
             made.made_by = (torch.lerp, first, second, weight)
             return made
-    return torch.lerp(plain(first), plain(second), plain(weight))
+    return torch.lerp(*plain((first, second, weight), "lerp"))
 
 
 def negative(operand: Any) -> Any:
-    """Return ``-operand``."""
+    """Return an operand times -1."""
     operand = general(operand)
     if type(operand) is Joined and type(operand.main) is Combined and operand.is_pending():
         main, rest = negative(operand.main), negative(operand.rest)
@@ -230,7 +208,8 @@ def negative(operand: Any) -> Any:
             return Joined(main, rest)
     found = as_sum(operand)
     if found is None:
-        return operator.neg(plain(operand))
+        made = rules.negative(operand)
+        return operator.neg(plain(operand, "neg")) if made is None else made
     terms = tuple([(of, -constant, -factor) for of, constant, factor in found[0]])
     return Combined((operator.neg, operand), terms, found[1], operand.dtype, found[2])
 
@@ -240,7 +219,9 @@ def cast(operand: Any, dtype: Any) -> Any:
     if dtype is None or operand.dtype == dtype:
         return operand
     operand = general(operand)
+    if type(operand) is Formula and operand.kind != PRODUCT:
+        return rules.cast(operand, dtype)
     found = as_sum(operand)
     if found is None or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        return plain(operand).to(dtype)
+        return plain(operand, "to").to(dtype)
     return Combined((lambda tensor: tensor.to(dtype), operand), found[0], found[1], dtype, found[2])

@@ -29,21 +29,27 @@ LARGEST = 1e30
 class Fusion:
     """What the models and schedulers of one pipeline know of each other: whether guidance is fused, and how often."""
 
-    __slots__ = ("callers", "counts", "tries")
+    __slots__ = ("callers", "computed", "counts", "guidances", "steps", "tries")
 
     def __init__(self) -> None:
         self.callers: dict[int, CodeType] = {}
         """The code of the pipelines' methods, whose calls of the models are traced, by identity."""
         self.tries = False
         """Whether models' outputs are traced: from ``set_timesteps`` on to the last step. A run in which guidance is
-        used before the step ends that: rescaled guidance, for example, is computed by the pipeline at every step."""
+        used before the step ends that."""
         self.counts: Counter[str] = Counter()
         """Steps, by what was done."""
+        self.computed: Counter[str] = Counter()
+        """The operations that ended tracing: they needed the values of guidance before the step."""
+        self.steps = 0
+        """How many there have been, to tell outputs of an earlier one."""
+        self.guidances: dict[Any, Any] = {}
+        """What weights were made with, by what the pipeline computed: see weights_of_formula.py."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
         copied = Fusion()
         copied.callers = dict(self.callers)
-        copied.counts = self.counts  # of a scheduler that a pipeline copies for itself
+        copied.counts, copied.computed = self.counts, self.computed  # of a scheduler that a pipeline copies for itself
         copied.tries = self.tries
         return copied
 
@@ -53,14 +59,14 @@ class Fusion:
 
 
 class Source:
-    """One output of a model, or another tensor that goes into a sum: itself, and who else may know of it."""
+    """One output of a model: the tensor itself, and who else may know of it; or another tensor of the pipeline's."""
 
-    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "is_output", "tensor", "uncounted")
+    __slots__ = (
+        "combined", "dtype", "escaped", "fusion", "is_linear", "is_output", "step", "tensor", "uncounted",
+    )  # fmt: skip
 
     def __init__(self, tensor: Tensor, fusion: Fusion | None, is_output: bool = True) -> None:
         self.tensor = tensor
-        self.is_output = is_output
-        """Whether a model has returned it."""
         self.fusion = fusion
         """``None``: of a guider, which is asked anew each time."""
         self.dtype = tensor.dtype
@@ -68,8 +74,11 @@ class Source:
         """Whether combinations of it may wait."""
         self.uncounted = tensor.is_inference()
         """Whether torch does not count who writes to it."""
-        self.escaped = False
+        self.is_output = is_output
+        self.escaped = not is_output
         """Whether others than traced tensors have it, or a view of it."""
+        self.step = 0 if fusion is None else fusion.steps
+        """How many steps there had been."""
         self.combined: list[weakref.ref[Any]] | None = None
         """What was combined of it, if it is not counted who writes to it."""
 
@@ -119,10 +128,15 @@ class Traced(LazyTensor):
 
     like = value
 
-    def computed(self) -> Tensor:
+    def computed(self, by: str = "") -> Tensor:
         """Return the tensor, for any use."""
         self.source.escape()
         return self.value()
+
+
+def beside(tensor: Tensor, fusion: Fusion | None) -> Traced:
+    """Return another tensor of a pipeline's, such as its latents, that is added to outputs."""
+    return Traced(Source(tensor, fusion, is_output=False), tensor)
 
 
 def traced(output: Tensor, fusion: Fusion | None) -> Traced:
@@ -130,78 +144,114 @@ def traced(output: Tensor, fusion: Fusion | None) -> Traced:
     return Traced(Source(output, fusion), output)
 
 
-def beside(tensor: Any, output: Traced, dtype: torch.dtype) -> Traced | None:
-    """Return a tensor of the pipeline's own, mostly its latents, as one that is added to outputs like another one.
-
-    ``None``: it is no such tensor, or outputs have been used before the step in this run. Where torch does not count
-    who writes to it, it is copied.
-
-    Args:
-        tensor: anything that is added.
-        output: one of those that it is added to.
-        dtype: of their sum.
-    """
-    fusion, like = output.source.fusion, output.value()
-    if type(tensor) is not Tensor or fusion is None or not fusion.tries:
-        return None
-    if tensor.dtype != dtype or tensor.requires_grad:
-        return None
-    if tensor.shape != like.shape or tensor.device != like.device or tensor.dim() == 0:
-        return None
-    tensor = tensor.clone() if tensor.is_inference() else tensor
-    return Traced(Source(tensor, fusion, is_output=False), tensor)
-
-
 Term = tuple[Traced, float, float]
 """A traced tensor and its coefficient, ``constant + factor * scale`` with a scale that all terms share."""
 
 
 class ScaleAsSeen(NamedTuple):
-    """A tensor that multiplies or divides combinations, as it was when it first did."""
+    """A tensor that multiplies combinations, as it was when it first did."""
 
     tensor: Tensor
     """A copy, if torch does not count who writes to it."""
     version: int
-    divides: bool = False
 
     @classmethod
-    def of(cls, scale: Tensor, divides: bool = False) -> ScaleAsSeen:
+    def of(cls, scale: Tensor) -> ScaleAsSeen:
         """Return a scale as it is now."""
         if scale.is_inference():
             scale = scale.clone()
-            return cls(scale, 0, divides)
-        return cls(scale, scale._version, divides)
+            return cls(scale, 0)
+        return cls(scale, scale._version)
 
     def is_same(self, other: ScaleAsSeen) -> bool:
         """Tell whether another one is the same tensor, with the same values."""
-        return self.divides == other.divides and self.has_same_values(other)
-
-    def has_same_values(self, other: ScaleAsSeen) -> bool:
-        """Tell whether the tensors are one, or the same number of another."""
-        one, two = self.tensor, other.tensor
-        if one is two or one.dim() or two.dim() or one.dtype != two.dtype or one.device != two.device:
-            return one is two and self.version == other.version
-        if one.is_cpu:
-            return one.item() == two.item()
-        counted = not (one.is_inference() or two.is_inference()) and self.version == other.version
-        return counted and one.data_ptr() == two.data_ptr() != 0
+        return self.tensor is other.tensor and self.version == other.version
 
     def is_changed(self) -> bool:
         """Tell whether it has been written to since."""
         return not self.tensor.is_inference() and self.tensor._version != self.version
 
-    def factor(self) -> Tensor:
-        """Return what multiplies."""
-        return self.tensor.reciprocal() if self.divides else self.tensor
-
 
 _UNCOUNTED = -1
 
 
-class Combined(LazyTensor):
-    """A linear combination of models' outputs, which is computed when it is asked for."""
+class Waiting(LazyTensor):
+    """What was made of models' outputs, and is computed when it is asked for."""
 
-    __slots__ = ("_dtype", "base", "handed_out", "made_by", "scale", "seen", "terms")
+    __slots__ = ("_dtype", "handed_out", "made_by", "seen")
+
+    def __init__(
+        self, made_by: tuple[Any, ...], dtype: torch.dtype, seen: tuple[tuple[Source, int | None], ...]
+    ) -> None:
+        self._value = None
+        self.made_by = made_by
+        """The function that computes it, and its arguments."""
+        self._dtype = dtype
+        self.seen = seen
+        """The outputs, and how often each had been written to when it was first combined."""
+        self.handed_out: int | None = None
+        """How often its value had been written to when others got it; ``None``: nobody has."""
+        if seen[0][1] is None or (len(seen) > 1 and any([version is None for _, version in seen])):  # noqa: C419
+            register(self, seen)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the tensor that it stands for."""
+        return self._dtype
+
+    def is_pending(self) -> bool:
+        """Tell whether nobody has seen its values."""
+        return self._value is None
+
+    def check_unchanged(self) -> None:
+        """Refuse outputs that are not what they were when they were combined.
+
+        Raises:
+            RuntimeError: one has been written to since.
+        """
+        for source, version in self.seen:
+            check_version(source, version)
+
+    def value(self) -> Tensor:
+        """Return the tensor for one's own use, as it was before others could write to it."""
+        value = self._value
+        if value is None or self._may_be_written():
+            self.check_unchanged()
+            made = self._made()
+            if value is None:
+                self._value = made
+            return made
+        return value
+
+    def _made(self) -> Tensor:
+        function, *operands = self.made_by
+        made: Tensor = function(*[own_value(operand) for operand in operands])
+        return made
+
+    def _may_be_written(self) -> bool:
+        if self.handed_out is None:
+            return False
+        assert self._value is not None
+        return self.handed_out == _UNCOUNTED or self._value._version != self.handed_out
+
+    def _shared(self) -> Tensor:
+        """Return the value that others get, the first time."""
+        return self.value()
+
+    def computed(self, by: str = "") -> Tensor:
+        """Return the tensor, for any use, the same one each time; ``by``: the operation that asks."""
+        if self.handed_out is None:
+            stop_trying(self.seen, by)
+            self._value = self._shared()
+            self.handed_out = _UNCOUNTED if self._value.is_inference() else self._value._version
+        assert self._value is not None
+        return self._value
+
+
+class Combined(Waiting):
+    """A linear combination of models' outputs."""
+
+    __slots__ = ("base", "scale", "terms")
 
     def __init__(
         self,
@@ -212,26 +262,12 @@ class Combined(LazyTensor):
         seen: tuple[tuple[Source, int | None], ...],
         base: Combined | None = None,
     ) -> None:
-        self._value = None
-        self.made_by = made_by
-        """The function that computes it, and its arguments."""
+        super().__init__(made_by, dtype, seen)
         self.terms = terms
         self.scale = scale
         """What factors multiply: one number, or one for each sample."""
-        self._dtype = dtype
-        self.seen = seen
-        """The outputs, and how often each had been written to when it was first combined."""
         self.base = base
         """What it is a view of."""
-        self.handed_out: int | None = None
-        """How often its value had been written to when others got it; ``None``: nobody has."""
-        if seen[0][1] is None or (len(seen) > 1 and any([version is None for _, version in seen])):  # noqa: C419
-            register(self, seen)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the tensor that it stands for."""
-        return self._dtype
 
     def like(self) -> Tensor:
         """Return a tensor of the same shape and device."""
@@ -247,42 +283,20 @@ class Combined(LazyTensor):
         Raises:
             RuntimeError: one has been written to since.
         """
-        for source, version in self.seen:
-            check_version(source, version)
+        super().check_unchanged()
         if self.scale is not None and self.scale.is_changed():
             raise RuntimeError(f"the scale of guidance {WRITTEN_TO}")
 
     def value(self) -> Tensor:
         """Return the tensor for one's own use, as it was before others could write to it."""
-        value = self._value
-        if self.base is not None or value is None or self._may_be_written():
-            function, *operands = self.made_by
-            if self.base is None:
-                self.check_unchanged()
-            made: Tensor = function(*[own_value(operand) for operand in operands])
-            if self.base is None and value is None:
-                self._value = made
-            return made
-        return value
+        return super().value() if self.base is None else self._made()
 
-    def _may_be_written(self) -> bool:
-        if self.handed_out is None:
-            return False
-        assert self._value is not None
-        return self.handed_out == _UNCOUNTED or self._value._version != self.handed_out
-
-    def computed(self) -> Tensor:
-        """Return the tensor, for any use, the same one each time."""
-        if self.handed_out is None:
-            stop_trying(self.seen)
-            if self.base is None:
-                self._value = self.value()
-            else:
-                function, _ = self.made_by
-                self._value = function(self.base.computed())
-            self.handed_out = _UNCOUNTED if self._value.is_inference() else self._value._version
-        assert self._value is not None
-        return self._value
+    def _shared(self) -> Tensor:
+        if self.base is None:
+            return self.value()
+        function, _ = self.made_by
+        shared: Tensor = function(self.base.computed())
+        return shared
 
 
 WRITTEN_TO = (
@@ -309,11 +323,13 @@ def register(made: LazyTensor, seen: Iterable[tuple[Source, int | None]]) -> Non
             source.combined = [*(source.combined or ()), weakref.ref(made)]
 
 
-def stop_trying(seen: Iterable[tuple[Source, int | None]]) -> None:
-    """Trace no more outputs in this run of the pipeline: guidance is used before the step."""
+def stop_trying(seen: Iterable[tuple[Source, int | None]], by: str) -> None:
+    """Trace no more outputs in this run of the pipeline: an operation uses guidance before the step."""
     for source, _ in seen:
-        if source.fusion is not None:
-            source.fusion.tries = False
+        fusion = source.fusion
+        if fusion is not None and fusion.tries:
+            fusion.tries = False
+            fusion.computed[by] += 1
 
 
 def leading(scale: Tensor) -> int:
@@ -324,4 +340,4 @@ def leading(scale: Tensor) -> int:
 
 def own_value(operand: Any) -> Any:
     """Return the tensor that an operand stands for, for one's own use, which does not write to it."""
-    return operand.value() if type(operand) in (Traced, Combined) else plain(operand)
+    return operand.value() if isinstance(operand, (Traced, Waiting)) else plain(operand)

@@ -191,10 +191,10 @@ _CALLER = _frames_to_caller()  # to ask for the frames between them would take 1
 
 
 def _with_traced(output: Any, fusion: Fusion) -> Any:
-    """Return a model's output, traced, or with its first tensor traced."""
+    """Return a model's output, traced: all tensors of a tuple, or the first of another output."""
     kind = type(output)
     if kind is tuple and output:
-        return (_of_first(output[0], fusion), *output[1:])
+        return (_of_first(output[0], fusion), *[_of_tensor(each, fusion) for each in output[1:]])
     if kind is Tensor:
         return traced(output, fusion)
     if isinstance(output, BaseOutput) and len(output):
@@ -203,6 +203,10 @@ def _with_traced(output: Any, fusion: Fusion) -> Any:
     elif type(getattr(output, "sample", None)) is Tensor:
         output.sample = traced(output.sample, fusion)
     return output
+
+
+def _of_tensor(each: Any, fusion: Fusion) -> Any:
+    return traced(each, fusion) if type(each) is Tensor else each
 
 
 def _of_first(first: Any, fusion: Fusion) -> Any:

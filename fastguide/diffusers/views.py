@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import formula_rules as rules
+from .formula import Formula
 from .halves import FIRST, SECOND
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
 from .sums import as_sum, general
-from .traced import Combined, Traced
+from .traced import Combined, Traced, traced
 
 
 def chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
@@ -27,7 +29,7 @@ def chunk(operand: Any, chunks: int, dim: int = 0) -> Any:
             if chunks == 2:
                 return Traced(source, None, FIRST), Traced(source, None, SECOND)
             return tuple([Traced(source, None, (number, chunks)) for number in range(chunks)])
-    return parts_of(lambda each: each.chunk(chunks, dim), operand)
+    return parts_of(lambda each: each.chunk(chunks, dim), operand, "chunk")
 
 
 def halved(self: Traced, chunks: int, dim: int = 0) -> Any:
@@ -41,28 +43,31 @@ def halved(self: Traced, chunks: int, dim: int = 0) -> Any:
 
 
 def split(operand: Any, split_size: Any, dim: int = 0) -> Any:
-    """Return the parts of some sizes."""
+    """Return the parts of a size, or of sizes."""
     if type(operand) is Joined:
         return operand.split(split_size, dim)
-    return parts_of(lambda each: each.split(split_size, dim), operand)
+    return parts_of(lambda each: each.split(split_size, dim), operand, "split")
 
 
-def view(operand: Any, function: Callable[[Tensor], Any]) -> Any:
+def view(operand: Any, name: str, how: tuple[Any, ...]) -> Any:
     """Return a view of an operand, as one of each of its terms."""
-    parts = parts_of(lambda tensor: (function(tensor),), operand)
+    how = plain(how)
+    if type(operand) is Formula:
+        return rules.viewed(operand, name, how)
+    parts = parts_of(lambda tensor: (getattr(tensor, name)(*how),), operand, name.strip("_"))
     return parts[0]
 
 
-def parts_of(function: Callable[[Tensor], Any], operand: Any) -> Any:
+def parts_of(function: Callable[[Tensor], Any], operand: Any, by: str) -> Any:
     """Return parts of an operand, which a function of tensors makes: of each of its terms, if they are views."""
     operand = general(operand)
     found = as_sum(operand)
     if found is None or (found[1] is not None and found[1].tensor.dim() > 0):
-        return function(plain(operand))
+        return function(plain(operand, by))
     values = [of.value() for of, *_ in found[0]]
     made = [function(value) for value in values]
     if not all(_shares(part, value) for parts, value in zip(made, values, strict=True) for part in parts):
-        return function(plain(operand))
+        return function(plain(operand, by))
     sources = [of.source for of, *_ in found[0]]
     traced = [[Traced(source, part) for part in parts] for source, parts in zip(sources, made, strict=True)]
     if type(operand) is Traced:
@@ -97,7 +102,7 @@ def joined(tensors: Any, dim: int = 0) -> Any:
                 return Doubled(main.main)
             if _may_be_joined(main, rest):
                 return Joined(main, rest)
-    return torch.cat([plain(tensor) for tensor in tensors], dim)
+    return torch.cat([plain(tensor, "cat") for tensor in tensors], dim)
 
 
 def _may_be_joined(main: Combined | Doubled, rest: Traced) -> bool:
@@ -115,4 +120,11 @@ def stacked(tensors: Any, dim: int = 0) -> Any:
             terms = tuple([(Traced(of.source, of.value().unsqueeze(dim)), *how) for of, *how in found[0]])
             made_by = (lambda tensor: torch.stack([tensor], dim)), tensors[0]
             return Combined(made_by, terms, found[1], tensors[0].dtype, found[2])  # type: ignore[arg-type]
-    return torch.stack([plain(tensor) for tensor in tensors], dim)
+    return torch.stack([plain(tensor, "stack") for tensor in tensors], dim)
+
+
+def cloned(operand: Any, **how: Any) -> Any:
+    """Return ``Tensor.clone``: an output is copied at once, as the next call may write to it."""
+    if type(operand) is Traced and operand.source.is_output and not how:
+        return traced(operand.value().clone(), operand.source.fusion)
+    return plain(operand, "clone").clone(**how)

@@ -5,11 +5,13 @@ from .auto import AutoGuidance
 from .classifier import Classifier
 from .classifier_free import ClassifierFree
 from .composed import Composed
+from .frequency_decoupled import FrequencyDecoupled
 from .from_moments import as_guidance
 from .magnitude_aware import MagnitudeAware
 from .normalized import Normalized
 from .perp_neg import PerpNeg
 from .perturbed import Perturbed
+from .spaces import space_of
 from .tangential import Tangential
 from .weights import Guidance
 from .zero_star import ZeroStar
@@ -20,6 +22,7 @@ __all__ = [
     "Classifier",
     "ClassifierFree",
     "Composed",
+    "FrequencyDecoupled",
     "Guidance",
     "MagnitudeAware",
     "Normalized",
@@ -28,4 +31,5 @@ __all__ = [
     "Tangential",
     "ZeroStar",
     "as_guidance",
+    "space_of",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from .formulas import LEAST_NORM, Base, begin, check_base, rescaled
 from .from_moments import FromMoments, parameters_and_options
 from .scales import Scale
+from .spaces import TableSpace
 from .symbols import Space, Vector, Vectors
 
 
@@ -35,7 +36,8 @@ class AdaptiveProjected(FromMoments):
         norm_threshold: the most that the difference's norm may be; ``None``: anything.
         guidance_rescale: phi, 0 to 1: how far the guided prediction gets the standard deviation of the conditional one.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
-        space: what predictions are taken as: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
+        space: what predictions are taken as: ``"prediction"``, what the model predicts, ``"original"``, x_0, or of
+            ``space_of``.
 
     >>> AdaptiveProjected(7.5, norm_threshold=10.0)
     AdaptiveProjected(2 predictions)
@@ -49,7 +51,7 @@ class AdaptiveProjected(FromMoments):
         norm_threshold: Scale | None = 15.0,
         guidance_rescale: Scale = 0.0,
         base: Base = "uncond",
-        space: Space = "prediction",
+        space: Space | TableSpace = "prediction",
     ) -> None:
         check_base(base)
         parameters, options = parameters_and_options(

@@ -11,6 +11,7 @@ from .formulas import begin, check_space, rescaled
 from .moment_weights import MomentWeights
 from .plus_plus import FirstOrder, plus_plus_scales
 from .scales import Scale, as_scale, as_scale_per_step, scale_columns, stand_in_columns
+from .spaces import TableSpace
 from .symbols import Space, Vector, Vectors
 from .weights import Guidance
 
@@ -34,13 +35,16 @@ class ClassifierFree(Guidance):
             its values are then not checked, as that would wait for the device.
         guidance_rescale: phi, 0 to 1, likewise: how far the guided prediction gets the standard deviation of the
             conditional one, ``phi std(cond) / std(m) m + (1 - phi) m`` (Lin et al. 2023, section 3.4).
-        space: whose deviations these are: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
+        space: whose deviations these are: ``"prediction"``, what the model predicts, ``"original"``, x_0, or of
+            ``space_of``.
 
     >>> ClassifierFree(7.5), ClassifierFree([3.0, 7.5]).batch, ClassifierFree.per_step([1.0, 7.5, 1.0]).steps
     (ClassifierFree(2 predictions), 2, 3)
     """
 
-    def __init__(self, guidance_scale: Scale, *, guidance_rescale: Scale = 0.0, space: Space = "prediction") -> None:
+    def __init__(
+        self, guidance_scale: Scale, *, guidance_rescale: Scale = 0.0, space: Space | TableSpace = "prediction"
+    ) -> None:
         check_space(space)
         scale = as_scale("guidance_scale", guidance_scale)
         rescale = as_scale("guidance_rescale", guidance_rescale)
@@ -49,7 +53,7 @@ class ClassifierFree(Guidance):
             return
         parameters = {"guidance_scale": scale, "guidance_rescale": rescale}
         weights_from = MomentWeights.of(classifier_free, 2, parameters, space=space)
-        super().__init__(stand_in_columns(2, (scale, rescale)), None, weights_from)
+        super().__init__(stand_in_columns(2, weights_from.scales), None, weights_from)
 
     @classmethod
     def from_w(cls, w: Scale, *, guidance_rescale: Scale = 0.0) -> ClassifierFree:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from .spaces import TableSpace
 from .symbols import Space, Vector, Vectors
 
 Base: TypeAlias = Literal["uncond", "cond"]
@@ -38,9 +39,11 @@ def check_base(base: Any) -> None:
 
 
 def check_space(space: Any) -> None:
-    """Refuse what is not the name of a space."""
-    if space not in get_args(Space):
-        raise ValueError(f"space: expected one of {get_args(Space)}, got {space!r}")
+    """Refuse what is no space."""
+    if isinstance(space, TableSpace) or (isinstance(space, str) and space in get_args(Space)):
+        return
+    hint = f"; of a table, it is space_of(table, {space!r})" if space in ("epsilon", "velocity") else ""
+    raise ValueError(f"space: expected one of {get_args(Space)}, or of space_of(table, name), got {space!r}{hint}")
 
 
 def rescaled(v: Vectors, guided: Vector, cond: Vector, guidance_rescale: Any) -> Vector:

@@ -11,6 +11,7 @@ from .._counts import check_count
 from .formulas import check_space
 from .moment_weights import MomentWeights
 from .scales import Scale, as_scale, stand_in_columns
+from .spaces import TableSpace
 from .symbols import Space, Vector
 from .weights import Guidance
 
@@ -23,7 +24,7 @@ class FromMoments(Guidance):
         num_predictions: number of predictions.
         parameters: by name, each what ``ClassifierFree`` takes as a scale.
         options: by name, what is the same for all steps and samples.
-        space: what the function gets predictions as: ``"prediction"``, or ``"original"``, x_0.
+        space: what the function gets predictions as: ``"prediction"``, ``"original"``, x_0, or of ``space_of``.
     """
 
     def __init__(
@@ -32,12 +33,12 @@ class FromMoments(Guidance):
         num_predictions: int,
         parameters: Mapping[str, Scale],
         options: Mapping[str, Any] | None = None,
-        space: Space = "prediction",
+        space: Space | TableSpace = "prediction",
     ) -> None:
         check_space(space)
         scales = {name: as_scale(name, value) for name, value in parameters.items()}
         made = MomentWeights.of(function, num_predictions, scales, options, space)
-        super().__init__(stand_in_columns(num_predictions, scales.values()), None, made)
+        super().__init__(stand_in_columns(num_predictions, made.scales), None, made)
 
 
 def parameters_and_options(**values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,7 +51,7 @@ def parameters_and_options(**values: Any) -> tuple[dict[str, Any], dict[str, Any
 
 
 def as_guidance(
-    predictions: int, space: Space = "prediction"
+    predictions: int, space: Space | TableSpace = "prediction"
 ) -> Callable[[Callable[..., Vector]], Callable[..., FromMoments]]:
     """Make a guidance of a function of vectors: it returns the guided prediction, and so defines the weights.
 
@@ -64,7 +65,8 @@ def as_guidance(
     Args:
         predictions: their number, 2 to 4, or 3 if the sample has a weight.
         space: what the function gets predictions as: ``"prediction"``, what the model predicts; or ``"original"``, the
-            x_0 that each of them says, where the row says it: not from noise at alpha = 0.
+            x_0 that each of them says, where the row says it: not from noise at alpha = 0; or what ``space_of`` a table
+            returns.
 
     Returns:
         The decorator. What it returns is called with the function's own parameters: a number, or one for each sample or

@@ -7,6 +7,7 @@ from typing import Any
 from .formulas import LEAST_NORM, Base, begin, check_base, rescaled
 from .from_moments import FromMoments, parameters_and_options
 from .scales import Scale
+from .spaces import TableSpace
 from .symbols import Space, Vector, Vectors
 
 
@@ -31,7 +32,8 @@ class MagnitudeAware(FromMoments):
         alpha: how fast the scale falls with the difference's length.
         guidance_rescale: phi, 0 to 1: how far the guided prediction gets the standard deviation of the conditional one.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
-        space: what predictions are taken as: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
+        space: what predictions are taken as: ``"prediction"``, what the model predicts, ``"original"``, x_0, or of
+            ``space_of``.
 
     >>> MagnitudeAware(10.0)
     MagnitudeAware(2 predictions)
@@ -44,7 +46,7 @@ class MagnitudeAware(FromMoments):
         alpha: Scale = 8.0,
         guidance_rescale: Scale = 0.0,
         base: Base = "uncond",
-        space: Space = "prediction",
+        space: Space | TableSpace = "prediction",
     ) -> None:
         check_base(base)
         parameters, options = parameters_and_options(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from .encoded import encode, scratch_numbers
 from .program import Program, input_of, traced
 from .scales import scale_columns
+from .spaces import TableSpace
 from .symbols import Space, Vector
 
+_HOST = torch.device("cpu")
 _ACTIVE = "active"
 """The input of programs that are not for every step."""
 
@@ -41,8 +44,9 @@ class MomentWeights:
         self.program, self.names = program, tuple([name for name in program.inputs if name in values])
         """In the program's own order: where programs are the same, so are the places of their parameters."""
         encoded = encode(program, self.names)
-        self._words = torch.tensor([encoded.words], dtype=torch.int32, device="cpu")
-        self._parameters = scale_columns(*[values[name] for name in self.names], *encoded.constants).double()
+        self._words = {_HOST: torch.tensor([encoded.words], dtype=torch.int32, device="cpu")}
+        self._constants = encoded.constants
+        self._parameters = self._columns(values)
         self._on_devices: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._made: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
         """Where steps write their weights, and that as ``last_weights`` has it."""
@@ -63,10 +67,34 @@ class MomentWeights:
         count: int,
         parameters: Mapping[str, float | Tensor],
         options: Mapping[str, Any] | None = None,
-        space: Space = "prediction",
+        space: Space | TableSpace = "prediction",
     ) -> MomentWeights:
         """Return the weights that a function makes; see ``traced``."""
-        return cls(traced(function, count, tuple(parameters), options or {}, space), parameters)
+        program = traced(function, count, tuple(parameters), options or {}, space)
+        return cls(program, {**parameters, **(space.parameters() if isinstance(space, TableSpace) else {})})
+
+    @property
+    def scales(self) -> list[float | Tensor]:
+        """The parameters, each a number or of shape (steps or 1, batch or 1)."""
+        return list(self._always[1].values())
+
+    def with_parameters(self, parameters: Mapping[str, float | Tensor]) -> MomentWeights:
+        """Return the same program with other numbers, and the same memory: what either makes is gone with the other.
+
+        ``parameters``: as many, of the same names.
+        """
+        other = copy.copy(self)
+        other._always = self._always[0], dict(parameters)
+        values = {input_of(name): value for name, value in parameters.items()}
+        if self.active is not None:
+            values[_ACTIVE] = self.active.double().view(-1, 1)
+        other._parameters = self._columns(values)
+        other._on_devices, other.last_weights = {}, None
+        return other
+
+    def _columns(self, values: Mapping[str, float | Tensor]) -> Tensor:
+        """Return the parameters, by the names of their inputs, and the constants."""
+        return scale_columns(*[values[name] for name in self.names], *self._constants).double()
 
     def where(self, active: Tensor) -> MomentWeights:
         """Return the same weights at some of the steps, and the conditional prediction's alone at the others."""
@@ -85,7 +113,11 @@ class MomentWeights:
         """
         found = self._on_devices.get(device)
         if found is None:
-            found = self._on_devices[device] = self._words.to(device), self._parameters.to(device).contiguous()
+            words = self._words.get(device)
+            if words is None:
+                words = self._words[device] = self._words[_HOST].to(device)
+            parameters = self._parameters.to(device, non_blocking=True)  # from pageable memory, which is staged at once
+            found = self._on_devices[device] = words, parameters.contiguous()
         return found
 
     def place_for(self, sample: Tensor, dtype: torch.dtype) -> Tensor:

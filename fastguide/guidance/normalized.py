@@ -7,6 +7,7 @@ from typing import Any
 from .formulas import LEAST_NORM, Base, begin, check_base
 from .from_moments import FromMoments, parameters_and_options
 from .scales import Scale
+from .spaces import TableSpace
 from .symbols import Space, Vector, Vectors
 
 
@@ -29,7 +30,8 @@ class Normalized(FromMoments):
         guidance_scale: what ``ClassifierFree`` takes.
         at_most: how many times as long as the conditional prediction the result may be; ``None``: it is as long.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
-        space: what predictions are taken as: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
+        space: what predictions are taken as: ``"prediction"``, what the model predicts, ``"original"``, x_0, or of
+            ``space_of``.
 
     >>> Normalized(4.0), Normalized(4.0, at_most=1.0)
     (Normalized(2 predictions), Normalized(2 predictions))
@@ -41,7 +43,7 @@ class Normalized(FromMoments):
         *,
         at_most: Scale | None = None,
         base: Base = "uncond",
-        space: Space = "prediction",
+        space: Space | TableSpace = "prediction",
     ) -> None:
         check_base(base)
         parameters, options = parameters_and_options(guidance_scale=guidance_scale, at_most=at_most)

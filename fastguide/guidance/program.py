@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .spaces import PREDICTION, SAMPLE, TableSpace
 from .symbols import OPERATIONS, Number, Scalar, Space, Vector, Vectors
 
 Value = tuple[str, int | float | str]
@@ -102,7 +103,7 @@ def traced(
     count: int,
     parameters: Sequence[str],
     options: Mapping[str, Any],
-    space: Space = "prediction",
+    space: Space | TableSpace = "prediction",
 ) -> Program:
     """Trace a guidance's function.
 
@@ -117,7 +118,7 @@ def traced(
         TypeError: it returns no vector, or does what a program cannot.
     """
     symbols = {name: Scalar("input", input_of(name)) for name in parameters}
-    v = Vectors(count, space)
+    v = Vectors(count, (input_of(SAMPLE), input_of(PREDICTION)) if isinstance(space, TableSpace) else space)
     result = function(v, **symbols, **options)
     if not isinstance(result, Vector):
         name = getattr(function, "__name__", "the function")

@@ -24,9 +24,13 @@ def scale_columns(*columns: float | Tensor) -> Tensor:
         sizes = {scale.shape[dim] for scale in scales} - {1}
         if len(sizes) > 1:
             raise ValueError(f"guidance_scales: expected scales for as many {what} everywhere, got {sorted(sizes)}")
-    return torch.stack(
-        torch.broadcast_tensors(*(torch.as_tensor(c, dtype=like.dtype, device=like.device) for c in columns)), -1
-    )
+    made = [
+        c.to(like.device, like.dtype)
+        if isinstance(c, Tensor)
+        else torch.full((), c, dtype=like.dtype, device=like.device)
+        for c in columns  # a device fills in numbers without a copy that the host would wait for
+    ]
+    return torch.stack(torch.broadcast_tensors(*made), -1)
 
 
 def stand_in_columns(num_predictions: int, scales: Iterable[float | Tensor]) -> Tensor:

@@ -172,10 +172,11 @@ class Vectors:
     Args:
         count: number of predictions.
         space: what the predictions are taken as: ``"prediction"``, what the model predicts; or ``"original"``, the
-            x_0 that each of them says, ``x0_scale * (x0_sample * x + x0_pred * p)`` by the step's row.
+            x_0 that each of them says, ``x0_scale * (x0_sample * x + x0_pred * p)`` by the step's row; or the names of
+            the inputs that multiply x and p.
     """
 
-    def __init__(self, count: int, space: Space = "prediction") -> None:
+    def __init__(self, count: int, space: Space | tuple[str, str] = "prediction") -> None:
         self._count, self._space = count, space
 
     @property
@@ -201,10 +202,14 @@ class Vectors:
         return Vector([float(term == number) for term in range(self._count + 1)])
 
     def _sample_part(self) -> Vector:
+        if isinstance(self._space, tuple):
+            return self.sample * Scalar("input", self._space[0])
         scale: Vector = Scalar("input", "x0_scale") * Scalar("input", "x0_sample") * self.sample
         return scale
 
     def _prediction_part(self) -> Number:
+        if isinstance(self._space, tuple):
+            return Scalar("input", self._space[1])
         return _scalar("mul", Scalar("input", "x0_scale"), Scalar("input", "x0_pred"))
 
     @property
@@ -306,7 +311,7 @@ def _scalar(operation: str, *operands: Any) -> Number:
     if operation == "add" and first == 0.0:
         assert second is not None
         return second
-    if operation == "mul" and 0.0 in (first, second):
+    if (operation == "mul" and 0.0 in (first, second)) or (operation == "div" and first == 0.0):  # no term of a vector
         return 0.0
     if operation == "mul" and first == 1.0:
         assert second is not None

@@ -7,6 +7,7 @@ from typing import Any
 from .formulas import Base, begin, check_base, rescaled
 from .from_moments import FromMoments, parameters_and_options
 from .scales import Scale
+from .spaces import TableSpace
 from .symbols import Space, Vector, Vectors
 
 
@@ -38,7 +39,8 @@ class Tangential(FromMoments):
         guidance_scale: what ``ClassifierFree`` takes.
         guidance_rescale: phi, 0 to 1: how far the guided prediction gets the standard deviation of the conditional one.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
-        space: what predictions are taken as: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
+        space: what predictions are taken as: ``"prediction"``, what the model predicts, ``"original"``, x_0, or of
+            ``space_of``.
 
     >>> Tangential(7.5)
     Tangential(2 predictions)
@@ -50,7 +52,7 @@ class Tangential(FromMoments):
         *,
         guidance_rescale: Scale = 0.0,
         base: Base = "uncond",
-        space: Space = "prediction",
+        space: Space | TableSpace = "prediction",
     ) -> None:
         check_base(base)
         parameters, options = parameters_and_options(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)

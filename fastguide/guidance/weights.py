@@ -12,6 +12,7 @@ from .._counts import check_count
 from .._token import Token
 from ..schedules.predictions import GradientForm
 from .intervals import Calls, calls_within
+from .low_passes import LowPasses
 from .moment_weights import MomentWeights
 from .scales import conditional_columns, scale_columns
 
@@ -57,8 +58,15 @@ class Guidance:
     weights_from: WeightsFrom | None
     """Makes the weights from the predictions, see ``from_predictions``; ``None``: they are constants."""
 
+    derived: LowPasses | None
+    """Makes further tensors of the model's predictions, which have weights as well; ``None``: there are none."""
+
     def __init__(
-        self, weights: Tensor, classifier: GradientSource | None, weights_from: WeightsFrom | None = None
+        self,
+        weights: Tensor,
+        classifier: GradientSource | None,
+        weights_from: WeightsFrom | None = None,
+        derived: LowPasses | None = None,
     ) -> None:
         self.steps, self.batch, columns = weights.shape
         self._token = Token()
@@ -66,6 +74,7 @@ class Guidance:
         self.num_predictions = columns - 1
         self.classifier = classifier
         self.weights_from = weights_from
+        self.derived = derived
         self.form: GradientForm | None = None if classifier is None else classifier.gradient_form
         self._weights = {(weights.device, dtype): weights.to(dtype) for dtype in (torch.float32, torch.float64)}
         self._source = weights
@@ -94,6 +103,15 @@ class Guidance:
             raise TypeError(f"weights_from: expected a callable, got {type(weights_from).__name__}")
         check_count("num_predictions", num_predictions, 2)
         return Guidance(scale_columns(*[1.0] * num_predictions, 0.0), None, weights_from)
+
+    @property
+    def num_conditions(self) -> int:
+        """The number of conditions that the model predicts for: as many as there are weights, without derived terms."""
+        return self.num_predictions - (0 if self.derived is None else self.derived.number)
+
+    def terms(self, predictions: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the weights are of: the model's predictions, and what is derived from them."""
+        return list(predictions) if self.derived is None else self.derived.extended(predictions)
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return constant weights on a device, in float32 or float64; only the first call moves anything."""
@@ -183,7 +201,8 @@ class Guidance:
         if self._source.device != _HOST or self.weights_from is not None:
             return None
         first = self._source[..., 0] - self._source[..., 1 : self.num_predictions].sum(-1)
-        return tuple((first == 0).all(1).tolist())
+        derived = self._source[..., self.num_conditions : self.num_predictions].any(-1)  # which are made of it
+        return tuple(((first == 0) & ~derived).all(1).tolist())
 
     @property
     def last_weights(self) -> Tensor | None:
@@ -226,10 +245,10 @@ class Guidance:
         conditional = conditional_columns(self.num_predictions).to(self._source)
         weights = torch.where(inside, self._source, conditional)
         if self.weights_from is None:
-            return Guidance(weights, self.classifier)
+            return Guidance(weights, self.classifier, derived=self.derived)
         if not isinstance(self.weights_from, MomentWeights):
             raise TypeError("guidance: expected weights that are no function's of the predictions, to be left out")
-        return Guidance(weights, self.classifier, self.weights_from.where(active))
+        return Guidance(weights, self.classifier, self.weights_from.where(active), self.derived)
 
     def of_samples(self, samples: slice) -> Guidance:
         """Return the guidance of some samples: itself where the weights are the same for every sample.
@@ -267,7 +286,7 @@ class Guidance:
         device = first._source.device if first._source.device != _HOST else second._source.device
         left, right = (g._source.to(device).expand(*shape, -1) for g in (first, second))
         weights = torch.cat([left[..., :-1], left[..., -1:] + right[..., -1:]], -1)
-        return Guidance(weights, first.classifier or second.classifier, first.weights_from)
+        return Guidance(weights, first.classifier or second.classifier, first.weights_from, first.derived)
 
     def __repr__(self) -> str:
         form = "" if self.form is None else f", gradient form {self.form!r}"

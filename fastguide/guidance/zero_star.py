@@ -8,6 +8,7 @@ from .._counts import check_count
 from .formulas import Base, begin, check_base, rescaled
 from .from_moments import FromMoments, parameters_and_options
 from .scales import Scale
+from .spaces import TableSpace
 from .symbols import Space, Vector, Vectors
 
 
@@ -34,7 +35,8 @@ class ZeroStar(FromMoments):
         zero_init_steps: so many calls of the model at the beginning of a loop are taken as 0, on whose first velocities
             the paper does not rely.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
-        space: what predictions are taken as: ``"prediction"``, what the model predicts, or ``"original"``, x_0.
+        space: what predictions are taken as: ``"prediction"``, what the model predicts, ``"original"``, x_0, or of
+            ``space_of``.
 
     >>> ZeroStar(5.0)
     ZeroStar(2 predictions)
@@ -47,7 +49,7 @@ class ZeroStar(FromMoments):
         guidance_rescale: Scale = 0.0,
         zero_init_steps: int = 1,
         base: Base = "uncond",
-        space: Space = "prediction",
+        space: Space | TableSpace = "prediction",
     ) -> None:
         check_base(base)
         check_count("zero_init_steps", zero_init_steps, 0)

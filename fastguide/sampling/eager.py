@@ -73,7 +73,7 @@ class EagerRun:
         """Return the conditions of all predictions, one after the other."""
         batch, given = len(self.first), self._request.conditions
         whole = conditioning.buffers(
-            self._request.conditions_signature, self.guidance.num_predictions * batch, self.first.device
+            self._request.conditions_signature, self.guidance.num_conditions * batch, self.first.device
         )
         if whole is not None:
             for k, (_, condition) in enumerate(given):
@@ -107,6 +107,8 @@ class EagerRun:
             gradient = guidance.classifier.gradient(x, timestep, self._request.labels)
         if self._request.skips_uncond[call]:
             guidance = _without_unconditional(guidance, x)
+        else:
+            predictions = guidance.terms(predictions)
         history = self._history.continued(entries, call)
         result = guided_step(
             self.table, call, x, predictions, guidance, gradient=gradient, variance=variance, noise=drawn.noise,
@@ -115,7 +117,7 @@ class EagerRun:
         return result, history.entries
 
     def _predict(self, call: int, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        options, copies = self._options, self.guidance.num_predictions
+        options, copies = self._options, self.guidance.num_conditions
         scale = self.table.in_scales[call]
         given = x if scale == 1 else x.to(torch.promote_types(x.dtype, torch.float32)) * scale
         given = given.to(x.dtype if options.dtype is None else options.dtype)
@@ -133,9 +135,10 @@ class EagerRun:
 
 
 def _without_unconditional(guidance: Guidance, x: Tensor) -> Guidance:
-    """Return guidance of all predictions but the first, which has no weight."""
+    """Return guidance of all predictions but the first, which has no weight, nor has what is derived from it."""
     weights = guidance.weights(x.device, torch.promote_types(x.dtype, torch.float32))
-    return Guidance(torch.cat([weights[..., :1], weights[..., 2:]], -1), guidance.classifier)
+    others = weights[..., 2 : guidance.num_conditions]
+    return Guidance(torch.cat([weights[..., :1], others, weights[..., -1:]], -1), guidance.classifier)
 
 
 def differentiable(run: EagerRun, last: int | None, checkpoint: bool) -> Tensor:

@@ -101,7 +101,7 @@ def make_request(
             f"guidance: expected scales that are the same at all steps, as {whole.name} makes other model calls where "
             f"it begins later, got {guidance.steps}"
         )
-    conditions = conditioning.as_list(cond, uncond, guidance.num_predictions)
+    conditions = conditioning.as_list(cond, uncond, guidance.num_conditions)
     conditioning.check_labels(labels, guidance, batch)
     return SampleRequest(
         table=table,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..guidance import Guidance
+from ..guidance.low_passes import LowPasses
 from ..guidance.moment_weights import MomentWeights
 from ..guidance.program import Program
 from ..solvers.table import ROW_COLUMNS, StepTable
@@ -64,9 +65,10 @@ class StateKey(NamedTuple):
     device: torch.device
     model_dtype: torch.dtype
     conditions: Signature
-    predictions: int
+    predictions: int  # of the model
     own_predictions: range  # those that this process calls the model for
     guidance_ranks: Dimension | None  # those that share all of them
+    derived: LowPasses | None  # makes further tensors of them
     weights_from: Program | ByIdentity | None
     makes_weights: bool  # whether the step itself makes them, by a program
     classifier: tuple[object, ...] | None
@@ -109,7 +111,7 @@ class StateKey(NamedTuple):
         x, table, guidance = request.x_T, request.table, request.guidance
         shape, capacity = (tuple(x.shape), len(table)) if slots is None else ((slots[0], *x.shape[1:]), slots[1])
         model_dtype = x.dtype if options.dtype is None else options.dtype
-        own = options.own_predictions(guidance.num_predictions)
+        own = options.own_predictions(guidance.num_conditions)
         copies = len(own) if options.batched else 1
         classifier, model, device = guidance.classifier, options.model, x.device.type
         return cls(
@@ -120,9 +122,10 @@ class StateKey(NamedTuple):
             device=x.device,
             model_dtype=model_dtype,
             conditions=request.conditions_signature,
-            predictions=guidance.num_predictions,
+            predictions=guidance.num_conditions,
             own_predictions=own,
             guidance_ranks=options.guidance_ranks,
+            derived=guidance.derived,
             weights_from=_what_makes_weights(guidance),
             makes_weights=isinstance(guidance.weights_from, MomentWeights) and device in request.backend.makes_weights,
             classifier=None if classifier is None else (guidance.form, *map(ByIdentity, classifier.functions)),
@@ -228,10 +231,10 @@ class SamplerState:
         key = self.key
         arithmetic = self.rows_dtype
         scales = self.batch if key.scales_per_sample else 1
-        shape = (key.capacity, scales, key.predictions + 1)
+        shape = (key.capacity, scales, self._guidance.num_predictions + 1)
         self.rows = torch.zeros(key.capacity, len(ROW_COLUMNS), dtype=arithmetic, device=key.device)
         self.weights = torch.zeros(shape, dtype=arithmetic, device=key.device)
-        self.weights_without_uncond = self.weights[..., 1:].clone() if key.skips_uncond else None
+        self.weights_without_uncond = self.weights[..., : key.predictions].clone() if key.skips_uncond else None
         self.program = self.parameters = self.made = self.scratch = None
         made_by = self._guidance.weights_from
         if isinstance(made_by, MomentWeights):
@@ -335,7 +338,8 @@ class SamplerState:
             self.parameters[rows, samples].copy_(parameters.expand(len(table), -1, -1))
         if self.weights_without_uncond is not None:  # m without p_0, whose weight is zero: anchored at p_1
             self.weights_without_uncond[rows, samples, :1].copy_(weights[..., :1])
-            self.weights_without_uncond[rows, samples, 1:].copy_(weights[..., 2:])
+            self.weights_without_uncond[rows, samples, 1:-1].copy_(weights[..., 2 : self.key.predictions])
+            self.weights_without_uncond[rows, samples, -1:].copy_(weights[..., -1:])
 
     def _write_conditions(self, conditions: NamedConditions, samples: slice) -> None:
         if self.condition is None:
@@ -351,6 +355,8 @@ class SamplerState:
         """Call the model, combine its predictions, and make each sample's step, at the row in the cursor."""
         gradient = None if self._guidance.classifier is None else self._gradient()
         predictions, variance = self.model_call(skip_uncond)
+        if self.key.derived is not None and not skip_uncond:
+            predictions = [in_layout_of(self.sample, each) for each in self.key.derived.extended(predictions)]
         made_by = self._guidance.weights_from
         if skip_uncond:
             self._step_without_uncond(predictions, gradient, variance, self.weights_without_uncond)

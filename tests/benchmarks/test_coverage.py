@@ -135,13 +135,13 @@ def test_shares_are_counted():
     rows = [
         row(True, U_FORM),
         row(True, "none"),
-        row(True, "rescaled"),
+        row(True, "norm rescaled"),
         row(True, C_FORM, ("arithmetic before",)),
         row(False, "embedded"),
         row(False, "lerp", deprecated=True),
     ]
-    assert shares(rows) == Shares(pipelines=6, served=4, fully_fused=2, form_fused=3)
-    assert shares([]) == Shares(0, 0, 0, 0)
+    assert shares(rows) == Shares(pipelines=6, served=4, fully_fused=2, form_fused=3, guided=1)
+    assert shares([]) == Shares(0, 0, 0, 0, 0)
     text = page.report(rows)
     assert "default scheduler served           4 of 6,  66.7 %    without deprecated ones   4 of 5,  80.0 %" in text
     assert "fully fused                        2 of 6,  33.3 %    without deprecated ones   2 of 5,  40.0 %" in text
@@ -209,7 +209,10 @@ BY_HAND = {  # what somebody saw who read the pipeline: form, calls, changes
     "ChromaPipeline": (U_FORM, CALLS, []),
     "CogVideoXPipeline": (U_FORM, BATCH, ["cast before"]),
     "CogView4Pipeline": (U_FORM, CALLS, []),
-    "Cosmos2_5_PredictBasePipeline": (C_FORM, CALLS, ["sum before", "arithmetic before"]),
+    "Cosmos2_5_PredictBasePipeline": (C_FORM, CALLS, ["sum before", "masked before"]),
+    "Cosmos2TextToImagePipeline": (
+        C_FORM, CALLS, ["cast before", "sum before", "multiple before", "multiple after", "sum after"],
+    ),
     "CycleDiffusionPipeline": (U_FORM, BATCH, ["not in halves"]),
     "DDPMPipeline": ("none", "", []),
     "EasyAnimatePipeline": (U_FORM, BATCH, []),

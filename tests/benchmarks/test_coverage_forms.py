@@ -46,12 +46,13 @@ class Pipeline(diffusers.DiffusionPipeline):
 
 
 def rescale_noise_cfg(noise_cfg, noise_pred_text, guidance_rescale=0.0):
-    rescaled = noise_cfg * (noise_pred_text.std() / noise_cfg.std())
+    dims = list(range(1, noise_cfg.ndim))
+    rescaled = noise_cfg * (noise_pred_text.std(dim=dims, keepdim=True) / noise_cfg.std(dim=dims, keepdim=True))
     return guidance_rescale * rescaled + (1 - guidance_rescale) * noise_cfg
 
 
 def normalized_guidance(cond, uncond):
-    return cond + 7.5 * (cond - uncond) / (cond - uncond).norm()
+    return cond + 7.5 * (cond - uncond) / (cond - uncond).norm(dim=1, keepdim=True)
 """
 
 BATCH, CALLS = "one call", "two calls"
@@ -80,7 +81,8 @@ READ_AND_RUN = {  # what is between the model and the step; form, calls, changes
     ),
     "rescaled": (f"{HALVES}; pred = rescale_noise_cfg(u + s * (c - u), c, 0.7)", "rescaled", "", ()),
     "norm rescaled": (
-        f"{HALVES}; pred = u + s * (c - u); pred = pred * (torch.norm(c) / torch.norm(pred))", "norm rescaled", "", (),
+        f"{HALVES}; pred = u + s * (c - u); pred = pred * (torch.norm(c, dim=-1, keepdim=True)"
+        " / torch.norm(pred, dim=-1, keepdim=True))", "norm rescaled", "", (),
     ),
     "adaptive projected": (f"{HALVES}; pred = normalized_guidance(c, u)", "adaptive projected", "", ()),
     "lerp": (f"{HALVES}; pred = torch.lerp(u, c, s)", "lerp", "", ()),
@@ -116,13 +118,33 @@ READ_AND_RUN = {  # what is between the model and the step; form, calls, changes
         ("split before",),
     ),
     "negated after": (f"{HALVES}; pred = -(u + s * (c - u))", U_FORM, BATCH, ("negate after",)),
-    "a sum before": (
+    "a sum after": (f"{HALVES}; pred = latents + (u + s * (c - u))", U_FORM, BATCH, ("sum after",)),
+    "the other prediction of the latents": (
         f"{TWO}; c, u = latents - c, latents - u; pred = u + s * (c - u)", U_FORM, CALLS, ("sum before",),
     ),
-    "a sum after": (f"{HALVES}; pred = latents + (u + s * (c - u))", U_FORM, BATCH, ("sum after",)),
+    "converted": (
+        f"{TWO}; a = self.scheduler.alphas_cumprod[t]; c, u = latents - a * c, latents - a * u\n"
+        "            pred = (latents - (c + s * (c - u))) / a", C_FORM, CALLS,
+        ("sum before", "multiple before", "multiple after", "sum after"),
+    ),
+    "masked": (
+        f"{TWO}; mask = (latents > 0).float(); c, u = c * (1 - mask), u * (1 - mask); pred = u + s * (c - u)",
+        U_FORM, CALLS, ("masked before",),
+    ),
     "arithmetic before": (
+        f"{TWO}; c, u = c ** 3, u ** 3; pred = u + s * (c - u)", U_FORM, CALLS, ("arithmetic before",),
+    ),
+    "compared before": (
         f"{TWO}; m = latents > 0; c, u = c * m, u * m; pred = u + s * (c - u)", U_FORM, CALLS,
-        ("arithmetic before",),
+        ("masked before",),
+    ),
+    "rescaled, and of originals": (
+        f"{TWO}; c, u = latents - c, latents - u\n"
+        "            pred = latents - rescale_noise_cfg(u + s * (c - u), c, 0.7).float()", "rescaled", "", (),
+    ),
+    "rescaled, a part": (
+        f"{HALVES}; pred = rescale_noise_cfg(u + s * (c - u), c, 0.7)[:, :4]", "rescaled", "",
+        ("slice after rescaling",),
     ),
     "shape after": (
         f"{HALVES}; pred = (u + s * (c - u)).flatten(1).reshape(latents.shape)", U_FORM, BATCH, ("shape after",),
@@ -293,3 +315,9 @@ def test_rescaling_on_demand_is_told():
     for name in ("rescaled on demand", "rescaled", "one call"):
         row = row_of(source_with(READ_AND_RUN[name][0])[0], served_names())
         assert row.rescales_on_demand == (name == "rescaled on demand")
+
+
+def test_a_step_of_zeros_guides_nothing():
+    """As that of the sound in a pipeline of LTX-2 that makes none."""
+    body = f"{HALVES}; self.scheduler.step(torch.zeros_like(latents), t, latents); pred = u + s * (c - u)"
+    assert guidance(body).form == U_FORM

@@ -13,6 +13,7 @@ import torch
 
 from tests.support import family_pipelines as unets
 from tests.support import family_transformers as transformers
+from tests.support import guided_pipelines as guided
 from tests.support import transformer_pipelines
 from tests.support.family_pipelines import result
 from tests.support.scheduler_pair import diffusers, fused
@@ -32,7 +33,7 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "Stable Diffusion 3, a layer less": (transformers.stable_diffusion_3_skipping_layers, {GUIDED: 7}),
     "Stable Diffusion, inpainting": (unets.inpainting, {GUIDED: 5}),
     "SDXL": (unets.stable_diffusion_xl, {GUIDED: 7}),
-    "SDXL, rescaled": (unets.stable_diffusion_xl_rescaled, {ALONE: 7}),  # by deviations of the predictions
+    "SDXL, rescaled": (unets.stable_diffusion_xl_rescaled, {GUIDED: 7}),
     "SDXL, from an image": (unets.stable_diffusion_xl_from_image, {GUIDED: 5}),
     "SDXL, inpainting": (unets.stable_diffusion_xl_inpainting, {GUIDED: 5}),
     "SDXL, a model of inpainting": (unets.stable_diffusion_xl_inpainting_model, {GUIDED: 5}),
@@ -43,7 +44,7 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "LTX, from an image": (transformers.ltx_from_image, {GUIDED: 7}),
     "LTX, a timestep for each token": (transformers.ltx_with_conditions, {GUIDED: 7}),
     "LTX, with a frame": (transformers.ltx_with_a_frame, {GUIDED: 7}),
-    "LTX-2, not rescaled": (transformers.ltx_2_not_rescaled, {GUIDED: 7, ALONE: 7}),  # of sound, another output
+    "LTX-2, not rescaled": (transformers.ltx_2_not_rescaled, {GUIDED: 14}),
     "LTX-2, HDR": (transformers.ltx_2_hdr, {GUIDED: 7, ALONE: 7}),
     "Sana": (transformers.sana, {GUIDED: 7}),
     "Sana-Sprint": (transformers.sana_sprint, {ALONE: 7}),  # its scale is an input of the model
@@ -84,10 +85,19 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "DeepFloyd IF, DPM-Solver": (unets.deepfloyd_if_with_dpm_solver, {GUIDED: 7}),  # which drops the variance
     "DeepFloyd IF, upscaling": (unets.deepfloyd_if_upscaling, {GUIDED: 7}),
 }
+FAMILIES |= {  # with a stand-in for the model
+    "HunyuanImage": (guided.hunyuan_image, {GUIDED: 7}),  # projected, with momentum
+    "HunyuanVideo 1.5": (guided.hunyuan_video_15, {GUIDED: 7}),  # rescaled, by diffusers' guider
+    "HunyuanVideo 1.5, Zero*": (guided.hunyuan_video_15_zero_star, {GUIDED: 7}),
+    "Motif-Video": (guided.motif_video, {GUIDED: 7}),  # projected
+    "LTX-2": (guided.ltx_2, {GUIDED: 14}),  # rescaled in x_0, of pictures and sound
+    "LTX-2, four predictions": (guided.ltx_2_of_four, {GUIDED: 14}),
+    "Cosmos 2": (guided.cosmos_2, {GUIDED: 7}),  # guides x_0
+}
 SOUND = ["Stable Audio"] if fused.served.HAS_TORCHSDE else []
 FAMILIES |= {name: (transformers.stable_audio, {GUIDED: 7}) for name in SOUND}
-IN_INFERENCE_MODE = {name: {ALONE: 14} for name in FAMILIES if name.startswith("LTX-2")}
-"""Where it is others: of sums with a tensor whose writes torch does not count."""
+IN_INFERENCE_MODE = {name: {ALONE: 14} for name in ("LTX-2", "LTX-2, four predictions")}
+"""Where it is others: of sums with the latents, which are copied there each time, and are too many terms then."""
 SCALES = "guidance_scale", "true_cfg_scale", "image_guidance_scale", "guidance_scale_2", "pag_scale"
 
 
@@ -141,7 +151,11 @@ def test_inference_mode_makes_the_same(name):
     assert done.counts == IN_INFERENCE_MODE.get(name, FAMILIES[name][1])
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"consistency model"}))
+WITHOUT_A_SCALE = {"consistency model", "HunyuanImage", "HunyuanVideo 1.5", "HunyuanVideo 1.5, Zero*", "Motif-Video"}
+"""In the call: their guiders have it."""
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - WITHOUT_A_SCALE))
 def test_each_scale_of_guidance_matters(name):
     """So that the tests above would see a wrong one: a hundred times their tolerance."""
     pipe, given = made(name)

@@ -11,7 +11,8 @@ import torch
 
 import fastguide.diffusers as fused
 from fastguide.diffusers import guiders
-from fastguide.diffusers.guided import Guided
+from fastguide.diffusers.lazy_guidance import resolved
+from tests.support.pyramids import pyramid, up
 from tests.support.scheduler_pair import diffusers
 
 STEPS = 10
@@ -25,6 +26,18 @@ CASES = {  # the class, its options, how many predictions it takes, and how far 
     "zero star": ("ClassifierFreeZeroStarGuidance", {"zero_init_steps": 1}, 2, 1e-5),
     "projected": ("AdaptiveProjectedGuidance", {"eta": 0.3, "adaptive_projected_guidance_rescale": 4.0}, 2, 1e-5),
     "projected, of any length": ("AdaptiveProjectedGuidance", {"adaptive_projected_guidance_rescale": 0.0}, 2, 1e-5),
+    "projected and plain": (
+        "AdaptiveProjectedMixGuidance",
+        {"eta": 0.3, "adaptive_projected_guidance_momentum": None},
+        2,
+        1e-5,
+    ),
+    "projected, after plain steps": (
+        "AdaptiveProjectedMixGuidance",
+        {"adaptive_projected_guidance_start_step": 1, "adaptive_projected_guidance_rescale": 4.0},
+        2,
+        1e-5,
+    ),
     "tangential": ("TangentialClassifierFreeGuidance", {}, 2, 1e-3),  # by a decomposition in float32
     "magnitude": ("MagnitudeAwareGuidance", {"alpha": 2.0}, 2, 1e-5),
     "perturbed": ("PerturbedAttentionGuidance", PERTURBED, 3, 1e-5),
@@ -32,8 +45,6 @@ CASES = {  # the class, its options, how many predictions it takes, and how far 
     "blurred": ("SmoothedEnergyGuidance", BLURRED, 3, 1e-5),
     "weaker model": ("AutoGuidance", {"auto_guidance_layers": [0], "dropout": 0.1}, 2, 1e-5),
 }
-MOMENTS = ("ClassifierFreeGuidance", "ClassifierFreeZeroStarGuidance", "AdaptiveProjectedGuidance",
-           "TangentialClassifierFreeGuidance", "MagnitudeAwareGuidance")  # fmt: skip
 
 
 def both(kind, **options):
@@ -85,8 +96,7 @@ def test_the_step_makes_the_guider_s_result(name, original, rescale, scheduler, 
         assert torch.equal(torch.as_tensor(output.pred_cond.clone()), given[0])
         results.append(made.step(output.pred, made.timesteps[5], x, return_dict=False)[0])
     assert (results[0] - results[1]).norm() <= tolerance * results[1].norm()
-    guided = seen[0] is not None and seen[0].num_predictions == count
-    assert guided == (kind in MOMENTS or rescale == 0)
+    assert seen[0].num_predictions == count
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -166,25 +176,72 @@ def test_the_smoothed_energy_s_guider_counts_its_model_s_calls(monkeypatch):
         assert counts == expected
 
 
+@pytest.mark.parametrize("kind", ["AdaptiveProjectedGuidance", "AdaptiveProjectedMixGuidance"])
 @torch.no_grad()
-def test_momentum_is_diffusers():
-    ours, theirs = both("AdaptiveProjectedGuidance", guidance_scale=4.0, adaptive_projected_guidance_momentum=-0.5)
-    for guider in (ours, theirs):
-        guider.set_state(step=0, num_inference_steps=STEPS, timestep=torch.tensor(900))
-        guider.prepare_inputs({"x": (torch.zeros(1), torch.zeros(1))})
-    for seed in range(3):
-        _, given = outputs(2 + seed)
-        got, expected = (guider.forward(*given[:2]).pred for guider in (ours, theirs))
-        assert type(got) is torch.Tensor
-        assert torch.equal(got, expected)
+def test_momentum_is_diffusers(kind, seen):
+    """In the step, and by itself to the bit; the second kind adds it up in its plain steps as well."""
+    options = {"adaptive_projected_guidance_start_step": 1} if kind.endswith("MixGuidance") else {}
+    ours, theirs = both(kind, guidance_scale=4.0, adaptive_projected_guidance_momentum=-0.5, **options)
+    schedulers = [package.DDIMScheduler(clip_sample=False) for package in (fused, diffusers)]
+    for step in range(4):
+        x, given = outputs(2 + step)
+        results = []
+        for guider, scheduler in zip((ours, theirs), schedulers, strict=True):
+            scheduler.set_timesteps(STEPS)
+            guider.set_state(step=step, num_inference_steps=STEPS, timestep=scheduler.timesteps[step])
+            guider.prepare_inputs({"x": (torch.zeros(1), torch.zeros(1))})
+            pred = guider.forward(*given[:2]).pred
+            results.append((scheduler.step(pred, scheduler.timesteps[step], x)[0], pred + 0))
+        (got, own), (expected, their_own) = results
+        assert (got - expected).norm() <= 2e-6 * expected.norm()
+        assert torch.equal(torch.as_tensor(own.clone()), their_own)
+        average = ours.momentum_buffer.running_average
+        assert type(average) is torch.Tensor
+        assert torch.equal(average, theirs.momentum_buffer.running_average)
+    projected = [guidance for guidance in seen if guidance.weights_from is not None]
+    assert len(projected) >= 2  # what is repeated is not seen
+    assert projected[-1].num_predictions == 3  # with the momentum
 
 
+LTX2 = {  # scales, and how many predictions there are
+    "plain": ({"guidance_scale": 3.0}, 2),
+    "perturbed": ({"guidance_scale": 3.0, "stg_scale": 1.0}, 3),
+    "only perturbed": ({"stg_scale": 1.0}, 2),
+    "all": ({"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 2.5}, 4),
+}
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("name", LTX2)
 @torch.no_grad()
-def test_an_output_that_is_written_to_is_refused():
-    ours, _ = both("AdaptiveProjectedGuidance", guidance_scale=4.0)
+def test_the_guider_of_ltx_2(name, rescale, seen):
+    """In x_0, to which the predictions are converted before, and from which its result is after."""
+    scales, count = LTX2[name]
+    x, given = outputs(4)
+    ours, theirs = both("LTX2Guidance", **scales, guidance_rescale=rescale)
+    assert ours.active_predictions() == theirs.active_predictions()
+    assert ours.num_conditions == count
+    results = []
+    for guider, package in ((ours, fused), (theirs, diffusers)):
+        scheduler = package.FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(STEPS)
+        scheduler._step_index = 5
+        sigma = scheduler.sigmas[5]
+        places = {"pred_cond": 0, "pred_uncond": 1, "pred_cond_stg": 2, "pred_cond_modality": 3}
+        predictions = {key: x - given[places[key]] * sigma for key in guider.active_predictions()}
+        velocity = (x - guider.forward(**predictions).pred) / sigma
+        results.append(scheduler.step(velocity, scheduler.timesteps[5], x, return_dict=False)[0])
+    assert (results[0] - results[1]).norm() <= 1e-5 * results[1].norm()
+    # with the sample, four predictions are more terms than the kernels take moments of
+    assert seen[0].num_predictions == (3 if rescale and count == 4 else count + 1)
+
+
+@pytest.mark.parametrize("kind", ["AdaptiveProjectedGuidance", "TangentialClassifierFreeGuidance"])
+@torch.no_grad()
+def test_an_output_that_is_written_to_is_refused(kind):
+    ours, _ = both(kind, guidance_scale=4.0)
     x, given = outputs(2)
     pred = ours.forward(*given).pred
-    assert type(pred) is Guided
     given[1].mul_(2)
     scheduler = fused.DDIMScheduler()
     scheduler.set_timesteps(STEPS)
@@ -204,18 +261,84 @@ def test_what_torch_does_not_count_or_differentiates_is_computed_at_once():
         assert torch.equal(ours.forward(*given).pred, theirs.forward(*given).pred)
 
 
+@pytest.mark.parametrize("kind", ["ClassifierFreeGuidance", "TangentialClassifierFreeGuidance"])
 @torch.no_grad()
-def test_the_same_numbers_are_the_same_guidance():
+def test_the_same_numbers_are_the_same_guidance(kind):
     """Which steps are repeated with; other numbers are another one, and so is another guider's, of another pipeline."""
-    ours, _ = both("ClassifierFreeGuidance", guidance_scale=4.0, guidance_rescale=0.5)
-    _, given = outputs(2)
-    first, again = (ours.forward(*given).pred.guidance for _ in range(2))
+    ours, _ = both(kind, guidance_scale=4.0, guidance_rescale=0.5)
+    x, given = outputs(2)
+
+    def guidance_of(guider):
+        return resolved(guider.forward(*given).pred, x, None)[1]
+
+    first, again = guidance_of(ours), guidance_of(ours)
     ours.guidance_scale = 5.0
     assert first is again
-    assert ours.forward(*given).pred.guidance is not first
-    other, _ = both("ClassifierFreeGuidance", guidance_scale=4.0, guidance_rescale=0.5)
-    assert other.forward(*given).pred.guidance is not first
+    assert guidance_of(ours) is not first
+    other, _ = both(kind, guidance_scale=4.0, guidance_rescale=0.5)
+    assert guidance_of(other) is not first
     alive = weakref.ref(other)
     del other
     gc.collect()
     assert alive() is None
+
+
+# ---- Frequency-decoupled guidance, with pyramids in the place of kornia's ----
+
+DECOUPLED = {  # options, and the scales that they mean
+    "two levels": ({"guidance_scales": [6.0, 2.0]}, None),
+    "three levels": ({"guidance_scales": [6.0, 3.0, 2.0]}, None),
+    "rescaled": ({"guidance_scales": [6.0, 2.0], "guidance_rescale": 0.7}, None),
+    "from the conditional": ({"guidance_scales": [6.0, 2.0], "use_original_formulation": True}, None),
+    "a level that is over": ({"guidance_scales": [6.0, 2.0], "stop": [1.0, 0.3]}, [6.0, 1.0]),
+    "a level that is not yet": ({"guidance_scales": [6.0, 2.0], "start": [0.8, 0.0]}, [1.0, 2.0]),
+    "of what is parallel": ({"guidance_scales": [6.0, 2.0], "parallel_weights": 0.5}, "diffusers"),
+    "rescaled by level": (
+        {"guidance_scales": [6.0, 2.0], "guidance_rescale": 0.7, "guidance_rescale_space": "freq"}, "diffusers",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pyramids(monkeypatch):
+    if not hasattr(diffusers.guiders, "FrequencyDecoupledGuidance"):
+        pytest.skip("this diffusers has no FrequencyDecoupledGuidance")
+    from diffusers.guiders import frequency_decoupled_guidance as module
+
+    monkeypatch.setattr(module, "_CAN_USE_KORNIA", True)
+    monkeypatch.setattr(module, "build_laplacian_pyramid_func", pyramid)
+    monkeypatch.setattr(module, "upsample_and_blur_func", lambda x: up(x, tuple(2 * size for size in x.shape[-2:])))
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+@torch.no_grad()
+def test_frequency_decoupled_guidance(name, pyramids, seen):
+    options, meant = DECOUPLED[name]
+    ours, theirs = both("FrequencyDecoupledGuidance", **options)
+    assert dict(ours.config) == dict(theirs.config)
+    x, (uncond, cond) = outputs(2, (2, 3, 16, 32))
+    results = []
+    if isinstance(meant, list):  # where diffusers raises an error, or takes another level's frequencies
+        levels = [a + scale * (b - a) for a, b, scale in zip(pyramid(uncond, 2), pyramid(cond, 2), meant, strict=True)]
+        expected = levels[0] + up(levels[1], (16, 32))
+    else:
+        expected = theirs.forward(cond, uncond).pred
+    for pred, package in ((ours.forward(cond, uncond).pred, fused), (expected, diffusers)):
+        scheduler = package.FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(STEPS)
+        results.append(scheduler.step(pred, scheduler.timesteps[5], x, return_dict=False)[0])
+    assert (results[0] - results[1]).norm() <= 1e-5 * results[1].norm()
+    assert (seen[0] is None) == (meant == "diffusers")
+    again = ours.forward(cond, uncond).pred + 0
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_frequency_decoupled_guidance_of_any_size(pyramids):
+    """kornia makes both sides powers of two, if neither is one, and diffusers returns that size."""
+    ours, _ = both("FrequencyDecoupledGuidance", guidance_scales=[6.0, 2.0])
+    _, (uncond, cond) = outputs(2, (2, 3, 11, 14))
+    assert ours.forward(cond, uncond).pred.shape == cond.shape
+    ours.set_state(step=9, num_inference_steps=STEPS, timestep=torch.tensor(100))
+    ours.disable()
+    assert ours.forward(cond, None).pred is cond

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastguide import StepTable, guided_step
 from fastguide.diffusers.guidance_arguments import guidance_of
 from fastguide.diffusers.lazy_guidance import Taken, resolved
 from fastguide.diffusers.traced import Combined, Fusion
@@ -13,6 +14,9 @@ from tests.support.pipelines import FreeModel
 from tests.support.scheduler_pair import diffusers, fused, randn
 
 SHAPE, SCALE = (2, 3, 5), 4.0
+PREDICTION = StepTable.from_columns(
+    torch.zeros(1), {"out_pred": torch.ones(1, dtype=torch.float64)}, name="a prediction"
+)
 X, UNCOND, COND = randn(3, *SHAPE)
 
 
@@ -76,6 +80,12 @@ EXPRESSIONS = {  # and how many tensors the step weighs
     "taken away": (lambda x, u, c, sigma: c + SCALE * (c - u) - x, 3),
     "added twice": (lambda x, u, c, sigma: (u + x) + SCALE * ((c + x) - (u + x)), 3),
     "divided, multiplied": (lambda x, u, c, sigma: sigma[0] * ((c - u) / sigma[0]) + u, 2),
+    "two sigmas": (lambda x, u, c, sigma: (x - c * sigma[0]) / sigma[1], 2),
+    "a sigma of what was added": (lambda x, u, c, sigma: (x - c * sigma[0]) / sigma[0], 2),
+    "one sigma by another": (lambda x, u, c, sigma: c * sigma[0] / sigma[1], 1),
+    "a sigma, twice": (lambda x, u, c, sigma: c * sigma[0] * sigma[0], 1),
+    "another dtype": (lambda x, u, c, sigma: x.double() - c, 2),
+    "a sigma of each sample": (lambda x, u, c, sigma: (u + SCALE * (c - u) - x) / sigma.view(2, 1, 1), 3),
     "nothing added": (lambda x, u, c, sigma: 0 + (u + SCALE * (c - u) + 0.0) - 0, 2),
 }
 
@@ -87,11 +97,9 @@ def weighed(output):
         taken = Taken(taken.chunk(len(taken) // len(X)), None, taken.dtype)
     if scale is None:
         return taken.predictions[0].double(), 1
-    weights = guidance_of(taken, X, scale, None, 1.0, "epsilon").weights(X.device, torch.float64)[0, 0]
-    first, *others = [each.double() for each in taken.predictions]
-    return weights[0] * first + sum(w * (each - first) for w, each in zip(weights[1:], others, strict=False)), len(
-        taken.predictions
-    )
+    guidance = guidance_of(taken, X, scale, None, 1.0, "epsilon")
+    predictions = [each.double() for each in taken.predictions]
+    return guided_step(PREDICTION, 0, torch.zeros_like(predictions[0]), predictions, guidance), len(predictions)
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
@@ -107,7 +115,7 @@ def test_a_sum_is_left_to_the_step(name):
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_a_sum_in_inference_mode(name):
-    """torch does not count there who writes to a tensor: one that is added is copied, and not taken away again."""
+    """torch does not count there who writes to a tensor: it is copied each time that it is added or taken away."""
     expression, count = EXPRESSIONS[name]
     with torch.inference_mode():
         x = X.clone()
@@ -115,21 +123,15 @@ def test_a_sum_in_inference_mode(name):
         x.mul_(2.0)
         got, predictions = weighed(made)
     exact = expression(X.double(), UNCOND.double(), COND.double(), sigmas().double())
-    assert predictions == {"x_0 and back": 1, "added twice": 5}.get(name, count)
+    assert predictions == {"x_0 and back": 5, "x_0 and back, alone": 3, "added twice": 5}.get(name, count)
     torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
 
 
 COMPUTED = {
-    "two sigmas": lambda x, u, c, sigma: (x - c * sigma[0]) / sigma[1],
-    "a sigma of what was added": lambda x, u, c, sigma: (x - c * sigma[0]) / sigma[0],
-    "one sigma by another": lambda x, u, c, sigma: c * sigma[0] / sigma[1],
-    "a sigma, twice": lambda x, u, c, sigma: c * sigma[0] * sigma[0],
     "from nothing": lambda x, u, c, sigma: 0 - c,
     "a mask": lambda x, u, c, sigma: x + c * torch.ones(5),
-    "another dtype": lambda x, u, c, sigma: x.double() - c,
     "another shape": lambda x, u, c, sigma: x[:1] - c,
     "a number": lambda x, u, c, sigma: c + 1.0,
-    "a sigma of each sample": lambda x, u, c, sigma: c / sigma.view(2, 1, 1),
     "a parameter": lambda x, u, c, sigma: x.clone().requires_grad_() - c,
 }
 
@@ -148,19 +150,20 @@ def test_division_by_zero_is_the_pipeline_s():
     assert torch.equal(got, expected)
 
 
-def test_nothing_is_added_or_divided_once_outputs_were_used():
+def test_a_norm_of_outputs_that_were_used_is_a_number():
     u, c = two_calls()
     norm = (c - u).norm()
-    assert type(X - c) is torch.Tensor
-    assert type((c - u) / norm) is torch.Tensor
+    assert type(norm) is torch.Tensor
+    for got, expected in ((X - c, X - COND), ((c - u) / norm, (COND - UNCOND) / (COND - UNCOND).norm())):
+        assert torch.equal(got.clone(), expected)
 
 
 def test_what_is_written_to_since_is_refused():
     x, sigma = X.clone(), sigmas()
     first, second = velocity_of_x0(x, *two_calls(), sigma), x0_and_back(x, *two_calls(), sigma)
-    sigma[1] = 3.0
-    with pytest.raises(RuntimeError, match="the scale of guidance was written to after guidance had been taken from"):
-        resolved(first, X, None)
+    exact = velocity_of_x0(X.double(), UNCOND.double(), COND.double(), sigmas().double())
+    sigma[1] = 3.0  # which was read at once
+    torch.testing.assert_close(weighed(first)[0], exact, rtol=1e-6, atol=1e-6)
     assert type(second) is Combined
     x.mul_(2.0)
     with pytest.raises(RuntimeError, match="a tensor that was added to the model's output was written to after"):
@@ -194,7 +197,7 @@ GUIDED, ALONE = "fused with guidance", "fused without guidance"
     ("name", "mode", "kind"),
     [
         ("x_0 and back", torch.no_grad, GUIDED),
-        ("x_0 and back", torch.inference_mode, ALONE),
+        ("x_0 and back", torch.inference_mode, GUIDED),
         ("x_0 and back, alone", torch.no_grad, ALONE),
         ("a velocity", torch.no_grad, GUIDED),
         ("a velocity", torch.inference_mode, GUIDED),

@@ -75,12 +75,14 @@ def test_text_to_image(name, eta, prediction_type, steps):
 
 
 @pytest.mark.parametrize("options", [{"guidance_scale": 1.0}, {"guidance_scale": 6.0, "guidance_rescale": 0.7}])
-def test_what_the_pipeline_computes_besides_guidance_is_computed(options, steps):
-    """Only the step is fused without guidance, and with guidance that is rescaled before the step."""
+def test_guidance_that_is_off_or_rescaled(options, steps):
+    """Rescaled guidance is made in the step as well, of the predictions' deviations."""
     pipe = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler"))
-    before, during, _ = images_of(pipe, **prompts(), num_inference_steps=4, **options)
+    before, during, done = images_of(pipe, **prompts(), num_inference_steps=4, **options)
     torch.testing.assert_close(during, before, rtol=1e-4, atol=1e-4)
-    assert steps == [None] * 4
+    rescaled = "guidance_rescale" in options
+    assert [guidance is not None and guidance.weights_from is not None for guidance in steps] == [rescaled] * 4
+    assert not done.computed
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -147,7 +147,7 @@ class Ranks:
 
     def _check(self, whole: SampleRequest) -> None:
         """Refuse what ranks cannot share."""
-        count, of = whole.guidance.num_predictions, self.guidance.size
+        count, of = whole.guidance.num_conditions, self.guidance.size
         if of > count:
             raise ValueError(
                 f"mesh: expected at most {count} rank(s) in its dimension 'guidance', one for each prediction of the "

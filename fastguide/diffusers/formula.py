@@ -1,0 +1,157 @@
+"""Stand for what a pipeline computes of its model's outputs beyond their sums: norms, deviations, and what these scale.
+
+A ``Formula`` is a vector (a combination of outputs whose coefficients are numbers of each sample), the product of two
+vectors element by element, which waits for its sum, or such a number. The scheduler's step takes it as a program that
+makes weights from moments: see weights_of_formula.py. Whatever else is asked for computes the tensors, by the very
+operations that the pipeline asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .halves import OfHalves
+from .traced import WRITTEN_TO, Combined, ScaleAsSeen, Source, Traced, Waiting, leading
+
+VECTOR, PRODUCT, NUMBER = range(3)
+"""Kinds of a formula: of vectors, there is an element for each of the sample's; of numbers, one a sample."""
+Operand = Any
+"""``Traced``, ``Combined`` or ``Formula``; a float; or ``ScaleAsSeen``, a tensor with a number for each sample."""
+
+
+class Formula(Waiting):
+    """An operation of vectors or numbers, and what it is of."""
+
+    __slots__ = ("kind", "of", "operands", "operation", "sizes")
+
+    def __init__(
+        self,
+        kind: int,
+        operation: str,
+        operands: tuple[Operand, ...],
+        made_by: tuple[Any, ...],
+        sizes: torch.Size,
+        dtype: torch.dtype,
+    ) -> None:
+        seen = of = None
+        for operand in operands:
+            if isinstance(operand, Waiting):
+                found = operand.seen
+                first = operand.of if type(operand) is Formula else operand
+            elif type(operand) is Traced:
+                found = ((operand.source, operand.source.version()),)
+                first = operand
+            else:
+                continue
+            of = first if of is None else of
+            seen = found if seen is None or seen == found else _merged(seen, found)
+        assert seen is not None
+        super().__init__(made_by, dtype, seen)
+        self.kind = kind
+        self.operation = operation
+        """Of ``fastguide.guidance.symbols``, or one that changes no number: ``"same"``."""
+        self.operands = operands
+        self.sizes = sizes
+        self.of: Any = of
+        """A vector that it is made of."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor that it stands for."""
+        return self.sizes
+
+    def like(self) -> Tensor:
+        """Return a tensor of the same shape and device."""
+        like: Tensor = self.of.like()
+        if self.kind == NUMBER:
+            return torch.empty(self.sizes, dtype=self._dtype, device=like.device)
+        return like.view(self.sizes)
+
+    def check_unchanged(self) -> None:
+        """Refuse outputs and numbers that are not what they were when they were used.
+
+        Raises:
+            RuntimeError: one has been written to since.
+        """
+        super().check_unchanged()
+        for operand in self.operands:
+            if type(operand) is ScaleAsSeen and operand.is_changed():
+                raise RuntimeError(f"the scale of guidance {WRITTEN_TO}")
+
+
+def _merged(
+    left: tuple[tuple[Source, int | None], ...], right: tuple[tuple[Source, int | None], ...]
+) -> tuple[tuple[Source, int | None], ...]:
+    """Return the outputs of both, each with the earlier version that one has seen."""
+    merged = dict(left)
+    for source, version in right:
+        before = merged.get(source, version)
+        merged[source] = before if version is None or before is None else min(before, version)
+    return tuple(merged.items())
+
+
+# ---- What may be an operand ----
+
+
+def as_vector(operand: Any) -> Any:
+    """Return an operand, if it is a vector that may wait; ``None``: it is not."""
+    kind = type(operand)
+    if kind is OfHalves:
+        operand, kind = operand.combined(), Combined
+    if kind is Traced:
+        return operand if operand.source.may_wait() else None
+    if kind is Combined:
+        scale = operand.scale
+        return operand if operand.is_pending() and (scale is None or leading(scale.tensor) < 2) else None
+    return operand if kind is Formula and operand.kind == VECTOR and operand._value is None else None
+
+
+def lies_in_order(tensor: Tensor) -> bool:
+    """Tell whether the elements of each sample lie one after the other."""
+    return tensor.is_contiguous() or tensor[0].is_contiguous()
+
+
+def is_number(operand: Any) -> bool:
+    """Tell whether an operand is a number of each sample that may wait."""
+    return type(operand) is Formula and operand.kind == NUMBER and operand.is_pending()
+
+
+def sizes_of(operand: Any) -> torch.Size:
+    """Return the shape of a vector or number; of a float, none."""
+    if type(operand) is Formula:
+        return operand.sizes
+    if type(operand) is ScaleAsSeen:
+        return operand.tensor.shape
+    return torch.Size() if type(operand) is float else operand.like().shape
+
+
+def is_one_a_sample(sizes: torch.Size, of: torch.Size) -> bool:
+    """Tell whether a tensor of this shape multiplies each sample of another shape by one number."""
+    if len(sizes) == len(of) and sizes[0] == of[0]:
+        return all(size == 1 for size in sizes[1:])
+    return sizes.numel() == 1 and len(sizes) <= len(of) and (of[0] == 1 or len(sizes) == 0)
+
+
+# ---- Making one ----
+
+
+def promoted(operands: tuple[Operand, ...]) -> torch.dtype:
+    """Return the dtype of what torch makes of operands, of which floats and tensors without dimensions do not count."""
+    result = None
+    for each in operands:
+        if type(each) is float or (type(each) is ScaleAsSeen and each.tensor.dim() == 0):
+            continue
+        dtype = each.tensor.dtype if type(each) is ScaleAsSeen else each.dtype
+        if result is not dtype:
+            result = dtype if result is None else torch.promote_types(result, dtype)
+    assert result is not None
+    return result
+
+
+def same(operand: Any, sizes: torch.Size, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Formula:
+    """Return a formula in another shape or dtype, which changes nothing else of it."""
+    return Formula(operand.kind, "same", (operand,), (function, operand), sizes, dtype)

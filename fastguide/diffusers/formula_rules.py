@@ -1,0 +1,349 @@
+"""Say which operations of torch's make formulas: of norms, inner products and deviations, and of what these scale.
+
+Norms and sums are of samples, over all dimensions but the batch; for one sample, over all dimensions. Each function
+here returns ``None`` where an operation is none of a formula, or computes the tensors and says for what.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formula import (
+    NUMBER,
+    PRODUCT,
+    VECTOR,
+    Formula,
+    as_vector,
+    is_number,
+    is_one_a_sample,
+    lies_in_order,
+    promoted,
+    same,
+    sizes_of,
+)
+from .lazy_tensor import plain
+from .traced import LARGEST, ScaleAsSeen, Source, Traced, Waiting, beside
+
+# ---- Arithmetic ----
+
+
+def number_of(value: Any) -> float | None:
+    """Return a number of Python's or numpy's, or of a tensor on the host that has no dimensions; ``None``: it is none.
+
+    A tensor's is read at once: writes to it afterwards change nothing.
+    """
+    if type(value) is not float:
+        if type(value) is Tensor:
+            if value.dim() or not value.is_cpu or value.requires_grad or not value.is_floating_point():
+                return None
+        elif not isinstance(value, Real) or isinstance(value, bool):
+            return None
+        value = float(value)
+    return value if abs(value) < LARGEST else None
+
+
+def as_read(value: Any) -> Any:
+    """Return a value as it was when its number was read."""
+    return value.clone() if type(value) is Tensor else value
+
+
+def _as_number(value: Any, beside: Any) -> tuple[Any, Any] | None:
+    """Return a number beside a vector or number as an operand, and as what computes with it; ``None``: it is none."""
+    if isinstance(value, Waiting):
+        return (value, value) if is_number(value) else None
+    number = number_of(value)
+    if number is not None:
+        return number, as_read(value)
+    if type(value) is not Tensor or value.requires_grad or not value.is_floating_point():
+        return None
+    if value.dim() > 0 and not (value.device == beside.device and is_one_a_sample(value.shape, sizes_of(beside))):
+        return None
+    seen = ScaleAsSeen.of(value)
+    return seen, seen.tensor
+
+
+def combined(operation: str, function: Callable[..., Any], first: Any, second: Any) -> Formula | None:
+    """Return ``"add"``, ``"sub"``, ``"mul"`` or ``"div"`` of two operands; ``None``: it is none of formulas."""
+    left, right = as_vector(first), as_vector(second)
+    if left is None and right is None:
+        return _of_numbers(operation, function, first, second)
+    if left is not None and right is not None:
+        return _of_vectors(operation, function, left, right)
+    if operation in ("add", "sub"):
+        if left is None:
+            left = tensor_beside(first, right)
+        else:
+            right = tensor_beside(second, left)
+        return None if left is None or right is None else _of_vectors(operation, function, left, right)
+    found, other = (left, second) if left is not None else (right, first)
+    number = _as_number(other, found)
+    if number is None or (operation == "div" and (left is None or (type(number[0]) is float and number[0] == 0))):
+        return None
+    operand, reads = number
+    sizes, of_number = sizes_of(found), sizes_of(operand)
+    if not (is_one_a_sample(of_number, sizes) or of_number == sizes):
+        return None
+    operands, made_by = (found, operand), (function, found, reads)
+    if left is None:
+        operands, made_by = (operand, found), (function, reads, found)
+    return Formula(VECTOR, operation, operands, made_by, sizes, promoted(operands))
+
+
+def _of_vectors(operation: str, function: Callable[..., Any], left: Any, right: Any) -> Formula | None:
+    sizes = sizes_of(left)
+    if sizes != sizes_of(right) or operation == "div" or not _are_alike(left, right):
+        return None
+    operands = left, right
+    kind, operation = (PRODUCT, "product") if operation == "mul" else (VECTOR, operation)
+    return Formula(kind, operation, operands, (function, left, right), sizes, promoted(operands))
+
+
+def tensor_beside(value: Any, operand: Any) -> Traced | None:
+    """Return a tensor of the pipeline's that may be added to an operand, such as its latents; ``None``: it is none.
+
+    Where torch does not count who writes to it, it is copied.
+    """
+    if type(value) is not Tensor or value.requires_grad or not value.is_floating_point():
+        return None
+    source = _source_of(operand)
+    if value.shape != sizes_of(operand) or value.device != source.tensor.device or value.dim() < 2:
+        return None
+    if value.is_inference():
+        with torch.inference_mode(False):
+            value = value.clone()
+    made = beside(value, source.fusion)
+    made.source.step = source.step  # another scheduler of the pipeline may have made a step since
+    return made
+
+
+def _are_alike(left: Any, right: Any) -> bool:
+    """Tell whether two vectors are of the same pipeline, device, and number of samples."""
+    first, second = _source_of(left), _source_of(right)
+    return first.fusion is second.fusion and first.tensor.device == second.tensor.device
+
+
+def _source_of(operand: Any) -> Source:
+    return operand.source if type(operand) is Traced else operand.seen[0][0]
+
+
+def _of_numbers(operation: str, function: Callable[..., Any], first: Any, second: Any) -> Formula | None:
+    own = next((each for each in (first, second) if is_number(each)), None)
+    if own is None:
+        return None
+    left, right = _as_number(first, own), _as_number(second, own)
+    if left is None or right is None:
+        return None
+    sizes = _common(sizes_of(left[0]), sizes_of(right[0]))
+    if sizes is None:
+        return None
+    operands = left[0], right[0]
+    return Formula(NUMBER, operation, operands, (function, left[1], right[1]), sizes, promoted(operands))
+
+
+def _common(first: torch.Size, second: torch.Size) -> torch.Size | None:
+    """Return the shape of what two numbers of each sample make; ``None``: samples would meet."""
+    if first == second or len(second) == 0:
+        return first
+    if len(first) == 0:
+        return second
+    alike = len(first) == len(second) and first[0] == second[0]
+    return torch.broadcast_shapes(first, second) if alike or 1 in (first.numel(), second.numel()) else None
+
+
+def negative(operand: Any) -> Formula | None:
+    """Return an operand times -1."""
+    return combined("mul", lambda tensor, _: operator.neg(tensor), operand, -1.0)
+
+
+def power(first: Any, second: Any) -> Any:
+    """Return a square of a vector, which waits for its sum, or of a number."""
+    if number_of(second) == 2:
+        made = combined("mul", lambda tensor, _: operator.pow(tensor, second), first, first)
+        if made is not None:
+            return made
+    return operator.pow(plain(first, "pow"), plain(second, "pow"))
+
+
+# ---- Functions of numbers ----
+
+
+def of_number(operation: str) -> Callable[..., Any]:
+    """Return the rule of a function of one number."""
+    function = getattr(torch, operation)
+
+    def rule(operand: Any) -> Any:
+        if not is_number(operand):
+            return function(plain(operand, operation))
+        return Formula(NUMBER, operation, (operand,), (function, operand), operand.sizes, operand.dtype)
+
+    return rule
+
+
+def of_two_numbers(operation: str) -> Callable[..., Any]:
+    """Return the rule of ``minimum`` or ``maximum``."""
+    function = getattr(torch, operation)
+
+    def rule(first: Any, second: Any) -> Any:
+        made = None if number_of(first) is not None else _of_numbers(operation, function, first, second)
+        return function(plain(first, operation), plain(second, operation)) if made is None else made
+
+    return rule
+
+
+def clamped(operand: Any, min: Any = None, max: Any = None) -> Any:
+    """Return ``torch.clamp`` of a number."""
+    if not is_number(operand):
+        return plain(operand, "clamp").clamp(plain(min), plain(max))
+    made: Any = operand
+    for operation, name, bound in (("maximum", "clamp_min", min), ("minimum", "clamp_max", max)):
+        if bound is None:
+            continue
+        number = number_of(bound)
+        if number is None:
+            return operand.computed("clamp").clamp(plain(min), plain(max))
+        function = getattr(torch, name)
+        made = Formula(NUMBER, operation, (made, number), (function, made, number), operand.sizes, operand.dtype)
+    return made
+
+
+def ones(operand: Any, **how: Any) -> Any:
+    """Return ``torch.ones_like``, of which numbers are made."""
+    given = as_vector(operand)
+    if how or given is None:
+        return torch.ones_like(plain(operand, "ones_like"), **how)
+    return Formula(NUMBER, "constant", (given,), (torch.ones_like, given), sizes_of(given), given.dtype)
+
+
+# ---- Sums over a sample ----
+
+
+_DIMENSIONS = frozenset(("dim", "keepdim"))
+
+
+def _given(names: Sequence[str], arguments: tuple[Any, ...], keywords: dict[str, Any], most: int) -> dict[str, Any]:
+    """Return a function's arguments by name; none, if it has others than these, or lazy ones.
+
+    ``most``: how many of them may be given without their names.
+    """
+    given = dict(zip(names, arguments, strict=False)) | keywords
+    known = len(arguments) <= most and set(given) <= set(names)
+    return given if known and not any(isinstance(value, Waiting) for value in given.values()) else {}
+
+
+def _of_samples(sizes: torch.Size, dim: Any, keepdim: Any) -> torch.Size | None:
+    """Return the shape of a sum over these dimensions; ``None``: they are not all of a sample."""
+    return _summed(sizes, () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim), bool(keepdim))
+
+
+@functools.lru_cache(maxsize=256)
+def _summed(sizes: torch.Size, dims: tuple[Any, ...], keepdim: bool) -> torch.Size | None:
+    count = len(sizes)
+    if count < 2 or 0 in sizes or not all(isinstance(each, int) and -count <= each < count for each in dims):
+        return None
+    summed = {each % count for each in dims or range(count)}
+    if not summed >= set(range(1, count)) or (0 in summed and sizes[0] != 1):
+        return None
+    return torch.Size([1 if k in summed else size for k, size in enumerate(sizes) if keepdim or k not in summed])
+
+
+def _named(name: str, given: dict[str, Any]) -> str:
+    """Return what an operation is called where it computes guidance."""
+    dim = given.get("dim")
+    if dim is None:
+        return name
+    dims = [str(each) for each in ((dim,) if isinstance(dim, int) else dim)]
+    return f"{name} over dim {', '.join(dims)}"
+
+
+def reduction(
+    name: str, operation: str, names: Sequence[str], needed: dict[str, tuple[Any, ...]], kind: int = VECTOR
+) -> Callable[..., Any]:
+    """Return the rule of a sum over each sample.
+
+    Args:
+        name: of torch's function, ``"linalg.vector_norm"`` for example.
+        operation: of a program.
+        names: of its arguments behind the tensor, in their order.
+        needed: values that other arguments than ``dim`` and ``keepdim`` may have.
+        kind: what it sums: vectors, or products as well.
+    """
+    function: Any = operator.attrgetter(name)(torch)
+    short = name.rpartition(".")[2]
+
+    def rule(operand: Any, *arguments: Any, **keywords: Any) -> Any:
+        if operation == "std" and arguments and type(arguments[0]) is bool:
+            arguments = (None, *arguments)
+        given, known = keywords, True
+        if arguments or not keywords.keys() <= _DIMENSIONS:
+            given = _given((*names, *needed.keys() - set(names)), arguments, keywords, len(names))
+            known = bool(given) and all(
+                key in _DIMENSIONS or value in needed.get(key, ()) for key, value in given.items()
+            )
+        summed = as_vector(operand)
+        if kind == PRODUCT and type(operand) is Formula and operand.kind == PRODUCT and operand.is_pending():
+            summed = operand
+        if summed is not None and known:
+            sizes = _of_samples(sizes_of(summed), given.get("dim"), given.get("keepdim", False))
+            if sizes is not None:
+                made_by = (lambda tensor: function(tensor, *arguments, **keywords)), summed
+                return Formula(NUMBER, operation, (summed,), made_by, sizes, summed.dtype)
+        by = _named(short, given)
+        return function(plain(operand, by), *plain(arguments, by), **plain(keywords, by))
+
+    return rule
+
+
+def normalized(operand: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None) -> Any:
+    """Return ``torch.nn.functional.normalize``: a vector over its norm, or over eps."""
+    function, given, least = torch.nn.functional.normalize, as_vector(operand), number_of(eps)
+    sizes = None if given is None else _of_samples(sizes_of(given), dim, True)
+    if sizes is None or p != 2 or out is not None or least is None:
+        by = _named("normalize", {"dim": dim})
+        return function(plain(operand, by), plain(p), dim, plain(eps), plain(out))
+    norm = Formula(NUMBER, "norm", (given,), (lambda t: t.norm(2, dim, keepdim=True), given), sizes, given.dtype)
+    length = Formula(NUMBER, "maximum", (norm, least), (torch.clamp_min, norm, least), sizes, given.dtype)
+    return Formula(
+        VECTOR, "div", (given, length), (lambda t: function(t, p, dim, eps), given), sizes_of(given), given.dtype
+    )
+
+
+# ---- Shapes and dtypes ----
+
+KEEP_ORDER = frozenset(("flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"))
+"""Views that leave elements in their order."""
+
+
+def viewed(operand: Formula, name: str, how: tuple[Any, ...]) -> Any:
+    """Return a formula in another shape: of vectors, each sample's elements in their order."""
+
+    def function(tensor: Tensor) -> Any:
+        return getattr(tensor, name)(*how)
+
+    if operand.is_pending() and operand.kind != PRODUCT:
+        made = function(torch.empty(operand.sizes, dtype=operand.dtype, device="meta"))
+        if type(made) is Tensor and made.dtype == operand.dtype and _keeps(operand, name, made.shape):
+            return same(operand, made.shape, operand.dtype, function)
+    return function(operand.computed(name.strip("_")))
+
+
+def _keeps(operand: Formula, name: str, sizes: torch.Size) -> bool:
+    """Tell whether a view of this shape has the same samples."""
+    of = sizes_of(operand.of)
+    if operand.kind == NUMBER:
+        return sizes.numel() == operand.sizes.numel() and (sizes.numel() == 1 or sizes[:1] == of[:1])
+    alike = sizes[:1] == of[:1] and sizes.numel() == of.numel() and len(sizes) > 1
+    return alike and name in KEEP_ORDER and lies_in_order(operand.of.like())
+
+
+def cast(operand: Formula, dtype: Any) -> Any:
+    """Return a formula in another dtype."""
+    if not operand.is_pending() or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return operand.computed("to").to(dtype)
+    return same(operand, operand.sizes, dtype, lambda tensor: tensor.to(dtype))

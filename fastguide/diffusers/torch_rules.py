@@ -1,0 +1,178 @@
+"""Give traced outputs their operators and methods, and torch's functions their rules for them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formula_rules
+from .formula import PRODUCT, Formula
+from .halves import OfHalves, difference, guided, scaled
+from .joined import Joined
+from .lazy_tensor import LazyTensor, plain
+from .sums import beyond, cast, interpolated, negative, product, total
+from .traced import Combined, Traced
+from .views import chunk, cloned, halved, joined, parts_of, split, stacked, view
+
+
+def _names(*names: str) -> list[Any]:
+    return [getattr(where, name) for name in names for where in (torch, Tensor) if hasattr(where, name)]
+
+
+def _moved(operand: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Return ``Tensor.to`` with these arguments: what stays on its device is cast in the step."""
+    given = [*arguments, *keywords.values()]
+    dtypes = [each for each in given if isinstance(each, torch.dtype)]
+    devices = [torch.device(each) for each in given if isinstance(each, (str, torch.device))]
+    known = len(dtypes) < 2 and len(devices) < 2 and len(dtypes) + len(devices) == len(given)
+    if isinstance(operand, LazyTensor) and known and keywords.keys() <= {"dtype", "device"}:
+        here = operand.like().device
+        if all(device == here for device in devices):
+            return cast(operand, dtypes[0]) if dtypes else operand
+    return plain(operand, "to").to(*plain(arguments, "to"), **plain(keywords, "to"))
+
+
+def _typed_as(operand: Any, other: Any) -> Any:
+    """Return ``Tensor.type_as``."""
+    return _moved(operand, other.device, other.dtype)
+
+
+def _add(first: Any, second: Any) -> Any:
+    if type(first) is Formula or type(second) is Formula:
+        return beyond(operator.add, first, second)
+    made = guided(first, second) if type(second) is OfHalves else guided(second, first)
+    return total(operator.add, first, second, 1.0) if made is None else made
+
+
+def _sub(first: Any, second: Any) -> Any:
+    if type(first) is Formula or type(second) is Formula:
+        return beyond(operator.sub, first, second)
+    made = difference(first, second)
+    return total(operator.sub, first, second, -1.0) if made is None else made
+
+
+def _mul(first: Any, second: Any) -> Any:
+    if type(first) is Formula or type(second) is Formula:
+        return beyond(operator.mul, first, second)
+    made = scaled(first, second) if type(second) is OfHalves else scaled(second, first)
+    return product(operator.mul, first, second) if made is None else made
+
+
+def _div(first: Any, second: Any) -> Any:
+    if type(first) is Formula or type(second) is Formula:
+        return beyond(operator.truediv, first, second)
+    return product(operator.truediv, first, second, invert=True)
+
+
+_RULES: dict[tuple[str, ...], Callable[..., Any]] = {
+    ("add", "__add__"): _add,
+    ("__radd__",): lambda first, second: _add(second, first),
+    ("sub", "__sub__", "subtract"): _sub,
+    ("__rsub__",): lambda first, second: _sub(second, first),
+    ("mul", "__mul__", "multiply"): _mul,
+    ("__rmul__",): lambda first, second: _mul(second, first),
+    ("div", "__truediv__", "divide", "true_divide"): _div,
+    ("neg", "__neg__", "negative"): negative,
+    ("lerp",): interpolated,
+    ("to",): _moved,
+    ("float",): lambda operand: cast(operand, torch.float32),
+    ("double",): lambda operand: cast(operand, torch.float64),
+    ("half",): lambda operand: cast(operand, torch.float16),
+    ("bfloat16",): lambda operand: cast(operand, torch.bfloat16),
+    ("chunk",): chunk,
+    ("split",): split,
+    ("unbind",): lambda operand, dim=0: parts_of(lambda tensor: tensor.unbind(dim), operand, "unbind"),
+    ("clone",): cloned,
+    ("type_as",): _typed_as,
+    ("pow", "__pow__"): formula_rules.power,
+    ("square",): lambda operand: formula_rules.power(operand, 2),
+    ("sqrt",): formula_rules.of_number("sqrt"),
+    ("exp",): formula_rules.of_number("exp"),
+    ("minimum",): formula_rules.of_two_numbers("minimum"),
+    ("maximum",): formula_rules.of_two_numbers("maximum"),
+    ("clamp", "clip"): formula_rules.clamped,
+    ("clamp_min",): lambda operand, least: formula_rules.clamped(operand, least),
+    ("clamp_max",): lambda operand, most: formula_rules.clamped(operand, None, most),
+    ("__rtruediv__", "__rdiv__"): lambda first, second: _div(second, first),
+    ("ones_like",): formula_rules.ones,
+    ("std",): formula_rules.reduction(
+        "std", "std", ("dim", "unbiased", "keepdim"), {"unbiased": (True, None), "correction": (1,)}
+    ),
+    ("norm",): formula_rules.reduction(
+        "norm", "norm", ("p", "dim", "keepdim"), {"p": (2, "fro", None), "dtype": (None,), "out": (None,)}
+    ),
+    ("sum",): formula_rules.reduction("sum", "sum", ("dim", "keepdim"), {"dtype": (None,)}, PRODUCT),
+}
+_VIEWS = (
+    *("__getitem__", "flatten", "movedim", "narrow", "permute", "reshape", "select", "squeeze", "transpose"),
+    *("unflatten", "unsqueeze", "view"),
+)
+
+
+_OPERATORS = (
+    "__add__",
+    "__radd__",
+    "__sub__",
+    "__rsub__",
+    "__mul__",
+    "__rmul__",
+    "__truediv__",
+    "__rtruediv__",
+    "__pow__",
+    "__neg__",
+    "__getitem__",
+)
+"""Which Python calls without keywords."""
+
+
+_ANY_KEYWORDS = frozenset(("clamp", "clip", "clone", "norm", "ones_like", "std", "sum", "to"))
+"""Whose rules see to their keywords."""
+
+
+def _viewing(name: str) -> Callable[..., Any]:
+    return lambda operand, *how: view(operand, name, how)
+
+
+def _with_keywords(name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a rule as a method, which computes the tensor for what is said by keywords."""
+    if name in _ANY_KEYWORDS:
+        return lambda self, *arguments, **keywords: rule(self, *arguments, **keywords)
+
+    def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if not keywords:
+            return rule(self, *arguments)
+        if set(keywords) <= {"dim"}:
+            return rule(self, *arguments, *keywords.values())
+        return getattr(self.computed(name), name)(*plain(arguments, name), **plain(keywords, name))
+
+    return method
+
+
+def _install() -> None:
+    all_rules: dict[tuple[str, ...], Callable[..., Any]] = _RULES | {(name,): _viewing(name) for name in _VIEWS}
+    for names, rule in all_rules.items():
+        LazyTensor.rules |= dict.fromkeys(_names(*names), rule)
+        for name in names:
+            for kind in (Traced, Combined, OfHalves, Formula):
+                if name in _OPERATORS:
+                    setattr(kind, name, rule)
+                elif name not in vars(kind) and hasattr(Tensor, name):
+                    setattr(kind, name, _with_keywords(name, rule))
+    Traced.chunk = halved  # type: ignore[attr-defined]
+    setattr(Joined, "__neg__", negative)  # noqa: B010, mypy knows of no operator that is set
+    LazyTensor.rules |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), joined)
+    LazyTensor.rules[torch.stack] = stacked
+    LazyTensor.rules[torch.nn.functional.normalize] = formula_rules.normalized
+    LazyTensor.rules[torch.linalg.vector_norm] = formula_rules.reduction(
+        "linalg.vector_norm", "norm", ("ord", "dim", "keepdim"), {"ord": (2,), "dtype": (None,), "out": (None,)}
+    )
+    LazyTensor.take_keywords |= {torch.nn.functional.normalize, torch.linalg.vector_norm, *_names(*_ANY_KEYWORDS)}
+    taking = _names("chunk", "split", "unbind")
+    LazyTensor.take_dim |= {torch.cat, torch.concat, torch.concatenate, torch.stack, *taking}
+
+
+_install()

@@ -52,7 +52,7 @@ inline Capability select_capability(int level) {
 // Returns the functions for an arithmetic in double, or in float.
 inline StepFunctions selected_functions(bool double_precision) {
   const Capability selected = selected_capability.load(std::memory_order_relaxed);
-  switch (double_precision ? std::min(selected, Capability::avx2) : selected) {  // kHasDouble
+  switch (double_precision ? Capability::baseline : selected) {  // kHasDouble
     case Capability::baseline:
       return FASTGUIDE_FUNCTIONS(baseline);
 #if defined(__x86_64__)

@@ -18,6 +18,7 @@ NOT_DRAWN = (
     "logvar_base",
     "logvar_span",
     "hist_slot",
+    "quantile",
 )
 GRADIENT = ("x0_grad", "out_grad", "out_var_grad")
 

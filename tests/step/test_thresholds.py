@@ -193,6 +193,9 @@ def test_a_table_that_thresholds():
     ):
         with pytest.raises(ValueError, match=message):
             ddim(SCHEDULE, 10).with_dynamic_thresholding(*arguments)
+    columns = {"quantile": torch.tensor([1.5], dtype=torch.float64)}
+    with pytest.raises(ValueError, match="columns: expected values from 0 to 1 in 'quantile'"):
+        fastguide.StepTable.from_columns(torch.tensor([0]), columns)
     with pytest.raises(ValueError, match="does not go through x_0"):
         fastguide.flow_match_euler(fastguide.FlowSchedule(), 10).with_dynamic_thresholding(0.9, 1.5)
 

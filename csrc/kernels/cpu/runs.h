@@ -117,8 +117,8 @@ constexpr RunFunctions<T> kRunFunctions = {load_run<T>,   store_run<T>,       gu
 }  // namespace
 
 const RunFunctions<float>& float_runs() { return kRunFunctions<float>; }
-#if defined(__AVX512F__)  // see kHasDouble
-const RunFunctions<double>& double_runs() { return avx2::double_runs(); }
+#if defined(__AVX2__)  // see kHasDouble
+const RunFunctions<double>& double_runs() { return baseline::double_runs(); }
 #else
 const RunFunctions<double>& double_runs() { return kRunFunctions<double>; }
 #endif

@@ -17,7 +17,7 @@ from .formula import PRODUCT, Formula
 from .halves import OfHalves
 from .joined import Joined
 from .lazy_tensor import plain
-from .traced import LARGEST, Combined, ScaleAsSeen, Source, Term, Traced, beside, leading, own_value
+from .traced import EXACT, LARGEST, Combined, ScaleAsSeen, Source, Term, Traced, beside, leading, own_value
 
 Seen = tuple[tuple[Source, int | None], ...]
 Sum = tuple[tuple[Term, ...], ScaleAsSeen | None, Seen]
@@ -171,7 +171,17 @@ def product(function: Any, first: Any, second: Any, invert: bool = False) -> Any
         as_seen = ScaleAsSeen.of(other)
         first, second = (first, as_seen.tensor) if operand is first else (as_seen.tensor, second)
         return Combined((function, first, second), scaled, as_seen, operand.dtype, seen)
+    if invert and scale is not None and _cancels(scale, other, terms):
+        constants = tuple([(of, factor, 0.0) for of, _, factor in terms])
+        return Combined((function, first, scale.tensor), constants, None, operand.dtype, seen)
     return beyond(function, first, second)
+
+
+def _cancels(scale: ScaleAsSeen, divisor: Any, terms: tuple[Term, ...]) -> bool:
+    """Tell whether a divisor is the scale of all that there is: of x_0 and back, sigma is gone."""
+    if type(divisor) is not Tensor or any([abs(constant) > EXACT for _, constant, _ in terms]):  # noqa: C419
+        return False
+    return not scale.is_changed() and scale.is_same(ScaleAsSeen.of(divisor))
 
 
 def _is_scale(scale: Any, operand: Any) -> bool:

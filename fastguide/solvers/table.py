@@ -267,8 +267,8 @@ class StepTable:
         """Return a table whose steps divide x_0 by a threshold, and limit it to [-1, 1], instead of any clip.
 
         Large guidance scales drive x_0 beyond the range of images; clipping it there saturates them. A threshold is
-        the quantile of |x_0| over a sample, limited to ``[1, sample_max_value]`` (Saharia et al. 2022, section 2.3,
-        which has no upper limit). It is for models of pixels in [-1, 1].
+        the quantile of its magnitudes over a sample, limited to ``[1, sample_max_value]`` (Saharia et al. 2022, section
+        2.3, which has no upper limit). It is for models of pixels in [-1, 1].
 
         Args:
             ratio: which quantile, above 0 and at most 1.

@@ -42,6 +42,11 @@ def x0_and_back(x, u, c, sigma):
     return (x - (x0 + (SCALE - 1) * (x0 - x0_uncond) + 0)) / sigma[0]
 
 
+def x0_and_back_by_samples(x, u, c, sigma):
+    """Guide in x_0, each sample by its own sigma, which is gone in the end."""
+    return x0_and_back(x, u, c, [sigma.view(2, 1, 1)])
+
+
 def without_guidance(x, u, c, sigma):
     return (x - (x - c * sigma[0])) / sigma[0]
 
@@ -71,6 +76,7 @@ def traced_or_cat(u, c):
 
 EXPRESSIONS = {  # and how many tensors the step weighs
     "x_0 and back": (x0_and_back, 2),
+    "x_0 and back, by samples": (x0_and_back_by_samples, 2),
     "x_0 and back, alone": (without_guidance, 1),
     "a velocity": (velocity_of_x0, 3),
     "a velocity, of halves": (velocity_of_x0_in_halves, 3),
@@ -123,7 +129,12 @@ def test_a_sum_in_inference_mode(name):
         x.mul_(2.0)
         got, predictions = weighed(made)
     exact = expression(X.double(), UNCOND.double(), COND.double(), sigmas().double())
-    assert predictions == {"x_0 and back": 5, "x_0 and back, alone": 3, "added twice": 5}.get(name, count)
+    assert predictions == {
+        "x_0 and back": 5,
+        "x_0 and back, by samples": 1,
+        "x_0 and back, alone": 3,
+        "added twice": 5,
+    }.get(name, count)
     torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
 
 

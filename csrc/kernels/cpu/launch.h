@@ -12,8 +12,8 @@ namespace fastguide {
 // Elements converted at a time: eight runs of them, 4 bytes each, fit the first-level cache.
 constexpr int64_t kBlock = 512;
 
-// Whether this instruction set is compiled for double too. On x86 the baseline makes such steps, which are for checks of
-// a loop rather than for speed: the library is smaller by a twentieth.
+// Whether this instruction set is compiled for double too. On x86 the baseline makes such steps, which are for checks
+// of a loop rather than for speed: the library is smaller by a twentieth.
 #if defined(__AVX2__)
 constexpr bool kHasDouble = false;
 #else

@@ -41,9 +41,9 @@ SMALL = "-Os"  # for what makes checks and messages
 INSTRUCTION_SETS = {"baseline": "-fno-unswitch-loops"}  # else loops are there twice, and take three times as long
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["baseline"] = "-O2"  # for processors from before 2013: smaller rather than faster
-    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c -DFASTGUIDE_WITHOUT_DOUBLE"
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-    INSTRUCTION_SETS["avx512"] += " -fno-unswitch-loops"
+    INSTRUCTION_SETS["avx512"] += " -fno-unswitch-loops -DFASTGUIDE_WITHOUT_DOUBLE"
 
 CUDA_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # the PTX serves every other GPU from 8.0 on
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wswitch,-Werror=switch --threads=2"

@@ -178,7 +178,8 @@ void guided_step_backward(StableIValue* stack, uint64_t num_arguments, uint64_t 
 
 constexpr int64_t kAtHand = 4 * kBlock;  // elements that are still in the first-level cache when they are read again
 
-// Where in its table a sample is, as a step of a table of one row that writes no history.
+// Computes the elements begin <= i < end of a sample's next one without its noise, by the step itself, of a table of
+// that row alone.
 template <typename T>
 void make_mean(const StepFunctions& functions, const StepArguments& a, int64_t sample, int64_t begin, int64_t end,
                bool writes_history, T* mean) {

@@ -77,7 +77,7 @@ FASTGUIDE_INLINE T threshold_between(T lower, T upper, T weight, T top) {
   T value = lower;
   if (weight > T(0)) {
     const T far = upper - lower;
-    value = weight < T(0.5) ? fused(weight, far, lower) : fused(weight - T(1), far, upper);
+    value = weight < T(0.5) ? std::fma(weight, far, lower) : std::fma(weight - T(1), far, upper);
     if (std::isinf(upper)) value = top;
   }
   return value < T(1) ? T(1) : value > top ? top : value;

@@ -116,7 +116,8 @@ class MomentWeights:
             words = self._words.get(device)
             if words is None:
                 words = self._words[device] = self._words[_HOST].to(device)
-            parameters = self._parameters.to(device, non_blocking=True)  # from pageable memory, which is staged at once
+            with torch.set_grad_enabled(torch.is_grad_enabled() or self._parameters.requires_grad):
+                parameters = self._parameters.to(device, non_blocking=True)  # from pageable memory: staged at once
             found = self._on_devices[device] = words, parameters.contiguous()
         return found
 

@@ -117,7 +117,10 @@ class Guidance:
         """Return constant weights on a device, in float32 or float64; only the first call moves anything."""
         weights = self._weights.get((device, dtype))
         if weights is None:
-            weights = self._weights[device, dtype] = self._copied(device, dtype)
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() or self._source.requires_grad
+            ):  # the copy is for later, too
+                weights = self._weights[device, dtype] = self._copied(device, dtype)
         elif self._copies:
             self._wait_for_the_copy(device, dtype)
         return weights

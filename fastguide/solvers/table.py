@@ -191,6 +191,10 @@ class StepTable:
             raise ValueError("columns: expected positive values in 'clip'")
         if not bool(((rows[:, _QUANTILE] >= 0) & (rows[:, _QUANTILE] <= 1)).all()):
             raise ValueError("columns: expected values from 0 to 1 in 'quantile'")
+        if bool(((rows[:, _QUANTILE] > 0) & (rows[:, _CLIP] < 1)).any()):
+            raise ValueError(
+                "columns: expected a 'clip' of at least 1, the largest threshold, where there is a 'quantile'"
+            )
         if not set(rows[:, _SLOT].tolist()) <= {-1.0, *map(float, range(MAX_SLOTS))}:
             raise ValueError(f"columns: expected -1 or a slot from 0 to {MAX_SLOTS - 1} in 'hist_slot'")
         forms = {form: _with_gradient(rows, form, gradient) for form, gradient in (gradients or {}).items()}

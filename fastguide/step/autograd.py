@@ -170,6 +170,8 @@ class _Step(torch.autograd.Function):
         assert a is not None
         if a.history is not None:
             a = a._replace(history=a.history.clone())
+        if a.made is not None:  # the guidance's own place for them is written by other threads too
+            a = a._replace(made=torch.empty_like(a.made))
         plan.chosen.step(*a)
         needs = dict(zip(_INPUTS, ctx.needs_input_grad[_BEFORE:], strict=False))
         reads = plan.clips or needs["weights"] or a.program is not None
@@ -182,7 +184,6 @@ class _Step(torch.autograd.Function):
             variance=a.variance if varies else None,
             noise=a.noise if of_variance else None,
             seeds=a.seeds if of_variance else None,
-            made=None if a.made is None else a.made.clone(),  # the next step makes others in its place
         )
         ctx.save_for_backward(*(getattr(kept, name) for name in _KEPT), *kept.predictions)
         ctx.plan = plan

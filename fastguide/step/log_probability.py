@@ -109,6 +109,7 @@ def log_prob_of(
         own = a if a.history is None else a._replace(history=a.history.clone())
         value = _log_prob(chosen, own, reduction, makes_step=False)
         a = _validated(*call, to_be_recorded(used, chosen, sample), None)
+        a = a._replace(out=empty_like(a.sample, a.rows.dtype))  # not rounded, as that of the value is not
     mean = recorded_step(chosen, table, guidance, a, None, index, history, None)
     if a.variance is not None:
         return _of_learned_variance(a._replace(variance=variance), mean, next_sample, reduction)
@@ -217,6 +218,8 @@ def _log_prob(chosen: Backend, a: StepArguments, reduction: Reduction, *, makes_
     """Return the log-probabilities of ``a.out``; make the step, or take that for what it made."""
     if a.variance is not None or a.program is not None or a.inverse_thresholds is not None:
         before = None if a.history is None else a.history.clone()
+        if a.made is not None:  # the guidance's own place for them is written by other threads too
+            a = a._replace(made=torch.empty_like(a.made))
         made = a if makes_step else a._replace(out=empty_like(a.sample), original=None, staged=None)
         chosen.step(*made)
         a, makes_step = _with_made_weights(a)._replace(history=before), False

@@ -157,8 +157,9 @@ def describe(
     record = torch.empty(native.record_words(arguments.weights.shape[-1]), dtype=torch.int64, device="cpu")
     torch.ops.fastguide.record_step(*arguments, record=record)
     launch = None if backend.relaunch is None else backend.relaunch(arguments)
-    if launch is not None and arguments.inverse_thresholds is not None:  # which are found before the launch
-        return None
+    of_thresholds = arguments.inverse_thresholds
+    if of_thresholds is not None and (launch is not None or of_thresholds.device.type != "cpu"):
+        return None  # they are found before the launch, or in memory that each step has to have for itself
     made = None if weights_from is None else weights_from.last_weights
     new = _GIVEN if call.out is not None else _SMALL if needs_no_advice(arguments.sample) else _LARGE
     described = _functions.describe(

@@ -48,7 +48,7 @@ def thresholds_of(a: StepArguments, original: Tensor) -> Tensor:
     """
     batch = a.sample.shape[0]
     steps, _, _ = position_of(a)
-    rows = a.rows.index_select(0, steps).expand(batch, -1)
+    rows = a.rows.index_select(0, steps.clamp(max=len(a.rows) - 1)).expand(batch, -1)  # a kernel sees to what is beyond
     quantiles, tops = rows[:, _QUANTILE], rows[:, _CLIP]
     if original.numel() == 0:
         return torch.ones_like(tops)
@@ -66,7 +66,7 @@ def thresholds_of(a: StepArguments, original: Tensor) -> Tensor:
 def _unclipped_original(a: StepArguments) -> Tensor:
     batch, dtype = a.sample.shape[0], a.rows.dtype
     steps, _, _ = position_of(a)
-    columns = a.rows.index_select(0, steps).unbind(1)
+    columns = a.rows.index_select(0, steps.clamp(max=len(a.rows) - 1)).unbind(1)
     row = {name: per_sample(values, a.sample) for name, values in zip(ROW_COLUMNS, columns, strict=True)}
     count = a.weights.shape[-1] - 1
     each, x = [prediction.to(dtype) for prediction in split(a.predictions, count, batch)], a.sample.to(dtype)

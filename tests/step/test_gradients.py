@@ -251,3 +251,15 @@ def test_a_new_loop_of_a_history_leaves_the_old_graph():
         y = fastguide.guided_step(table, 0, x, p, history=history.restart())
         fastguide.guided_step(table, 1, y, p, history=history).sum().backward()
         assert history.entries.requires_grad
+
+
+@pytest.mark.parametrize("kind", [fastguide.ClassifierFree, fastguide.AdaptiveProjected])
+def test_a_scale_s_gradient_goes_through_the_copy_to_another_device(kind):
+    """Also if a step without gradients has asked for it first."""
+    scale = torch.tensor([2.0, 3.0], requires_grad=True)
+    guidance, device = kind(scale), torch.device("meta")
+    with torch.no_grad():
+        copied = [guidance.weights(device, torch.float32)]
+        if guidance.weights_from is not None:
+            copied = [guidance.weights_from.on(device)[1]]
+    assert all(copy.requires_grad for copy in copied)

@@ -78,7 +78,7 @@ def test_noise_of_a_step_in_place(sizes):
 def test_buffers_of_a_sampler():
     sampler = Sampler(lambda x, t: x, ddim(NoiseSchedule.linear(), 2))
     sampler(torch.zeros(LARGE))
-    (cached,) = sampler._cache.values()
+    (cached,) = sampler._states.cached.values()
     assert asked(cached.state.sample)
 
 

@@ -203,3 +203,30 @@ REFUSED = [
 def test_what_has_no_log_probability_is_refused(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+def test_gradients_of_16_bit_samples_are_of_the_mean_before_it_is_rounded():
+    """At the last steps sigma is below what bfloat16 has between two numbers."""
+    table = fastguide.flow_match_sde(fastguide.FlowSchedule(shift=3.0), 28)
+    generator = torch.Generator().manual_seed(0)
+    x, prediction = (torch.randn(2, 3, 8, 8, generator=generator).bfloat16() for _ in range(2))
+    for index in (0, 26, 27):
+        new = fastguide.guided_step(table, index, x, prediction, seeds=torch.tensor([1, 2]))
+        grads = []
+        for dtype in (torch.bfloat16, torch.float64):
+            given = prediction.detach().clone().to(dtype).requires_grad_()
+            fastguide.log_prob_of(table, index, x.to(dtype), given, None, new.to(dtype)).sum().backward()
+            grads.append(given.grad.double())
+        assert (grads[0] - grads[1]).norm() <= 2**-8 * grads[1].norm()
+
+
+def test_the_ratio_of_a_policy_to_itself_is_1_with_a_learned_variance_too():
+    table = fastguide.ddpm(fastguide.NoiseSchedule.linear(), 10, variance_type="learned_range")
+    generator = torch.Generator().manual_seed(0)
+    x, prediction, variance = (torch.rand(2, 3, 8, 8, generator=generator).bfloat16() for _ in range(3))
+    new, log_prob = fastguide.guided_step(
+        table, 3, x, prediction, variance=variance, seeds=torch.tensor([1, 2]), return_log_prob="sum"
+    )
+    given = prediction.clone().requires_grad_()
+    later = fastguide.log_prob_of(table, 3, x, given, None, new, variance=variance, reduction="sum")
+    assert torch.equal(later.detach(), log_prob)

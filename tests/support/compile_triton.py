@@ -31,6 +31,7 @@ CASES = {  # each with what it is there for
     "a loop's, torch's noise": {"NOISE": kernels.TORCH_STREAM.value, "optional": ("cursor", "timestep", "philox")},
     "a known image": {"NOISE": kernels.GIVEN.value, "optional": ("mask", "known", "known_noise")},
     "a history": {"NOISE": kernels.NONE.value, "optional": ("anchor", "history")},
+    "thresholds": {"NOISE": kernels.NONE.value, "optional": ("inverse_thresholds",)},
     "float16": {"NOISE": kernels.PORTABLE.value, "state": "fp16", "model": "fp16", "optional": ("staged",)},
 }
 TORCH_STREAM = ("torch's noise, one by one", "torch's noise, shared", "a loop's, torch's noise")
@@ -44,7 +45,7 @@ def compiled(target, *, NOISE, K=2, EVEN=True, SHARED=False, state="fp32", model
     dtypes = {"out": state, "sample": state, "predictions": model, "rows": "fp32", "weights": "fp32", "indices": "i64"}
     dtypes |= {"original": state, "staged": model, "gradient": model, "variance": model, "noise": state, "seeds": "i64"}
     dtypes |= {"philox": "i64", "cursor": "i64", "timestep": "i64", "mask": state, "known": state, "known_noise": state}
-    dtypes |= {"anchor": state, "history": "fp32"}
+    dtypes |= {"anchor": state, "history": "fp32", "inverse_thresholds": "fp32"}
     source = {kernels.GIVEN.value: ["noise"], kernels.PORTABLE.value: ["seeds"]}.get(NOISE, [])
     present = {"out", "sample", "predictions", "rows", "weights", "indices", *optional, *source}
     tensors = [name for name in StepArguments._fields if name in dtypes]

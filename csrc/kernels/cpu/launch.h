@@ -14,7 +14,7 @@ constexpr int64_t kBlock = 512;
 
 // Whether this instruction set is compiled for double too. On x86 the baseline makes such steps, which are for checks
 // of a loop rather than for speed: the library is smaller by a twentieth.
-#if defined(__AVX2__)
+#if defined(FASTGUIDE_WITHOUT_DOUBLE)
 constexpr bool kHasDouble = false;
 #else
 constexpr bool kHasDouble = true;
@@ -22,6 +22,7 @@ constexpr bool kHasDouble = true;
 
 // What may be written behind keys that are appended to others.
 constexpr int64_t kMoreKeys = 16;
+
 // Operations on `count` elements, at most kBlock, of which backward passes consist: see cpu/backward.h. `to` may be one
 // of the operands.
 template <typename T>

@@ -117,7 +117,7 @@ constexpr RunFunctions<T> kRunFunctions = {load_run<T>,   store_run<T>,       gu
 }  // namespace
 
 const RunFunctions<float>& float_runs() { return kRunFunctions<float>; }
-#if defined(__AVX2__)  // see kHasDouble
+#if defined(FASTGUIDE_WITHOUT_DOUBLE)  // see kHasDouble
 const RunFunctions<double>& double_runs() { return baseline::double_runs(); }
 #else
 const RunFunctions<double>& double_runs() { return kRunFunctions<double>; }

@@ -50,7 +50,7 @@ class Library:
     @property
     def kernels(self) -> set[str]:
         """The names of the kernels that step, but not of those that make weights before."""
-        return {name for name in self.mangled if not name.startswith("moments_kernel")}
+        return {name for name in self.mangled if not name.startswith(("moments_kernel", "thresholds_kernel"))}
 
     def changed(self, name: str, change: Callable[[str], str]) -> Library:
         """Return a library in which one kernel's text is another."""

@@ -253,7 +253,8 @@ class Sampler:
             self._refuse_gradients(x_T)
             return self._sample(x_T, samples, originals, **arguments)
         for name in ("callback", "progress", "check_finite", "mask"):
-            if arguments.pop(name, None):
+            value = arguments.pop(name, None)
+            if value is not None and value is not False:
                 raise ValueError(f"{name}: expected none with log_prob")
         self._refuse_a_mesh()
         reduction: Reduction = "mean" if log_prob is True else log_prob

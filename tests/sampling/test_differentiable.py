@@ -183,6 +183,8 @@ REFUSED = [
     (lambda: SAMPLER.trajectory(x_T(), log_prob=True, **FREE), "got ddim's step"),
     (lambda: SAMPLER.trajectory(x_T(), log_prob="most", **FREE), "expected 'mean' or 'sum', got 'most'"),
     (lambda: SAMPLER.trajectory(x_T(), log_prob=True, progress=True, **FREE), "progress: expected none with log_prob"),
+    (lambda: SAMPLER.trajectory(x_T(), log_prob=True, mask=torch.ones(4), **FREE), "mask: expected none with log_prob"),
+    (lambda: SAMPLER.trajectory(x_T(), log_prob=True, mask=torch.zeros(1), **FREE), "mask: expected none with log_"),
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -389,7 +389,8 @@ class Sampler:
                         recorder.after_step(number)
             finally:
                 noise.end(state.noise)
-            return recorder.result(table, request.begin)
+            with nullcontext() if self._ranks is None else self._ranks.guidance.none_waiting():
+                return recorder.result(table, request.begin)
 
     def slots(self, batch: int, *, capacity: int = 1024) -> Slots:
         """Return places for requests that come and go, for continuous batching.

@@ -13,6 +13,14 @@ def test_what_ranks_cannot_share_is_refused_by_name_on_all_of_them():
     assert ranks.run(2, rank_failures.every_refusal) == [None, None]
 
 
+def test_what_a_row_of_ranks_knows_is_told_to_the_others():
+    """What one rank of a row alone knows is not: the others see that it has ended."""
+    first, failing, *others = ranks.run(4, rank_failures.failures_on_two_rows)
+    assert failing == "of the model"
+    for message, name in zip([first, *others], ("guidance", "data", "data"), strict=True):
+        assert message.startswith(f"mesh: expected all ranks of dimension '{name}', "), message
+
+
 @pytest.mark.parametrize(("shape", "how"), [((1, 2), "ends"), ((2, 1), "ends"), ((1, 2), "stays away")])
 def test_a_rank_that_is_lost_is_an_error_of_the_others_and_no_hang(shape, how, tmp_path):
     """One that stays away does so until the other has given up."""

@@ -233,6 +233,37 @@ def every_refusal() -> None:
         refusal()
 
 
+def failures_on_two_rows() -> str:
+    """What the last one says on this rank: of 2 x 2 ranks, rank 1 leaves its peer of a guidance waiting then."""
+    rank, mesh, whole, calls = dist.get_rank(), mesh_of(2, 2), arguments_of(NAME), []
+
+    def fails(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if rank == 1:
+            raise KeyError("no such weight")
+        return model(x, t, y)
+
+    def infinite(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return model(x, t, y) / (rank // 2)
+
+    def fails_later(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        calls.append(1)
+        if rank == 1 and len(calls) == 2:
+            raise FloatingPointError("of the model")
+        return model(x, t, y)
+
+    table, guidance = ddpm(SCHEDULE, 3), ClassifierFree(2.0)
+    with refused(
+        (RuntimeError, KeyError)[rank == 1],
+        ("an output on every rank, got an exception on rank 1", "no such weight", "KeyError.* on rank 1")[min(rank, 2)],
+    ):
+        sampled(Sampler(fails, table, guidance, mesh=mesh), **whole)
+    with refused((FloatingPointError, RuntimeError)[rank // 2], ("finite", "FloatingPointError: .*rank 0")[rank // 2]):
+        sampled(Sampler(infinite, table, guidance, mesh=mesh), **whole, check_finite=True)
+    with refused((RuntimeError, FloatingPointError)[rank == 1], "") as last:
+        sampled(Sampler(fails_later, table, guidance, mesh=mesh), **whole)
+    return str(last.value)
+
+
 def with_a_rank_that_is_lost(shape: tuple[int, int], how: str, folder: Path) -> str | None:
     """Sample while rank 1 ends at its third call of the model, or stays away until rank 0 has given up."""
     calls, given_up = [], folder / "given up"

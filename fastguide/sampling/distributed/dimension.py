@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -38,6 +40,7 @@ class Dimension:
             self.group = mesh.get_group(name)
             self.rank, self.ranks = mesh.get_local_rank(name), tuple(dist.get_process_group_ranks(self.group))
         self.size = len(self.ranks)
+        self._raised: Exception | None = None
 
     def part_of(self, count: int, rank: int | None = None) -> range:
         """Return which of so many things a rank of this dimension has, by default this one."""
@@ -80,6 +83,20 @@ class Dimension:
         except RuntimeError as error:
             raise self._refusal(error) from error
         return found
+
+    @contextmanager
+    def none_waiting(self) -> Iterator[None]:
+        """Mark a block at which no rank of this dimension waits for another, whether it raises an exception or not."""
+        try:
+            yield
+        except Exception as error:
+            self._raised = error
+            raise
+
+    def left_none_waiting(self, error: Exception) -> bool:
+        """Return whether an exception comes from such a block, or this rank is alone; asked once, to keep no errors."""
+        raised, self._raised = self._raised, None
+        return self.size == 1 or raised is error
 
     @property
     def _there(self) -> ProcessGroup | None:

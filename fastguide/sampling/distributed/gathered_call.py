@@ -125,15 +125,17 @@ class GatheredModelCall(ModelCall):
         """Return the dtype of all ranks' outputs; raise on every rank if one of them has none to give."""
         mine = _FAILED if raised is not None else _NO_OUTPUT if output is None else DTYPES.index(output.dtype)
         numbers = self._ranks.all_gather(torch.tensor([mine], device=self._sample.device)).tolist()
-        if raised is not None:
-            raise raised
-        if _FAILED in numbers:
-            rank = self._ranks.ranks[numbers.index(_FAILED)]
-            raise RuntimeError(f"model: expected an output on every rank, got an exception on rank {rank}")
         names = {number: self._ranks.ranks[at] for at, number in enumerate(numbers) if number != _NO_OUTPUT}
-        if len(names) > 1:
-            got = " and ".join(f"{DTYPES[number]} on rank {rank}" for number, rank in names.items())
-            raise TypeError(f"model: expected outputs of one dtype on all ranks, got {got}")
+        with self._ranks.none_waiting():
+            if raised is not None:
+                raise raised
+            if _FAILED in names:
+                raise RuntimeError(
+                    f"model: expected an output on every rank, got an exception on rank {names[_FAILED]}"
+                )
+            if len(names) > 1:
+                got = " and ".join(f"{DTYPES[number]} on rank {rank}" for number, rank in names.items())
+                raise TypeError(f"model: expected outputs of one dtype on all ranks, got {got}")
         return DTYPES[next(iter(names))]
 
     def _checked_output(self, output: Tensor, count: int) -> Tensor:

@@ -99,8 +99,8 @@ class Ranks:
         try:
             result = sample(share) if share.x_T.numel() else _nothing(share, *recorded)
         except Exception as error:
-            # A model that fails leaves the other ranks of its predictions waiting; then there is nobody to tell.
-            if not gather or (self.guidance.size > 1 and not isinstance(error, FloatingPointError)):
+            # A model that fails later leaves the other ranks of its predictions waiting; then there is nobody to tell.
+            if not self.guidance.left_none_waiting(error) or not gather:
                 raise
             raised = error
         if not gather or self.data.size == 1:

@@ -26,7 +26,7 @@ from .model_call import ModelOptions
 from .noise import Generators
 from .request import SampleRequest, checked_guidance, checked_table, make_request
 from .state import StateKey
-from .trajectory import PolicyTrajectory, Recorder, Trajectory
+from .trajectory import PolicyTrajectory, Recorder, Trajectory, check_recorded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -214,11 +214,10 @@ class Sampler:
             RuntimeError: the model cannot be captured; the sampler is in use; another rank has failed or is gone.
             FloatingPointError: with ``check_finite``.
         """
-        self._refuse_gradients(x_T)
         return self._sample(
-            x_T, cond=cond, uncond=uncond, labels=labels, image=image, mask=mask, strength=strength,
-            generator=generator, seeds=seeds, callback=callback, progress=progress, check_finite=check_finite,
-            gather=gather,
+            x_T, torch.is_grad_enabled(), cond=cond, uncond=uncond, labels=labels, image=image, mask=mask,
+            strength=strength, generator=generator, seeds=seeds, callback=callback, progress=progress,
+            check_finite=check_finite, gather=gather,
         ).sample  # fmt: skip
 
     def trajectory(
@@ -246,12 +245,9 @@ class Sampler:
         >>> samples.shape, originals.shape
         (torch.Size([6, 2, 4]), torch.Size([5, 2, 4]))
         """
-        for name, flag in (("samples", samples), ("originals", originals)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}: expected True or False, got {flag!r}")
         if log_prob is False:
-            self._refuse_gradients(x_T)
-            return self._sample(x_T, samples, originals, **arguments)
+            return self._sample(x_T, torch.is_grad_enabled(), samples, originals, **arguments)
+        check_recorded(samples, originals)
         for name in ("callback", "progress", "check_finite", "mask"):
             value = arguments.pop(name, None)
             if value is not None and value is not False:
@@ -296,8 +292,6 @@ class Sampler:
 
     def _refuse_gradients(self, x_T: Tensor) -> None:
         """Refuse inputs whose gradients a loop that may be captured would drop."""
-        if not torch.is_grad_enabled():
-            return
         scaled = self._guidance is not None and self._guidance.requires_grad
         if scaled or (isinstance(x_T, Tensor) and x_T.requires_grad):
             name = "guidance" if scaled else "x_T"
@@ -316,6 +310,7 @@ class Sampler:
     def _sample(
         self,
         x_T: Tensor,
+        grad_enabled: bool,
         samples: bool = False,
         originals: bool = False,
         *,
@@ -325,22 +320,27 @@ class Sampler:
         gather: bool = True,
         **arguments: Any,
     ) -> Trajectory:
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
         options, ranks = self._options(), self._ranks
-        if not isinstance(gather, bool) or (ranks is None and not gather):
-            raise ValueError(f"gather: expected True, or False with a mesh, got {gather!r}")
+        shows = ranks is None or ranks.first
 
-        def make() -> SampleRequest:
+        def make() -> SampleRequest:  # with all that may be refused, so that other ranks are told
+            check_recorded(samples, originals)
+            if grad_enabled:
+                self._refuse_gradients(x_T)
+            if callback is not None and not callable(callback):
+                raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+            if not isinstance(gather, bool) or (ranks is None and not gather):
+                raise ValueError(f"gather: expected True, or False with a mesh, got {gather!r}")
             request = make_request(options, self._table, self._guidance, x_T, **arguments)
             capture.check_mode(self.cuda_graph, x_T.device)
             between_steps = callback is not None or progress or check_finite or samples or originals
             capture.check_between_steps(self.cuda_graph, request.calls, between_steps or request.noise.between_steps)
+            if progress and shows:
+                _tqdm()
             return request
 
         def sample(request: SampleRequest) -> Trajectory:
-            bar = progress and (ranks is None or ranks.first)
-            return self._run(request, key_of(request), samples, callback, bar, check_finite)
+            return self._run(request, key_of(request), samples, callback, progress and shows, check_finite)
 
         def key_of(request: SampleRequest) -> StateKey:
             return StateKey.of(options, request, originals=originals)
@@ -373,7 +373,7 @@ class Sampler:
             recorder = Recorder(state.sample, state.original, len(calls), samples=samples, finite=check_finite)
             adds_noise, buffers = table.adds_noise, state.noise
             try:
-                for number, call in enumerate(_progress_bar(calls) if progress else calls):
+                for number, call in enumerate(_tqdm()(calls, desc="sampling", unit="call") if progress else calls):
                     if adds_noise[call]:
                         noise.before_step(buffers)
                         step(call)
@@ -438,10 +438,10 @@ class Sampler:
         return self._states.borrow(key, guidance, self.max_loops, self.recapture, self.cuda_graph == "loop")
 
 
-def _progress_bar(calls: range) -> Sequence[int]:
+def _tqdm() -> Callable[..., Sequence[int]]:
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError('progress: expected tqdm to be installed: pip install "fastguide[demo]"') from error
-    bar: Sequence[int] = tqdm(calls, desc="sampling", unit="call")
+    bar: Callable[..., Sequence[int]] = tqdm
     return bar

@@ -37,6 +37,13 @@ class PolicyTrajectory(NamedTuple):
     """Of each call's step, float64 of shape (calls, batch); 0 at calls whose step adds no noise and chooses nothing."""
 
 
+def check_recorded(samples: bool, originals: bool) -> None:
+    """Refuse what does not say whether samples and originals are to be returned."""
+    for name, flag in (("samples", samples), ("originals", originals)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+
+
 class Recorder:
     """Copies of a run's samples and predicted x_0, and whether they are finite."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,19 @@ def what_differs() -> None:
             sampled(sampler, **whole, gather=rank == 0)
         with refused((RuntimeError, ValueError)[rank], ("mesh: .* ValueError: labels.* rank 1", "labels: ")[rank]):
             sampled(sampler, **whole, labels=(None, [1])[rank])
+        for name, value, said in (
+            ("callback", 3, "callback: expected a callable"),
+            ("gather", 1, "gather: expected True"),
+            ("x_T", x.clone().requires_grad_(), "x_T: gradients asked of a captured loop"),
+        ):
+            with refused((ValueError, TypeError, RuntimeError), said), torch.enable_grad():
+                sampled(sampler, **whole | ({name: value} if rank else {}))
+        with refused((ValueError, TypeError, RuntimeError), "samples: expected True or False"):
+            sampler.trajectory(**whole, samples=(True, "all")[rank])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "tqdm", None)
+            with refused((ImportError, RuntimeError)[rank], "progress: expected tqdm to be installed"):
+                sampled(sampler, **whole, progress=True)
         assert torch.equal(sampled(sampler, **whole), sampled(sampler_of(NAME), **whole))
 
 

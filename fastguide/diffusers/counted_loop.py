@@ -90,6 +90,10 @@ class CountedLoop:
         self.like, self.returned, self.version = like, sample, sample._version
         return True
 
+    def needs_whole_samples(self) -> bool:
+        """Tell whether no part of a sample can be one to the kernel: histories and quantiles are of whole ones."""
+        return self.history is not None or (self.table is not None and self.table.thresholds)
+
     def is_next(self, index: int | None) -> bool:
         """Tell whether a step is the next one of those that are left."""
         return self.following == index and not self.is_over

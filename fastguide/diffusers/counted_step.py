@@ -276,7 +276,7 @@ def counted_step(
         if done is not None:
             return done
         loop.returned = loop.like = None
-    if type(scale) is PerFrame and (loop.history is not None or not sample.is_contiguous()):
+    if type(scale) is PerFrame and (loop.needs_whole_samples() or not sample.is_contiguous()):
         output, scale = plain(model_output), None
     return _planned_step(scheduler, loop, output, sample, return_dict, scale, drawing, dtypes)
 

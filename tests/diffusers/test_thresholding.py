@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 
+from fastguide.diffusers.traced import Fusion, traced
 from tests.support.scheduler_pair import SHAPE, assert_close, diffusers, fused, pair, randn
 
 CASES = {
@@ -78,6 +79,36 @@ def test_guidance_and_the_predicted_original_in_the_same_step(monkeypatch):
     expected = theirs.step(guided, theirs.timesteps[2], x)
     for ours_, theirs_ in zip(got.to_tuple(), expected.to_tuple(), strict=True):
         assert_close(ours_, theirs_)
+
+
+def by_frames(whole):
+    """Return guidance with a scale for each frame, as Stable Video Diffusion's."""
+    uncond, cond = whole.chunk(2)
+    return uncond + torch.linspace(1.0, 3.0, 4).view(1, 4, 1, 1, 1) * (cond - uncond)
+
+
+def by_channels(whole):
+    """Return guidance of some channels alone, as Lumina's."""
+    cond, uncond = whole[:, :3].chunk(2)
+    half = uncond + 3.0 * (cond - uncond)
+    return torch.cat([torch.cat([half, half]), whole[:, 3:]], 1).chunk(2)[0]
+
+
+@pytest.mark.parametrize(("guided", "shape"), [(by_frames, (1, 4, 3, 8, 8)), (by_channels, (1, 4, 8, 8))])
+@pytest.mark.parametrize(("name", "config"), [CASES["lcm"], ("DPMSolverMultistepScheduler", {"solver_order": 1})])
+def test_a_quantile_is_of_a_sample_where_scales_are_not(guided, shape, name, config):
+    """Also of the predicted original, in the schedulers that return it."""
+    whole, results = randn(2 * shape[0], *shape[1:], seed=1), []
+    whole[:, 1] *= 6  # quantiles of frames or channels differ
+    for scheduler, output in zip(
+        pair(name, thresholding=True, sample_max_value=1000.0, **config), (traced(whole, Fusion()), whole), strict=True
+    ):
+        scheduler.set_timesteps(6)
+        generator = torch.Generator().manual_seed(1)
+        done = scheduler.step(guided(output), scheduler.timesteps[3], randn(*shape), generator=generator)
+        results.append(done.to_tuple())
+    for got, expected in zip(*results, strict=True):
+        assert_close(got, expected)
 
 
 def test_batch_step_without_noise_thresholds_too():

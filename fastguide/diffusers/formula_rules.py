@@ -165,7 +165,8 @@ def negative(operand: Any) -> Formula | None:
 def power(first: Any, second: Any) -> Any:
     """Return a square of a vector, which waits for its sum, or of a number."""
     if number_of(second) == 2:
-        made = combined("mul", lambda tensor, _: operator.pow(tensor, second), first, first)
+        read = as_read(second)
+        made = combined("mul", lambda tensor, _: operator.pow(tensor, read), first, first)
         if made is not None:
             return made
     return operator.pow(plain(first, "pow"), plain(second, "pow"))
@@ -307,6 +308,7 @@ def normalized(operand: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: 
     if sizes is None or p != 2 or out is not None or least is None:
         by = _named("normalize", {"dim": dim})
         return function(plain(operand, by), plain(p), dim, plain(eps), plain(out))
+    eps = as_read(eps)
     norm = Formula(NUMBER, "norm", (given,), (lambda t: t.norm(2, dim, keepdim=True), given), sizes, given.dtype)
     length = Formula(NUMBER, "maximum", (norm, least), (torch.clamp_min, norm, least), sizes, given.dtype)
     return Formula(

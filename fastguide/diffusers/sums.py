@@ -121,7 +121,8 @@ def _sum_beside(function: Any, first: Any, second: Any, left: Sum | None, right:
     found, own, other = (left, first, second) if right is None else (right, second, first)
     if found is not None:
         if rules.number_of(other) == 0 and (right is None or sign > 0):
-            return Combined((function, first, second), found[0], found[1], own.dtype, found[2])
+            made_by = function, rules.as_read(first), rules.as_read(second)
+            return Combined(made_by, found[0], found[1], own.dtype, found[2])
         added = rules.tensor_beside(other, own)
         if added is not None:
             return total(function, first, added, sign) if right is None else total(function, added, second, sign)
@@ -202,9 +203,10 @@ def interpolated(first: Any, second: Any, weight: Any) -> Any:
     first, second = general(first), general(second)
     left, right = as_sum(first), as_sum(second)
     if left is not None and right is not None and first.dtype == second.dtype:
-        made = total(operator.add, first, product(operator.mul, weight, total(operator.sub, second, first, -1.0)), 1.0)
-        if type(made) is Combined:
-            made.made_by = (torch.lerp, first, second, weight)
+        scaled = product(operator.mul, weight, total(operator.sub, second, first, -1.0))
+        made = total(operator.add, first, scaled, 1.0)
+        if type(scaled) is type(made) is Combined:
+            made.made_by = (torch.lerp, first, second, scaled.made_by[1])  # the weight as it was read
             return made
     return torch.lerp(*plain((first, second, weight), "lerp"))
 

@@ -80,6 +80,18 @@ def scale_written_between(u, c):
     return u + (first - scale * u)
 
 
+def read_when_used(use, number):
+    """Return a program: a number on the host, or numbers of samples, are written to after they were used."""
+
+    def program(u, c):
+        read = torch.tensor(number) if isinstance(number, float) else torch.tensor(number).view(2, 1, 1)
+        made = use(u, c, read)
+        read.fill_(5.0)
+        return made
+
+    return program
+
+
 def stacked_alone(u, c):
     inner = u + 2.0 * (c - u)
     stacked = torch.stack([inner])
@@ -106,6 +118,14 @@ PROGRAMS = {
     "a scale": scale_written,
     "a scale of samples": scale_of_samples_written,
     "a scale between": scale_written_between,
+    "a weight": read_when_used(torch.lerp, 0.3),
+    "a weight of samples": read_when_used(torch.lerp, [0.3, 0.6]),
+    "a zero that is added": read_when_used(lambda u, c, zero: u + zero, 0.0),
+    "a zero that is taken away": read_when_used(lambda u, c, zero: u + 2.0 * (c - u) - zero, 0.0),
+    "a power": read_when_used(lambda u, c, two: u + (u**two).sum((1, 2), keepdim=True) * (c - u), 2.0),
+    "a number of normalize": read_when_used(
+        lambda u, c, eps: torch.nn.functional.normalize(0.01 * (c - u), 2.0, (1, 2), eps), 1.0
+    ),
     "stacked alone": stacked_alone,
     "a stacked output": stacked_output,
     "another dtype": seen_as_another_dtype,
@@ -122,7 +142,7 @@ def test_a_write_reaches_what_it_reaches_in_plain_torch(name, outputs, inference
     for take in (lambda made: made.computed() if type(made) is not torch.Tensor else made, stepped):
         with torch.inference_mode() if inference else contextlib.nullcontext():
             expected = program(*WHOLE.clone().chunk(2))
-            if name == "a scale of samples" and not inference:
+            if name in ("a scale of samples", "a weight of samples") and not inference:
                 with pytest.raises(RuntimeError, match=r"was written to after guidance had been taken from it"):
                     take(program(*outputs(WHOLE.clone())))
                 continue

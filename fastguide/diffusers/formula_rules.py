@@ -29,7 +29,7 @@ from .formula import (
     sizes_of,
 )
 from .lazy_tensor import plain
-from .traced import LARGEST, ScaleAsSeen, Source, Traced, Waiting, beside
+from .traced import LARGEST, ScaleAsSeen, Source, Traced, Waiting, beside, own_value
 
 # ---- Arithmetic ----
 
@@ -69,7 +69,7 @@ def _as_number(value: Any, beside: Any) -> tuple[Any, Any] | None:
     return seen, seen.tensor
 
 
-def combined(operation: str, function: Callable[..., Any], first: Any, second: Any) -> Formula | None:
+def combined(operation: str, function: Callable[..., Any], first: Any, second: Any) -> Any:
     """Return ``"add"``, ``"sub"``, ``"mul"`` or ``"div"`` of two operands; ``None``: it is none of formulas."""
     left, right = as_vector(first), as_vector(second)
     if left is None and right is None:
@@ -93,16 +93,29 @@ def combined(operation: str, function: Callable[..., Any], first: Any, second: A
     operands, made_by = (found, operand), (function, found, reads)
     if left is None:
         operands, made_by = (operand, found), (function, reads, found)
-    return Formula(VECTOR, operation, operands, made_by, sizes, promoted(operands))
+    return _of_one_step(VECTOR, operation, operands, made_by, sizes)
 
 
-def _of_vectors(operation: str, function: Callable[..., Any], left: Any, right: Any) -> Formula | None:
+def _of_vectors(operation: str, function: Callable[..., Any], left: Any, right: Any) -> Any:
     sizes = sizes_of(left)
     if sizes != sizes_of(right) or operation == "div" or not _are_alike(left, right):
         return None
     operands = left, right
     kind, operation = (PRODUCT, "product") if operation == "mul" else (VECTOR, operation)
-    return Formula(kind, operation, operands, (function, left, right), sizes, promoted(operands))
+    return _of_one_step(kind, operation, operands, (function, left, right), sizes)
+
+
+def _of_one_step(
+    kind: int, operation: str, operands: tuple[Any, ...], made_by: tuple[Any, ...], sizes: torch.Size
+) -> Any:
+    """Return a formula; of operands of several steps, its tensor: a state, such as momentum's, would grow at each."""
+    sources = [_source_of(each) for each in operands if isinstance(each, (Traced, Waiting))]
+    if kind == PRODUCT or all([each.step == sources[0].step for each in sources]):  # noqa: C419
+        return Formula(kind, operation, operands, made_by, sizes, promoted(operands))
+    function, *of = made_by
+    with torch.inference_mode(False):  # so that torch counts who writes to it
+        value = function(*map(own_value, of))
+    return value if kind == NUMBER else beside(value, sources[0].fusion)
 
 
 def tensor_beside(value: Any, operand: Any) -> Traced | None:
@@ -133,7 +146,7 @@ def _source_of(operand: Any) -> Source:
     return operand.source if type(operand) is Traced else operand.seen[0][0]
 
 
-def _of_numbers(operation: str, function: Callable[..., Any], first: Any, second: Any) -> Formula | None:
+def _of_numbers(operation: str, function: Callable[..., Any], first: Any, second: Any) -> Any:
     own = next((each for each in (first, second) if is_number(each)), None)
     if own is None:
         return None
@@ -144,7 +157,7 @@ def _of_numbers(operation: str, function: Callable[..., Any], first: Any, second
     if sizes is None:
         return None
     operands = left[0], right[0]
-    return Formula(NUMBER, operation, operands, (function, left[1], right[1]), sizes, promoted(operands))
+    return _of_one_step(NUMBER, operation, operands, (function, left[1], right[1]), sizes)
 
 
 def _common(first: torch.Size, second: torch.Size) -> torch.Size | None:
@@ -157,7 +170,7 @@ def _common(first: torch.Size, second: torch.Size) -> torch.Size | None:
     return torch.broadcast_shapes(first, second) if alike or 1 in (first.numel(), second.numel()) else None
 
 
-def negative(operand: Any) -> Formula | None:
+def negative(operand: Any) -> Any:
     """Return an operand times -1."""
     return combined("mul", lambda tensor, _: operator.neg(tensor), operand, -1.0)
 

@@ -220,6 +220,39 @@ def test_momentum_is_a_state_that_is_computed_at_each_step():
         fusion.steps += 1
 
 
+def running_direction(u, c, state):
+    direction = (c - u) / (c - u).std((1, 2, 3), keepdim=True)
+    state = direction if state is None else direction + 0.5 * state
+    return c + 2.0 * state, state
+
+
+def running_norm(u, c, state):
+    norm = (c - u).norm(2, (1, 2, 3), keepdim=True)
+    state = norm if state is None else 0.5 * norm + 0.5 * state
+    return u + 3.0 * (c - u) * (norm / state), state
+
+
+def running_scale(u, c, state):
+    ratio = u.std((1, 2, 3), keepdim=True) / c.std((1, 2, 3), keepdim=True)
+    state = ratio * (c - u) if state is None else state * ratio
+    return c + 2.0 * state, state
+
+
+@pytest.mark.parametrize("formula", [running_direction, running_norm, running_scale])
+def test_a_state_of_a_formula_is_computed_at_each_step(formula):
+    """So that it holds no outputs of steps before the last one."""
+    fusion, states = Fusion(), [None] * 3
+    for step in range(4):
+        given = outputs(step)
+        single = [each.float() for each in given]
+        done = [formula(*of, state) for of, state in zip((given, single, traced(single, fusion)), states, strict=True)]
+        (expected, own, made), states = zip(*done, strict=True)
+        assert len(made.seen) <= 3  # both outputs, and the state
+        assert not isinstance(resolved(made, torch.zeros(SHAPE), None)[0], torch.Tensor)
+        fusion.steps += 1
+    assert error(made.clone(), expected) <= 2 * error(own, expected) + 2e-7
+
+
 # ---- What is computed ----
 
 COMPUTED = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..guidance.encoded import MOST_TERMS
 from .formula import lies_in_order
-from .traced import Combined, Source, Traced
+from .traced import EXACT, Combined, Source, Traced
 
 Weights = dict[Any, tuple[float, float]]
 """The constant and the factor of a scale that each term of a sum has, by the term's key."""
@@ -40,6 +40,9 @@ class Terms:
                 weights[key] = (constant, factor) if before is None else (before[0] + constant, before[1] + factor)
             self.weights.append(weights)
             scaled = scaled or (type(leaf) is Combined and leaf.scale is not None)
+        for key in [key for key, term in found.items() if not term.source.is_output]:
+            if self._is_gone(key):
+                del found[key]
         if len(found) > MOST_TERMS and not scaled:
             found = self._merged(found)
         ordered = sorted(found.items(), key=_place_of_term)
@@ -54,6 +57,17 @@ class Terms:
 
     def __len__(self) -> int:
         return len(self._terms)
+
+    def _is_gone(self, key: Any) -> bool:
+        """Take a tensor out of the sums that it was added to and taken away from; tell whether none is left."""
+        gone = True
+        for weights in self.weights:
+            if key in weights:
+                if len(weights) > 1 and max(map(abs, weights[key])) <= EXACT:
+                    del weights[key]
+                else:
+                    gone = False
+        return gone
 
     def whole(self, sample: Tensor) -> Tensor | None:
         """Return the one output whose halves the two terms are; ``None``: they are not those."""
@@ -89,7 +103,7 @@ class Terms:
 
     def _merge(self, keys: Sequence[Any], found: dict[Any, Traced]) -> None:
         """Put a mean in the place of some terms: near each of them, so that differences to it are small."""
-        where = next(weights for weights in self.weights if keys[0] in weights)
+        where = max(self.weights, key=lambda weights: abs(weights.get(keys[0], (0.0, 0.0))[0]))
         total = sum(where[key][0] for key in keys)
         if abs(total) < 1e-3 * max(abs(where[key][0]) for key in keys):  # there is no mean
             total = where[keys[0]][0]
@@ -101,12 +115,10 @@ class Terms:
         merged = Traced(Source(mean, terms[0].source.fusion), mean)
         key = _key(merged)
         found[key] = merged
-        for weights in self.weights:
-            if keys[0] in weights:
-                constant = weights[keys[0]][0] / shares[0]
-                for each in keys:
-                    del weights[each]
-                weights[key] = constant, 0.0
+        for weights in self.weights:  # each may have one that is 0 there, or none
+            present = {each: weights.pop(each) for each in keys if each in weights}
+            if present:
+                weights[key] = present.get(keys[0], (0.0, 0.0))[0] / shares[0], 0.0
 
 
 def _are_of_pieces(leaves: Sequence[Any]) -> bool:

@@ -180,6 +180,34 @@ def test_more_terms_than_the_kernels_take():
     assert error(got, formula(*given)) <= 2 * error(formula(*single), formula(*given))
 
 
+def test_terms_that_cancel_in_one_of_several_sums():
+    """Of more outputs than the kernels take: one whose weight is 0 there is added to one that is not there."""
+
+    def formula(u, c, p, q):
+        whole, shift = u + 2.0 * c + 3.0 * p + 4.0 * q + LATENTS.to(u.dtype), c - p + p
+        return whole * (shift.std((1, 2, 3), keepdim=True) / whole.std((1, 2, 3), keepdim=True))
+
+    given = outputs(count=4)
+    single = [each.float() for each in given]
+    got, guidance = made_by_a_step(formula(*traced(single)))
+    assert guidance.num_predictions == 3
+    assert error(got, formula(*given)) <= 2 * error(formula(*single), formula(*given))
+
+
+def test_latents_that_cancel_are_no_term():
+    """Over x_0 and back, as in a sum without a norm."""
+
+    def formula(u, c):
+        x = LATENTS.to(u.dtype)
+        return rescaled(*[(x - (x - 0.7 * each)) / 0.7 for each in (u, c)])
+
+    given = outputs()
+    single = [each.float() for each in given]
+    got, guidance = made_by_a_step(formula(*traced(single)))
+    assert guidance.num_predictions == 2
+    assert error(got, formula(*given)) <= 2 * error(formula(*single), formula(*given))
+
+
 # ---- What is kept ----
 
 

@@ -58,7 +58,10 @@ def taken_apart(output: Formula, sample: Tensor) -> tuple[Tensor | tuple[Tensor,
     if made is None:
         if len(fusion.guidances) >= _MOST_STRUCTURES:
             fusion.guidances.clear()
-        made = fusion.guidances[read.key] = _first(read)
+        values = _values(read)
+        if values is None:
+            return None
+        made = fusion.guidances[read.key] = _first(read, values)
     if made.weights is None:
         return None
     numbers: tuple[Any, ...] = tuple(read.numbers)
@@ -68,27 +71,33 @@ def taken_apart(output: Formula, sample: Tensor) -> tuple[Tensor | tuple[Tensor,
     if found is None:
         if len(made.guidances) >= _MOST_NUMBERS:
             made.guidances.clear()
-        found = made.guidances[numbers] = _guidance(made.weights, read), tuple(read.scales)
+        values = _values(read)
+        if values is None:
+            return None
+        found = made.guidances[numbers] = _guidance(made.weights, read, values), tuple(read.scales)
     return predictions, found[0]
 
 
-def _values(read: _Read) -> dict[str, float | Tensor]:
+def _values(read: _Read) -> dict[str, float | Tensor] | None:
+    """Return what a program is given; ``None``: a scale is not finite, which says nothing of others."""
     values: dict[str, float | Tensor] = {f"number_{k}": number for k, number in enumerate(read.numbers)}
-    return values | {
-        f"scale_{k}": as_scale("guidance_scale", scale.tensor.reshape(-1)) for k, scale in enumerate(read.scales)
-    }
+    try:
+        for k, scale in enumerate(read.scales):
+            values[f"scale_{k}"] = as_scale("guidance_scale", scale.tensor.reshape(-1))
+    except ValueError:
+        return None
+    return values
 
 
-def _guidance(weights: MomentWeights, read: _Read) -> Guidance:
-    values = _values(read)
+def _guidance(weights: MomentWeights, read: _Read, values: dict[str, float | Tensor]) -> Guidance:
     make = Guidance if read.terms.outputs > 1 else Conversion
     return make(stand_in_columns(len(read.terms), values.values()), None, weights.with_parameters(values))
 
 
-def _first(read: _Read) -> Any:
+def _first(read: _Read, values: dict[str, float | Tensor]) -> Any:
     """Trace a structure's program."""
     try:
-        weights = MomentWeights.of(_function_of(read.structure, read.entries), len(read.terms), _values(read))
+        weights = MomentWeights.of(_function_of(read.structure, read.entries), len(read.terms), values)
     except ValueError:  # too large for the kernels
         return _Made(None, {})  # type: ignore[arg-type]
     return _Made(weights, {})

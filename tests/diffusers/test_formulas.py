@@ -323,6 +323,21 @@ def test_other_operations_are_computed_and_named(name):
     assert fusion.computed == ({by: 1} if by else {})
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scale_that_is_not_finite_is_computed_and_hinders_no_other(first):
+    fusion, given = Fusion(), [each.float() for each in outputs()]
+    for number in (float("inf"), 3.0) if first else (3.0, float("inf"), 3.0):
+        scale = torch.tensor([3.0, number]).view(2, 1, 1, 1)
+        made, own = (
+            guider_utils.rescale_noise_cfg(u + scale * (c - u), c, 0.5) for u, c in (traced(given, fusion), given)
+        )
+        got, guidance = resolved(made, torch.zeros(SHAPE), None)
+        if number == 3.0:
+            assert guidance is not None
+        else:
+            torch.testing.assert_close(got, own, rtol=0, atol=0, equal_nan=True)
+
+
 def test_one_sample_has_the_norms_of_its_batch():
     given = [each[:1].float() for each in outputs()]
 

@@ -46,6 +46,10 @@ class HeliosScheduler(CountedStep, diffusers.HeliosScheduler):  # type: ignore[m
         return bool(self._internal_dict["scheduler_type"] == "euler")
 
     @property
+    def _ignores_thresholding(self) -> bool:  # type: ignore[override]
+        return self._is_euler
+
+    @property
     def _refuses_integers(self) -> bool:  # type: ignore[override]
         return self._is_euler
 
@@ -57,7 +61,7 @@ class HeliosScheduler(CountedStep, diffusers.HeliosScheduler):  # type: ignore[m
         config = self.config
         if self._is_euler:
             return None
-        if config.thresholding:
+        if config.thresholding:  # has no numbers here, nor a method: diffusers' own step raises
             return "dynamic thresholding"
         if self.solver_p is not None:
             return "another scheduler for its predictor"

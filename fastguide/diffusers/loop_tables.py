@@ -84,14 +84,16 @@ def _made(
     config: dict[str, Any],
     state: tuple[Any, ...],
 ) -> LoopTable:
-    why_not = scheduler._why_not() or why_not_thresholded(config) or scheduler._why_not_from(begin)
+    thresholds = not scheduler._ignores_thresholding
+    why_not = scheduler._why_not() or (why_not_thresholded(config) if thresholds else None)
+    why_not = why_not or scheduler._why_not_from(begin)
     if why_not is None and scheduler._sigmas_fall and not tables.fall:
         why_not = "sigmas that do not fall"
     depends = {name: _copied(value) for name, value in config.items()}, tuple(map(_copied, state))
     if why_not is not None:
         return LoopTable(*depends, why_not=why_not)
     made = scheduler._loop_table(tables, begin, *arguments)
-    if not scheduler._ignores_thresholding:
+    if thresholds:
         made = thresholded(made, config)
     table = _with_plain_inputs(made).to(device)
     second = None

@@ -118,6 +118,24 @@ def test_what_rows_do_not_express_is_left_to_diffusers(config, reason):
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for (a, _), (b, _) in zip(*results, strict=True))
 
 
+def test_thresholding_has_no_numbers():
+    """Euler's steps ignore it, and diffusers' own step of UniPC raises: it has no method and no numbers for it."""
+    results = []
+    for scheduler in pair(NAME, stages=1, scheduler_type="euler", thresholding=True):
+        scheduler.set_timesteps(6)
+        x, seen = randn(*SHAPE), []
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t, 1.0), t, x).prev_sample
+            seen.append((x, None))
+        results.append(seen)
+        assert type(scheduler) is not getattr(fused, NAME) or scheduler._counted.table is not None
+    assert largest_error(*results) < 2e-6
+    for scheduler in pair(NAME, stages=1, thresholding=True):
+        scheduler.set_timesteps(6)
+        with pytest.raises(AttributeError, match="_threshold_sample"):
+            scheduler.step(randn(*SHAPE), scheduler.timesteps[0], randn(*SHAPE))
+
+
 @pytest.mark.parametrize("config", [{}, {"solver_type": "bh1"}, {"disable_corrector": [3]}])
 def test_the_third_order(config):
     """From a sigma below 1, as the pipeline gives them."""

@@ -127,6 +127,14 @@ def test_numbers_out_of_their_range_are_left_to_diffusers(name, numbers):
     assert fused.thresholding.why_not_thresholded(ours.config) == "dynamic thresholding by numbers out of their range"
 
 
+@pytest.mark.parametrize("case", sorted(IGNORED))
+def test_numbers_that_nothing_reads_may_be_any(case):
+    name, config = CASES[case]
+    ours, theirs = pair(name, thresholding=True, sample_max_value=0.5, **config)
+    assert_close(loop(ours, False), loop(theirs, False))
+    assert ours._counted.table is not None
+
+
 def test_a_noise_predicting_sa_solver_gives_what_is_meant():
     """diffusers raises: it divides a picture by the whole table of alphas. The meant value is that of its x_0."""
     config = {"thresholding": True, "sample_max_value": 1.5, "algorithm_type": "noise_prediction"}

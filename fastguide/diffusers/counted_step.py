@@ -277,7 +277,7 @@ def counted_step(
             return done
         loop.returned = loop.like = None
     if type(scale) is PerFrame and (loop.needs_whole_samples() or not sample.is_contiguous()):
-        output, scale = plain(model_output), None
+        output, scale = plain(model_output, "the step, which does not take it apart"), None
     return _planned_step(scheduler, loop, output, sample, return_dict, scale, drawing, dtypes)
 
 

@@ -183,7 +183,7 @@ def combined(
             "that broadcast), got a tensor"
         )
     if guidance_scale is None:  # what a pipeline has combined is computed as it does
-        model_output = plain(model_output)
+        model_output = plain(model_output, "a step that is left to diffusers")
     output, guidance_scale = resolved(model_output, sample, guidance_scale)
     assert isinstance(output, Tensor)
     if guidance_scale is None:

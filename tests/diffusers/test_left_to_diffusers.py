@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastguide.diffusers.traced import Fusion, traced
 from tests.support.scheduler_pair import SHAPE, STEPS, assert_close, fused, model, pair, randn
 
 unet_2d = pytest.importorskip("diffusers.models.unets.unet_2d")
@@ -73,6 +74,17 @@ def test_shapes_that_broadcast():
         s.step(randn(1, 3, 8, 8, seed=1), s.timesteps[3], randn(3, 3, 8, 8)).prev_sample for s in (ours, theirs)
     )
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "LCMScheduler"])
+def test_a_step_that_is_left_is_named_as_what_computed_guidance(name):
+    scheduler, _ = pair(name, thresholding=True, sample_max_value=0.5)
+    scheduler.set_timesteps(4)
+    fusion = Fusion()
+    fusion.tries = True
+    uncond, cond = (traced(randn(*SHAPE, seed=seed), fusion) for seed in (1, 2))
+    scheduler.step(uncond + 3.0 * (cond - uncond), scheduler.timesteps[0], X)
+    assert fusion.computed == {"a step that is left to diffusers": 1}
 
 
 def both_refuse(name, *arguments, steps=STEPS, config=None, **keywords):

@@ -98,10 +98,11 @@ def by_channels(whole):
 @pytest.mark.parametrize(("name", "config"), [CASES["lcm"], ("DPMSolverMultistepScheduler", {"solver_order": 1})])
 def test_a_quantile_is_of_a_sample_where_scales_are_not(guided, shape, name, config):
     """Also of the predicted original, in the schedulers that return it."""
-    whole, results = randn(2 * shape[0], *shape[1:], seed=1), []
+    whole, results, fusion = randn(2 * shape[0], *shape[1:], seed=1), [], Fusion()
+    fusion.tries = True
     whole[:, 1] *= 6  # quantiles of frames or channels differ
     for scheduler, output in zip(
-        pair(name, thresholding=True, sample_max_value=1000.0, **config), (traced(whole, Fusion()), whole), strict=True
+        pair(name, thresholding=True, sample_max_value=1000.0, **config), (traced(whole, fusion), whole), strict=True
     ):
         scheduler.set_timesteps(6)
         generator = torch.Generator().manual_seed(1)
@@ -109,6 +110,7 @@ def test_a_quantile_is_of_a_sample_where_scales_are_not(guided, shape, name, con
         results.append(done.to_tuple())
     for got, expected in zip(*results, strict=True):
         assert_close(got, expected)
+    assert fusion.computed == {"the step, which does not take it apart": 1}
 
 
 def test_batch_step_without_noise_thresholds_too():

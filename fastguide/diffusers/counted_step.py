@@ -136,7 +136,7 @@ class CountedStep(SchedulerStep):
         self._counted = self._copied_loop = None
         self._handed_over = False
         if self._fusion is not None:
-            self._fusion.tries = True
+            self._fusion.begin()
 
     def _result(
         self, result: Tensor, original: Callable[[], Tensor] | Tensor | None, dtype: torch.dtype, return_dict: bool

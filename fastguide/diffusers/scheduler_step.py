@@ -89,7 +89,7 @@ class SchedulerStep(metaclass=SavedAsDiffusers):
         move_timesteps(self, device)
         prepare_tables(self, arguments)
         if self._fusion is not None:
-            self._fusion.tries = True
+            self._fusion.begin()
 
 
 class Plan(NamedTuple):

@@ -8,6 +8,7 @@ any other operation computes the tensors, by the very operations that the pipeli
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -26,10 +27,13 @@ LARGEST = 1e30
 """A number above this, or NaN, is no coefficient that the kernels' float32 could do with."""
 
 
+_RUNS = itertools.count(1)
+
+
 class Fusion:
     """What the models and schedulers of one pipeline know of each other: whether guidance is fused, and how often."""
 
-    __slots__ = ("callers", "computed", "counts", "guidances", "steps", "tries")
+    __slots__ = ("callers", "computed", "counts", "guidances", "run", "steps", "tries")
 
     def __init__(self) -> None:
         self.callers: dict[int, CodeType] = {}
@@ -37,6 +41,8 @@ class Fusion:
         self.tries = False
         """Whether models' outputs are traced: from ``set_timesteps`` on to the last step. A run in which guidance is
         used before the step ends that."""
+        self.run = 0
+        """Which run this is among those of all pipelines: one that was left before its last step still ``tries``."""
         self.counts: Counter[str] = Counter()
         """Steps, by what was done."""
         self.computed: Counter[str] = Counter()
@@ -46,11 +52,15 @@ class Fusion:
         self.guidances: dict[Any, Any] = {}
         """What weights were made with, by what the pipeline computed: see weights_of_formula.py."""
 
+    def begin(self) -> None:
+        """Trace models' outputs from now on, before those pipelines that began earlier."""
+        self.tries, self.run = True, next(_RUNS)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
         copied = Fusion()
         copied.callers = dict(self.callers)
         copied.counts, copied.computed = self.counts, self.computed  # of a scheduler that a pipeline copies for itself
-        copied.tries = self.tries
+        copied.tries, copied.run = self.tries, self.run
         return copied
 
     def __reduce__(self) -> Any:

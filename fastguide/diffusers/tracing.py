@@ -99,13 +99,15 @@ class _Watch(ABC):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
             return output
         while True:
-            code, tries = id(frame.f_code), False
+            code, tries, newest = id(frame.f_code), False, None
             for each in self.traces:
                 traces = each()
                 if traces is not None and traces.fusion.tries:
-                    if code in traces.fusion.callers:
-                        return _with_traced(output, traces.fusion)
                     tries = True
+                    if code in traces.fusion.callers and (newest is None or traces.fusion.run > newest.run):
+                        newest = traces.fusion
+            if newest is not None:
+                return _with_traced(output, newest)
             if not tries or frame.f_back is None or not frame.f_globals.get("__name__", "").startswith("torch."):
                 return output
             frame = frame.f_back  # through a wrapper, as torch.compile makes one

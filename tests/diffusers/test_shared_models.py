@@ -78,6 +78,22 @@ def test_a_pipeline_of_the_same_class_that_is_not_accelerated_gets_tensors():
     assert done.counts == {GUIDED: 6}
 
 
+def test_a_run_that_was_left_takes_no_outputs_of_later_ones():
+    """Of another pipeline of the same class, as it was never told that it was over."""
+    unet = model()
+    left, pipe = FreePipeline(None, unet=unet), FreePipeline(None, unet=unet)
+    given_up, done = (fused.accelerate(each) for each in (left, pipe))
+    with pytest.raises(ZeroDivisionError):
+        left(LATENTS, steps=3, after_step=lambda: 1 / 0)
+    assert left.scheduler._fusion.tries
+    pipe(LATENTS, steps=3, rescale=0.7, after_step=lambda: None)
+    assert not pipe.scheduler._fusion.tries
+    assert left.scheduler._fusion.tries
+    assert not left.scheduler._fusion.guidances
+    assert pipe.scheduler._fusion.guidances
+    assert (given_up.counts, done.counts) == ({GUIDED: 1}, {GUIDED: 3})
+
+
 def test_an_accelerated_pipeline_may_be_pickled():
     """What comes out is not traced until it is accelerated; its scheduler is fastguide's."""
     pipe = FreePipeline(None, unet=model())

@@ -174,6 +174,21 @@ def test_the_public_api_is_all_and_documented():
         assert value.__doc__ or isinstance(value, tuple), name
 
 
+def test_what_type_checkers_read_of_guided_step_is_what_it_takes():
+    """An overload repeats the parameters; only what return_log_prob may be differs."""
+    source = (ROOT / "fastguide" / "step" / "guided_step.py").read_text()
+    found = [node.args for node in ast.parse(source).body if getattr(node, "name", "") == "guided_step"]
+    (told, last), (taken, last_taken) = (
+        (
+            [ast.unparse(each) for each in (*a.args, *a.kwonlyargs[:-1], *a.defaults, *a.kw_defaults)],
+            a.kwonlyargs[-1].arg,
+        )
+        for a in (found[0], found[-1])
+    )
+    assert told == taken
+    assert last == last_taken == "return_log_prob"
+
+
 def test_import_needs_torch_only():
     """No optional package is imported by the library itself."""
     code = (

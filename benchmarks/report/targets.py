@@ -350,7 +350,7 @@ def _pipeline_targets() -> list[Target]:
             at_least=2.5,
         ),
         Target(
-            "the same with rescaled guidance, which the pipeline computes",
+            "the same with rescaled guidance, which is found in what the pipeline computes",
             lambda run: run.times_faster(_RESCALED, _ACCELERATED, "diffusers"),
             at_least=1.0,
         ),

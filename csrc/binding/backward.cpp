@@ -196,7 +196,9 @@ void make_mean(const StepFunctions& functions, const StepArguments& a, int64_t s
   m.noise_kind = Noise::none;
   m.noise = {};
   m.original = m.staged = {};
-  m.out = {mean - begin, 0, sizeof(T) == sizeof(float) ? Element::float32 : Element::float64};
+  // The step writes from element `begin` on; what lies before its memory is no pointer that arithmetic may make.
+  const uintptr_t out = reinterpret_cast<uintptr_t>(mean) - static_cast<uintptr_t>(begin) * sizeof(T);
+  m.out = {reinterpret_cast<void*>(out), 0, sizeof(T) == sizeof(float) ? Element::float32 : Element::float64};
   functions.step_range(m, sample * a.elements_per_sample + begin, sample * a.elements_per_sample + end);
 }
 

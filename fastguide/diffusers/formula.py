@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .halves import OfHalves
-from .traced import WRITTEN_TO, Combined, ScaleAsSeen, Source, Traced, Waiting, leading
+from .traced import WRITTEN_TO, Combined, ScaleAsSeen, Traced, Waiting, leading, seen_by_both
 
 VECTOR, PRODUCT, NUMBER = range(3)
 """Kinds of a formula: of vectors, there is an element for each of the sample's; of numbers, one a sample."""
@@ -48,7 +48,7 @@ class Formula(Waiting):
             else:
                 continue
             of = first if of is None else of
-            seen = found if seen is None or seen == found else _merged(seen, found)
+            seen = found if seen is None else seen_by_both(seen, found)
         assert seen is not None
         super().__init__(made_by, dtype, seen)
         self.kind = kind
@@ -81,17 +81,6 @@ class Formula(Waiting):
         for operand in self.operands:
             if type(operand) is ScaleAsSeen and operand.is_changed():
                 raise RuntimeError(f"the scale of guidance {WRITTEN_TO}")
-
-
-def _merged(
-    left: tuple[tuple[Source, int | None], ...], right: tuple[tuple[Source, int | None], ...]
-) -> tuple[tuple[Source, int | None], ...]:
-    """Return the outputs of both, each with the earlier version that one has seen."""
-    merged = dict(left)
-    for source, version in right:
-        before = merged.get(source, version)
-        merged[source] = before if version is None or before is None else min(before, version)
-    return tuple(merged.items())
 
 
 # ---- What may be an operand ----

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from .lazy_tensor import LazyTensor
-from .traced import Combined, Source, Traced, check_version, own_value, register, stop_trying
-
-Seen = tuple[tuple[Source, int | None], ...]
+from .traced import Combined, Seen, Traced, check_version, own_value, register, stop_trying
 
 
 class Doubled(LazyTensor):

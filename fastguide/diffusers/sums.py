@@ -17,9 +17,20 @@ from .formula import PRODUCT, Formula
 from .halves import OfHalves
 from .joined import Joined
 from .lazy_tensor import plain
-from .traced import EXACT, LARGEST, Combined, ScaleAsSeen, Source, Term, Traced, beside, leading, own_value
+from .traced import (
+    EXACT,
+    LARGEST,
+    Combined,
+    ScaleAsSeen,
+    Seen,
+    Term,
+    Traced,
+    beside,
+    leading,
+    own_value,
+    seen_by_both,
+)
 
-Seen = tuple[tuple[Source, int | None], ...]
 Sum = tuple[tuple[Term, ...], ScaleAsSeen | None, Seen]
 """Terms, the scale of their factors, and the outputs that they are of, with their versions."""
 
@@ -72,17 +83,6 @@ def _merged(left: tuple[Term, ...], right: tuple[Term, ...], sign: float) -> tup
     return tuple(merged)
 
 
-def _seen(left: Seen, right: Seen) -> Seen:
-    """Return the outputs of both; of one that both have, the earlier version, as one of them may have lost it."""
-    if left == right:
-        return left
-    merged = dict(left)
-    for source, version in right:
-        before = merged.get(source, version)
-        merged[source] = before if version is None or before is None else min(before, version)
-    return tuple(merged.items())
-
-
 _NAMES = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"}
 
 
@@ -111,7 +111,7 @@ def total(function: Any, first: Any, second: Any, sign: float) -> Any:
     if left[2][0][0].step != right[2][0][0].step:  # a state, such as momentum's: it would grow at each step
         with torch.inference_mode(False):  # so that torch counts who writes to it
             return beside(function(own_value(first), own_value(second)), left[2][0][0].fusion)
-    terms, seen = _merged(left[0], right[0], sign), _seen(left[2], right[2])
+    terms, seen = _merged(left[0], right[0], sign), seen_by_both(left[2], right[2])
     dtype = first.dtype if first.dtype == second.dtype else torch.promote_types(first.dtype, second.dtype)
     return Combined((function, first, second), terms, scale, dtype, seen)
 

@@ -190,6 +190,21 @@ class ScaleAsSeen(NamedTuple):
         return not self.tensor.is_inference() and self.tensor._version != self.version
 
 
+Seen = tuple[tuple[Source, int | None], ...]
+"""Outputs, and how often each had been written to; ``None``: torch does not count that."""
+
+
+def seen_by_both(left: Seen, right: Seen) -> Seen:
+    """Return the outputs of both; of one that both have, the earlier version, as one of them may have lost it."""
+    if left == right:
+        return left
+    merged = dict(left)
+    for source, version in right:
+        before = merged.get(source, version)
+        merged[source] = before if version is None or before is None else min(before, version)
+    return tuple(merged.items())
+
+
 _UNCOUNTED = -1
 
 
@@ -198,9 +213,7 @@ class Waiting(LazyTensor):
 
     __slots__ = ("_dtype", "handed_out", "made_by", "seen")
 
-    def __init__(
-        self, made_by: tuple[Any, ...], dtype: torch.dtype, seen: tuple[tuple[Source, int | None], ...]
-    ) -> None:
+    def __init__(self, made_by: tuple[Any, ...], dtype: torch.dtype, seen: Seen) -> None:
         self._value = None
         self.made_by = made_by
         """The function that computes it, and its arguments."""
@@ -277,7 +290,7 @@ class Combined(Waiting):
         terms: tuple[Term, ...],
         scale: ScaleAsSeen | None,
         dtype: torch.dtype,
-        seen: tuple[tuple[Source, int | None], ...],
+        seen: Seen,
         base: Combined | None = None,
     ) -> None:
         super().__init__(made_by, dtype, seen)

@@ -173,10 +173,8 @@ def guided_step_backward(*arguments: object, **gradients: Any) -> None:
     later = _slots_of(b.grad_left, batch)
     left = sum((torch.where(row["hist_slot"] == slot, grad, 0.0) for slot, grad in enumerate(later)), nothing)
     q = row["out_x0"] * came + row["hist_x0"] * left + of_original
-    x0 = row["x0_sample"] * sample.to(dtype) + row["x0_pred"] * combined(weight, each, nothing)
-    if a.gradient is not None:
-        x0 = x0 + row["x0_grad"] * scale * a.gradient.to(dtype)
-    q = row["x0_scale"] * torch.where((row["x0_scale"] * x0).abs() > row["clip"], 0.0, q)
+    x0 = unclipped(row, sample.to(dtype), combined(weight, each, nothing), a.gradient, scale)
+    q = row["x0_scale"] * torch.where(x0.abs() > row["clip"], 0.0, q)
 
     of_m = row["x0_pred"] * q + row["out_pred"] * came
     shift, deviation = row["out_grad"], row["out_noise"]

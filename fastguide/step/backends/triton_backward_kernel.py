@@ -53,6 +53,50 @@ def _write(pointer, stride, sample, first, values, inside, EVEN: tl.constexpr, B
         _store(_place(pointer, stride, sample, first, BLOCK), values, inside, EVEN)
 
 
+@triton.jit
+def _write_predictions(
+    to, strides, w, of_m, sample, first, inside, K: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of each prediction, by its weight; column 0 of the weights holds the sum of all."""
+    if K > 0:
+        of_first = tl.load(w)
+        for k in tl.static_range(1, K):
+            weight = tl.load(w + k)
+            of_first -= weight
+            _write(to[k], strides[k], sample, first, weight * of_m, inside, EVEN, BLOCK)
+        _write(to[0], strides[0], sample, first, of_first * of_m, inside, EVEN, BLOCK)
+
+
+@triton.jit
+def _write_history(
+    to, stride, grad_left, left_stride, r, of_next, slot, slots, batch, sample, first, inside,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of what earlier calls have left; of an entry that stays, those of later calls as well."""
+    for k in tl.static_range(SLOTS):
+        if k < slots:
+            of_entry = tl.load(r + OUT_HISTORY + k) * of_next
+            if grad_left is not None:
+                later = _loaded(grad_left, left_stride, k * batch + sample, first, inside, EVEN, BLOCK)
+                of_entry += tl.where(slot == k, 0.0, later)
+            _write(to, stride, k * batch + sample, first, of_entry, inside, EVEN, BLOCK)
+
+
+@triton.jit
+def _add_up(
+    place, predictions, strides, of_m, sample, first, inside, K: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write what a tile adds to the gradients of the predictions' weights."""
+    if K > 0:
+        p0 = _loaded(predictions[0], strides[0], sample, first, inside, EVEN, BLOCK)
+        tl.store(place, tl.sum(of_m * p0, 0))
+        for k in tl.static_range(1, K):
+            p = _loaded(predictions[k], strides[k], sample, first, inside, EVEN, BLOCK)
+            tl.store(place + k, tl.sum(of_m * (p - p0), 0))
+    else:
+        tl.store(place, 0.0)
+
+
 _NOT_SPECIALIZED = ["weights_step_stride", "weights_batch_stride", "indices_stride", "index", "steps", "slots", "batch"]
 
 
@@ -113,14 +157,8 @@ def backward_kernel(
     of_sample = tl.fma(tl.load(r + HIST_SAMPLE), left, of_sample)
     _write(to_sample, to_sample_stride, sample, first, of_sample, inside, EVEN, BLOCK)
     of_m = tl.fma(tl.load(r + X0_PRED), q, tl.load(r + OUT_PRED) * of_next)
-    if K > 0:  # noqa: SIM102
-        if to_predictions is not None:
-            of_first = tl.load(w)
-            for k in tl.static_range(1, K):
-                weight = tl.load(w + k)
-                of_first -= weight
-                _write(to_predictions[k], to_prediction_strides[k], sample, first, weight * of_m, inside, EVEN, BLOCK)
-            _write(to_predictions[0], to_prediction_strides[0], sample, first, of_first * of_m, inside, EVEN, BLOCK)
+    if to_predictions is not None:
+        _write_predictions(to_predictions, to_prediction_strides, w, of_m, sample, first, inside, K, EVEN, BLOCK)
 
     # The gradient, the variance and the noise
     sigma = tl.full((BLOCK,), 1.0, tl.float32)
@@ -145,23 +183,12 @@ def backward_kernel(
     of_anchor = tl.load(r + OUT_ANCHOR) * of_next
     _write(to_anchor, to_anchor_stride, sample, first, of_anchor, inside, EVEN, BLOCK)
     if to_history is not None:
-        for k in tl.static_range(SLOTS):
-            if k < slots:
-                of_entry = tl.load(r + OUT_HISTORY + k) * of_next
-                if grad_left is not None:
-                    later = _loaded(grad_left, left_stride, k * batch + sample, first, inside, EVEN, BLOCK)
-                    of_entry += tl.where(slot == k, 0.0, later)
-                _write(to_history, to_history_stride, k * batch + sample, first, of_entry, inside, EVEN, BLOCK)
-
+        _write_history(
+            to_history, to_history_stride, grad_left, left_stride, r, of_next, slot, slots, batch, sample, first,
+            inside, EVEN, BLOCK,
+        )  # fmt: skip
     if sums is not None:
         columns: tl.constexpr = (K if K > 1 else 1) + 1
         place = sums + (sample * tiles + tile) * columns
-        if K > 0:
-            p0 = _loaded(predictions[0], prediction_strides[0], sample, first, inside, EVEN, BLOCK)
-            tl.store(place, tl.sum(of_m * p0, 0))
-            for k in tl.static_range(1, K):
-                p = _loaded(predictions[k], prediction_strides[k], sample, first, inside, EVEN, BLOCK)
-                tl.store(place + k, tl.sum(of_m * (p - p0), 0))
-        else:
-            tl.store(place, 0.0)
+        _add_up(place, predictions, prediction_strides, of_m, sample, first, inside, K, EVEN, BLOCK)
         tl.store(place + columns - 1, tl.sum(of_gradient * g, 0))

@@ -13,9 +13,7 @@ from fastguide.guidance.encoded import PART, scratch_numbers
 from fastguide.step.backends import reference
 from fastguide.step.operator import StepArguments
 from tests.support import device_code
-from tests.support.ptx.launch import Launch
-from tests.support.ptx.memory import INITIALISED, READ, WRITE, Memory
-from tests.support.ptx.races import races
+from tests.support.ptx.placed import Placed
 
 pytestmark = [
     pytest.mark.xdist_group("ptx"),  # one process reads the PTX
@@ -127,30 +125,6 @@ def test_samples_at_rows_of_their_own_and_views():
 
 
 # ---- Interpreted ----
-
-
-class Placed:
-    """Tensors in the interpreter's memory, each allowed to be read or written as a step does."""
-
-    WRITTEN = ("out", "made", "scratch")
-
-    def __init__(self) -> None:
-        self.memory = Memory()
-
-    def __call__(self, name, tensor):
-        size = tensor.numel() * tensor.element_size()
-        begin = self.memory.allocate(size, name)
-        kind = {"out": WRITE, "made": READ | WRITE, "scratch": READ | WRITE | INITIALISED}.get(name, READ | INITIALISED)
-        self.memory.allow(begin, size, kind)
-        view = torch.from_numpy(self.memory.bytes[begin : begin + size]).view(tensor.dtype).view(tensor.shape)
-        view.copy_(tensor)
-        return view
-
-    def launch(self, library, recorded, waves=None):
-        code = library.code(recorded.kernel)
-        launch = Launch(self.memory, code, recorded.blocks, recorded.threads, recorded.parameters)
-        launch.run(waves)
-        return launch.findings + races(launch)
 
 
 @pytest.mark.parametrize("waves", ["at once", "one by one"])

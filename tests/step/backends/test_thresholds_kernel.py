@@ -12,9 +12,7 @@ from fastguide import ClassifierFree, Composed
 from fastguide.step.backends import reference
 from fastguide.step.operator import THRESHOLD_WORDS, StepArguments
 from tests.support import device_code
-from tests.support.ptx.launch import Launch
-from tests.support.ptx.memory import INITIALISED, READ, WRITE, Memory
-from tests.support.ptx.races import races
+from tests.support.ptx.placed import Placed
 
 pytestmark = [
     pytest.mark.xdist_group("ptx"),  # one process reads the PTX
@@ -103,28 +101,6 @@ def test_samples_at_rows_of_their_own():
 
 
 # ---- Interpreted ----
-
-
-class Placed:
-    """Tensors in the interpreter's memory, each allowed to be read or written as a step does."""
-
-    def __init__(self) -> None:
-        self.memory = Memory()
-
-    def __call__(self, name, tensor):
-        size = tensor.numel() * tensor.element_size()
-        begin = self.memory.allocate(size, name)
-        kinds = {"out": WRITE, "original": WRITE, "inverse_thresholds": READ | WRITE | INITIALISED}
-        self.memory.allow(begin, size, kinds.get(name, READ | INITIALISED))
-        view = torch.from_numpy(self.memory.bytes[begin : begin + size]).view(tensor.dtype).view(tensor.shape)
-        view.copy_(tensor)
-        return view
-
-    def launch(self, library, recorded, waves=None):
-        code = library.code(recorded.kernel)
-        launch = Launch(self.memory, code, recorded.blocks, recorded.threads, recorded.parameters)
-        launch.run(waves)
-        return launch.findings + races(launch)
 
 
 @pytest.mark.parametrize("waves", ["at once", "one by one"])

@@ -131,6 +131,14 @@ def recorded_step(
     return new
 
 
+def with_own_weights(a: StepArguments) -> StepArguments:
+    """Return the arguments of a step that writes the weights that it makes to memory of its own, to be read again.
+
+    The guidance's place for them, which is for ``last_weights``, is written by other threads' steps as well.
+    """
+    return a if a.made is None else a._replace(made=torch.empty_like(a.made))
+
+
 class _Plan:
     """What the two passes of a step share beside the tensors that autograd keeps; it keeps none itself."""
 
@@ -170,9 +178,10 @@ class _Step(torch.autograd.Function):
         assert a is not None
         if a.history is not None:
             a = a._replace(history=a.history.clone())
-        if a.made is not None:  # the guidance's own place for them is written by other threads too
-            a = a._replace(made=torch.empty_like(a.made))
+        place, a = a.made, with_own_weights(a)
         plan.chosen.step(*a)
+        if place is not None and a.made is not None:
+            place.copy_(a.made)
         needs = dict(zip(_INPUTS, ctx.needs_input_grad[_BEFORE:], strict=False))
         reads = plan.clips or needs["weights"] or a.program is not None
         of_variance = needs["variance"]

@@ -21,7 +21,7 @@ from ..guidance import Guidance
 from ..guidance.weights import UNGUIDED
 from ..solvers.table import ROW_COLUMNS, StepTable
 from . import checks
-from .autograd import asks_for_gradients, recorded_step, to_be_recorded
+from .autograd import asks_for_gradients, recorded_step, to_be_recorded, with_own_weights
 from .backends.registry import Backend, StepFunction, backend_for
 from .backward import unknown_fields
 from .call import Call
@@ -218,10 +218,11 @@ def _log_prob(chosen: Backend, a: StepArguments, reduction: Reduction, *, makes_
     """Return the log-probabilities of ``a.out``; make the step, or take that for what it made."""
     if a.variance is not None or a.program is not None or a.inverse_thresholds is not None:
         before = None if a.history is None else a.history.clone()
-        if a.made is not None:  # the guidance's own place for them is written by other threads too
-            a = a._replace(made=torch.empty_like(a.made))
+        place, a = a.made, with_own_weights(a)
         made = a if makes_step else a._replace(out=empty_like(a.sample), original=None, staged=None)
         chosen.step(*made)
+        if place is not None and a.made is not None:
+            place.copy_(a.made)
         a, makes_step = _with_made_weights(a)._replace(history=before), False
     if a.variance is not None:
         mean = empty_like(a.sample, a.rows.dtype)
@@ -260,7 +261,7 @@ def _with_made_weights(a: StepArguments) -> StepArguments:
     """Return the arguments of a step with the weights that its program has made, and no program."""
     if a.made is None:
         return a
-    columns, count, predictions = a.made.clone(), a.weights.shape[-1] - 1, a.predictions
+    columns, count, predictions = a.made, a.weights.shape[-1] - 1, a.predictions
     if columns.shape[1] > count + 1:
         columns = with_sample_as_prediction(columns, count)
         predictions = [*split(predictions, count, len(a.sample)), a.sample]

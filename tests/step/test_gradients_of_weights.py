@@ -180,3 +180,20 @@ def test_a_field_that_no_gradient_knows_is_refused():
     assert unknown_fields(Later()) == []
     assert unknown_fields(Later(x)) == ["threshold"]
     assert unknown_fields(Later(None, 0.5)) == ["level"]
+
+
+@pytest.mark.parametrize("how", ["recorded", "with its log-probability"])
+def test_the_last_weights_are_those_of_such_a_step(how):
+    """It makes them in memory of its own, as other threads write to the guidance's."""
+    generator = torch.Generator().manual_seed(0)
+    x, uncond, cond = (torch.randn(2, 3, 8, 8, generator=generator) for _ in range(3))
+    table = fastguide.ddpm(fastguide.NoiseSchedule.linear(), 10)
+    plain, guidance = fastguide.AdaptiveProjected(7.5), fastguide.AdaptiveProjected(7.5)
+    seeds = torch.tensor([1, 2])
+    fastguide.guided_step(table, 3, x, [uncond, cond], plain, seeds=seeds)
+    fastguide.guided_step(table, 5, x, [cond, uncond], guidance, seeds=seeds)  # others than those that are to come
+    if how == "recorded":
+        fastguide.guided_step(table, 3, x, [uncond, cond.clone().requires_grad_()], guidance, seeds=seeds)
+    else:
+        fastguide.guided_step(table, 3, x, [uncond, cond], guidance, seeds=seeds, return_log_prob=True)
+    assert torch.equal(guidance.last_weights, plain.last_weights)

@@ -117,8 +117,12 @@ Kernel choose_outputs(const Launch& launch) {
     if (!original && !staged) return choose_kind<predictions, extras, noise, false, false>(launch);
     if (!original) return choose_kind<predictions, extras, noise, false, true>(launch);
     if (!staged) return choose_kind<predictions, extras, noise, true, false>(launch);
+    // Both are rare: a kernel that looks for them has as many vectors, and its code is there anyway.
+    constexpr Extras looks = predictions > 0 ? Extras::history : extras;
+    return choose_kind<predictions, looks, noise, true, true>(launch);
+  } else {
+    return choose_kind<predictions, extras, noise, true, true>(launch);
   }
-  return choose_kind<predictions, extras, noise, true, true>(launch);
 }
 
 template <int predictions, Extras extras>

@@ -45,6 +45,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     INSTRUCTION_SETS["avx512"] += " -fno-unswitch-loops -DFASTGUIDE_WITHOUT_DOUBLE"
 
+CUDA_FILES = ("step", "moments", "thresholds", "backward")
 CUDA_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # the PTX serves every other GPU from 8.0 on
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wswitch,-Werror=switch --threads=2"
 
@@ -273,7 +274,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
     if nvcc is not None:
         generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name, _ in architectures]
         generate += [f"-gencode=arch=compute_{name},code=compute_{name}" for name, ptx in architectures if ptx]
-        objects += ["step_gpu.o", "moments_gpu.o", "thresholds_gpu.o"]
+        objects += [f"{name}_gpu.o" for name in CUDA_FILES]
         lines += [
             f"nvcc = {quote(nvcc)} -ccbin {quote(program_of(compiler))}",
             "rule compile_cuda",
@@ -282,7 +283,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
             "  deps = gcc",
             *(
                 line
-                for name in ("step", "moments", "thresholds")
+                for name in CUDA_FILES
                 for line in (
                     f"build {name}_gpu.o: compile_cuda {escape(source / 'kernels' / 'gpu' / f'{name}.cu')}",
                     f"  extra = {' '.join([*generate, compression(nvcc)])}",

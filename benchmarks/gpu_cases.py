@@ -34,7 +34,8 @@ def cases(backend: str, device: str) -> int:
             for dtype in (torch.float32, torch.bfloat16):
                 for guidance in guidances:
                     step(table, shape, dtype, guidance, backend, device)
-                    ran += 1
+                    gradients(table, shape, dtype, guidance, backend, device)
+                    ran += 2
     return ran
 
 
@@ -83,6 +84,45 @@ def step(
                 generator=source,
                 backend=backend,
             )
+
+
+def gradients(
+    table: fastguide.StepTable,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    guidance: fastguide.Guidance | None,
+    backend: str,
+    device: str,
+) -> None:
+    """Compare all gradients of one case with the reference's: of what is read element by element, and of scales."""
+    count = 1 if guidance is None else guidance.num_predictions
+    found = []
+    for name in (backend, "reference"):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+        x, noise, predictions = draw(), draw(), [draw() for _ in range(count)]
+        inputs = [x, noise, *predictions] if table.adds_noise_anywhere else [x, *predictions]
+        options: dict[str, Any] = {"noise": noise, "backend": name}
+        used = guidance
+        if guidance is not None:
+            scales = [torch.full((shape[0],), 2.0 - k, device=device).requires_grad_() for k in range(count - 1)]
+            used = fastguide.ClassifierFree(*scales) if count == 2 else fastguide.Composed(scales)
+            inputs += scales
+        if guidance is not None and guidance.form is not None and used is not None:
+            options["gradient"] = draw()
+            used = used + fastguide.Classifier(None, 1.0, guidance.form)
+            inputs.append(options["gradient"])
+        if table.learned_variance:
+            options["variance"] = draw().detach().clamp(-1, 1).requires_grad_()
+            inputs.append(options["variance"])
+        new = fastguide.guided_step(table, 3, x, predictions, used, **options)
+        found.append(torch.autograd.grad(new, inputs, draw().detach()))
+    for got, expected in zip(*found, strict=True):
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()) + 1e-6)
 
 
 if __name__ == "__main__":

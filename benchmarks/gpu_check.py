@@ -33,11 +33,13 @@ import torch
 OURS = ("native", "triton")
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("build", "tests", "loops", "times", "sanitizers")
+TIMED = ("cursor", "small", "large", "backward")
 Record = dict[str, Any]
 
 TARGETS = {
     "large, no noise": 0.92,  # of the bandwidth of a copy; this and the next for float32 states alone
     "large, noise in the kernel": 0.85,
+    "large, backward": 0.85,
     "small, GPU us": 3.0,
     "cursor, GPU us": 2.5,
     "native, host us": 10.0,
@@ -140,9 +142,11 @@ def machine() -> Record:
 def measure(write: Callable[[Record], None]) -> None:
     """Take all times; each is printed and written as soon as it is measured."""
     from .measure.gpu import measure_cursor, measure_large, measure_small, measure_torch_generator
+    from .measure.gpu_backward import measure_backward
 
     times: Record = {}
-    for name, rows in (("cursor", measure_cursor()), ("small", measure_small()), ("large", measure_large())):
+    suites = {"cursor": measure_cursor, "small": measure_small, "large": measure_large, "backward": measure_backward}
+    for name, rows in ((name, suite()) for name, suite in suites.items()):
         found: list[Record] = []
         times[name] = found
         for row in rows:
@@ -177,9 +181,9 @@ def loop_misses(loops: Record) -> list[str]:
 def misses(times: Record) -> list[str]:
     """Describe each missed target of a step."""
     found = []
-    for row in times.get("large", []):
-        target = TARGETS["large, no noise" if row["noise"] in ("none", "given") else "large, noise in the kernel"]
-        name = row["name"]
+    for row in (*times.get("large", []), *times.get("backward", [])):
+        kind = {None: "backward", "none": "no noise", "given": "no noise"}.get(row.get("noise"), "noise in the kernel")
+        target, name = TARGETS[f"large, {kind}"], row["name"]
         for backend in OURS:
             share = row["share_of_copy"].get(backend)
             if share is not None and share < target and row.get("state") == "float32":
@@ -219,7 +223,7 @@ def failures(record: Record) -> list[str]:
             found.append(f"{check}: ran out of time")
         elif check != "not run" and result["exit"] != 0:
             found.append(f"{check}: exit {result['exit']}")
-    for rows in (record.get("times", {}).get(size, []) for size in ("cursor", "small", "large")):
+    for rows in (record.get("times", {}).get(size, []) for size in TIMED):
         found += [f"{row['name']}: {name}: {error}" for row in rows for name, error in row["errors"].items()]
     found += [f"backend {name}: {status}" for name, status in record["backends missing"].items()]
     return found

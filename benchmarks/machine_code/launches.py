@@ -11,7 +11,7 @@ from torch import Tensor
 import fastguide
 from fastguide.guidance.weights import UNGUIDED
 from fastguide.step.noise import TorchGrid
-from tests.support.device_code import NAMES, Recorded, arguments_of, record
+from tests.support.device_code import NAMES, Recorded, arguments_of, backward, record
 
 from ..workloads import SCHEDULE
 from .thread import Constants, Memory, Region
@@ -49,6 +49,7 @@ class Launch:
     solver: str = ""  # of SOLVERS, whose row goes on from earlier calls; otherwise DDIM's, or with noise DDPM's
     few_tiles: int = 1024  # a launch of more has two vectors a thread, where its variant may
     offset: int = 0  # elements between a multiple of 16 bytes and each tensor
+    backward: bool = False  # whether it is the way back: the gradients of the sample and the predictions
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,19 @@ HOT = (
     Launch("2 predictions, UniPC 2's history, float32 state, bfloat16 model", solver="UniPC 2", model=BFLOAT16),
     Launch("1 prediction, no noise, float32", predictions=1),
     Launch("1 prediction, no noise, bfloat16", predictions=1, state=BFLOAT16, model=BFLOAT16),
+    Launch("backward, 2 predictions, float32", backward=True),
+    Launch("backward, 2 predictions, clipped, float32", backward=True, clipped=True),
+    Launch(
+        "backward, 2 predictions, clipped, float32 state, bfloat16 model", backward=True, clipped=True, model=BFLOAT16
+    ),
+    Launch("backward, 2 predictions, clipped, bfloat16", backward=True, clipped=True, state=BFLOAT16, model=BFLOAT16),
 )
 
 
 def prepare(launch: Launch) -> Prepared:
     """Make a launch's tensors, of which those of the elements are not initialised, and record it."""
+    if launch.backward:
+        return _prepare_backward(launch)
     batch = launch.shape[0]
     tensors, predictions = elements(launch)
     data = (*tensors, *(f"prediction {k}" for k in range(len(predictions))))
@@ -149,6 +158,27 @@ def prepare(launch: Launch) -> Prepared:
     plain = {**arguments_of(*(values.get(name) for name in NAMES)), "few_tiles": launch.few_tiles}
     tensors |= {f"prediction {k}": prediction for k, prediction in enumerate(predictions)}
     return Prepared(launch, record(plain), plain, tensors, data)
+
+
+def _prepare_backward(launch: Launch) -> Prepared:
+    """Do the same for the way back of DDIM's step; ``out`` is the gradient of the sample."""
+    made, predictions = elements(launch)
+    came = made["sample"]
+    read = {"sample": torch.empty_like(came)} if launch.clipped else {}
+    read |= {f"prediction {k}": p for k, p in enumerate(predictions)} if launch.clipped else {}
+    table = fastguide.ddim(SCHEDULE, STEPS, clip_sample_range=1.0 if launch.clipped else None)
+    weights = guidance_of(launch.predictions).weights(torch.device("cpu"), torch.float32).contiguous()
+    small = {"rows": table.device_rows(None, torch.float32), "weights": weights}
+    values: dict[str, object] = {"out": came, "sample": read.get("sample", came), "index": STEP, **small}
+    values |= {"predictions": predictions if launch.clipped else [came] * launch.predictions, "philox_threads": 0}
+    arguments = [values.get(name) for name in NAMES]
+    of_predictions = [torch.empty_like(p) for p in predictions]
+    gradients = {"grad_out": came, "grad_sample": made["out"], "grad_predictions": of_predictions}
+    written = {f"gradient {k}": grad for k, grad in enumerate(of_predictions)}
+    tensors = {"out": made["out"], "came": came, **read, **written}
+    data = tuple(tensors)
+    recorded = backward.record(None, *arguments, **gradients)
+    return Prepared(launch, recorded, arguments_of(*arguments), tensors | small, data)
 
 
 def elements(launch: Launch) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -1,4 +1,4 @@
-// The operators fastguide::guided_step_backward and fastguide::guided_step_squares for CPU tensors: each part of a
+// The operators fastguide::guided_step_backward and, for CPU tensors, fastguide::guided_step_squares: each part of a
 // sample by itself, so that no bit depends on how parts are shared out among threads.
 //
 // fastguide/step/autograd.py and fastguide/step/log_probability.py call them, with arguments of a step that was
@@ -19,6 +19,7 @@
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/launch.h"
 #include "kernels/cursor.h"
+#include "kernels/gpu/backward.h"
 #include "kernels/weights.h"
 
 namespace fastguide {
@@ -62,10 +63,10 @@ void add_parts(const std::vector<double>& parts, int64_t batch, int64_t parts_pe
   }
 }
 
-double* numbers_of(const char* name, const Tensor& tensor, int64_t count) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() &&
-                      tensor.numel() == count,
-                  name, ": expected ", count, " numbers of float64 on the CPU, contiguous");
+double* numbers_of(const char* name, const Tensor& tensor, const Layout& layout, int64_t count) {
+  check_device(name, tensor, layout);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.numel() == count, name,
+                  ": expected ", count, " numbers of float64, contiguous");
   return static_cast<double*>(tensor.mutable_data_ptr());
 }
 
@@ -127,7 +128,9 @@ BackwardArguments read_gradients(const GradientOperands& operands, const StepArg
   read_prediction_gradients(operands.grad_predictions, a, layout, predictions);
   b.grad_predictions = predictions->empty() ? nullptr : predictions->data();
   if (operands.grad_weights.has_value()) {
-    b.grad_weights = numbers_of("grad_weights", *operands.grad_weights, layout.batch * weight_columns(a));
+    const int64_t tiles = layout.is_cpu ? 1 : backward_tiles_of(a);
+    b.grad_weights =
+        numbers_of("grad_weights", *operands.grad_weights, layout, layout.batch * tiles * weight_columns(a));
   }
   return b;
 }
@@ -156,14 +159,18 @@ void guided_step_backward(StableIValue* stack, uint64_t num_arguments, uint64_t 
   StepArguments a{};
   std::vector<Input> inputs;
   read(operands, layout, &inputs, &a);
-  STD_TORCH_CHECK(a.cursor == nullptr && a.program == nullptr && a.noise_kind != Noise::torch_stream && layout.is_cpu,
-                  "guided_step_backward: expected CPU tensors, and no cursor, program or philox");
+  STD_TORCH_CHECK(a.cursor == nullptr && a.program == nullptr && a.noise_kind != Noise::torch_stream,
+                  "guided_step_backward: expected no cursor, program or philox");
   std::vector<Output> predictions;
   const BackwardArguments b = read_gradients(gradients, a, layout, &predictions);
   STD_TORCH_CHECK(b.grad_variance.data == nullptr || a.noise_kind != Noise::portable,
                   "seeds: expected the values of the noise where a variance has a gradient");
   a.original = a.staged = a.history = {};
-  check(a, true);
+  check(a, layout.is_cpu);
+  if (!layout.is_cpu) {
+    if (!is_empty(layout)) run_backward_on_gpu(a, b, layout.device);
+    return;
+  }
   if (b.grad_weights != nullptr) std::fill_n(b.grad_weights, layout.batch * weight_columns(a), 0.0);
   if (is_empty(layout)) return;
   const StepFunctions functions = selected_functions(a.double_precision);
@@ -265,7 +272,7 @@ void guided_step_squares(StableIValue* stack, uint64_t num_arguments, uint64_t n
   STD_TORCH_CHECK(a.cursor == nullptr && a.program == nullptr && a.mask.data == nullptr && a.variance.data == nullptr &&
                       layout.is_cpu,
                   "guided_step_squares: expected CPU tensors, and no cursor, program, mask or variance");
-  double* to = numbers_of("squares", squares, layout.batch);
+  double* to = numbers_of("squares", squares, layout, layout.batch);
   check(a, true);
   if (makes_step) {  // out is written before the inputs are read again
     for_each_input(a, a.predictions, [&](Argument name, const Input& input) {
@@ -293,7 +300,14 @@ extern "C" __attribute__((visibility("default"))) const char* fastguide_gradient
 #undef FASTGUIDE_NAME
 }
 
+// The elements of a sample whose part of the gradients of weights a GPU's kernel adds up.
+extern "C" __attribute__((visibility("default"))) int fastguide_gradient_tile() { return fastguide::kBackwardTile; }
+
 STABLE_TORCH_LIBRARY_IMPL(fastguide, CPU, m) {
   m.impl("guided_step_backward", &fastguide::guided_step_backward);
   m.impl("guided_step_squares", &fastguide::guided_step_squares);
 }
+
+#if defined(FASTGUIDE_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastguide, CUDA, m) { m.impl("guided_step_backward", &fastguide::guided_step_backward); }
+#endif

@@ -8,10 +8,9 @@
 
 #include "binding/tensors.h"
 #include "kernels/cursor.h"
+#include "kernels/gpu/launch.h"
 #include "maths/step.h"
 #if defined(FASTGUIDE_CUDA)
-#include "kernels/gpu/launch.h"
-
 // Part of libtorch_cuda, which torch for the CPU lacks: weak, so that one library loads with every torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
@@ -56,13 +55,10 @@ void check_memory(const StepArguments& a) {
   STD_TORCH_CHECK(a.out.data != a.original.data || a.out.data == nullptr, "original: expected other memory than out's");
 }
 
-void run_on_gpu(const StepArguments& a, int32_t device) {
-  for_each_output(a, [](Argument name, const Output& output, int) {
-    STD_TORCH_CHECK(output.element != Element::float64, name_of(name), ": expected no float64 tensors on a GPU");
-  });
-  for_each_input(a, a.predictions, [](Argument name, const Input& input) {
-    STD_TORCH_CHECK(input.element != Element::float64, name_of(name), ": expected no float64 tensors on a GPU");
-  });
+// Calls launch(stream) for the current stream of a device, after what every launch on a GPU demands. Throws what it
+// returns, unless that is null. Of any type, it is compiled where there is CUDA alone.
+template <typename F>
+void on_gpu(const StepArguments& a, int32_t device, const F& launch) {
 #if defined(FASTGUIDE_CUDA)
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "out: expected a CPU tensor, as this torch has no CUDA");
@@ -73,12 +69,23 @@ void run_on_gpu(const StepArguments& a, int32_t device) {
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
                   "out: torch names no current stream on its device");
-  const char* error = cuda::launch_step(a, device, stream);
+  const char* error = launch(stream);
   STD_TORCH_CHECK(error == nullptr, "the CUDA kernel could not be started: ", error);
 #else
-  (void)device;
+  (void)a, (void)device, (void)launch;
   STD_TORCH_CHECK(false, "out: expected a CPU tensor, as fastguide was built without CUDA");
 #endif
+}
+
+void refuse_float64(const char* name, Element element) {
+  STD_TORCH_CHECK(element != Element::float64, name, ": expected no float64 tensors on a GPU");
+}
+
+void run_on_gpu(const StepArguments& a, int32_t device) {
+  for_each_output(a, [](Argument name, const Output& output, int) { refuse_float64(name_of(name), output.element); });
+  for_each_input(a, a.predictions,
+                 [](Argument name, const Input& input) { refuse_float64(name_of(name), input.element); });
+  on_gpu(a, device, [&](auto* stream) { return cuda::launch_step(a, device, stream); });
 }
 
 }  // namespace
@@ -86,6 +93,19 @@ void run_on_gpu(const StepArguments& a, int32_t device) {
 void check(const StepArguments& a, bool is_cpu) {
   check_position(a, is_cpu);
   check_memory(a);
+}
+
+void run_backward_on_gpu(const StepArguments& a, const BackwardArguments& b, int32_t device) {
+  for_each_input(a, a.predictions,
+                 [](Argument name, const Input& input) { refuse_float64(name_of(name), input.element); });
+  const Element gradients[] = {b.grad_out.element,    b.grad_original.element, b.grad_left.element,
+                               b.grad_sample.element, b.grad_gradient.element, b.grad_variance.element,
+                               b.grad_noise.element,  b.grad_anchor.element,   b.grad_history.element};
+  for (const Element element : gradients) refuse_float64("gradients", element);
+  for (int k = 0; b.grad_predictions != nullptr && k < a.num_predictions; ++k) {
+    refuse_float64("grad_predictions", b.grad_predictions[k].element);
+  }
+  on_gpu(a, device, [&](auto* stream) { return cuda::launch_step_backward(a, b, device, stream); });
 }
 
 void run(const StepArguments& a, bool is_cpu, int32_t device) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/arguments.h"
+#include "kernels/backward.h"
 
 namespace fastguide {
 
@@ -16,7 +17,10 @@ void check(const StepArguments& a, bool is_cpu);
 // Makes a step that was checked. Throws if a GPU refuses it.
 void run(const StepArguments& a, bool is_cpu, int32_t device);
 
-// The same of a step that has elements, on the CPU.
+// Makes the backward pass of a step that was checked and has elements, on a GPU. Throws if it is refused.
+void run_backward_on_gpu(const StepArguments& a, const BackwardArguments& b, int32_t device);
+
+// Makes a step that has elements, on the CPU.
 void run_on_cpu(const StepArguments& a);
 
 }  // namespace fastguide

@@ -28,7 +28,7 @@ struct BackwardArguments {
   Output grad_history;  // of the history that the step has read: slots times the batch
   int slots;
   const Output* grad_predictions;  // one a prediction; null: absent
-  double* grad_weights;            // (batch, weight_columns), null: absent
+  double* grad_weights;            // (batch, weight_columns), on a GPU (batch, tiles, weight_columns); null: absent
 };
 
 // Weights of a sample, as a step reads them.

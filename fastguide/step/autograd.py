@@ -19,7 +19,7 @@ from ..guidance import Guidance
 from ..guidance.moment_weights import MomentWeights
 from ..solvers.table import ROW_COLUMNS, StepTable
 from .backends.reference import guided_step_backward
-from .backends.registry import BACKENDS, Backend, StepFunction
+from .backends.registry import Backend
 from .backward import Gradients, unknown_fields
 from .history import History
 from .memory import empty_strided, in_layout_of
@@ -267,16 +267,8 @@ def _run(
     a = a._replace(
         noise=noise, seeds=None, known=a.mask, known_noise=a.mask, program=None, parameters=None, made=None
     )  # of the known part, nothing is read
-    _backward_of(plan.chosen, plan.device)(*a, **gradients._asdict())
+    (plan.chosen.backward or guided_step_backward)(*a, **gradients._asdict())
     return columns
-
-
-def _backward_of(chosen: Backend, device: torch.device) -> StepFunction:
-    """Return a backend's backward pass; CUDA tensors get Triton's where there is one, as there is none in CUDA."""
-    triton = BACKENDS["triton"]
-    if chosen.name == "native" and device.type == "cuda" and triton.serves("cuda") and triton.backward is not None:
-        return triton.backward
-    return chosen.backward or guided_step_backward
 
 
 def _drawn(a: StepArguments) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 
 from benchmarks import gpu_check
 from benchmarks.measure import gpu, timing
+from benchmarks.measure.gpu_backward import Backward
+from fastguide.step.backends.registry import BACKENDS
 
 
 @pytest.fixture
@@ -100,6 +102,19 @@ def test_a_loop_s_step_is_timed_from_the_start(noise):
         timed(gpu.CURSOR_STEPS)
 
 
+@pytest.mark.skipif(not BACKENDS["native"].devices, reason="the native library is not here")
+@pytest.mark.parametrize(("clip", "learns", "tensors"), [(None, False, 4), (None, True, 6), (1.0, True, 7)])
+def test_a_backward_pass_is_timed_that_fills_all_gradients(clip, learns, tensors):
+    """On the CPU: the same calls as on a GPU."""
+    back = Backward((2, 4, 8, 8), torch.float32, torch.float32, clip, learns, device="cpu")
+    for grad in (back.of_sample, *back.of_predictions, *([] if back.of_weights is None else [back.of_weights])):
+        grad.fill_(torch.nan)
+    back.by("native")()
+    assert bool(torch.stack([back.of_sample, *back.of_predictions]).isfinite().all())
+    assert back.of_weights is None or bool(back.of_weights.isfinite().all())
+    assert back.bytes == tensors * back.came.nbytes
+
+
 def test_a_loop_is_long_enough_for_what_is_timed():
     replays = inspect.signature(timing.in_a_graph).parameters["replays"].default
     host_calls = inspect.signature(gpu.host_microseconds).parameters["calls"].default
@@ -118,6 +133,10 @@ def test_what_misses_its_target_is_named():
         "large: native takes 100.00 us, torch.compile 90.00 us",
         "small: triton gpu 3.1 us, expected 3.0",
         "cursor: triton host 21.0 us, expected 20.0",
+    ]
+    back = {"name": "backward", "state": "float32", "share_of_copy": {"triton": 0.8}, "microseconds": {}, "errors": {}}
+    assert gpu_check.misses({"backward": [back]}) == [
+        "backward: triton reaches 80.0% of the copy's bandwidth, expected 85%"
     ]
     noisy = large | {"noise": "portable", "microseconds": {}}
     assert gpu_check.misses({"large": [noisy | {"share_of_copy": {"native": 0.86}}]}) == []

@@ -1,9 +1,10 @@
-// The CUDA kernel's entry point, for the binding. No torch and no CUDA headers.
+// The CUDA kernels' entry points, for the binding. No torch and no CUDA headers.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/arguments.h"
+#include "kernels/backward.h"
 
 namespace fastguide {
 namespace cuda {
@@ -11,6 +12,11 @@ namespace cuda {
 // Launches a step, and before it what makes its weights if it has a program, on a stream (a cudaStream_t) of a
 // device, and does not wait for it; returns an error's text, or null.
 const char* launch_step(const StepArguments& arguments, int device, void* stream);
+
+// Launches a step's backward pass in the same way. What its tiles add to the gradients of weights goes to
+// grad_weights, (batch, tiles, columns): kernels/gpu/backward.h has the elements of a tile.
+const char* launch_step_backward(const StepArguments& arguments, const BackwardArguments& gradients, int device,
+                                 void* stream);
 
 // Whether there is a driver that is too old for the CUDA runtime in this library.
 bool driver_too_old();

@@ -1,6 +1,7 @@
 // The CUDA kernels: a grid of tiles.h's threads, one kernel for each variant, and the launch. Raw pointers only.
 #include <cuda_runtime.h>
 
+#include "kernels/gpu/backward.h"
 #include "kernels/gpu/count.h"
 #include "kernels/gpu/launch.h"
 #include "kernels/gpu/make_launch.h"
@@ -15,6 +16,8 @@ namespace cuda {
 cudaError_t launch_moments(const StepArguments& a, cudaStream_t stream);
 // Launches what finds the thresholds of a step whose weights are made: thresholds.cu.
 cudaError_t launch_thresholds(const StepArguments& a, cudaStream_t stream);
+// Launches the backward pass: backward.cu.
+cudaError_t launch_backward(const BackwardLaunch& launch, cudaStream_t stream);
 
 namespace {
 
@@ -223,6 +226,16 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
   const dim3 blocks(static_cast<unsigned>(launch.tiles));
   const void* kernel = reinterpret_cast<const void*>(choose_kernel(launch));
   return text_of(cudaLaunchKernel(kernel, blocks, dim3(kThreads), parameters, 0, on));
+}
+
+const char* launch_step_backward(const StepArguments& arguments, const BackwardArguments& gradients, int device,
+                                 void* stream) {
+  const RelaxedCapture relaxed;
+  const cudaError_t error = cudaSetDevice(device);  // as in launch_step
+  if (error != cudaSuccess) return text_of(error);
+  const BackwardLaunch launch = make_backward_launch(arguments, gradients);
+  if (launch.tiles > kMaxTiles) return "more samples than one launch has blocks for";
+  return text_of(launch_backward(launch, static_cast<cudaStream_t>(stream)));
 }
 
 bool driver_too_old() {

@@ -18,7 +18,7 @@ from ...guidance.encoded import MOST_TERMS, MOST_VALUES
 from ...guidance.symbols import OPERATIONS
 from ...solvers.table import ROW_COLUMNS
 from ..call import Call, Objects
-from ..operator import THRESHOLD_WORDS
+from ..operator import THRESHOLD_WORDS, StepArguments
 from .registry import Backend
 
 LIBRARY = Path(__file__).parents[2] / "_native.so"
@@ -28,10 +28,14 @@ NOT_BUILT_NOTE = LIBRARY.with_suffix(".txt")
 CAPABILITIES = ("baseline", "avx2", "avx512")
 CAPABILITY_VARIABLE = "FASTGUIDE_CPU_CAPABILITY"
 
+GRADIENT_TILE = 1024
+"""Elements of a sample whose part of the gradients of weights the CUDA kernel adds up: csrc/kernels/gpu/backward.h."""
+
 _EXPORTS = (
     "fastguide_row_columns",
     "fastguide_arguments",
     "fastguide_gradients",
+    "fastguide_gradient_tile",
     "fastguide_operations",
     "fastguide_program_terms",
     "fastguide_program_values",
@@ -90,11 +94,27 @@ def backend() -> Backend:
         torch_stream=on_gpus,
         makes_weights=("cpu", "cuda") if on_gpus else ("cpu",),
         checks_overlap=True,
-        backward=torch.ops.fastguide.guided_step_backward.default,
+        backward=guided_step_backward,
         squares=torch.ops.fastguide.guided_step_squares.default,
         repeats=True,
         most_predictions=_library.fastguide_gpu_predictions(),
     )
+
+
+def guided_step_backward(*arguments: Any, **gradients: Any) -> None:
+    """Write the gradients of a step's inputs; the arguments are those of the operator of this name.
+
+    On a GPU, torch adds up what the kernel's tiles leave for the weights: in an order that the shape alone decides.
+    """
+    operator, columns = torch.ops.fastguide.guided_step_backward.default, gradients.get("grad_weights")
+    out = StepArguments(*arguments).out
+    if columns is None or out.device.type == "cpu":
+        operator(*arguments, **gradients)
+        return
+    tiles = -(-out[:1].numel() // GRADIENT_TILE)
+    parts = columns.new_empty(len(columns), tiles, columns.shape[1])
+    operator(*arguments, **gradients | {"grad_weights": parts})
+    torch.sum(parts, 1, out=columns)
 
 
 def _load() -> ctypes.CDLL:
@@ -126,6 +146,7 @@ def _load() -> ctypes.CDLL:
     _check_number(found.fastguide_program_terms, MOST_TERMS)
     _check_number(found.fastguide_program_values, MOST_VALUES)
     _check_number(found.fastguide_threshold_words, THRESHOLD_WORDS)
+    _check_number(found.fastguide_gradient_tile, GRADIENT_TILE)
     _check_list(found.fastguide_call, Call._fields)
     _check_list(found.fastguide_objects, Objects._fields)
     torch.ops.load_library(str(LIBRARY))

@@ -1,4 +1,4 @@
-"""Launch the Triton kernel of a step's backward pass; also where the CUDA kernel has made the step."""
+"""Launch the Triton kernel of a step's backward pass."""
 
 from __future__ import annotations
 

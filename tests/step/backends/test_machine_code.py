@@ -113,6 +113,16 @@ def test_what_finds_thresholds_reads_16_bytes_at_a_time_and_counts_in_shared_mem
     assert not any(i.startswith(("LDL", "STL")) for i in counts)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_way_back_is_one_kernel_that_reads_and_writes_16_bytes_at_a_time(architecture):
+    (counts,) = of("backward_kernel", architecture).values()
+    loads = sum(n for i, n in counts.items() if re.match(r"LDG\.E(\.\w+)*\.128", i))
+    stores = sum(n for i, n in counts.items() if re.match(r"STG\.E(\.\w+)*\.128", i))
+    assert loads >= 2 * 10  # the gradients that come in, the inputs, and predictions beyond the second
+    assert stores >= 4  # one place writes all gradients: two accesses for float32, one for each 16-bit dtype
+    assert not any(i.startswith(("LDL", "STL")) for i in counts)
+
+
 def test_only_the_torch_stream_uses_approximations():
     """They are those of torch's own kernel. expf contains an ex2.approx, and corrects its result."""
     for part in cuobjdump("-ptx", native.LIBRARY).split(".entry ")[1:]:

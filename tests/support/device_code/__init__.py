@@ -129,9 +129,9 @@ def arguments_of(*arguments: object) -> dict:
     assert a.weights.shape[2] == max(len(predictions), 1) + 1
     assert a.rows.is_contiguous()
     assert a.weights.stride(2) == 1
-    plain = {name: _plain(t) for name, t in elementwise.items() if t is not None}
+    plain = {name: described(t) for name, t in elementwise.items() if t is not None}
     plain |= {
-        "predictions": [_plain(p) for p in predictions],
+        "predictions": [described(p) for p in predictions],
         "staged_copies": a.staged.shape[0] // batch if a.staged is not None and batch else 0,
         "history_slots": a.history.shape[0] // batch if a.history is not None and batch else 0,
         "batch": batch,
@@ -151,7 +151,8 @@ def arguments_of(*arguments: object) -> dict:
     return plain | _position_of(a) | _noise_of(a) | _program_of(a, len(predictions))
 
 
-def _plain(t: Tensor) -> tuple[int, int, int]:
+def described(t: Tensor) -> tuple[int, int, int]:
+    """Return a tensor's address, batch stride and dtype."""
     return t.data_ptr(), t.stride(0), ELEMENTS[t.dtype]
 
 
@@ -227,7 +228,13 @@ def record(plain: dict) -> Recorded:
 
 def record_all(plain: dict) -> list[Recorded]:
     """Return all launches that a step makes: before its own, that of what makes its weights, if it has a program."""
-    return [Recorded(_kernels()[offset], *how) for offset, *how in module().record(plain)]
+    return [as_recorded(launch) for launch in module().record(plain)]
+
+
+def as_recorded(launch: tuple) -> Recorded:
+    """Name the kernel of a launch that the module has recorded."""
+    offset, *how = launch
+    return Recorded(_kernels()[offset], *how)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ static int64_t few_tiles;  // see make_launch.h
 #define FASTGUIDE_CHECK_ALIGNED(address) check_access(address)
 #define FASTGUIDE_FEW_TILES few_tiles
 #define FASTGUIDE_HAS_FMA  // fmaf is exact, if slow: the results are those of a GPU
+#include "kernels/gpu/backward.cu"
 #include "kernels/gpu/moments.cu"
 #include "kernels/gpu/step.cu"
 #include "kernels/gpu/thresholds.cu"
@@ -167,11 +168,14 @@ struct Recorded {   // a launch that was not run
 static std::vector<Recorded> recorded;
 static bool records = false;
 
-// The kinds of kernels have other parameters, and are told apart by their threads.
+// The kinds of kernels have other parameters, and are told apart by their threads; but the backward pass is one kernel.
 static_assert(kMomentThreads != kThreads && kThresholdThreads != kThreads && kThresholdThreads != kMomentThreads);
 
 template <typename F>
-static auto with_launch(dim3 threads, const void* parameters, const F& f) {
+static auto with_launch(const void* kernel, dim3 threads, const void* parameters, const F& f) {
+  if (kernel == reinterpret_cast<const void*>(cuda::backward_kernel)) {
+    return f(*static_cast<const BackwardLaunch*>(parameters));
+  }
   if (threads.x == kMomentThreads) return f(*static_cast<const MomentsLaunch*>(parameters));
   if (threads.x == kThresholdThreads) return f(*static_cast<const ThresholdsLaunch*>(parameters));
   return f(*static_cast<const Launch*>(parameters));
@@ -182,7 +186,7 @@ static Recorded recorded_of(const void* kernel, dim3 blocks, dim3 threads, const
   if (dladdr(&recorded, &library) == 0) throw std::runtime_error("no library holds this code");
   const uint64_t base = reinterpret_cast<uint64_t>(library.dli_fbase);
   return {reinterpret_cast<uint64_t>(kernel) - base, blocks.x, threads.x,
-          with_launch(threads, parameters, [](const auto& launch) {
+          with_launch(kernel, threads, parameters, [](const auto& launch) {
             return std::string(reinterpret_cast<const char*>(&launch), sizeof launch);
           })};
 }
@@ -210,7 +214,7 @@ static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 thread
     return cudaSuccess;
   }
   const auto run = [&] {
-    with_launch(threads, parameters[0], [&](const auto& launch) {
+    with_launch(kernel, threads, parameters[0], [&](const auto& launch) {
       using Parameters = std::decay_t<decltype(launch)>;
       reinterpret_cast<void (*)(Parameters)>(const_cast<void*>(kernel))(launch);
     });
@@ -240,12 +244,12 @@ static uint64_t launch(const py::dict& d, uint64_t order_seed, std::optional<std
   return accesses;
 }
 
-// Returns the launches that a step would make: the kernel's place in this library, blocks, threads, and parameters.
-static py::list record(const py::dict& d) {
-  const Arguments arguments = arguments_of(d);
+// Returns the launches that f would make: the kernel's place in this library, blocks, threads, and parameters.
+template <typename F>
+static py::list recorded_by(const F& f) {
   recorded.clear();
   records = true;
-  const char* error = cuda::launch_step(arguments.a, 0, nullptr);
+  const char* error = f();
   records = false;
   if (error != nullptr) throw std::runtime_error(error);
   py::list launches;
@@ -254,6 +258,14 @@ static py::list record(const py::dict& d) {
   }
   return launches;
 }
+
+// The same of a step.
+static py::list record(const py::dict& d) {
+  const Arguments arguments = arguments_of(d);
+  return recorded_by([&] { return cuda::launch_step(arguments.a, 0, nullptr); });
+}
+
+#include "backward.h"
 
 // Runs one block of the step; returns the addresses of one thread's accesses of 16 bytes.
 static std::vector<uint64_t> accesses_of(const py::dict& d, unsigned block, unsigned thread) {
@@ -322,6 +334,8 @@ PYBIND11_MODULE(fastguide_device_code, m) {
   m.def("accesses_of", &accesses_of);
   m.def("grid", &grid);
   m.def("record", &record);
+  m.def("launch_backward", &launch_backward_of);
+  m.def("record_backward", &record_backward);
   m.def("quotient",
         py::vectorize([](uint32_t number, uint32_t divisor) { return quotient(number, divisor_of(divisor)); }));
   m.def("refuse", [](int error) { refusal = cudaError_t(error); });

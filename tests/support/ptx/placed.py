@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastguide.step.backward import Gradients
 from tests.support.ptx.launch import Launch
 from tests.support.ptx.memory import INITIALISED, READ, WRITE, Memory
 from tests.support.ptx.races import races
 
 _KINDS = {"out": WRITE, "original": WRITE, "made": READ | WRITE}
 _KINDS |= dict.fromkeys(("scratch", "inverse_thresholds"), READ | WRITE | INITIALISED)
+_KINDS |= dict.fromkeys((name for name in Gradients._fields[3:]), WRITE)
 """By the names of arguments; all others are read."""
 
 

@@ -26,6 +26,8 @@ from tests.support.ptx.parse import Module, PtxError
 from tests.support.ptx.placement import Placement
 from tests.support.ptx.races import races
 
+OTHERS = ("moments_kernel", "thresholds_kernel", "backward_kernel")
+
 
 class Prepared(NamedTuple):
     """A kernel and the launch that a step makes of it."""
@@ -49,8 +51,8 @@ class Library:
 
     @property
     def kernels(self) -> set[str]:
-        """The names of the kernels that step, but not of those that make weights before."""
-        return {name for name in self.mangled if not name.startswith(("moments_kernel", "thresholds_kernel"))}
+        """The names of the kernels that step, but not of others that are launched before, or on the way back."""
+        return {name for name in self.mangled if not name.startswith(OTHERS)}
 
     def changed(self, name: str, change: Callable[[str], str]) -> Library:
         """Return a library in which one kernel's text is another."""

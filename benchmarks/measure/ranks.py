@@ -216,7 +216,7 @@ class Loop:
             dist.barrier()
             begin = time.perf_counter()
             for _ in range(gathers):
-                ranks.all_gather(mine)
+                ranks.all_gather(mine, "what is timed")
             found.append(time.perf_counter() - begin)
         return Times.of(found).median
 
@@ -233,9 +233,9 @@ def _waiting_at_once() -> Iterator[None]:
     """Let each all-gather end before what comes after its begin."""
     begin = Dimension.begin_all_gather
 
-    def begin_and_end(self: Dimension, out: Tensor, mine: Tensor) -> Any:
-        work = begin(self, out, mine)
-        self.end(work)
+    def begin_and_end(self: Dimension, out: Tensor, mine: Tensor, what: str) -> Any:
+        work = begin(self, out, mine, what)
+        self.end(work, what)
         return work
 
     Dimension.begin_all_gather = begin_and_end  # type: ignore[method-assign]

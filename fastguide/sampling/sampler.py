@@ -20,7 +20,7 @@ from .cached_states import Cached, CachedStates
 from .conditioning import Condition
 from .continuous_batching import Slots
 from .distributed.dimension import Dimension
-from .distributed.ranks import Ranks
+from .distributed.ranks import RankRun, Ranks
 from .eager import EagerRun, differentiable, with_log_probs
 from .model_call import ModelOptions
 from .noise import Generators
@@ -339,58 +339,62 @@ class Sampler:
                 _tqdm()
             return request
 
-        def sample(request: SampleRequest) -> Trajectory:
-            return self._run(request, key_of(request), samples, callback, progress and shows, check_finite)
+        def borrow(request: SampleRequest) -> AbstractContextManager[Cached]:
+            key, whole_loops = key_of(request), self.cuda_graph == "loop"
+            return self._states.borrow(key, request.guidance, self.max_loops, self.recapture, whole_loops)
+
+        def sample(request: SampleRequest, cached: Cached) -> Trajectory:
+            return self._run(request, cached, samples, callback, progress and shows, check_finite)
 
         def key_of(request: SampleRequest) -> StateKey:
             return StateKey.of(options, request, originals=originals)
 
         if ranks is None:
-            return sample(make())
+            with borrow(request := make()) as cached:
+                return sample(request, cached)
         settings = f"cuda_graph={self.cuda_graph!r}, {options.settings}, {samples=}, {originals=}, {gather=}"
-        return ranks.sampled(
-            make, sample, lambda share: key_of(share) in self._states, settings, (samples, originals), gather
-        )
+        run = RankRun(make, lambda share: key_of(share) in self._states, borrow, sample)
+        return ranks.sampled(run, settings, (samples, originals), gather)
 
     def _run(
         self,
         request: SampleRequest,
-        key: StateKey,
+        cached: Cached,
         samples: bool,
         callback: Callback | None,
         progress: bool,
         check_finite: bool,
     ) -> Trajectory:
         table, noise, calls = request.table, request.noise, request.calls
-        records = check_finite or samples or key.originals
-        with self._borrow(key, request.guidance) as (state, graphs):
+        state, graphs = cached
+        records = check_finite or samples or state.original is not None
 
-            def load() -> None:
-                state.load(request)
+        def load() -> None:
+            state.load(request)
 
-            step = capture.step_function(self.cuda_graph, state, graphs, load, request.skips_uncond, calls)
-            load()
-            recorder = Recorder(state.sample, state.original, len(calls), samples=samples, finite=check_finite)
-            adds_noise, buffers = table.adds_noise, state.noise
-            try:
-                for number, call in enumerate(_tqdm()(calls, desc="sampling", unit="call") if progress else calls):
-                    if adds_noise[call]:
-                        noise.before_step(buffers)
-                        step(call)
-                        noise.after_step(buffers)
-                    else:
-                        step(call)
-                    if callback is not None:
-                        version = state.sample._version
-                        callback(call, table.host_timesteps[call], state.sample)
-                        if state.sample._version != version:  # the step has staged the model's input already
-                            state.stage(table.in_scales[call + 1])
-                    if records:
-                        recorder.after_step(number)
-            finally:
-                noise.end(state.noise)
-            with nullcontext() if self._ranks is None else self._ranks.guidance.none_waiting():
-                return recorder.result(table, request.begin)
+        step = capture.step_function(self.cuda_graph, state, graphs, load, request.skips_uncond, calls)
+        load()
+        recorder = Recorder(state.sample, state.original, len(calls), samples=samples, finite=check_finite)
+        adds_noise, buffers = table.adds_noise, state.noise
+        try:
+            for number, call in enumerate(_tqdm()(calls, desc="sampling", unit="call") if progress else calls):
+                if adds_noise[call]:
+                    noise.before_step(buffers)
+                    step(call)
+                    noise.after_step(buffers)
+                else:
+                    step(call)
+                if callback is not None:
+                    version = state.sample._version
+                    callback(call, table.host_timesteps[call], state.sample)
+                    if state.sample._version != version:  # the step has staged the model's input already
+                        state.stage(table.in_scales[call + 1])
+                if records:
+                    recorder.after_step(number)
+        finally:
+            noise.end(state.noise)
+        with nullcontext() if self._ranks is None else self._ranks.guidance.none_waiting():
+            return recorder.result(table, request.begin)
 
     def slots(self, batch: int, *, capacity: int = 1024) -> Slots:
         """Return places for requests that come and go, for continuous batching.
@@ -433,9 +437,6 @@ class Sampler:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._states = CachedStates()
-
-    def _borrow(self, key: StateKey, guidance: Guidance) -> AbstractContextManager[Cached]:
-        return self._states.borrow(key, guidance, self.max_loops, self.recapture, self.cuda_graph == "loop")
 
 
 def _tqdm() -> Callable[..., Sequence[int]]:

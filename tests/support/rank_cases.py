@@ -161,13 +161,13 @@ def what_is_sent() -> dict[str, list[Any]]:
             happened.append(len(x))
             return case.model(x, *rest)
 
-        def begins(self: Dimension, out: Tensor, mine: Tensor, happened: list[Any] = happened) -> Any:
+        def begins(self: Dimension, out: Tensor, mine: Tensor, what: str, happened: list[Any] = happened) -> Any:
             happened.append((mine.numel(), mine.dtype))
-            return begin(self, out, mine)
+            return begin(self, out, mine, what)
 
-        def ends(self: Dimension, work: Any, happened: list[Any] = happened) -> None:
+        def ends(self: Dimension, work: Any, what: str, happened: list[Any] = happened) -> None:
             happened.append("end")
-            end(self, work)
+            end(self, work, what)
 
         sampler = Sampler(model, case.table, case.guidance, **case.options, mesh=mesh)
         sampled(sampler, **arguments_of(name))

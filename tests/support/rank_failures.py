@@ -210,6 +210,45 @@ def failures_that_leave_all_ranks_alive() -> None:
     assert not got.requires_grad
 
 
+def what_one_rank_cannot_begin_with() -> None:
+    """Found before ranks agree, and told to all of them: calls of another kind, a sampler in use, memory."""
+    rank, whole = dist.get_rank(), arguments_of(NAME)
+    for shape in ((2, 1), (1, 2)):
+        sampler = sampler_of(NAME, mesh_of(*shape), recapture=rank == 0)
+        expected = sampled(sampler, **whole)
+        said = "recapture: expected a call like the first"
+        with refused((RuntimeError, ValueError)[rank], (f"mesh: .* ValueError: {said}.* on rank 1", said)[rank]):
+            sampler.trajectory(**whole)
+        assert torch.equal(sampled(sampler, **whole), expected)
+        inner: list[str] = []
+
+        def again(*_: Any, sampler: Sampler = sampler, inner: list[str] = inner) -> None:
+            try:
+                sampled(sampler, **whole)
+            except RuntimeError as error:
+                inner.append(str(error))
+
+        sampled(sampler, **whole, callback=again)
+        assert all("sampler: is running already" in text for text in inner)
+        assert len(inner) == 4
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr("fastguide.sampling.cached_states.SamplerState", _no_memory)
+            said = "no memory of a state"
+            with refused((RuntimeError, MemoryError)[rank], (f"mesh: .* MemoryError: {said} on rank 1", said)[rank]):
+                sampled(sampler_of(NAME, mesh_of(*shape)), **whole)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr("fastguide.sampling.distributed.gathered_call._Buffers", _no_memory)
+        said = ("model: expected an output on every rank, got an exception on rank 1", "no memory of a state")[rank]
+        with refused((RuntimeError, MemoryError)[rank], said):
+            sampled(sampler_of(NAME, mesh_of(1, 2)), **whole)
+
+
+def _no_memory(*_: Any) -> None:
+    raise MemoryError("no memory of a state")
+
+
 def meshes_that_are_none() -> None:
     table = ddim(SCHEDULE, 3)
     with refused(TypeError, "mesh: expected a torch.distributed.device_mesh.DeviceMesh, got int"):
@@ -238,6 +277,7 @@ REFUSALS: list[Callable[[], None]] = [
     what_the_ranks_of_a_guidance_share,
     what_the_ranks_of_the_data_share,
     failures_that_leave_all_ranks_alive,
+    what_one_rank_cannot_begin_with,
     meshes_that_are_none,  # the last one: it ends the group
 ]
 
@@ -279,7 +319,7 @@ def failures_on_two_rows() -> str:
 
 
 def with_a_rank_that_is_lost(shape: tuple[int, int], how: str, folder: Path) -> str | None:
-    """Sample while rank 1 ends at its third call of the model, or stays away until rank 0 has given up."""
+    """Sample while rank 1 ends at its third call of the model, or stays away until rank 0 has given up, or raises."""
     calls, given_up = [], folder / "given up"
 
     def lost(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -287,16 +327,23 @@ def with_a_rank_that_is_lost(shape: tuple[int, int], how: str, folder: Path) -> 
         if dist.get_rank() == 1 and len(calls) == 3:
             if how == "ends":
                 os._exit(9)
+            if how == "raises":
+                raise FloatingPointError("of the model")
             while not given_up.exists():
                 time.sleep(0.02)
         return model(x, t, y)
 
     sampler = Sampler(lost, ddpm(SCHEDULE, 5), ClassifierFree(2.0), mesh=mesh_of(*shape))
     dist.barrier()
-    if how == "stays away":
+    if how != "ends":
         _set_pg_timeout(datetime.timedelta(seconds=1), sampler.mesh.get_group("guidance"))
     try:
         sampled(sampler, **arguments_of(NAME))
+    except FloatingPointError as error:
+        before = given_up.exists()  # raised at once: the other is still waiting
+        while not given_up.exists():
+            time.sleep(0.02)
+        return f"{error}, {'after' if before else 'before'} the other gave up"
     except RuntimeError as error:
         given_up.touch()
         return str(error)

@@ -46,31 +46,36 @@ class Dimension:
         """Return which of so many things a rank of this dimension has, by default this one."""
         return part(count, self.size, self.rank if rank is None else rank)
 
-    def begin_all_gather(self, out: Tensor, mine: Tensor) -> Work:
-        """Begin to write what each rank has, one after the other, to ``out``; both are dense, of one dimension."""
+    def begin_all_gather(self, out: Tensor, mine: Tensor, what: str) -> Work:
+        """Begin to write what each rank has, one after the other, to ``out``; both are dense, of one dimension.
+
+        Args:
+            out, mine: as said.
+            what: this is, for the message where a rank is missing.
+        """
         # torch 2.13 calls it so, and warns of the older name.
         gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         try:
             work: Work = gather(out, mine, group=self._there, async_op=True)
         except RuntimeError as error:
-            raise self._refusal(error) from error
+            raise self._refusal(error, what) from error
         return work
 
-    def end(self, work: Work) -> None:
+    def end(self, work: Work, what: str) -> None:
         """Wait for an all-gather; on a GPU, the stream waits and the host does not."""
         try:
             work.wait()
         except RuntimeError as error:
-            raise self._refusal(error) from error
+            raise self._refusal(error, what) from error
 
-    def all_gather(self, mine: Tensor) -> Tensor:
+    def all_gather(self, mine: Tensor, what: str) -> Tensor:
         """Return what each rank has, one after the other along the first dimension."""
         if self.size == 1:
             return mine
         mine = mine.contiguous()
         out = mine.new_empty(self.size * mine.shape[0], *mine.shape[1:])
         if out.numel():
-            self.end(self.begin_all_gather(out.view(-1), mine.view(-1)))
+            self.end(self.begin_all_gather(out.view(-1), mine.view(-1), what), what)
         return out
 
     def all_gather_objects(self, mine: _T) -> list[_T]:
@@ -81,7 +86,7 @@ class Dimension:
         try:
             dist.all_gather_object(found, mine, group=self._there)
         except RuntimeError as error:
-            raise self._refusal(error) from error
+            raise self._refusal(error, "what each has, for a message") from error
         return found
 
     @contextmanager
@@ -103,10 +108,11 @@ class Dimension:
         check_initialized()
         return self.group
 
-    def _refusal(self, error: RuntimeError) -> RuntimeError:
+    def _refusal(self, error: RuntimeError, what: str) -> RuntimeError:
         return RuntimeError(
             f"mesh: expected all ranks of dimension {self.name!r}, {list(self.ranks)}, to take part, but one of them "
-            f"has ended, has failed, or did not come within the timeout of the process group: {error}"
+            f"has ended, has failed, or did not come within the timeout of the process group; this rank, "
+            f"{self.ranks[self.rank]}, waited for {what}: {error}"
         )
 
     def __repr__(self) -> str:

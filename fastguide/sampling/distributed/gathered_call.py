@@ -15,6 +15,7 @@ from ..model_call import ModelCall, ModelInput
 from .dimension import Dimension
 
 _NO_OUTPUT, _FAILED = -1, -2
+_PREDICTIONS = "the predictions of a step"
 
 
 class _Round(NamedTuple):
@@ -92,10 +93,10 @@ class GatheredModelCall(ModelCall):
             mine = buffers.mine(number, output, place)
             if any(mine.data_ptr() == earlier.data_ptr() for earlier in alive):  # it is under way to the others
                 raise ValueError("model: expected new memory at each call with batched=False, got the same twice")
-            works.append(self._ranks.begin_all_gather(buffers.gathered[number].view(-1), mine))
+            works.append(self._ranks.begin_all_gather(buffers.gathered[number].view(-1), mine, _PREDICTIONS))
             alive.append(mine)
         for work in works:
-            self._ranks.end(work)
+            self._ranks.end(work, _PREDICTIONS)
         whole = None if skip_uncond else buffers.whole(len(self._places))
         if whole is not None:
             return self._split(whole, len(self._places))
@@ -103,28 +104,37 @@ class GatheredModelCall(ModelCall):
         return [prediction for part, _ in parts for prediction in part], parts[-1][1]
 
     def _own_output(self, call: ModelInput | None) -> tuple[Tensor | None, _Buffers]:
-        """Return the model's output of a call and the buffers, which are made for the first one."""
-        output, raised = None, None
+        """Return the model's output of a call and the buffers, which are made for the first one.
+
+        Of an exception at the first call, memory that is not there among them, the other ranks are told.
+        """
+        if self._buffers is not None:
+            return self._output_of(call), self._buffers
+        output, buffers, raised = None, None, None
         try:
-            output = None if call is None else self._checked_output(self._output(call), call.num_predictions)
+            output = self._output_of(call)
+            buffers = None if output is None else self._new_buffers(output.dtype)
         except Exception as error:
-            if self._buffers is not None:
-                raise
-            raised = error  # at the first call, the other ranks need not wait for this one
-        if self._buffers is None:
-            dtype = self._agreed_dtype(output, raised)
-            rest = list(self._sample.shape[1:])
-            if self._learned_variance:
-                rest[0] *= 2
-            rounds = len(self._rounds[False])
-            with torch.inference_mode(False):
-                self._buffers = _Buffers(self._sample, rest, dtype, self._ranks.size, rounds, self._width)
+            raised = error
+        dtype = self._agreed_dtype(output, raised)
+        self._buffers = self._new_buffers(dtype) if buffers is None else buffers
         return output, self._buffers
+
+    def _output_of(self, call: ModelInput | None) -> Tensor | None:
+        return None if call is None else self._checked_output(self._output(call), call.num_predictions)
+
+    def _new_buffers(self, dtype: torch.dtype) -> _Buffers:
+        rest = list(self._sample.shape[1:])
+        if self._learned_variance:
+            rest[0] *= 2
+        with torch.inference_mode(False):
+            return _Buffers(self._sample, rest, dtype, self._ranks.size, len(self._rounds[False]), self._width)
 
     def _agreed_dtype(self, output: Tensor | None, raised: Exception | None) -> torch.dtype:
         """Return the dtype of all ranks' outputs; raise on every rank if one of them has none to give."""
         mine = _FAILED if raised is not None else _NO_OUTPUT if output is None else DTYPES.index(output.dtype)
-        numbers = self._ranks.all_gather(torch.tensor([mine], device=self._sample.device)).tolist()
+        number = torch.tensor([mine], device=self._sample.device)
+        numbers = self._ranks.all_gather(number, "the dtype of the model's first output").tolist()
         names = {number: self._ranks.ranks[at] for at, number in enumerate(numbers) if number != _NO_OUTPUT}
         with self._ranks.none_waiting():
             if raised is not None:

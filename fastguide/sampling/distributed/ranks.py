@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cached_states import Cached
 from ..request import SampleRequest
 from ..trajectory import Trajectory
 from .agreement import FACTS, difference, facts
@@ -43,6 +45,30 @@ def samples_of_rank(batch: int, mesh: DeviceMesh) -> slice:
     return Ranks(mesh).samples(batch)
 
 
+class RankRun(NamedTuple):
+    """What a rank does in a run; all but the last before ranks agree, so that each hears of another's exception."""
+
+    make: Callable[[], SampleRequest]
+    """Makes the whole request."""
+    is_cached: Callable[[SampleRequest], bool]
+    """Tells whether the buffers for a share are there."""
+    borrow: Callable[[SampleRequest], AbstractContextManager[Cached]]
+    """Lends the buffers for a share that has samples, which are made if they are not there."""
+    sample: Callable[[SampleRequest, Cached], Trajectory]
+    """Samples such a share."""
+
+
+class _Agreed(NamedTuple):
+    """What ranks have agreed on."""
+
+    whole: SampleRequest
+    share: SampleRequest
+    cached: Cached | None
+    """The buffers; ``None``: this rank has no samples."""
+    borrowed: ExitStack
+    """Gives them back."""
+
+
 class Ranks:
     """The ranks of a mesh."""
 
@@ -76,9 +102,7 @@ class Ranks:
 
     def sampled(
         self,
-        make: Callable[[], SampleRequest],
-        sample: Callable[[SampleRequest], Trajectory],
-        is_cached: Callable[[SampleRequest], bool],
+        run: RankRun,
         settings: str,
         recorded: tuple[bool, bool],
         gather: bool,
@@ -86,18 +110,18 @@ class Ranks:
         """Make a request on every rank, sample this rank's share of it, and gather what all ranks made.
 
         Args:
-            make: makes the whole request.
-            sample: samples a share, which has samples.
-            is_cached: tells whether the buffers for a share are there.
+            run: what this rank does.
             settings: the sampler's settings as text.
             recorded: whether samples and originals of every step are asked for.
             gather: whether to return the results of all ranks.
         """
         check_initialized()
-        whole, share = self._agreed(make, is_cached, settings)
+        agreed = self._agreed(run, settings)
+        whole, share, cached = agreed.whole, agreed.share, agreed.cached
         result, raised = None, None
         try:
-            result = sample(share) if share.x_T.numel() else _nothing(share, *recorded)
+            with agreed.borrowed:
+                result = _nothing(share, *recorded) if cached is None else run.sample(share, cached)
         except Exception as error:
             # A model that fails later leaves the other ranks of its predictions waiting; then there is nobody to tell.
             if not self.guidance.left_none_waiting(error) or not gather:
@@ -108,7 +132,7 @@ class Ranks:
                 raise raised
             assert result is not None
             return result
-        self._raise_one(raised, self._all_numbers([int(raised is not None)]))
+        self._raise_one(raised, self._all_numbers([int(raised is not None)], "whether each has its samples"))
         assert result is not None
         batch = whole.x_T.shape[0]
         whole_sample = _in_strides_of(whole.x_T, self._of_all(result.sample, batch, 0))
@@ -119,31 +143,31 @@ class Ranks:
 
     # ---- Before the run ----
 
-    def _agreed(
-        self, make: Callable[[], SampleRequest], is_cached: Callable[[SampleRequest], bool], settings: str
-    ) -> tuple[SampleRequest, SampleRequest]:
-        """Return the whole request and this rank's share; refuse them on every rank if they differ."""
+    def _agreed(self, run: RankRun, settings: str) -> _Agreed:
+        """Return what this rank samples; refuse it on every rank if ranks differ, or if one of them cannot."""
         raised: Exception | None = None
-        found = []
-        try:
-            whole = make()
-            self._check(whole)
-            share = whole.of_samples(self.samples(whole.x_T.shape[0]))
-            found = facts(whole, share, settings, is_cached(share), self.guidance.size == 1)
-        except Exception as error:
-            raised = error
-        if self.data.size * self.guidance.size == 1:
-            if raised is not None:
+        found, cached = [], None
+        with ExitStack() as borrowed:  # given back if ranks do not agree
+            try:
+                whole = run.make()
+                self._check(whole)
+                share = whole.of_samples(self.samples(whole.x_T.shape[0]))
+                is_cached = run.is_cached(share)
+                cached = borrowed.enter_context(run.borrow(share)) if share.x_T.numel() else None
+                found = facts(whole, share, settings, is_cached, self.guidance.size == 1)
+            except Exception as error:
+                raised = error
+            if self.data.size * self.guidance.size > 1:
+                hashes = [fact.hashed for fact in found] or [0] * FACTS
+                numbers = self._all_numbers([int(raised is not None), *hashes], "the request of each, to be compared")
+                self._raise_one(raised, numbers)
+                number = difference([[own[1:] for own in ranks] for ranks in numbers], [f.everywhere for f in found])
+                if number is not None:
+                    name, text, *_ = found[number]
+                    raise ValueError(f"{name}: expected the same on all ranks, got {self._told(text)}")
+            elif raised is not None:
                 raise raised
-            return whole, share
-        hashes = [fact.hashed for fact in found] or [0] * FACTS
-        numbers = self._all_numbers([int(raised is not None), *hashes])
-        self._raise_one(raised, numbers)
-        number = difference([[own[1:] for own in ranks] for ranks in numbers], [fact.everywhere for fact in found])
-        if number is not None:
-            name, text, *_ = found[number]
-            raise ValueError(f"{name}: expected the same on all ranks, got {self._told(text)}")
-        return whole, share
+            return _Agreed(whole, share, cached, borrowed.pop_all())
 
     def _check(self, whole: SampleRequest) -> None:
         """Refuse what ranks cannot share."""
@@ -178,11 +202,11 @@ class Ranks:
             ranks.setdefault(each, rank)
         return " and ".join(f"{each} on rank {rank}" for each, rank in ranks.items() if each)
 
-    def _all_numbers(self, mine: list[int]) -> list[list[list[int]]]:
-        """Return the numbers of all ranks by their coordinates, on the host."""
+    def _all_numbers(self, mine: list[int], what: str) -> list[list[list[int]]]:
+        """Return the numbers of all ranks by their coordinates, on the host; a message says what they are."""
         numbers = torch.tensor([mine], dtype=torch.int64, device=device_of(self.mesh.device_type))
         for dimension in (self.guidance, self.data):
-            numbers = dimension.all_gather(numbers)
+            numbers = dimension.all_gather(numbers, what)
         found: list[list[list[int]]] = numbers.view(self.data.size, self.guidance.size, len(mine)).tolist()
         return found
 
@@ -194,7 +218,7 @@ class Ranks:
         most = len(part(batch, self.data.size, 0))
         if len(mine) < most:
             mine = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
-        gathered = self.data.all_gather(mine).unflatten(0, (self.data.size, most))
+        gathered = self.data.all_gather(mine, "the samples of each").unflatten(0, (self.data.size, most))
         parts = [gathered[rank, : len(self.data.part_of(batch, rank))] for rank in range(self.data.size)]
         return torch.cat(parts).movedim(0, dim).contiguous()
 

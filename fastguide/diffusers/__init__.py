@@ -17,6 +17,7 @@ from .edm_schedulers import *  # noqa: F403
 from .flow_schedulers import *  # noqa: F403
 from .from_pipeline import as_model, sampler_from_pipeline, step_table
 from .helios_schedulers import *  # noqa: F403
+from .piflow_schedulers import *  # noqa: F403
 from .pipelines import Acceleration, accelerate, restore
 from .pndm_schedulers import *  # noqa: F403
 from .schedulers import *  # noqa: F403

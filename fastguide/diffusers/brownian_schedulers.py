@@ -29,7 +29,7 @@ class DPMSolverSDEScheduler(TwoCalls, Sigmas, diffusers.DPMSolverSDEScheduler): 
 
     _output = lazy(DPMSolverSDESchedulerOutput)
     _sigmas_fall = False
-    _noise_is_a_path = True
+    _not_in_tables = "noise of one path of Brownian motion"
     _predictions = ("epsilon", "v_prediction")
     _default_arguments = (1.0,)
     noise_sampler: Any
@@ -87,7 +87,7 @@ class CosineDPMSolverMultistepScheduler(EDM, diffusers.CosineDPMSolverMultistepS
     """``diffusers.CosineDPMSolverMultistepScheduler`` with the fused step."""
 
     _plain_output = SchedulerOutput
-    _noise_is_a_path = True
+    _not_in_tables = "noise of one path of Brownian motion"
     noise_sampler: Any
     set_timesteps = on_host(diffusers.CosineDPMSolverMultistepScheduler.set_timesteps)
 

@@ -103,7 +103,7 @@ def _outputs(
     assert table is not None
     rounds = scheduler.float32_state and dtypes.is_rounded
     keeps = rounds or made.keeps[call]
-    out, returned = _places(loop, given, anchor, sample, dtypes.result, rounds, keeps)
+    out, returned = places(loop, given, anchor, sample, dtypes.result, rounds, keeps)
     staged = original = None
     if made.staging is not None and lead == 1 and not rounds:
         table, staged = made.staging, None if keeps else _counted_like(given, dtypes.result)
@@ -128,7 +128,7 @@ def _counted_like(given: Tensor, dtype: torch.dtype) -> Tensor:
     return empty_like(given, dtype)
 
 
-def _places(
+def places(
     loop: CountedLoop,
     given: Tensor,
     anchor: Tensor | None,
@@ -196,7 +196,7 @@ def run_again(
     given = state if state is not None and rounds else sample
     out = returned = staged = None
     if rounds or keeps or torch.is_inference_mode_enabled():
-        out, returned = _places(loop, given, None, sample, sample.dtype, rounds, rounds or keeps)
+        out, returned = places(loop, given, None, sample, sample.dtype, rounds, rounds or keeps)
     if made.staging is not None and not rounds:
         if like.table is not made.staging:
             return None

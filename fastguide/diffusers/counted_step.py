@@ -62,8 +62,8 @@ class CountedStep(SchedulerStep):
     _steps_before_set_timesteps = False
     _returns_original: ClassVar[bool] = True
     """Whether the second tensor that diffusers returns is the predicted x_0, and not what ``_second_columns`` say."""
-    _noise_is_a_path: ClassVar[bool] = False
-    """Whether the noise of its calls is of one path of Brownian motion, which tables alone do not say."""
+    _not_in_tables: ClassVar[str | None] = None
+    """What a loop has that a table alone does not say; ``None``: nothing."""
     _history_is_given: ClassVar[bool] = False
     """Whether diffusers' own step goes on from what it is given, so that it can take over in the middle of a loop."""
     _ignores_thresholding: bool = False
@@ -259,7 +259,7 @@ def counted_step(
             return done
     if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
-    index = _index_of(scheduler, timestep)
+    index = index_of(scheduler, timestep)
     if loop is not None and loop.is_over and index >= loop.following:
         raise IndexError(
             f"step: expected no more than the {loop.following - loop.begin} of this loop, got another one; "
@@ -268,7 +268,7 @@ def counted_step(
     if index >= len(scheduler.timesteps):
         return None  # diffusers says that there are none
     dtypes = scheduler._dtypes(sample.dtype, output.dtype)
-    loop = _loop_at(scheduler, index, arguments, sample, dtypes.working)
+    loop = loop_at(scheduler, index, arguments, sample, dtypes.working)
     if loop.table is not None and index - loop.begin >= len(loop.table):
         return None
     if loop.may_begin_like_an_earlier_one(sample):
@@ -281,7 +281,7 @@ def counted_step(
     return _planned_step(scheduler, loop, output, sample, return_dict, scale, drawing, dtypes)
 
 
-def _index_of(scheduler: CountedStep, timestep: Any) -> int:
+def index_of(scheduler: CountedStep, timestep: Any) -> int:
     """Return which step comes next; a loop that goes on from earlier ones ends where the counter is set back."""
     index = scheduler._step_index
     if index is None:
@@ -340,7 +340,7 @@ def _planned_step(
         fitted = fitted_predictions(output, sample, guidance, False)
         refusal = SHAPES if fitted is None else None
     if loop.table is None or refusal is not None or fitted is None:
-        _leave(scheduler, loop, index, refusal)
+        leave(scheduler, loop, index, refusal)
         return None
     call = index - loop.begin
     drawn: tuple[Any, Any] = (None, None)
@@ -355,7 +355,7 @@ def _planned_step(
     return scheduler._result(result, original, dtypes.original, return_dict)
 
 
-def _loop_at(
+def loop_at(
     scheduler: CountedStep, index: int, arguments: tuple[Any, ...], sample: Tensor, dtype: torch.dtype
 ) -> CountedLoop:
     """Return the loop that goes on at a step, or a new one that begins there.
@@ -405,7 +405,7 @@ def _contiguous_within(sample: Tensor) -> Tensor:
     return sample if dense_within_sample(sample.shape, sample.stride()) else sample.contiguous()
 
 
-def _leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str | None) -> None:
+def leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str | None) -> None:
     """Leave a step to diffusers; of a loop that goes on from earlier ones, all of them or none.
 
     Raises:

@@ -105,8 +105,7 @@ def _counted_table(ours: type[CountedStep], scheduler: Any, num_inference_steps:
     own: Any = ours.__new__(ours)
     own.__dict__.update(scheduler.__dict__)
     own.set_timesteps(num_inference_steps)
-    why_not = "noise of one path of Brownian motion" if own._noise_is_a_path else own._why_not()
-    _refuse(why_not)
+    _refuse(own._not_in_tables or own._why_not())
     table: StepTable = own._loop_table(host_tables(own), 0, *own._default_arguments)
     if not own._ignores_thresholding:
         table = thresholded(table, own.config)

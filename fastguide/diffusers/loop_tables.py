@@ -46,6 +46,8 @@ class LoopTable:
     from then on, steps write that input as well."""
     corrected: Any = None
     """The samples that its calls go on from and do not make, if a scheduler was asked for them."""
+    weights: Any = None
+    """Those of the predictions that a model's output holds, call by call, of a scheduler whose outputs hold several."""
     like: Any = None
     """What the last step of an earlier loop and those like it have in common, if there was one: see ``run_again``."""
 

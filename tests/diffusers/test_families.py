@@ -14,6 +14,7 @@ import torch
 from tests.support import family_pipelines as unets
 from tests.support import family_transformers as transformers
 from tests.support import guided_pipelines as guided
+from tests.support import rare_pipelines as rare
 from tests.support import transformer_pipelines
 from tests.support.family_pipelines import result
 from tests.support.scheduler_pair import diffusers, fused
@@ -84,6 +85,8 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "DeepFloyd IF": (unets.deepfloyd_if, {GUIDED: 7}),
     "DeepFloyd IF, DPM-Solver": (unets.deepfloyd_if_with_dpm_solver, {GUIDED: 7}),  # which drops the variance
     "DeepFloyd IF, upscaling": (unets.deepfloyd_if_upscaling, {GUIDED: 7}),
+    "Kandinsky 6, distilled": (rare.kandinsky_6, {ALONE: 7}),  # is not guided
+    "Kandinsky 6, distilled, with sound": (rare.kandinsky_6_with_sound, {ALONE: 14}),
 }
 FAMILIES |= {  # with a stand-in for the model
     "HunyuanImage": (guided.hunyuan_image, {GUIDED: 7}),  # projected, with momentum
@@ -153,6 +156,7 @@ def test_inference_mode_makes_the_same(name):
 
 WITHOUT_A_SCALE = {"consistency model", "HunyuanImage", "HunyuanVideo 1.5", "HunyuanVideo 1.5, Zero*", "Motif-Video"}
 """In the call: their guiders have it."""
+WITHOUT_A_SCALE |= {name for name in FAMILIES if name.startswith("Kandinsky 6")}  # the scale has to be 1
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - WITHOUT_A_SCALE))

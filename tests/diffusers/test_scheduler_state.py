@@ -12,6 +12,7 @@ import torch
 import fastguide
 from fastguide.diffusers.timesteps import HostTimesteps, row_of
 from tests.support.scheduler_pair import (
+    APART,
     COUNTED,
     NAMES,
     PLACED,
@@ -112,7 +113,7 @@ def test_copies_of_a_scheduler_step_alike():
 
 def config_of(name):
     """Return a configuration that is not the default one."""
-    if name.startswith(("Flow", "Helios")):
+    if name.startswith(("Flow", "Helios", "Piflow")):
         return {"shift": 3.0}
     if name.startswith(("EDM", "Cosine")):
         return {"sigma_max": 60.0}
@@ -126,7 +127,7 @@ def config_of(name):
     return {"beta_schedule": "linear" if name.startswith("CogVideoX") else "scaled_linear"}
 
 
-@pytest.mark.parametrize("name", [*NAMES, *COUNTED, *PLACED])
+@pytest.mark.parametrize("name", [*NAMES, *COUNTED, *PLACED, *APART])
 def test_configurations_and_signatures_are_diffusers(name, tmp_path):
     config = config_of(name)
     ours, theirs = pair(name, **config, **({"clip_sample": False} if name in NAMES else {}))

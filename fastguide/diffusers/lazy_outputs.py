@@ -23,6 +23,7 @@ from diffusers.schedulers import (
     scheduling_k_dpm_2_discrete,
     scheduling_lcm,
     scheduling_lms_discrete,
+    scheduling_repaint,
     scheduling_scm,
     scheduling_tcd,
     scheduling_unclip,
@@ -187,6 +188,7 @@ LazyEDMEulerOutput = lazy(scheduling_edm_euler.EDMEulerSchedulerOutput)
 LazyCogVideoXOutput = lazy(scheduling_ddim_cogvideox.DDIMSchedulerOutput)
 LazyCogVideoXDPMOutput = lazy(scheduling_dpm_cogvideox.DDIMSchedulerOutput)
 LazyUnCLIPOutput = lazy(scheduling_unclip.UnCLIPSchedulerOutput)
+LazyRePaintOutput = lazy(scheduling_repaint.RePaintSchedulerOutput)
 LazySCMOutput = lazy(scheduling_scm.SCMSchedulerOutput)
 LazyLCMOutput = lazy(scheduling_lcm.LCMSchedulerOutput, "denoised")
 LazyTCDOutput = lazy(scheduling_tcd.TCDSchedulerOutput, "pred_noised_sample")

@@ -13,6 +13,7 @@ from ..guidance import Guidance
 from ..schedules.predictions import GradientForm
 from ..solvers import StepTable
 from ..step.guided_step import guided_step
+from ..step.inpainting import Inpainting
 from ..step.memory import DTYPES, dense_within_sample, empty_like, in_layout_of, same_layout
 from ..step.noise import DeviceGenerator
 from ..step.repeat import token_of
@@ -108,6 +109,7 @@ class Plan(NamedTuple):
     """The result's, to which diffusers promotes model output and sample."""
     output_type: Any
     """From lazy_outputs."""
+    inpainting: Inpainting | None = None
 
     def inputs_of_original(self) -> list[Tensor]:
         """Return the tensors that the predicted x_0 depends on."""
@@ -357,6 +359,7 @@ def _guided_step(
         variance=planned.variance,
         noise=noise,
         generator=generator,
+        inpainting=planned.inpainting,
         original=original,
         out=out,
     )
@@ -378,5 +381,5 @@ def predict_original(planned: Plan, result: Tensor, inputs: list[Tensor], versio
         raise RuntimeError("pred_original_sample: expected the inputs of its step as they were, got one changed")
     # The next sample is computed again and dropped, so that any noise will do
     original = empty_like(result)
-    _guided_step(planned, planned.sample, None, empty_like(result), original)
+    _guided_step(planned._replace(inpainting=None), planned.sample, None, empty_like(result), original)
     return original

@@ -13,6 +13,7 @@ from . import (
     helios_schedulers,
     piflow_schedulers,
     pndm_schedulers,
+    repaint_schedulers,
     schedulers,
     sigma_schedulers,
     signal_schedulers,
@@ -32,6 +33,7 @@ _MODULES = [
     distilled_schedulers,
     cogvideox_schedulers,
     unclip_schedulers,
+    repaint_schedulers,
 ]
 HAS_TORCHSDE: bool = import_utils.is_torchsde_available()  # type: ignore[no-untyped-call]
 """Whether diffusers has schedulers of Brownian motion."""

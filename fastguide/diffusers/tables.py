@@ -86,8 +86,8 @@ def _refusal(scheduler: Any) -> str | None:
     if not (scheduler._steps_before_set_timesteps if steps is None else isinstance(steps, int) and steps > 0):
         return "timesteps that are not set"
     known = (
-        config.prediction_type in ("epsilon", "sample", "v_prediction")
-        and (not config.clip_sample or config.clip_sample_range > 0)
+        config.get("prediction_type", "epsilon") in ("epsilon", "sample", "v_prediction")
+        and (not config.clip_sample or config.get("clip_sample_range", 1.0) > 0)
         and variance_type in get_args(VarianceType)
         and config.get("variance_type", variance_type) == variance_type
         and all(0 <= timestep < len(scheduler.alphas_cumprod) for timestep in host_timesteps(scheduler))

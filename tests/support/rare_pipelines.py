@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.support.family_pipelines import embeddings, model_of, named
+import torch
+
+from tests.support.family_pipelines import embeddings, model_of, named, picture
 from tests.support.guided_pipelines import Part
 from tests.support.scheduler_pair import diffusers
 from tests.support.transformer_pipelines import nothing
@@ -28,3 +30,15 @@ def kandinsky_6(with_sound=False):
 
 def kandinsky_6_with_sound():
     return kandinsky_6(with_sound=True)
+
+
+def repaint(**call):
+    """Make RePaint's pipeline, whose loop goes back and forth."""
+    denoiser = model_of(
+        "UNet2DModel", sample_size=8, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+    )  # fmt: skip
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :5] = 1
+    given = {"image": 2 * picture(8) - 1, "mask_image": mask, "jump_length": 2, "jump_n_sample": 2, "eta": 0.5}
+    return diffusers.RePaintPipeline(denoiser, diffusers.RePaintScheduler()), {**given, **call}

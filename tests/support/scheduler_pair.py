@@ -8,13 +8,13 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 import fastguide.diffusers as fused  # noqa: E402
-from fastguide.diffusers import cogvideox_schedulers, piflow_schedulers, schedulers, unclip_schedulers  # noqa: E402
 
-NAMES = list(schedulers.__all__)
+served = fused.served
+NAMES = list(served.schedulers.__all__)
 """Those whose rows are training timesteps."""
-PLACED = [*cogvideox_schedulers.__all__, *unclip_schedulers.__all__]
+PLACED = [*served.cogvideox_schedulers.__all__, *served.unclip_schedulers.__all__]
 """Those whose steps go by the timestep and by what they are given."""
-APART = [*piflow_schedulers.__all__]
+APART = [*served.piflow_schedulers.__all__, *served.repaint_schedulers.__all__]
 """Those whose models' outputs, or whose steps' arguments, are like no other's."""
 COUNTED = [name for name in fused.__all__ if name.endswith("Scheduler") and name not in NAMES + PLACED + APART]
 """Those that count their steps."""

@@ -21,6 +21,7 @@ from .piflow_schedulers import *  # noqa: F403
 from .pipelines import Acceleration, accelerate, restore
 from .pndm_schedulers import *  # noqa: F403
 from .repaint_schedulers import *  # noqa: F403
+from .rfd4_schedulers import *  # noqa: F403
 from .schedulers import *  # noqa: F403
 from .sigma_schedulers import *  # noqa: F403
 from .signal_schedulers import *  # noqa: F403

@@ -9,7 +9,6 @@ import diffusers
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..guidance import Guidance
 from ..solvers import StepTable
@@ -21,9 +20,10 @@ from ..step.memory import DTYPES, dense_within_sample, in_layout_of
 from . import lazy_outputs
 from .guidance_arguments import Scale, combined
 from .lazy_tensor import plain
+from .masks import made_of
 from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, plan, refusal_of, run
 from .tables import UNDEFINED, current_tables, host_alphas, table_of
-from .timesteps import row_of, version_of
+from .timesteps import row_of
 from .weights_of_formula import Conversion
 
 __all__ = ["RePaintScheduler"]
@@ -116,7 +116,7 @@ class RePaintScheduler(SchedulerStep, diffusers.RePaintScheduler):  # type: igno
         given, dtype = planned.sample, planned.model_dtype
         noise = randn_tensor(tuple(given.shape), generator=generator, device=given.device, dtype=dtype)
         noise, known = in_layout_of(given, noise), in_layout_of(given, original_image.expand(given.shape))
-        inpainting = Inpainting(_painted(mask, given), known, noise)
+        inpainting = Inpainting(made_of(mask, given, _painted), known, noise)
         row, table = planned.row, planned.table
         adds = table.adds_noise_anywhere if isinstance(row, Tensor) else table.adds_noise[row]
         return run(planned._replace(inpainting=inpainting), None, noise if adds else None, False, return_dict)
@@ -169,20 +169,6 @@ def _why_not(sample: Tensor, model: torch.dtype, *known: Tensor) -> str | None:
     return None
 
 
-_PAINTED: Any = WeakTensorKeyDictionary()
-"""Of masks, as long as they are alive: their versions, and where they let the model paint."""
-
-
-def _painted(mask: Tensor, sample: Tensor) -> Tensor:
-    """Return where the model paints, in the sample's layout: 1 less the mask, in float32."""
-    version = None if torch.compiler.is_compiling() else version_of(mask)
-    key = (version, sample.shape, sample.stride()[1:])
-    found = None if version is None else _PAINTED.get(mask)
-    if found is not None and found[0] == key:
-        kept: Tensor = found[1]
-        return kept
-    made = torch.empty_like(sample, dtype=torch.promote_types(mask.dtype, torch.float32))
-    torch.sub(1.0, mask.to(made.dtype).expand(sample.shape), out=made)
-    if version is not None:
-        _PAINTED[mask] = key, made
-    return made
+def _painted(known: Tensor) -> Tensor:
+    """Return where the model paints."""
+    return 1.0 - known

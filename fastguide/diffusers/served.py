@@ -14,6 +14,7 @@ from . import (
     piflow_schedulers,
     pndm_schedulers,
     repaint_schedulers,
+    rfd4_schedulers,
     schedulers,
     sigma_schedulers,
     signal_schedulers,
@@ -34,6 +35,7 @@ _MODULES = [
     cogvideox_schedulers,
     unclip_schedulers,
     repaint_schedulers,
+    rfd4_schedulers,
 ]
 HAS_TORCHSDE: bool = import_utils.is_torchsde_available()  # type: ignore[no-untyped-call]
 """Whether diffusers has schedulers of Brownian motion."""

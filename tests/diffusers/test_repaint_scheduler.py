@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from fastguide.diffusers import repaint_schedulers
+from fastguide.diffusers import masks, repaint_schedulers
 from tests.support import rare_pipelines
 from tests.support.diffusers_in_float64 import in_float64
 from tests.support.scheduler_pair import SHAPE, diffusers, fused, pair, randn
@@ -169,11 +169,11 @@ def test_nothing_is_kept_of_a_mask_that_is_gone():
     scheduler = fused.RePaintScheduler()
     scheduler.set_timesteps(20)
     x, image, mask = inputs()
-    before = len(repaint_schedulers._PAINTED)
+    before = len(masks._KEPT)
     scheduler.step(0.3 * x, 50, x, image, mask)
-    assert len(repaint_schedulers._PAINTED) == before + 1
+    assert len(masks._KEPT) == before + 1
     del mask
-    assert len(repaint_schedulers._PAINTED) == before
+    assert len(masks._KEPT) == before
 
 
 def test_eta_is_what_it_is_at_each_step():

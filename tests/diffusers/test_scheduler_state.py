@@ -119,6 +119,8 @@ def config_of(name):
         return {"sigma_max": 60.0}
     if name.startswith("LTX"):
         return {"eta": 0.5}
+    if name.startswith("RFD4"):
+        return {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 2.0, "tsr_sigma": 0.5}
     own = {"IPNDM": "num_train_timesteps", "SCM": "num_train_timesteps", "UnCLIP": "num_train_timesteps"}
     own |= {"CMStochasticIterative": "num_train_timesteps", "DDPMWuerstchen": "scaler"}
     changed = own.get(name.removesuffix("Scheduler"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from tests.support.family_pipelines import embeddings, model_of, named, picture
@@ -42,3 +44,46 @@ def repaint(**call):
     mask[..., :5] = 1
     given = {"image": 2 * picture(8) - 1, "mask_image": mask, "jump_length": 2, "jump_n_sample": 2, "eta": 0.5}
     return diffusers.RePaintPipeline(denoiser, diffusers.RePaintScheduler()), {**given, **call}
+
+
+class _Protein(Part):
+    """A stand-in for RFD4-Proteina's model, whose tokens have to do with each other."""
+
+    def forward(self, bb_ca, local_latents, bb_ca_time, local_latents_time, padding_mask, **how):
+        mean = (bb_ca.mean(-1, keepdim=True) + local_latents.mean(-1, keepdim=True)).cumsum(1) / bb_ca.shape[1]
+        backbone = torch.tanh(mean + 0.5 * bb_ca) * (1 + bb_ca_time[:, None, None])
+        latents = torch.tanh(mean - 0.3 * local_latents) * (2 - local_latents_time[:, None, None])
+        logits = backbone.repeat(1, 1, 2)
+        return SimpleNamespace(
+            backbone=backbone, local_latents=latents, sequence_logits=logits, insertion_logits=logits[..., 0]
+        )
+
+
+class _ProteinDecoder(Part):
+    """A stand-in for its autoencoder."""
+
+    def decode(self, z_latent, ca_coors_nm, padding_mask, **how):
+        atoms = z_latent.mean(-1)[..., None, None] + ca_coors_nm[:, :, None].expand(-1, -1, 37, -1)
+        every = torch.ones(atoms.shape[:3], dtype=torch.bool)
+        return SimpleNamespace(
+            coordinates=atoms, residue_type=padding_mask.long(), emit_mask=padding_mask, atom_mask=every
+        )
+
+
+def rfd4_proteina():
+    """Make RFD4-Proteina's pipeline, which has a scheduler for the backbone and one for what is around it."""
+    rescaling = {"tail_steps": 2, "tsr_k": 1.5, "tsr_sigma": 0.8}
+    pipe = diffusers.RFD4ProteinaPipeline(
+        _Protein({"latent_dim": 4, "feats_seq": []}), _ProteinDecoder({"latent_dim": 4}),
+        diffusers.RFD4ProteinaScheduler(schedule_mode="log", noise_mode="1/t", **rescaling),
+        diffusers.RFD4ProteinaScheduler(schedule_mode="power", noise_mode="tan", **rescaling), recycle_depths=[1] * 8,
+    )  # fmt: skip
+    padding = torch.ones(2, 9, dtype=torch.bool)
+    padding[1, 6:] = False
+    context = torch.zeros_like(padding)
+    context[:, 2] = True
+    conditions = {"condition_sequence_1_residue": torch.zeros(2, 9, dtype=torch.long), "molecule_iid": padding.long()}
+    return pipe, {
+        "padding_mask": padding, "is_in_context_conditioning": context, "supports_local_latent": padding,
+        "conditioning_features": conditions,
+    }  # fmt: skip

@@ -30,6 +30,7 @@ from .step.guided_step import guided_step
 from .step.history import History
 from .step.inpainting import Inpainting
 from .step.log_probability import log_prob_of
+from .step.momentum import Momentum
 from .step.noise import DeviceGenerator, portable_noise
 from .training import (
     ConditionDropout,
@@ -57,6 +58,7 @@ __all__ = [
     "History",
     "Inpainting",
     "MagnitudeAware",
+    "Momentum",
     "Normalized",
     "NoiseSchedule",
     "PerpNeg",

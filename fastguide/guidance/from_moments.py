@@ -10,6 +10,7 @@ from typing import Any
 from .._counts import check_count
 from .formulas import check_space
 from .moment_weights import MomentWeights
+from .momentum import AddedUp
 from .scales import Scale, as_scale, stand_in_columns
 from .spaces import TableSpace
 from .symbols import Space, Vector
@@ -25,6 +26,7 @@ class FromMoments(Guidance):
         parameters: by name, each what ``ClassifierFree`` takes as a scale.
         options: by name, what is the same for all steps and samples.
         space: what the function gets predictions as: ``"prediction"``, ``"original"``, x_0, or of ``space_of``.
+        added_up: what a loop's steps add up, the first of the predictions; ``None``: nothing.
     """
 
     def __init__(
@@ -34,11 +36,12 @@ class FromMoments(Guidance):
         parameters: Mapping[str, Scale],
         options: Mapping[str, Any] | None = None,
         space: Space | TableSpace = "prediction",
+        added_up: AddedUp | None = None,
     ) -> None:
         check_space(space)
         scales = {name: as_scale(name, value) for name, value in parameters.items()}
-        made = MomentWeights.of(function, num_predictions, scales, options, space)
-        super().__init__(stand_in_columns(num_predictions, made.scales), None, made)
+        made = MomentWeights.of(function, num_predictions, scales, options, space, added_up is not None)
+        super().__init__(stand_in_columns(num_predictions, made.scales), None, made, added_up)
 
 
 def parameters_and_options(**values: Any) -> tuple[dict[str, Any], dict[str, Any]]:

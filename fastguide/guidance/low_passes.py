@@ -23,6 +23,11 @@ class LowPasses(NamedTuple):
 
     number: int
 
+    @property
+    def kind(self) -> LowPasses:
+        """What a loop's buffers depend on."""
+        return self
+
     def extended(self, predictions: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """Return the two predictions and the tensors, which are in float32, or in float64 if the predictions are.
 

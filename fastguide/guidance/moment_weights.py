@@ -68,9 +68,10 @@ class MomentWeights:
         parameters: Mapping[str, float | Tensor],
         options: Mapping[str, Any] | None = None,
         space: Space | TableSpace = "prediction",
+        first_is_state: bool = False,
     ) -> MomentWeights:
         """Return the weights that a function makes; see ``traced``."""
-        program = traced(function, count, tuple(parameters), options or {}, space)
+        program = traced(function, count, tuple(parameters), options or {}, space, first_is_state)
         return cls(program, {**parameters, **(space.parameters() if isinstance(space, TableSpace) else {})})
 
     @property

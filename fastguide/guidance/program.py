@@ -104,6 +104,7 @@ def traced(
     parameters: Sequence[str],
     options: Mapping[str, Any],
     space: Space | TableSpace = "prediction",
+    first_is_state: bool = False,
 ) -> Program:
     """Trace a guidance's function.
 
@@ -113,12 +114,14 @@ def traced(
         parameters: names of those that may differ between steps and samples.
         options: what is the same for all.
         space: what the function gets the predictions as.
+        first_is_state: whether the first one is no prediction, and is given as it is.
 
     Raises:
         TypeError: it returns no vector, or does what a program cannot.
     """
     symbols = {name: Scalar("input", input_of(name)) for name in parameters}
-    v = Vectors(count, (input_of(SAMPLE), input_of(PREDICTION)) if isinstance(space, TableSpace) else space)
+    of_inputs = (input_of(SAMPLE), input_of(PREDICTION)) if isinstance(space, TableSpace) else space
+    v = Vectors(count, of_inputs, first_is_state)
     result = function(v, **symbols, **options)
     if not isinstance(result, Vector):
         name = getattr(function, "__name__", "the function")

@@ -174,10 +174,11 @@ class Vectors:
         space: what the predictions are taken as: ``"prediction"``, what the model predicts; or ``"original"``, the
             x_0 that each of them says, ``x0_scale * (x0_sample * x + x0_pred * p)`` by the step's row; or the names of
             the inputs that multiply x and p.
+        first_is_state: whether the first one is no prediction, but what a loop's earlier steps have left.
     """
 
-    def __init__(self, count: int, space: Space | tuple[str, str] = "prediction") -> None:
-        self._count, self._space = count, space
+    def __init__(self, count: int, space: Space | tuple[str, str] = "prediction", first_is_state: bool = False) -> None:
+        self._count, self._space, self._states = count, space, int(first_is_state)
 
     @property
     def predictions(self) -> tuple[Vector, ...]:
@@ -185,7 +186,8 @@ class Vectors:
         own = [self._term(0), *(self._term(0) + self._term(number) for number in range(1, self._count))]
         if self._space == "prediction":
             return tuple(own)
-        return tuple(self._sample_part() + self._prediction_part() * prediction for prediction in own)
+        states, own = own[: self._states], own[self._states :]
+        return (*states, *(self._sample_part() + self._prediction_part() * prediction for prediction in own))
 
     @property
     def sample(self) -> Vector:

@@ -14,6 +14,7 @@ from ..schedules.predictions import GradientForm
 from .intervals import Calls, calls_within
 from .low_passes import LowPasses
 from .moment_weights import MomentWeights
+from .momentum import AddedUp
 from .scales import conditional_columns, scale_columns
 
 _HOST = torch.device("cpu")
@@ -58,15 +59,16 @@ class Guidance:
     weights_from: WeightsFrom | None
     """Makes the weights from the predictions, see ``from_predictions``; ``None``: they are constants."""
 
-    derived: LowPasses | None
-    """Makes further tensors of the model's predictions, which have weights as well; ``None``: there are none."""
+    derived: LowPasses | AddedUp | None
+    """Makes further tensors of the model's predictions, which have weights as well, or adds them up over the steps of a
+    loop; ``None``: there are none."""
 
     def __init__(
         self,
         weights: Tensor,
         classifier: GradientSource | None,
         weights_from: WeightsFrom | None = None,
-        derived: LowPasses | None = None,
+        derived: LowPasses | AddedUp | None = None,
     ) -> None:
         self.steps, self.batch, columns = weights.shape
         self._token = Token()
@@ -111,7 +113,13 @@ class Guidance:
 
     def terms(self, predictions: Sequence[Tensor]) -> list[Tensor]:
         """Return what the weights are of: the model's predictions, and what is derived from them."""
+        if isinstance(self.derived, AddedUp):
+            raise TypeError("guidance: expected guidance without momentum, which a step makes terms of by momentum=")
         return list(predictions) if self.derived is None else self.derived.extended(predictions)
+
+    def of_terms(self) -> Guidance:
+        """Return guidance with the same weights, whose predictions are the terms, made already."""
+        return Guidance(self._source, self.classifier, self.weights_from)
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return constant weights on a device, in float32 or float64; only the first call moves anything."""
@@ -272,7 +280,7 @@ class Guidance:
         if self._of_samples is None or self._of_samples[0] != samples:
             made = self.weights_from
             made = made.of_samples(samples) if isinstance(made, MomentWeights) else made
-            self._of_samples = samples, Guidance(self._source[:, samples], self.classifier, made)
+            self._of_samples = samples, Guidance(self._source[:, samples], self.classifier, made, self.derived)
         return self._of_samples[1]
 
     def __add__(self, other: Guidance) -> Guidance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from .capture import Graphs, Mode, Pool, check_mode, single_steps
 from .conditioning import Condition
 from .model_call import ModelOptions
 from .request import SampleRequest, make_request
-from .state import SamplerState, StateKey
+from .state import SamplerState, StateKey, rows_key
 
 
 @dataclass
@@ -26,13 +26,13 @@ class _Active:
     """What a slot is busy with."""
 
     table: StepTable
-    form: str | None
+    rows_key: Hashable
     skips_uncond: tuple[bool, ...]
     call: int = 0
 
     @classmethod
     def of(cls, request: SampleRequest) -> _Active:
-        return cls(request.table, request.guidance.form, request.skips_uncond)
+        return cls(request.table, rows_key(request.guidance), request.skips_uncond)
 
 
 class Slots:
@@ -75,7 +75,7 @@ class Slots:
         self._batch = batch
         self._capacity = capacity
         self._active: dict[int, _Active] = {}
-        self._regions: dict[tuple[StepTable, str | None], int] = {}  # the first row of each table in the buffer
+        self._regions: dict[tuple[StepTable, Hashable], int] = {}  # the first row of each table in the buffer
         self._state: SamplerState | None = None
         self._steps: dict[bool, Callable[[], None]] = {}
         self._in_use = threading.Lock()
@@ -222,11 +222,11 @@ class Slots:
 
     def _region(self, state: SamplerState, request: SampleRequest) -> int:
         """Return the first row of the request's table in the buffer, written now if none is in it."""
-        table, form = request.table, request.guidance.form
-        if (table, form) not in self._regions:
+        table, key = request.table, rows_key(request.guidance)
+        if (table, key) not in self._regions:
             room = self._room(len(table))
             if room is None:  # drop the tables that no active request uses
-                in_use = {(active.table, active.form) for active in self._active.values()}
+                in_use = {(active.table, active.rows_key) for active in self._active.values()}
                 self._regions = {used: begin for used, begin in self._regions.items() if used in in_use}
                 room = self._room(len(table))
             if room is None:
@@ -236,8 +236,8 @@ class Slots:
                     f"{used_rows}; slots(capacity=) sets how many"
                 )
             state.write_rows(room, table, request.guidance)
-            self._regions[table, form] = room
-        return self._regions[table, form]
+            self._regions[table, key] = room
+        return self._regions[table, key]
 
     def _room(self, rows: int) -> int | None:
         """Return the start of the first gap of at least that number of rows; None if there is no such gap."""

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ..guidance import Guidance
+from ..guidance.momentum import AddedUp
 from ..solvers.table import StepTable
 from ..step.guided_step import guided_step
 from ..step.history import History
 from ..step.inpainting import Inpainting
 from ..step.log_probability import Reduction
 from ..step.memory import empty_like
+from ..step.momentum import Momentum, refuse_gradients
 from ..step.noise import portable_noise
 from . import conditioning as conditioning
 from .model_call import ModelCall, ModelOptions
@@ -63,6 +65,8 @@ class EagerRun:
         self._buffers = NoiseBuffers(self._noise.source, self.first.detach())
         self._noise.load(self._buffers, slice(None))
         self._history = History(self.table, self.first.detach())
+        with_momentum = isinstance(self.guidance.derived, AddedUp)
+        self._momentum = Momentum(self.table, self.guidance, self.first.detach()) if with_momentum else None
         self._condition = self._conditions()
         self._inpainting = None
         if request.inpainting is not None:
@@ -105,14 +109,18 @@ class EagerRun:
         if guidance.classifier is not None:
             timestep = torch.full((len(x),), int(self.table.host_timesteps[call]), device=x.device)
             gradient = guidance.classifier.gradient(x, timestep, self._request.labels)
+        momentum = None
         if self._request.skips_uncond[call]:
             guidance = _without_unconditional(guidance, x)
-        else:
+        elif self._momentum is None:
             predictions = guidance.terms(predictions)
+        else:
+            momentum = self._momentum
         history = self._history.continued(entries, call)
         result = guided_step(
             self.table, call, x, predictions, guidance, gradient=gradient, variance=variance, noise=drawn.noise,
-            seeds=drawn.seeds, inpainting=self._inpainting, history=history, backend=self._options.backend, **options,
+            seeds=drawn.seeds, inpainting=self._inpainting, history=history, momentum=momentum,
+            backend=self._options.backend, **options,
         )  # fmt: skip
         return result, history.entries
 
@@ -145,6 +153,8 @@ def differentiable(run: EagerRun, last: int | None, checkpoint: bool) -> Tensor:
     """Return x_0, whose last steps autograd has recorded; ``Sampler.differentiable`` describes the arguments."""
     if run.guidance.classifier is not None:
         raise ValueError("guidance: expected no Classifier, whose gradient would be taken for a constant, got one")
+    if isinstance(run.guidance.derived, AddedUp):
+        refuse_gradients()
     if last is not None and last > len(run.calls):
         raise ValueError(f"last: expected at most the run's {len(run.calls)} calls, got {last}")
     begin = run.calls.stop - (len(run.calls) if last is None else last)

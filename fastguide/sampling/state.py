@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 from ..guidance import Guidance
 from ..guidance.low_passes import LowPasses
 from ..guidance.moment_weights import MomentWeights
+from ..guidance.momentum import AddedUp
 from ..guidance.program import Program
 from ..solvers.table import ROW_COLUMNS, StepTable
 from ..step.backends.registry import StepFunction
 from ..step.cursor import CURSOR_COLUMNS, Cursor
 from ..step.cursor_step import CursorStep
 from ..step.memory import empty_like, empty_strided, in_layout_of
+from ..step.momentum import updates_key
 from ..step.operator import StepArguments
 from ..step.thresholds import thresholds_for
 from ..step.weigh import weighed
@@ -26,6 +29,7 @@ from .conditioning import NamedConditions, Signature
 from .distributed.dimension import Dimension
 from .distributed.gathered_call import GatheredModelCall
 from .model_call import ModelCall, ModelOptions
+from .momentum import MomentumBuffers
 from .noise import NoiseBuffers
 from .request import SampleRequest
 
@@ -68,7 +72,7 @@ class StateKey(NamedTuple):
     predictions: int  # of the model
     own_predictions: range  # those that this process calls the model for
     guidance_ranks: Dimension | None  # those that share all of them
-    derived: LowPasses | None  # makes further tensors of them
+    derived: LowPasses | AddedUp | None  # what makes further tensors of them
     weights_from: Program | ByIdentity | None
     makes_weights: bool  # whether the step itself makes them, by a program
     classifier: tuple[object, ...] | None
@@ -125,7 +129,7 @@ class StateKey(NamedTuple):
             predictions=guidance.num_conditions,
             own_predictions=own,
             guidance_ranks=options.guidance_ranks,
-            derived=guidance.derived,
+            derived=None if guidance.derived is None else guidance.derived.kind,
             weights_from=_what_makes_weights(guidance),
             makes_weights=isinstance(guidance.weights_from, MomentWeights) and device in request.backend.makes_weights,
             classifier=None if classifier is None else (guidance.form, *map(ByIdentity, classifier.functions)),
@@ -155,6 +159,11 @@ class StateKey(NamedTuple):
             if ours != theirs:
                 return f"{name} {ours}, got {theirs}"
         return "the same"
+
+
+def rows_key(guidance: Guidance) -> Hashable:
+    """Return what the rows in a state's buffers depend on beside the table."""
+    return guidance.form, updates_key(guidance)
 
 
 def _what_makes_weights(guidance: Guidance) -> Program | ByIdentity | None:
@@ -187,6 +196,11 @@ class SamplerState:
             model_call = (
                 ModelCall if key.guidance_ranks is None else functools.partial(GatheredModelCall, key.guidance_ranks)
             )
+            self.momentum: MomentumBuffers | None = None
+            if isinstance(key.derived, AddedUp):
+                self.momentum = MomentumBuffers(
+                    key.derived, key.step, self.sample, self.rows_dtype, self.cursor, key.capacity
+                )
             self.model_call = model_call(
                 key.model.function,
                 self.sample,
@@ -300,8 +314,10 @@ class SamplerState:
         self.cursor.place(slot, row, row + len(table), table.host_timesteps[0])
 
     def write_rows(self, begin: int, table: StepTable, guidance: Guidance) -> None:
-        """Write a table's rows, from row ``begin`` on."""
+        """Write a table's rows, from row ``begin`` on; they depend on ``rows_key`` of the guidance."""
         self.rows[begin : begin + len(table)].copy_(table.device_rows(guidance.form, self.rows.dtype))
+        if self.momentum is not None:
+            self.momentum.write_rows(begin, table, guidance)
 
     def stage(self, in_scale: float, samples: slice | None = None) -> None:
         """Write the model's input, made of the sample; a step does it for the call after it."""
@@ -325,6 +341,8 @@ class SamplerState:
             for buffer, values in zip(self.inpainting, request.inpainting, strict=True):
                 buffer[samples].copy_(values)
         request.noise.load(self.noise, samples)
+        if self.momentum is not None:
+            self.momentum.restart(samples)
         self.stage(request.table.in_scales[request.begin], samples)
 
     def _write_weights(self, begin: int, samples: slice, table: StepTable, guidance: Guidance) -> None:
@@ -355,8 +373,8 @@ class SamplerState:
         """Call the model, combine its predictions, and make each sample's step, at the row in the cursor."""
         gradient = None if self._guidance.classifier is None else self._gradient()
         predictions, variance = self.model_call(skip_uncond)
-        if self.key.derived is not None and not skip_uncond:
-            predictions = [in_layout_of(self.sample, each) for each in self.key.derived.extended(predictions)]
+        if not skip_uncond:
+            predictions = self._terms(predictions)
         made_by = self._guidance.weights_from
         if skip_uncond:
             self._step_without_uncond(predictions, gradient, variance, self.weights_without_uncond)
@@ -372,6 +390,14 @@ class SamplerState:
             weights = self._guidance.anchored_weights(predictions, self._gradient_scale())
             arguments = arguments._replace(weights=weights)
         self._step.once(arguments)
+
+    def _terms(self, predictions: list[Tensor]) -> list[Tensor]:
+        """Return what the weights are of: predictions, and what is made of them."""
+        if self.momentum is not None:
+            return self.momentum.terms(predictions)
+        if isinstance(self.key.derived, LowPasses):
+            return [in_layout_of(self.sample, each) for each in self.key.derived.extended(predictions)]
+        return predictions
 
     def _gradient(self) -> Tensor:
         assert self._guidance.classifier is not None

@@ -5,7 +5,7 @@ Nothing here reads a device value on the host; index values and memory are looke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..guidance.moment_weights import MomentWeights
+from ..guidance.momentum import check_without_momentum
 from ..solvers.table import StepTable
 from .backends.registry import Backend
 from .cursor import CURSOR_COLUMNS, Cursor
@@ -48,15 +49,18 @@ def validate(
     original: Tensor | None,
     out: Tensor | None,
     staged: Tensor | None,
+    before_weights: Callable[[], None] | None = None,
 ) -> tuple[StepArguments, Generator | None]:
     """Refuse what is not as ``guided_step`` describes it; return the operator's arguments.
 
-    ``optional_inputs``: the fields of ``StepArguments`` from ``gradient`` up to ``noise``.
+    ``optional_inputs``: the fields of ``StepArguments`` from ``gradient`` up to ``noise``. ``before_weights``: called
+    when nothing is refused any more, before anything is made of the predictions.
 
     Returns:
         The arguments, without noise that is still to be drawn; and the generator to draw it from, if there is one.
     """
-    inputs = _as_list(predictions)
+    inputs = as_list(predictions)
+    check_without_momentum(guidance)
     stacked = _check_predictions(table, sample, inputs, guidance)
     check_number(backend, sample.device, guidance)
     row, indices, cursor = _check_position(table, index, sample, out)
@@ -71,7 +75,7 @@ def validate(
         check_history(history, table, index, sample)
     if not adds_noise:
         if noise is not None:
-            _check_operand("noise", noise, sample, torch.is_grad_enabled())
+            check_operand("noise", noise, sample, torch.is_grad_enabled())
         noise = generator = seeds = None
 
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
@@ -84,16 +88,18 @@ def validate(
         anchor, entries_of(history), None, None, None, None, None,
     ))  # fmt: skip
     _check_layouts(arguments, stacked, out)
-    if guidance.weights_from is not None:
-        arguments = _with_weights_from(backend, arguments, guidance)
-    if table.thresholds:
-        arguments = with_thresholds(backend, arguments._replace(inverse_thresholds=thresholds_for(sample, dtype)))
     if generator is not None:
         _check_that_it_can_draw(generator, backend, sample, cursor)
     writes = out is not None or original is not None or staged is not None or history is not None
     explained = staged is not None or history is not None or generator is not None or not backend.checks_overlap
     if writes and explained and not torch.compiler.is_compiling():
         check_memory(arguments)
+    if before_weights is not None:
+        before_weights()
+    if guidance.weights_from is not None:
+        arguments = _with_weights_from(backend, arguments, guidance)
+    if table.thresholds:
+        arguments = with_thresholds(backend, arguments._replace(inverse_thresholds=thresholds_for(sample, dtype)))
     return arguments, generator
 
 
@@ -107,7 +113,8 @@ def device_of(name: str, tensor: Tensor) -> torch.device:
 # ---- Predictions and guidance ----
 
 
-def _as_list(predictions: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def as_list(predictions: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return predictions as a list; refuse what is neither a tensor nor a sequence."""
     if type(predictions) is list:
         return predictions
     if isinstance(predictions, Tensor):
@@ -369,14 +376,14 @@ def _check_operands(arguments: StepArguments, stacked: bool) -> None:
     if stacked:
         (prediction,) = arguments.predictions
         whole = (prediction.shape[0], *arguments.sample.shape[1:])
-        _check_operand("predictions", prediction, arguments.sample, grad_enabled, whole)
+        check_operand("predictions", prediction, arguments.sample, grad_enabled, whole)
     else:
         for k, prediction in enumerate(arguments.predictions):
-            _check_operand(f"predictions[{k}]", prediction, arguments.sample, grad_enabled)
+            check_operand(f"predictions[{k}]", prediction, arguments.sample, grad_enabled)
     for name in ELEMENTWISE:
         tensor = getattr(arguments, name)
         if tensor is not None:
-            _check_operand(NAMES.get(name, name), tensor, arguments.sample, grad_enabled)
+            check_operand(NAMES.get(name, name), tensor, arguments.sample, grad_enabled)
 
 
 def _check_staged(staged: Tensor, sample: Tensor, grad_enabled: bool) -> None:
@@ -386,7 +393,7 @@ def _check_staged(staged: Tensor, sample: Tensor, grad_enabled: bool) -> None:
     copies = staged.shape[0] // batch if batch and staged.dim() else 1
     if copies == 0 or staged.dim() == 0 or staged.shape[0] != copies * batch:
         raise ValueError(f"staged: expected shape (a multiple of {batch}, ...), got {_shape(staged)}")
-    _check_operand("staged", staged, sample, grad_enabled, (copies * batch, *sample.shape[1:]))
+    check_operand("staged", staged, sample, grad_enabled, (copies * batch, *sample.shape[1:]))
     _check_separate_samples("staged", staged)
 
 
@@ -406,9 +413,10 @@ def check_sample(name: str, sample: Tensor, grad_enabled: bool) -> None:
         )
 
 
-def _check_operand(
+def check_operand(
     name: str, tensor: Tensor, sample: Tensor, grad_enabled: bool, shape: Sequence[int] | None = None
 ) -> None:
+    """Refuse a tensor without one element for each of the sample's, in its order, or of another device or dtype."""
     _check_tensor(name, tensor, sample.shape if shape is None else shape, sample.device, grad_enabled)
     if not same_layout(tensor, sample):
         raise ValueError(

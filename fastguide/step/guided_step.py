@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -20,6 +21,7 @@ from .cursor import Cursor
 from .history import History, entries_of, history_follows
 from .inpainting import Inpainting
 from .log_probability import Reduction, step_with_log_prob
+from .momentum import Momentum, momentum_terms, refuse_gradients
 from .noise import DeviceGenerator, draw
 from .overlaps import check_memory
 from .repeat import kinds_of, remember, repeat, token_of
@@ -40,6 +42,7 @@ def guided_step(
     seeds: Tensor | None = None,
     inpainting: Inpainting | None = None,
     history: History | None = None,
+    momentum: Momentum | None = None,
     anchor: Tensor | None = None,
     original: Tensor | None = None,
     out: Tensor | None = None,
@@ -69,6 +72,7 @@ def guided_step(  # type: ignore[misc]
     seeds: Tensor | None = None,
     inpainting: Inpainting | None = None,
     history: History | None = None,
+    momentum: Momentum | None = None,
     anchor: Tensor | None = None,
     original: Tensor | None = None,
     out: Tensor | None = None,
@@ -108,6 +112,8 @@ def guided_step(  # type: ignore[misc]
         history: what earlier steps of the loop left for later ones, for tables with ``history_slots``: a ``History`` of
             the loop's own, which the step reads and writes. With an index on the host, its steps are checked to follow
             each other.
+        momentum: what the loop's steps add up, for guidance with momentum: a ``Momentum`` of the loop's own, which the
+            step moves on. No gradients are recorded then.
         anchor: what the last step wrote, where the caller has changed the sample since: solvers that go back to the
             sample of an earlier call then go back to that. ``None``: the sample itself.
         original: where to write the predicted (clipped) original sample x_0 as well: a tensor of the sample's shape
@@ -139,14 +145,20 @@ def guided_step(  # type: ignore[misc]
     >>> guided_step(table, 0, x, [uncond, cond], ClassifierFree(7.5)).shape
     torch.Size([2, 3, 8, 8])
     """
+    add = None
+    if momentum is not None:
+        given = predictions
+        guidance, predictions = momentum_terms(momentum, table, index, sample, given, guidance)
+        add = functools.partial(momentum.add, guided_step, index, given, backend)
     call = (
         index, sample, predictions, token_of(guidance), gradient, variance, noise, generator, seeds, inpainting,
         entries_of(history), anchor, original, out, staged, backend,
     )  # fmt: skip
     if return_log_prob is not False:
-        return step_with_log_prob(guided_step, table, Call(*call), guidance, history, return_log_prob)
+        return step_with_log_prob(guided_step, table, Call(*call), guidance, history, return_log_prob, add)
     kinds = None
-    if type(table) is StepTable and not is_dynamo_compiling() and (history is None or history_follows(history, index)):
+    may_repeat = type(table) is StepTable and add is None and not is_dynamo_compiling()
+    if may_repeat and (history is None or history_follows(history, index)):
         kinds = kinds_of.get(table._token)
     if kinds is not None:
         done = repeat(kinds, *call)
@@ -160,6 +172,8 @@ def guided_step(  # type: ignore[misc]
     known = inpainting if isinstance(inpainting, Inpainting) else ()
     records = asks_for_gradients(guidance, predictions, sample, gradient, variance, noise, anchor, call[10], *known)
     used = UNGUIDED if guidance is None else guidance
+    if records and add is not None:
+        refuse_gradients()
     if records and isinstance(used, Guidance):
         used = to_be_recorded(used, chosen, sample)
     arguments, generator = (_validate_without_gradients if records else checks.validate)(
@@ -179,6 +193,7 @@ def guided_step(  # type: ignore[misc]
         original,
         out,
         staged,
+        add,
     )
     if records or (arguments.weights.requires_grad and torch.is_grad_enabled()):
         return recorded_step(chosen, table, guidance, arguments, generator, index, history, out)
@@ -201,7 +216,8 @@ def guided_step(  # type: ignore[misc]
         generator.set_offset(generator.get_offset() + increment)
     if history is not None:
         history.note(index)
-    remember(table, guidance, Call(*call), chosen, arguments)
+    if add is None:
+        remember(table, guidance, Call(*call), chosen, arguments)
     return arguments.out
 
 

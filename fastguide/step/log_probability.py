@@ -9,7 +9,7 @@ float32 (float64 if the sample is), and of those in float64, in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -28,6 +28,7 @@ from .call import Call
 from .cursor import Cursor
 from .history import History, entries_of
 from .memory import empty_like, overlaps
+from .momentum import refuse_gradients
 from .noise import draw
 from .operator import StepArguments, inputs, library
 from .weigh import position_of, split, with_sample_as_prediction
@@ -118,7 +119,13 @@ def log_prob_of(
 
 
 def step_with_log_prob(
-    step: Any, table: StepTable, call: Call, guidance: Guidance | None, history: History | None, reduction: Any
+    step: Any,
+    table: StepTable,
+    call: Call,
+    guidance: Guidance | None,
+    history: History | None,
+    reduction: Any,
+    before: Callable[[], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Make the step of a call, and return the next sample and its log-probability, for which that is held fixed.
 
@@ -127,6 +134,7 @@ def step_with_log_prob(
         table, guidance, history: as that got them.
         call: all that it got.
         reduction: over a sample's elements; True is ``"mean"``.
+        before: what is done once the call is checked; such a step is not recorded.
     """
     reduction = "mean" if reduction is True else reduction
     check_log_prob(table, call.index, reduction)
@@ -135,16 +143,18 @@ def step_with_log_prob(
     call = call._replace(guidance=guidance, history=history)
     of_mean = call.gradient, call.variance, call.anchor, entries_of(history)
     if asks_for_gradients(guidance, call.predictions, call.sample, call.noise, *of_mean):
-        before = None if history is None else copy(history)
+        if before is not None:
+            refuse_gradients()
+        last = None if history is None else copy(history)
         new = step(table, *call[:4], **dict(zip(Call._fields[4:], call[4:], strict=True)))
         options = {name: getattr(call, name) for name in ("gradient", "variance", "anchor", "backend")}
-        options |= {"history": before, "reduction": reduction}
+        options |= {"history": last, "reduction": reduction}
         return new, log_prob_of(table, call.index, call.sample, call.predictions, guidance, new.detach(), **options)
     chosen = backend_for(call.backend, checks.device_of("sample", call.sample).type)
     a, generator = checks.validate(
         chosen, table, call.index, call.sample, call.predictions, UNGUIDED if guidance is None else guidance,
         (call.gradient, call.variance), call.noise, call.generator, call.seeds, None, history, call.anchor,
-        call.original, call.out, call.staged,
+        call.original, call.out, call.staged, before,
     )  # fmt: skip
     if call.out is not None:
         _check_apart(a)

@@ -56,11 +56,15 @@ class Case(NamedTuple):
 
     @property
     def predictions(self) -> int:
-        return 1 if self.guidance is None else self.guidance.num_predictions
+        return 1 if self.guidance is None else self.guidance.num_conditions
 
 
 def of_moments() -> Guidance:
     return AdaptiveProjected([3.0, 4.0, 5.0, 6.0, 7.0], norm_threshold=2.0)
+
+
+def with_momentum() -> Guidance:
+    return AdaptiveProjected([3.0, 4.0, 5.0, 6.0, 7.0], norm_threshold=2.0, momentum=-0.6)
 
 
 CASES = {
@@ -68,6 +72,7 @@ CASES = {
     "classifier-free": Case(ClassifierFree(3.0)),
     "a scale each": Case(ClassifierFree([1.0, 3.0, 5.0, 7.0, 9.0])),
     "moments, a scale each": Case(of_moments()),
+    "momentum, a scale each": Case(with_momentum()),
     "one by one": Case(ClassifierFree(3.0), options={"batched": False}),
     "composed": Case(Composed([1.5, 2.0])),
     "perturbed, one by one": Case(Perturbed(3.0, 2.0), options={"batched": False}),

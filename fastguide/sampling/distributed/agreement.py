@@ -14,6 +14,7 @@ from torch import Tensor
 from ...guidance import Guidance
 from ...guidance.moment_weights import MomentWeights
 from ...solvers.table import StepTable
+from ...step.momentum import updates_key
 from ..request import SampleRequest
 
 _HOST = torch.device("cpu")
@@ -120,6 +121,7 @@ def _hash_of_guidance(guidance: Guidance) -> int:
     found = _HASHES.get(guidance)
     if found is None:
         parts: list[str | bytes] = [repr(guidance), _bytes(guidance.weights(_HOST, torch.float64))]
+        parts.append(repr(updates_key(guidance)))
         if isinstance(guidance.weights_from, MomentWeights):
             parts += map(_bytes, guidance.weights_from.on(_HOST))
         found = _HASHES[guidance] = hash_of(*parts)

@@ -26,6 +26,7 @@ from .schedulers import *  # noqa: F403
 from .sigma_schedulers import *  # noqa: F403
 from .signal_schedulers import *  # noqa: F403
 from .unclip_schedulers import *  # noqa: F403
+from .ve_schedulers import *  # noqa: F403
 
 if served.HAS_TORCHSDE:
     from .brownian_schedulers import *  # noqa: F403

@@ -19,6 +19,7 @@ from . import (
     sigma_schedulers,
     signal_schedulers,
     unclip_schedulers,
+    ve_schedulers,
 )
 from .scheduler_step import SchedulerStep
 
@@ -36,6 +37,7 @@ _MODULES = [
     unclip_schedulers,
     repaint_schedulers,
     rfd4_schedulers,
+    ve_schedulers,
 ]
 HAS_TORCHSDE: bool = import_utils.is_torchsde_available()  # type: ignore[no-untyped-call]
 """Whether diffusers has schedulers of Brownian motion."""

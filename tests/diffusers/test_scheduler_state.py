@@ -122,7 +122,11 @@ def config_of(name):
     if name.startswith("RFD4"):
         return {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 2.0, "tsr_sigma": 0.5}
     own = {"IPNDM": "num_train_timesteps", "SCM": "num_train_timesteps", "UnCLIP": "num_train_timesteps"}
-    own |= {"CMStochasticIterative": "num_train_timesteps", "DDPMWuerstchen": "scaler"}
+    own |= {
+        "ScoreSdeVe": "num_train_timesteps",
+        "CMStochasticIterative": "num_train_timesteps",
+        "DDPMWuerstchen": "scaler",
+    }
     changed = own.get(name.removesuffix("Scheduler"))
     if changed is not None:
         return {changed: 30}

@@ -87,3 +87,12 @@ def rfd4_proteina():
         "padding_mask": padding, "is_in_context_conditioning": context, "supports_local_latent": padding,
         "conditioning_features": conditions,
     }  # fmt: skip
+
+
+def score_sde():
+    """Make the score SDE's pipeline, of noise up to a sigma of 4."""
+    denoiser = model_of(
+        "UNet2DModel", sample_size=8, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+    )  # fmt: skip
+    return diffusers.ScoreSdeVePipeline(denoiser, diffusers.ScoreSdeVeScheduler(sigma_max=4.0))

@@ -14,7 +14,8 @@ NAMES = list(served.schedulers.__all__)
 """Those whose rows are training timesteps."""
 PLACED = [*served.cogvideox_schedulers.__all__, *served.unclip_schedulers.__all__]
 """Those whose steps go by the timestep and by what they are given."""
-APART = [*served.piflow_schedulers.__all__, *served.repaint_schedulers.__all__, *served.rfd4_schedulers.__all__]
+_OWN = (served.piflow_schedulers, served.repaint_schedulers, served.rfd4_schedulers, served.ve_schedulers)
+APART = [name for module in _OWN for name in module.__all__]
 """Those whose models' outputs, or whose steps' arguments, are like no other's."""
 COUNTED = [name for name in fused.__all__ if name.endswith("Scheduler") and name not in NAMES + PLACED + APART]
 """Those that count their steps."""

@@ -1,4 +1,4 @@
-"""The Triton backend: an operator of its own with the same schema, which launches one kernel. NVIDIA and AMD."""
+"""The Triton backend: an operator of its own with the same schema, of one kernel, or three. NVIDIA and AMD."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def backend() -> Backend:
     version = _version()
     if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
         return Backend("triton", step, (), f"triton {version} is too old: expected {FLOOR[0]}.{FLOOR[1]} or newer")
-    if INTERPRETED:
+    if INTERPRETED:  # which takes a second for a sample's weights; the operator makes them there too
         return Backend(
             "triton",
             step,
@@ -76,6 +76,7 @@ def backend() -> Backend:
         ("cuda",),
         status,
         torch_stream=cuda,
+        makes_weights=("cuda",),
         needs_thresholds=True,
         backward=_backward,
         repeats=cuda,
@@ -101,7 +102,7 @@ def _version() -> str:
 
 
 _SCALARS = ("index", "philox_threads")
-_OF_PROGRAMS = ("program", "parameters", "made", "scratch")  # here, weights are made before the step
+_OF_PROGRAMS = ("program", "parameters", "made", "scratch")  # for the kernels before the step's
 _TENSORS = tuple(place for place, name in enumerate(StepArguments._fields) if name not in (*_SCALARS, *_OF_PROGRAMS))
 _WITH_STRIDES = tuple(
     place
@@ -115,11 +116,27 @@ def guided_step(*arguments: Any) -> None:
     a = StepArguments(*arguments)
     if a.sample.numel() > 0:
         _check(a)
-        a = _each_apart(a)
+        a = _with_made_weights(_each_apart(a))
         shape = _Shape.of(a)
         state = a.philox if a.philox is not None and a.philox.numel() == 3 else None
         tensors = a._replace(philox=state)
         _launch(shape.programs, shape.arguments(a.index, tuple(tensors[k] for k in _TENSORS)), a.sample.device)
+
+
+def _with_made_weights(a: StepArguments) -> StepArguments:
+    """Launch what makes the weights of a step, if it has a program for that."""
+    if a.program is None:
+        return a
+    from .triton_moments import with_made_weights
+
+    return with_made_weights(a)
+
+
+def _reading_step(a: StepArguments) -> StepArguments:
+    """Return the arguments of the step that reads what the kernels before it have made."""
+    from .triton_moments import reading_step
+
+    return reading_step(a)
 
 
 def _each_apart(a: StepArguments) -> StepArguments:
@@ -182,8 +199,9 @@ class Relaunch:
 
     def __init__(self, a: StepArguments) -> None:
         """Remember a step that was made."""
-        self._shape = _Shape.of(_each_apart(a))
-        self._constants = a.rows, a.weights, a.cursor, a.timestep
+        self._makes_weights = a.program is not None
+        self._shape = _Shape.of(_reading_step(_each_apart(a)) if self._makes_weights else _each_apart(a))
+        self._constants = a.rows, a.weights, a.cursor, a.timestep, a.program, a.parameters, a.made, a.scratch
         self._count, self._batch, self._device = a.weights.shape[-1] - 1, a.sample.shape[0], a.sample.device
         self._kernel: Any = None
 
@@ -194,9 +212,18 @@ class Relaunch:
         original: Tensor | None, _out: Any, staged: Tensor | None, _backend: Any,
     ) -> None:  # fmt: skip
         """Launch it: the output, the noise, and what ``guided_step`` got."""
-        rows, weights, cursor, timestep = self._constants
+        rows, weights, cursor, timestep, *of_program = self._constants
         each = _apart([predictions] if type(predictions) is Tensor else predictions, self._count, self._batch)
         indices = index if type(index) is Tensor else None
+        if self._makes_weights:
+            named: dict[str, Any] = dict(zip(_OF_PROGRAMS, of_program, strict=True))
+            made = _with_made_weights(
+                StepArguments(
+                    out, None, None, sample, list(each), rows, weights, index if type(index) is int else 0, indices,
+                    None, None, None, cursor=cursor, **named,
+                )
+            )  # fmt: skip
+            weights, each = made.weights, tuple(made.predictions)
         tensors = (
             out, original, staged, sample, each, rows, weights, indices, gradient, variance, noise, seeds, None, cursor,
             timestep, *(inpainting or (None, None, None)), anchor, history, None,
@@ -213,7 +240,9 @@ class Relaunch:
 
 def _check(a: StepArguments) -> None:
     if a.program is not None:
-        raise RuntimeError("program: expected none in Triton; the native and reference backends run one")
+        from .triton_moments import check_program
+
+        check_program(a)
     if a.inverse_thresholds is not None and a.inverse_thresholds.shape != (a.sample.shape[0], 1):
         raise RuntimeError(
             "inverse_thresholds: expected those of all samples, found before the step; others find them in theirs"

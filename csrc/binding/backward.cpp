@@ -230,11 +230,47 @@ void add_noise(const RunFunctions<T>& runs, const StepArguments& a, int64_t samp
   }
 }
 
+// Whether such a step is one of tensors that are all used in place, so that one pass makes the mean and x'.
+template <typename T>
+bool is_one_pass(const StepArguments& a) {
+  constexpr Element own = sizeof(T) == sizeof(float) ? Element::float32 : Element::float64;
+  bool one_pass = ends_with_noise(a) && a.gradient.data == nullptr && a.num_predictions >= 1 &&
+                  a.num_predictions <= 2 && a.out.element == own && a.inverse_thresholds == nullptr;
+  for_each_input(a, a.predictions, [&](Argument, const Input& input) {
+    one_pass = one_pass && (input.data == nullptr || input.element == own);
+  });
+  return one_pass;
+}
+
+// Makes a part of such a step; returns the sum of (x' - mean)^2, in the order of squares_of.
+template <typename T>
+double make_and_add(const RunFunctions<T>& runs, const StepArguments& a, int64_t sample, int64_t begin, int64_t end) {
+  const auto run_of = [&](const Input& input) {
+    return static_cast<const T*>(input.data) + sample * input.batch_stride;
+  };
+  const int64_t index = position_of(a, sample).index;
+  const T* weights = static_cast<const T*>(a.weights) + index * a.weights_step_stride + sample * a.weights_batch_stride;
+  const PairWeights<T> pair = pair_weights(weights, a.num_predictions);
+  const Row<T>& row = row_at<T>(a, index);
+  const T *x = run_of(a.sample), *p0 = run_of(a.predictions[0]), *z = run_of(a.noise);
+  const T* p1 = a.num_predictions > 1 ? run_of(a.predictions[1]) : nullptr;
+  T* next = static_cast<T*>(a.out.data) + sample * a.out.batch_stride;
+  alignas(64) T mean[kBlock];
+  double total = 0;
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t count = std::min(end - i, kBlock);
+    runs.noisy_step(row, pair, x + i, p0 + i, p1 == nullptr ? nullptr : p1 + i, z + i, count, mean, next + i);
+    total += runs.sum_of_squares(next + i, mean, count);
+  }
+  return total;
+}
+
 // Sums up (x' - mean)^2 of each sample; makes x' in the same pass, where it is not there yet.
 template <typename T>
 void run_squares(const StepFunctions& functions, const RunFunctions<T>& runs, const StepArguments& a, bool makes_step,
                  double* squares) {
   const int64_t parts = parts_of(a), size = a.elements_per_sample;
+  const bool one_pass = makes_step && is_one_pass<T>(a);
   std::vector<double> sums(static_cast<size_t>(a.batch * parts));
   over_parts(a, [&](int64_t first, int64_t last) {
     alignas(64) T mean[kAtHand];
@@ -243,6 +279,10 @@ void run_squares(const StepFunctions& functions, const RunFunctions<T>& runs, co
       double sum = 0;
       for (int64_t begin = k % parts * kPart; begin < whole; begin += kAtHand) {
         const int64_t end = std::min(begin + kAtHand, whole);
+        if (one_pass) {
+          sum += make_and_add(runs, a, sample, begin, end);
+          continue;
+        }
         make_mean(functions, a, sample, begin, end, !makes_step, mean);
         if (makes_step && ends_with_noise(a)) {
           add_noise(runs, a, sample, begin, end, mean);

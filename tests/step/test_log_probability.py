@@ -20,6 +20,7 @@ from fastguide import (
     guided_step,
     log_prob_of,
 )
+from fastguide.step.backends import native
 from tests.step.test_gradients import BOTH
 
 SCHEDULE, FLOW = NoiseSchedule.linear(), FlowSchedule(shift=3.0)
@@ -166,6 +167,30 @@ def test_no_bit_depends_on_threads_or_on_others_of_the_batch():
     assert torch.equal(got, expected)
     _, alone = guided_step(table, 1, x[1:2], p[1:2], seeds=SEEDS[1:2], return_log_prob=True)
     assert torch.equal(alone, expected[1:2])
+
+
+@pytest.mark.skipif("native" not in BOTH, reason="the native library is not here")
+@pytest.mark.parametrize("capability", native.CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["ddpm", "flow sde"])
+def test_a_step_of_tensors_in_place_makes_its_mean_in_the_same_pass(name, dtype, capability):
+    """The bits are those of the step alone, and of a later look at it; the noise may be the output."""
+    table, index = TABLES[name], torch.tensor([1, 3, 2])
+    x, uncond, cond, noise = (randn(seed, dtype) for seed in range(4))
+    before = native.cpu_capability()
+    native.set_cpu_capability(capability)
+    try:
+        for predictions, guidance in (([uncond], None), ([uncond, cond], ClassifierFree([1.0, 2.0, 5.0]))):
+            call = (table, index, x, predictions, guidance)
+            expected = guided_step(*call, noise=noise)
+            new, log_prob = guided_step(*call, noise=noise, return_log_prob=True)
+            assert torch.equal(new, expected)
+            assert torch.equal(log_prob_of(*call, new), log_prob)
+            out = noise.clone()
+            assert torch.equal(guided_step(*call, noise=out, out=out, return_log_prob=True)[1], log_prob)
+            assert torch.equal(out, expected)
+    finally:
+        native.set_cpu_capability(before)
 
 
 X, DDIM = torch.zeros(2, 3), fastguide.ddim(SCHEDULE, 6)

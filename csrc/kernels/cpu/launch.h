@@ -39,6 +39,9 @@ struct RunFunctions {
   void (*deviations)(T base, T span, const T* v, int64_t count, T* to);          // exp((base + span*v)/2)
   double (*sum_of_products)(const T* a, const T* b, const T* c, int64_t count);  // of a*(b - c)
   double (*sum_of_squares)(const T* a, const T* b, int64_t count);               // of (a - b)^2
+  // Writes the mean of a step, and x': the mean and then the noise. p1: null with one prediction.
+  void (*noisy_step)(const Row<T>& row, const PairWeights<T>& pair, const T* x, const T* p0, const T* p1, const T* z,
+                     int64_t count, T* mean, T* next);
 };
 
 // What a step on the CPU consists of.

@@ -91,6 +91,28 @@ void deviations(T base, T span, const T* v, int64_t count, T* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = exponential(T(0.5) * fused(span, v[i], base));
 }
 
+// The mean is x' as a step without noise makes it, which adds the noise last: both have the bits of steps.
+template <typename T, int predictions>
+void noisy_step_of(const Row<T>& row, const PairWeights<T>& pair, const T* x, const T* p0, const T* p1, const T* z,
+                   int64_t count, T* mean, T* next) {
+  const Row<T> c = row;
+  const PairWeights<T> w = pair;
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) {
+    const T m = predictions == 2 ? guided_prediction(w, p0[i], p1[i]) : w.sum * p0[i];
+    const T x0 = clipped(unclipped_original<T, true, false>(c, x[i], m, T(0)), c.clip);
+    mean[i] = next_sample<T, true, false, false, false>(c, x0, x[i], m, T(0), T(0), T(0));
+    next[i] = fused(c.out_noise, z[i], mean[i]);
+  }
+}
+
+template <typename T>
+void noisy_step(const Row<T>& row, const PairWeights<T>& pair, const T* x, const T* p0, const T* p1, const T* z,
+                int64_t count, T* mean, T* next) {
+  if (p1 == nullptr) return noisy_step_of<T, 1>(row, pair, x, p0, p0, z, count, mean, next);
+  noisy_step_of<T, 2>(row, pair, x, p0, p1, z, count, mean, next);
+}
+
 template <typename T>
 void guided(const StepArguments& a, const T* weights, int64_t sample, int64_t offset, int64_t count, T* m) {
   Scratch<T> scratch;
@@ -110,9 +132,9 @@ void store_run(const T* from, const Output& output, int64_t sample, int64_t offs
 }
 
 template <typename T>
-constexpr RunFunctions<T> kRunFunctions = {load_run<T>,   store_run<T>,       guided<T>,
-                                           sum_of_two<T>, product<T>,         keep_unclipped<T>,
-                                           deviations<T>, sum_of_products<T>, sum_of_squares<T>};
+constexpr RunFunctions<T> kRunFunctions = {load_run<T>,       store_run<T>,      guided<T>,     sum_of_two<T>,
+                                           product<T>,        keep_unclipped<T>, deviations<T>, sum_of_products<T>,
+                                           sum_of_squares<T>, noisy_step<T>};
 
 }  // namespace
 

@@ -45,7 +45,10 @@ class Gradients(NamedTuple):
     grad_history: Tensor | None = None
     """Of the history, as the step has read it."""
     grad_weights: Tensor | None = None
-    """Of each sample's own weights, whether it shares them or not: float64 of shape (batch, columns)."""
+    """Of each sample's own weights, whether it shares them or not: float64 of shape (batch, columns).
+
+    The operator for CUDA leaves those of each tile, (batch, tiles, columns), which backends/native.py adds up.
+    """
 
 
 def _schema() -> str:

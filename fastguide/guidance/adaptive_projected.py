@@ -6,6 +6,7 @@ from typing import Any
 
 from .formulas import LEAST_NORM, Base, begin, check_base, rescaled
 from .from_moments import FromMoments, parameters_and_options
+from .groups import Dim, dims_of
 from .momentum import AddedUp, check_momentum_number
 from .scales import Scale
 from .spaces import TableSpace
@@ -50,7 +51,10 @@ class AdaptiveProjected(FromMoments):
         norm_threshold: the most that the difference's norm may be; ``None``: anything.
         momentum: how much is kept of what earlier calls have added up, above -1 and below 1; mostly below 0, which
             damps what they agree on. ``None``: none. Calls outside of ``within`` add nothing.
-        guidance_rescale: phi, 0 to 1: how far the guided prediction gets the standard deviation of the conditional one.
+        norm_dim: the dimensions of a sample that norms and projections are over, as ``dim`` of ``Normalized``, or
+            ``None``, the whole sample. The pipeline of ACE-Step has 1, for channels apart in (batch, time, channels).
+        guidance_rescale: phi, 0 to 1: how far the guided prediction gets the standard deviation of the conditional one,
+            over the whole sample; so not with ``norm_dim``.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
         space: what predictions are taken as: ``"prediction"``, what the model predicts, ``"original"``, x_0, or of
             ``space_of``.
@@ -66,6 +70,7 @@ class AdaptiveProjected(FromMoments):
         eta: Scale = 0.0,
         norm_threshold: Scale | None = 15.0,
         momentum: float | None = None,
+        norm_dim: Dim | None = None,
         guidance_rescale: Scale = 0.0,
         base: Base = "uncond",
         space: Space | TableSpace = "prediction",
@@ -74,10 +79,13 @@ class AdaptiveProjected(FromMoments):
         parameters, options = parameters_and_options(
             guidance_scale=guidance_scale, eta=eta, norm_threshold=norm_threshold, guidance_rescale=guidance_rescale
         )
+        if norm_dim is not None and "guidance_rescale" in parameters:
+            raise ValueError("guidance_rescale: expected 0 with norm_dim, as it is of whole samples")
+        dims = dims_of("norm_dim", norm_dim)
         options |= {"base": base, "momentum": momentum is not None}
         if momentum is None:
-            super().__init__(adaptive_projected, 2, parameters, options, space)
+            super().__init__(adaptive_projected, 2, parameters, options, space, dims=dims)
             return
         check_momentum_number(momentum)
         added_up = AddedUp(float(momentum), base == "uncond", space)
-        super().__init__(adaptive_projected, 2 + added_up.number, parameters, options, space, added_up)
+        super().__init__(adaptive_projected, 2 + added_up.number, parameters, options, space, added_up, dims)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .._counts import check_count
 from .formulas import check_space
+from .groups import Dim, dims_of
 from .moment_weights import MomentWeights
 from .momentum import AddedUp
 from .scales import Scale, as_scale, stand_in_columns
@@ -27,6 +28,7 @@ class FromMoments(Guidance):
         options: by name, what is the same for all steps and samples.
         space: what the function gets predictions as: ``"prediction"``, ``"original"``, x_0, or of ``space_of``.
         added_up: what a loop's steps add up, the first of the predictions; ``None``: nothing.
+        dims: the dimensions that norms and inner products are over, see ``dims_of``.
     """
 
     def __init__(
@@ -37,10 +39,11 @@ class FromMoments(Guidance):
         options: Mapping[str, Any] | None = None,
         space: Space | TableSpace = "prediction",
         added_up: AddedUp | None = None,
+        dims: tuple[int, ...] | None = None,
     ) -> None:
         check_space(space)
         scales = {name: as_scale(name, value) for name, value in parameters.items()}
-        made = MomentWeights.of(function, num_predictions, scales, options, space, added_up is not None)
+        made = MomentWeights.of(function, num_predictions, scales, options, space, added_up is not None, dims)
         super().__init__(stand_in_columns(num_predictions, made.scales), None, made, added_up)
 
 
@@ -54,22 +57,24 @@ def parameters_and_options(**values: Any) -> tuple[dict[str, Any], dict[str, Any
 
 
 def as_guidance(
-    predictions: int, space: Space | TableSpace = "prediction"
+    predictions: int, space: Space | TableSpace = "prediction", *, dim: Dim | None = None
 ) -> Callable[[Callable[..., Vector]], Callable[..., FromMoments]]:
     """Make a guidance of a function of vectors: it returns the guided prediction, and so defines the weights.
 
     The function is called once for each guidance that is made, with symbols: ``v``, which has the vectors
     ``v.predictions`` and ``v.sample`` (x_t), the number ``v.step`` of calls that the loop has made before, ``v.dot``,
     ``v.sum``, ``v.norm``, ``v.std`` of vectors, and ``v.sqrt``, ``v.exp``, ``v.minimum``, ``v.maximum`` and ``v.where``
-    of numbers, one for each sample; and with its parameters. Norms and inner products are over all but the batch. It
-    says which moments of the predictions it needs, and a program makes the weights of each sample from them at each
-    step, on the device.
+    of numbers, one for each sample; and with its parameters. Norms and inner products are over all but the batch, or
+    over ``dim``. It says which moments of the predictions it needs, and a program makes the weights of each sample from
+    them at each step, on the device.
 
     Args:
         predictions: their number, 2 to 4, or 3 if the sample has a weight.
         space: what the function gets predictions as: ``"prediction"``, what the model predicts; or ``"original"``, the
             x_0 that each of them says, where the row says it: not from noise at alpha = 0; or what ``space_of`` a table
             returns.
+        dim: the dimensions of a sample that norms, sums and inner products are over, -1 for those of each token in
+            (batch, tokens, channels): see ``Normalized``. ``None``: all but the batch.
 
     Returns:
         The decorator. What it returns is called with the function's own parameters: a number, or one for each sample or
@@ -90,6 +95,7 @@ def as_guidance(
     (2, 2)
     """
     check_count("predictions", predictions, 2)
+    dims = dims_of("dim", dim)
 
     def decorate(function: Callable[..., Vector]) -> Callable[..., FromMoments]:
         if not callable(function):
@@ -103,7 +109,7 @@ def as_guidance(
             values = dict(list(bound.arguments.items())[1:])
             options = {name: value for name, value in values.items() if value is None or isinstance(value, (bool, str))}
             parameters = {name: value for name, value in values.items() if name not in options}
-            return FromMoments(function, predictions, parameters, options, space)
+            return FromMoments(function, predictions, parameters, options, space, dims=dims)
 
         return made
 

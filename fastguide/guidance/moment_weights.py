@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .encoded import encode, scratch_numbers
+from .groups import number_of_groups
 from .program import Program, input_of, traced
 from .scales import scale_columns
 from .spaces import TableSpace
@@ -27,16 +28,21 @@ class MomentWeights:
         program: makes them.
         parameters: by name, each a number or of shape (steps or 1, batch or 1), on any device.
         active: bools on the host, one a step: elsewhere the weights are those of the conditional prediction alone.
+        dims: the dimensions of a group of elements that has moments and weights of its own; ``None``: a whole sample.
 
     Raises:
         ValueError: the program is too large for the kernels, or has too many predictions.
     """
 
     def __init__(
-        self, program: Program, parameters: Mapping[str, float | Tensor], active: Tensor | None = None
+        self,
+        program: Program,
+        parameters: Mapping[str, float | Tensor],
+        active: Tensor | None = None,
+        dims: tuple[int, ...] | None = None,
     ) -> None:
         self._always = program, dict(parameters)
-        self.active = active
+        self.active, self.dims = active, dims
         values = {input_of(name): value for name, value in parameters.items()}
         if active is not None:
             program = program.where(_ACTIVE, [1.0, 1.0])
@@ -48,12 +54,13 @@ class MomentWeights:
         self._constants = encoded.constants
         self._parameters = self._columns(values)
         self._on_devices: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._made: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[torch.device, torch.dtype, int, int], tuple[Tensor, Tensor]] = {}
         """Where steps write their weights, and that as ``last_weights`` has it."""
         self._scratch: dict[tuple[torch.device, int, int], Tensor] = {}
         self.last_weights: Tensor | None = None
         """What was made last, as the step read it: the sum of all weights, those of all predictions but the first, and
-        a classifier's scale, and the sample's own if it has one, on the device; shape (1, batch, columns)."""
+        a classifier's scale, and the sample's own if it has one, on the device; shape (1, batch, columns), or
+        (1, batch, groups, columns)."""
 
     @property
     def requires_grad(self) -> bool:
@@ -69,10 +76,12 @@ class MomentWeights:
         options: Mapping[str, Any] | None = None,
         space: Space | TableSpace = "prediction",
         first_is_state: bool = False,
+        dims: tuple[int, ...] | None = None,
     ) -> MomentWeights:
         """Return the weights that a function makes; see ``traced``."""
         program = traced(function, count, tuple(parameters), options or {}, space, first_is_state)
-        return cls(program, {**parameters, **(space.parameters() if isinstance(space, TableSpace) else {})})
+        of_space = space.parameters() if isinstance(space, TableSpace) else {}
+        return cls(program, {**parameters, **of_space}, dims=dims)
 
     @property
     def scales(self) -> list[float | Tensor]:
@@ -100,12 +109,13 @@ class MomentWeights:
     def where(self, active: Tensor) -> MomentWeights:
         """Return the same weights at some of the steps, and the conditional prediction's alone at the others."""
         both = active if self.active is None else active & self.active
-        return MomentWeights(*self._always, both)
+        return MomentWeights(*self._always, both, self.dims)
 
     def of_samples(self, samples: slice) -> MomentWeights:
         """Return the weights of some samples."""
         program, parameters = self._always
-        return MomentWeights(program, {name: _of_samples(p, samples) for name, p in parameters.items()}, self.active)
+        of_samples = {name: _of_samples(p, samples) for name, p in parameters.items()}
+        return MomentWeights(program, of_samples, self.active, self.dims)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the program as kernels read it, int32 of shape (1, words), and its parameters and constants.
@@ -123,15 +133,22 @@ class MomentWeights:
         return found
 
     def place_for(self, sample: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return where a step writes the weights that it makes, and ``last_weights`` finds them: (batch, columns)."""
-        key = sample.device, dtype, sample.shape[0]
+        """Return where a step writes the weights that it makes, and ``last_weights`` finds them.
+
+        Its shape is (batch, columns), or (batch * groups, columns).
+        """
+        batch, groups = sample.shape[0], number_of_groups(self.dims, sample)
+        key = sample.device, dtype, batch, groups
         found = self._made.get(key)
         if found is None:
-            columns = len(self.program.weights) + 1
-            place = torch.empty(sample.shape[0], columns, dtype=dtype, device=sample.device)
-            found = self._made[key] = place, place[None]
+            place = torch.empty(batch * groups, len(self.program.weights) + 1, dtype=dtype, device=sample.device)
+            found = self._made[key] = place, self.as_last_weights(place, batch)
         place, self.last_weights = found
         return place
+
+    def as_last_weights(self, made: Tensor, batch: int) -> Tensor:
+        """Return weights of the shape (batch or batch * groups, columns) as ``last_weights`` has them."""
+        return made[None] if self.dims is None else made.view(1, batch, len(made) // max(batch, 1), made.shape[1])
 
     def scratch_for(self, sample: Tensor) -> Tensor | None:
         """Return the memory that a GPU's kernel needs, which is 0 between two steps; ``None`` elsewhere."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..guidance import Guidance
+from ..guidance.groups import number_of_groups
 from ..guidance.low_passes import LowPasses
 from ..guidance.moment_weights import MomentWeights
 from ..guidance.momentum import AddedUp
@@ -23,7 +24,7 @@ from ..step.memory import empty_like, empty_strided, in_layout_of
 from ..step.momentum import updates_key
 from ..step.operator import StepArguments
 from ..step.thresholds import thresholds_for
-from ..step.weigh import weighed
+from ..step.weigh import made_in_step, weighed
 from . import conditioning as conditioning
 from .conditioning import NamedConditions, Signature
 from .distributed.dimension import Dimension
@@ -73,7 +74,7 @@ class StateKey(NamedTuple):
     own_predictions: range  # those that this process calls the model for
     guidance_ranks: Dimension | None  # those that share all of them
     derived: LowPasses | AddedUp | None  # what makes further tensors of them
-    weights_from: Program | ByIdentity | None
+    weights_from: tuple[Program, tuple[int, ...] | None] | ByIdentity | None
     makes_weights: bool  # whether the step itself makes them, by a program
     classifier: tuple[object, ...] | None
     labels: bool
@@ -131,7 +132,8 @@ class StateKey(NamedTuple):
             guidance_ranks=options.guidance_ranks,
             derived=None if guidance.derived is None else guidance.derived.kind,
             weights_from=_what_makes_weights(guidance),
-            makes_weights=isinstance(guidance.weights_from, MomentWeights) and device in request.backend.makes_weights,
+            makes_weights=isinstance(guidance.weights_from, MomentWeights)
+            and made_in_step(request.backend, guidance.weights_from, x),
             classifier=None if classifier is None else (guidance.form, *map(ByIdentity, classifier.functions)),
             labels=request.labels is not None,
             scales_per_sample=guidance.batch > 1 or slots is not None,
@@ -166,10 +168,11 @@ def rows_key(guidance: Guidance) -> Hashable:
     return guidance.form, updates_key(guidance)
 
 
-def _what_makes_weights(guidance: Guidance) -> Program | ByIdentity | None:
-    if isinstance(guidance.weights_from, MomentWeights):
-        return guidance.weights_from.program  # whose parameters are in a buffer
-    return None if guidance.weights_from is None else ByIdentity(guidance.weights_from)
+def _what_makes_weights(guidance: Guidance) -> tuple[Program, tuple[int, ...] | None] | ByIdentity | None:
+    made_by = guidance.weights_from
+    if isinstance(made_by, MomentWeights):
+        return made_by.program, made_by.dims  # whose parameters are in a buffer
+    return None if made_by is None else ByIdentity(made_by)
 
 
 class SamplerState:
@@ -255,9 +258,9 @@ class SamplerState:
             program, parameters = made_by.on(key.device)
             self.parameters = parameters.new_zeros(key.capacity, scales, parameters.shape[-1])
             if key.makes_weights:
-                columns = len(made_by.program.weights) + 1
+                columns, groups = len(made_by.program.weights) + 1, number_of_groups(made_by.dims, self.sample)
                 self.program, self.scratch = program, made_by.scratch_for(self.sample)
-                self.made = torch.zeros(self.batch, columns, dtype=arithmetic, device=key.device)
+                self.made = torch.zeros(self.batch * groups, columns, dtype=arithmetic, device=key.device)
         self._no_gradient_scale = torch.zeros(1, 1, 1, dtype=arithmetic, device=key.device)
         self._samples = torch.arange(scales, device=key.device)
 
@@ -332,7 +335,7 @@ class SamplerState:
     def _load_samples(self, request: SampleRequest, samples: slice) -> None:
         made_by = request.guidance.weights_from
         if isinstance(made_by, MomentWeights):
-            made_by.last_weights = None if self.made is None else self.made[None]
+            made_by.last_weights = None if self.made is None else made_by.as_last_weights(self.made, self.batch)
         self.sample[samples].copy_(request.first)
         self._write_conditions(request.conditions, samples)
         if self.labels is not None and request.labels is not None:

@@ -25,7 +25,16 @@ from .history import History
 from .memory import empty_strided, in_layout_of
 from .noise import DeviceGenerator, draw, portable_noise
 from .operator import StepArguments
-from .weigh import position_of, selected, split, weighed, weights_of, with_gradient_scale, with_sample_as_prediction
+from .weigh import (
+    made_in_step,
+    position_of,
+    selected,
+    split,
+    weighed,
+    weights_of,
+    with_gradient_scale,
+    with_sample_as_prediction,
+)
 
 _ELEMENTWISE = ("sample", "gradient", "variance", "noise", "anchor")
 _INPUTS = (*_ELEMENTWISE, "history", "known", "known_noise", "weights", "parameters")
@@ -85,8 +94,9 @@ def _check_that_it_records(a: StepArguments, out: Tensor | None) -> None:
 
 def to_be_recorded(guidance: Guidance, chosen: Backend, sample: Tensor) -> Guidance:
     """Return guidance for the checks of a step, which would make its weights without recording how."""
-    in_step = isinstance(guidance.weights_from, MomentWeights) and sample.device.type in chosen.makes_weights
-    return guidance if guidance.weights_from is None or in_step else guidance.with_constants()
+    made_by = guidance.weights_from
+    in_step = isinstance(made_by, MomentWeights) and made_by.dims is None and made_in_step(chosen, made_by, sample)
+    return guidance if made_by is None or in_step else guidance.with_constants()
 
 
 def recorded_step(

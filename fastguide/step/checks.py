@@ -24,7 +24,7 @@ from .noise import DeviceGenerator
 from .operator import ELEMENTWISE, NAMES, StepArguments, elementwise
 from .overlaps import check_memory
 from .thresholds import thresholds_for, with_thresholds
-from .weigh import weighed
+from .weigh import made_in_step, weighed
 
 Generator: TypeAlias = "torch.Generator | DeviceGenerator"
 
@@ -178,7 +178,7 @@ def _with_weights_from(backend: Backend, arguments: StepArguments, guidance: Gui
     made_by, sample, dtype = guidance.weights_from, arguments.sample, arguments.rows.dtype
     if isinstance(made_by, MomentWeights):
         program, parameters = made_by.on(sample.device)
-        if sample.device.type not in backend.makes_weights:
+        if not made_in_step(backend, made_by, sample):
             return weighed(arguments, made_by, parameters)
         made, scratch = made_by.place_for(sample, dtype), made_by.scratch_for(sample)
         return arguments._replace(program=program, parameters=parameters, made=made, scratch=scratch)

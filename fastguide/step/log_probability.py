@@ -31,7 +31,7 @@ from .memory import empty_like, overlaps
 from .momentum import refuse_gradients
 from .noise import draw
 from .operator import StepArguments, inputs, library
-from .weigh import position_of, split, with_sample_as_prediction
+from .weigh import combined_in_blocks, position_of, split, with_sample_as_prediction
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 """Over a sample's elements: ``"mean"`` as the code of DDPO and Flow-GRPO, ``"sum"`` for the log-density itself."""
@@ -272,6 +272,8 @@ def _with_made_weights(a: StepArguments) -> StepArguments:
     if a.made is None:
         return a
     columns, count, predictions = a.made, a.weights.shape[-1] - 1, a.predictions
+    if len(columns) > len(a.sample):
+        return combined_in_blocks(a, columns.unflatten(0, (len(a.sample), -1)))
     if columns.shape[1] > count + 1:
         columns = with_sample_as_prediction(columns, count)
         predictions = [*split(predictions, count, len(a.sample)), a.sample]

@@ -99,6 +99,14 @@ def in_layout_of(sample: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(sample, dtype=tensor.dtype).copy_(tensor)
 
 
+def in_blocks(tensor: Tensor, blocks: int) -> Tensor:
+    """Return a view of a tensor that is dense within a sample: (batch, blocks, elements of a block), as they lie."""
+    inner = tensor.stride()[1:]
+    order = sorted(range(1, tensor.dim()), key=lambda k: (-inner[k - 1], tensor.shape[k] > 1))
+    blocked: Tensor = tensor.permute(0, *order).flatten(1).unflatten(1, (blocks, -1))
+    return blocked
+
+
 def counted_layout(sample: Tensor) -> bool:
     """Tell whether streams of noise can count its elements: each sample is contiguous or channels_last."""
     if sample.is_contiguous():

@@ -1,4 +1,8 @@
-"""Make a step's weights from moments by torch's own operations: for backends whose kernels do not make them."""
+"""Make a step's weights from moments by torch's own operations: for backends whose kernels do not make them.
+
+Where each group of a sample's elements has weights of its own, the guided prediction is made before the step as well,
+and the step has that one prediction.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..guidance.groups import resolved
 from ..guidance.moment_weights import MomentWeights
 from ..guidance.moments import moments_of
 from ..guidance.program import Program
 from ..solvers.table import ROW_COLUMNS
+from .backends.registry import Backend
+from .memory import empty_like, in_blocks, in_layout_of
 from .operator import StepArguments
+from .original import combined, per_sample
+
+
+def made_in_step(backend: Backend, made_by: MomentWeights, sample: Tensor) -> bool:
+    """Tell whether a backend's step makes these weights, rather than gets what was made of them before."""
+    return made_by.dims is None and sample.device.type in backend.makes_weights
 
 
 def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> StepArguments:
@@ -29,14 +42,39 @@ def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> Ste
     predictions = split(a.predictions, count, batch)
     steps, first, _ = position_of(a)
     named = dict(zip(made_by.names, selected(parameters, steps, batch).unbind(-1), strict=False))
-    terms = weights_of(a, predictions, made_by.program, (steps, first), named)
+    dims = None if made_by.dims is None else resolved(made_by.dims, a.sample)
+    terms = weights_of(a, predictions, made_by.program, (steps, first), named, dims)
     made = with_gradient_scale(terms, count, selected(a.weights, steps, batch)[:, -1:]).to(a.weights.dtype)
     made_by.last_weights = made[None].detach()
+    if dims is not None:
+        sizes = [1 if k in dims else size for k, size in enumerate(a.sample.shape)]
+        x, each = a.sample.to(made.dtype), [prediction.to(made.dtype) for prediction in predictions]
+        m = combined([weight.reshape(sizes) for weight in made.unbind(-1)], each, x)
+        return _of_guided_prediction(a, in_layout_of(a.sample, m), steps)
     if terms.shape[1] > count:
         made, predictions = with_sample_as_prediction(made, count), [*predictions, a.sample]
     return a._replace(
         predictions=predictions, weights=made[None], program=None, parameters=None, made=None, scratch=None
     )
+
+
+def combined_in_blocks(a: StepArguments, made: Tensor) -> StepArguments:
+    """Return the arguments of a step with the guided prediction, made of each block's weights, and no program.
+
+    ``made``: of shape (batch, blocks, columns); a block is so many elements that lie one after the other.
+    """
+    blocks, dtype = made.shape[1], a.rows.dtype
+    predictions = split(a.predictions, a.weights.shape[-1] - 1, a.sample.shape[0])
+    x, *each = [in_blocks(tensor, blocks).to(dtype) for tensor in (a.sample, *predictions)]
+    m = empty_like(a.sample, dtype)
+    in_blocks(m, blocks).copy_(combined([weight[..., None] for weight in made.unbind(-1)], each, x))
+    return _of_guided_prediction(a, m, position_of(a)[0])
+
+
+def _of_guided_prediction(a: StepArguments, m: Tensor, steps: Tensor) -> StepArguments:
+    scale = selected(a.weights, steps, a.sample.shape[0])[:, -1:]
+    weights = torch.cat([torch.ones_like(scale), scale], -1)[None]
+    return a._replace(predictions=[m], weights=weights, program=None, parameters=None, made=None, scratch=None)
 
 
 def weights_of(
@@ -45,8 +83,9 @@ def weights_of(
     program: Program,
     position: tuple[Tensor, Tensor],
     parameters: dict[str, Tensor],
+    dims: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Return the weights of the terms of each sample, float64 of shape (batch, terms).
+    """Return the weights of the terms of each sample, float64 of shape (batch, terms), or (batch, groups, terms).
 
     Args:
         a: the step's arguments.
@@ -54,20 +93,27 @@ def weights_of(
         program: makes them.
         position: the row of each sample, and of its first step, of shape (1,) or (batch,).
         parameters: the program's, by name, each of shape (1,) or (batch,).
+        dims: the dimensions of a group of elements that has weights of its own; ``None``: a sample has.
     """
     batch = a.sample.shape[0]
     steps, first = position
     columns = a.rows.index_select(0, steps).double().unbind(-1)
     row = dict(zip(ROW_COLUMNS, columns, strict=True)) | {"step": (steps - first).double()}
     given = [prediction.to(a.rows.dtype) for prediction in predictions]
-    moments = moments_of(given, program.inputs, a.sample.to(a.rows.dtype))
-    like = torch.zeros(batch, dtype=torch.float64, device=a.sample.device)
-    return torch.stack([like + weight for weight in program.run(moments | row | parameters)], -1)
+    moments = moments_of(given, program.inputs, a.sample.to(a.rows.dtype), dims)
+    others, sizes = row | parameters, [batch]
+    if dims is not None:
+        others = {name: per_sample(values, a.sample) for name, values in others.items()}
+        sizes = [1 if k in dims else size for k, size in enumerate(a.sample.shape)]
+    like = torch.zeros(sizes, dtype=torch.float64, device=a.sample.device)
+    weights = torch.stack([like + weight for weight in program.run(moments | others)], -1)
+    return weights if dims is None else weights.flatten(1, -2)
 
 
 def with_gradient_scale(terms: Tensor, count: int, scale: Tensor) -> Tensor:
     """Return the terms' weights with a gradient's scale, (batch or 1, 1), behind those of so many predictions."""
-    return torch.cat([terms[:, :count], scale.double().expand(len(terms), -1), terms[:, count:]], -1)
+    behind = per_sample(scale.double(), terms).expand(*terms.shape[:-1], 1)
+    return torch.cat([terms[..., :count], behind, terms[..., count:]], -1)
 
 
 def with_sample_as_prediction(made: Tensor, count: int) -> Tensor:

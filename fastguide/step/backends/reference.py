@@ -10,11 +10,12 @@ from torch import Tensor
 from ...guidance.encoded import decode
 from ...solvers.table import ROW_COLUMNS
 from ..backward import Gradients
+from ..memory import in_blocks
 from ..noise import portable_noise
 from ..operator import StepArguments, library
 from ..original import combined, per_sample, unclipped
 from ..thresholds import thresholds_of
-from ..weigh import position_of, selected, split, weights_of, with_gradient_scale
+from ..weigh import combined_in_blocks, position_of, selected, split, weights_of, with_gradient_scale
 from .registry import Backend
 
 
@@ -38,11 +39,12 @@ def guided_step(*arguments: object) -> None:
     sample, batch, dtype = a.sample, a.sample.shape[0], a.rows.dtype
     steps, first, live = position_of(a)
     row = {name: per_sample(a.rows.index_select(0, steps)[:, i], sample) for i, name in enumerate(ROW_COLUMNS)}
+    made = None if a.program is None else _made(a, (steps, first))
+    if made is not None and made.dim() == 3:
+        a, made = combined_in_blocks(a, made), None
     count = a.weights.shape[-1] - 1
     each = split(a.predictions, count, batch)
-    weights = selected(a.weights, steps, batch)
-    if a.program is not None:
-        weights = _made(a, each, (steps, first), weights[:, -1:])
+    weights = selected(a.weights, steps, batch) if made is None else made
     weight = [per_sample(w, sample) for w in weights.unbind(-1)]
     scale = weight[count]
 
@@ -96,19 +98,28 @@ def guided_step(*arguments: object) -> None:
 library.impl("guided_step", guided_step, "CompositeExplicitAutograd")
 
 
-def _made(a: StepArguments, predictions: list[Tensor], position: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
-    """Return the weights that each sample's program makes of its moments, and write them down."""
+def _made(a: StepArguments, position: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the weights that each sample's program makes of its moments, and write them down.
+
+    They are of shape (batch, columns), or of (batch, groups, columns) where there is room for them of each group.
+    """
     assert a.program is not None
     assert a.parameters is not None
     assert a.made is not None
-    batch, terms = a.sample.shape[0], a.made.shape[1] - 1
+    batch, terms, count = a.sample.shape[0], a.made.shape[1] - 1, a.weights.shape[-1] - 1
+    predictions, of, dims = split(a.predictions, count, batch), a, None
+    if len(a.made) > batch > 0:
+        groups, dims = len(a.made) // batch, (2,)
+        of = a._replace(sample=in_blocks(a.sample, groups))
+        predictions = [in_blocks(prediction, groups) for prediction in predictions]
     given = enumerate(selected(a.parameters, position[0], batch).unbind(-1))
     parameters = {f"parameter_{k}": values for k, values in given}
     programs = [decode(words, terms, a.parameters.shape[-1]) for words in a.program.tolist()]
-    tables = [weights_of(a, predictions, program, position, parameters) for program in programs]
+    tables = [weights_of(of, predictions, program, position, parameters, dims) for program in programs]
     weights = tables[0] if len(tables) == 1 else torch.stack([table[k] for k, table in enumerate(tables)])
-    made = with_gradient_scale(weights, len(predictions), scale).to(a.rows.dtype)
-    a.made.copy_(made)
+    scale = selected(a.weights, position[0], batch)[:, -1:]
+    made = with_gradient_scale(weights, count, scale).to(a.rows.dtype)
+    a.made.copy_(made.view(a.made.shape))
     return made
 
 

@@ -263,7 +263,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: compile {escape(source / 'binding' / f'{name}.cpp')}", f"  extra = {extra}"]
     for name, flags in INSTRUCTION_SETS.items():
-        for file in ("step", "moments", "tally", "noise"):
+        for file in ("step", "moments", "groups", "tally", "noise"):
             objects.append(f"{file}_{name}.o")
             lines += [
                 f"build {file}_{name}.o: compile {escape(source / 'kernels' / 'cpu' / f'{file}.cpp')}",

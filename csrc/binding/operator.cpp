@@ -280,12 +280,13 @@ void read_moments(const Operands& operands, const Layout& layout, StepArguments*
   a->parameters_step_stride = parameters.sizes()[0] > 1 ? parameters.strides()[0] : 0;
   a->parameters_batch_stride = parameters.sizes()[1] > 1 ? parameters.strides()[1] : 0;
   check_device("made", made, layout);
-  const int64_t columns = a->num_predictions + 1;
+  const int64_t columns = a->num_predictions + 1, rows = made.dim() == 2 ? made.sizes()[0] : -1;
+  a->groups = layout.batch > 0 && rows > layout.batch ? rows / layout.batch : 1;
   STD_TORCH_CHECK(element_of("made", made) == (a->double_precision ? Element::float64 : Element::float32) &&
-                      made.dim() == 2 && made.sizes()[0] == layout.batch &&
+                      rows == layout.batch * a->groups && layout.elements_per_sample % a->groups == 0 &&
                       (made.sizes()[1] == columns || made.sizes()[1] == columns + 1) && made.is_contiguous(),
-                  "made: expected the dtype of rows, shape (", layout.batch, ", ", columns,
-                  " or one more), contiguous");
+                  "made: expected the dtype of rows, shape (", layout.batch,
+                  " or times what divides a sample's elements, ", columns, " or one more), contiguous");
   a->weighs_sample = made.sizes()[1] > columns;
   a->made = made.mutable_data_ptr();
   read_program(*operands.program, layout, a);

@@ -116,8 +116,11 @@ struct StepArguments {
   int num_parameters;
   int64_t parameters_step_stride, parameters_batch_stride;
   double* scratch;     // a GPU's, see kernels/gpu/moments.h; 0 between two steps
-  void* made;          // gets the weights: (batch, made_columns)
+  void* made;          // gets the weights: (batch * groups, made_columns)
   bool weighs_sample;  // whether the last of a sample's weights is the sample's own
+  // With a program: into how many equal blocks a sample's elements are divided, each of which has moments and weights
+  // of its own. `made` has all of them, one after the other.
+  int64_t groups = 1;
   // Unless null, it gets 1 over the thresholds of x0 (kernels/thresholds.h), and the step takes them: one a sample, of
   // the arithmetic's type. On a GPU each has the words behind it to work with.
   void* inverse_thresholds;

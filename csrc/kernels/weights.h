@@ -25,27 +25,58 @@ FASTGUIDE_INLINE const int32_t* program_of(const StepArguments& a, int64_t sampl
   return a.program + sample * a.program_stride;
 }
 
+// Calls put(n, value) for each of a program's inputs behind the moments, the n-th of its values; returns how many
+// inputs there are.
+template <typename T, typename Put>
+FASTGUIDE_INLINE int put_inputs(const StepArguments& a, int64_t sample, const Position& position, const Put& put) {
+  const int64_t index = position.index;
+  const Row<T>& row = row_at<T>(a, index);
+  int inputs = moments_of(terms_of(a));
+  put(inputs++, double(a.elements_per_sample / a.groups));
+  put(inputs++, double(index - position.first));
+  put(inputs++, double(row.x0_scale));
+  put(inputs++, double(row.x0_sample));
+  put(inputs++, double(row.x0_pred));
+  const double* parameters = a.parameters + index * a.parameters_step_stride + sample * a.parameters_batch_stride;
+  for (int k = 0; k < a.num_parameters; ++k) put(inputs++, parameters[k]);
+  return inputs;
+}
+
+// The gradient's scale, which is a constant of weights that are made.
+template <typename T>
+FASTGUIDE_INLINE T constant_scale(const StepArguments& a, int64_t sample, int64_t index) {
+  const T* constants =
+      static_cast<const T*>(a.weights) + index * a.weights_step_stride + sample * a.weights_batch_stride;
+  return constants[a.num_predictions];
+}
+
 // Fills a program's inputs behind the moments, and runs it. values: kMaxValues, the first of them the moments.
 template <typename T>
 FASTGUIDE_INLINE void make_weights(const StepArguments& a, const int32_t* program, int64_t sample,
                                    const Position& position, double* values, T* weights) {
   const int terms = terms_of(a);
-  const int64_t index = position.index;
-  const Row<T>& row = row_at<T>(a, index);
-  int inputs = moments_of(terms);
-  values[inputs++] = double(a.elements_per_sample);
-  values[inputs++] = double(index - position.first);
-  values[inputs++] = double(row.x0_scale);
-  values[inputs++] = double(row.x0_sample);
-  values[inputs++] = double(row.x0_pred);
-  const double* parameters = a.parameters + index * a.parameters_step_stride + sample * a.parameters_batch_stride;
-  for (int k = 0; k < a.num_parameters; ++k) values[inputs++] = parameters[k];
+  const int inputs = put_inputs<T>(a, sample, position, [&](int n, double value) { values[n] = value; });
   run_program(program, terms, inputs, values);
-  const T* constants =
-      static_cast<const T*>(a.weights) + index * a.weights_step_stride + sample * a.weights_batch_stride;
   for (int k = 0; k < a.num_predictions; ++k) weights[k] = T(values[program[1 + k]]);
-  weights[a.num_predictions] = constants[a.num_predictions];
+  weights[a.num_predictions] = constant_scale<T>(a, sample, position.index);
   if (a.weighs_sample) weights[a.num_predictions + 1] = T(values[program[1 + a.num_predictions]]);
+}
+
+// The same for several groups of one sample; of the first `count` of them, the weights are written.
+template <typename T, int sets>
+FASTGUIDE_INLINE void make_weights(const StepArguments& a, const int32_t* program, int64_t sample,
+                                   const Position& position, double (*values)[sets], int count, T* weights) {
+  const int terms = terms_of(a), columns = made_columns(a);
+  const int inputs = put_inputs<T>(a, sample, position, [&](int n, double value) {
+    for (int k = 0; k < sets; ++k) values[n][k] = value;
+  });
+  run_program<sets>(program, terms, inputs, values);
+  const T scale = constant_scale<T>(a, sample, position.index);
+  for (int k = 0; k < count; ++k, weights += columns) {
+    for (int term = 0; term < a.num_predictions; ++term) weights[term] = T(values[program[1 + term]][k]);
+    weights[a.num_predictions] = scale;
+    if (a.weighs_sample) weights[a.num_predictions + 1] = T(values[program[terms]][k]);
+  }
 }
 
 }  // namespace fastguide

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -36,29 +35,36 @@ def resolved(dims: Sequence[int], sample: Tensor) -> tuple[int, ...]:
         ValueError: the sample has no such dimension, has it twice, or it is the batch.
     """
     rank = sample.dim()
-    counted = sorted(each + rank if each < 0 else each for each in dims)
-    if counted[0] < 1 or counted[-1] >= rank or len(set(counted)) < len(counted):
+    spanned: tuple[int, ...] = ()
+    for k in range(1, rank):
+        for each in dims:  # compared one by one: torch.compile may not know the numbers
+            if each == k or each == k - rank:
+                spanned = *spanned, k
+                break
+    if len(spanned) != len(dims):
         raise ValueError(
             f"guidance: expected norms over dimensions of a sample of shape {tuple(sample.shape)}, 1 to {rank - 1} and "
             f"each once, got {tuple(dims)}"
         )
-    return tuple(counted)
+    return spanned
 
 
 def number_of_groups(dims: Sequence[int] | None, sample: Tensor) -> int:
     """Return how many groups a sample has."""
     if dims is None:
         return 1
-    spanned = resolved(dims, sample)
-    return math.prod(size for k, size in enumerate(sample.shape) if k and k not in spanned)
+    spanned, groups = resolved(dims, sample), 1
+    for k in range(1, sample.dim()):
+        groups *= 1 if k in spanned else sample.shape[k]
+    return groups
 
 
 def lie_in_blocks(dims: Sequence[int], sample: Tensor) -> bool:
     """Tell whether each group of a sample, which is dense, fills a block of memory; the blocks follow each other."""
-    expected = 1
-    for stride, size in sorted((sample.stride(k), sample.shape[k]) for k in resolved(dims, sample)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
+    spanned, block = resolved(dims, sample), 1
+    for k in spanned:
+        block *= sample.shape[k]
+    for k in range(1, sample.dim()):  # not sorted: torch.compile may not know the numbers
+        if sample.shape[k] > 1 and (sample.stride(k) < block) != (k in spanned):
+            return False
     return True

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..guidance.groups import resolved
+from ..guidance.groups import lie_in_blocks, resolved
 from ..guidance.moment_weights import MomentWeights
 from ..guidance.moments import moments_of
 from ..guidance.program import Program
@@ -24,7 +24,10 @@ from .original import combined, per_sample
 
 def made_in_step(backend: Backend, made_by: MomentWeights, sample: Tensor) -> bool:
     """Tell whether a backend's step makes these weights, rather than gets what was made of them before."""
-    return made_by.dims is None and sample.device.type in backend.makes_weights
+    device, dims = sample.device.type, made_by.dims
+    if device not in backend.makes_weights or dims is None:
+        return device in backend.makes_weights
+    return device == "cpu" and sample.numel() > 0 and lie_in_blocks(dims, sample)
 
 
 def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> StepArguments:

@@ -50,6 +50,10 @@ struct StepFunctions {
   void (*step_range)(const StepArguments& arguments, int64_t begin, int64_t end);
   // Writes the moments of one part of a sample, see kernels/weights.h.
   void (*part_moments)(const StepArguments& arguments, int64_t sample, int64_t part, double* moments);
+  // Writes the weights of `count` of a sample's groups from `first` on, and their guided prediction, in the
+  // arithmetic's type: see StepArguments::groups.
+  void (*guide_groups)(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, void* weights,
+                       void* m);
   // Writes x0 before it is clipped, of `count` elements of a sample from `begin` on, in the arithmetic's type.
   void (*write_original)(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, void* x0);
   // Count `count` magnitudes of x0, and append the keys of those between 1 and the top to `between`, which has room for
@@ -63,11 +67,14 @@ struct StepFunctions {
   const RunFunctions<double>& (*double_runs)();
 };
 
-// portable_noise writes `count` values, at most kBlock: those of a sample's elements from `begin` on.
+// portable_noise writes `count` values, at most kBlock: those of a sample's elements from `begin` on. group_moments
+// writes the first `wanted` moments of each of some groups, one's kMostMoments after another's.
 #define FASTGUIDE_DECLARE(isa) \
   namespace isa { \
   void step_range(const StepArguments& arguments, int64_t begin, int64_t end); \
   void part_moments(const StepArguments& arguments, int64_t sample, int64_t part, double* moments); \
+  void guide_groups(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, void* weights, \
+                    void* m); \
   void write_original(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, void* x0); \
   void tally_float(const float* x0, int64_t count, float top, Tally<float>* so_far, int32_t* between); \
   void tally_double(const double* x0, int64_t count, double top, Tally<double>* so_far, int64_t* between); \
@@ -75,6 +82,8 @@ struct StepFunctions {
   int64_t append_wide_keys(const int64_t* keys, int64_t count, int64_t low, int64_t high, int64_t* to); \
   const RunFunctions<float>& float_runs(); \
   const RunFunctions<double>& double_runs(); \
+  void group_moments(const StepArguments& arguments, int64_t sample, int64_t first, int64_t groups, int wanted, \
+                     double* moments); \
   void portable_noise(const StepArguments& arguments, int64_t sample, uint32_t step, int64_t begin, int64_t count, \
                       float* z); \
   }

@@ -114,26 +114,41 @@ void add(const Stored* const* runs, int64_t count, Sums<T, terms>* sums) {
   *sums = s;
 }
 
+template <typename T, int count>
+using Several __attribute__((vector_size(count * sizeof(T)))) = T;
+
 // Adds the lanes up by halves, in double.
 template <typename T>
-double total_of(const Register<T>* registers) {
-  T lanes[kLanes<T>];
+FASTGUIDE_INLINE double total_of(const Register<T>* registers) {
+  alignas(64) T lanes[kLanes<T>];
   std::memcpy(lanes, registers, sizeof lanes);
-  double values[kLanes<T>];
-  for (int k = 0; k < kLanes<T>; ++k) values[k] = double(lanes[k]);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) values[k] += values[k + half];
+  Several<double, 8> eight;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    Several<float, 8> low, high;
+    std::memcpy(&low, lanes, sizeof low);
+    std::memcpy(&high, lanes + 8, sizeof high);
+    eight = __builtin_convertvector(low, Several<double, 8>) + __builtin_convertvector(high, Several<double, 8>);
+  } else {
+    std::memcpy(&eight, lanes, sizeof eight);
   }
-  return values[0];
+  Several<double, 4> halves[2];
+  std::memcpy(halves, &eight, sizeof halves);
+  const Several<double, 4> four = halves[0] + halves[1];
+  Several<double, 2> quarters[2];
+  std::memcpy(quarters, &four, sizeof quarters);
+  const Several<double, 2> two = quarters[0] + quarters[1];
+  return two[0] + two[1];
 }
 
 FASTGUIDE_INLINE const Input& term_of(const StepArguments& a, int k) {
   return k < a.num_predictions ? a.predictions[k] : a.sample;
 }
 
-// Stored: what all terms are stored as; or T, into which they are converted where they are anything else.
+// Writes the first `wanted` of the moments. Stored: what all terms are stored as; or T, into which they are converted
+// where they are anything else.
 template <typename T, typename Stored, int terms, bool with_sample>
-void moments_of_part(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, double* moments) {
+void moments_of_part(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, int wanted,
+                     double* moments) {
   Sums<T, terms> sums{};
   alignas(64) Stored scratch[terms][kBlock];
   bool in_place = true;
@@ -161,10 +176,10 @@ void moments_of_part(const StepArguments& a, int64_t sample, int64_t begin, int6
     }
     add<T, Stored, terms, with_sample>(runs, kLanes<T>, &sums);
   }
-  for (int n = 0; n < moments_of(terms); ++n) moments[n] = total_of<T>(sums.lanes[n]);
+  for (int n = 0; n < wanted; ++n) moments[n] = total_of<T>(sums.lanes[n]);
 }
 
-using PartMoments = void (*)(const StepArguments&, int64_t, int64_t, int64_t, double*);
+using PartMoments = void (*)(const StepArguments&, int64_t, int64_t, int64_t, int, double*);
 
 template <typename T, typename Stored, bool with_sample>
 PartMoments choose_moments(int terms) {
@@ -193,11 +208,86 @@ PartMoments choose_moments(const StepArguments& a) {
   return choose_moments<float, float, false>(terms);
 }
 
+// ---- Groups ----
+
+constexpr int kPairProducts = 3;  // of two predictions: what norms and inner products are made of
+
+bool are_stored_as(const StepArguments& a, Element element) {
+  return a.predictions[0].element == element && a.predictions[1].element == element;
+}
+
+// Adds the lanes up by halves, of a group that is shorter than a part: in float, as there are few.
+FASTGUIDE_INLINE double total_of_few(const Register<float>* registers) {
+  Several<float, 8> eights[2];
+  std::memcpy(eights, registers, sizeof eights);
+  const Several<float, 8> eight = eights[0] + eights[1];
+  Several<float, 4> fours[2];
+  std::memcpy(fours, &eight, sizeof fours);
+  const Several<float, 4> four = fours[0] + fours[1];
+  return double((four[0] + four[2]) + (four[1] + four[3]));
+}
+
+template <typename Stored>
+FASTGUIDE_INLINE void add_products(const Stored* p0, const Stored* p1,
+                                   Register<float> (&sums)[kPairProducts][kRegisters]) {
+  FASTGUIDE_OVER_TERMS
+  for (int r = 0; r < kRegisters; ++r) {
+    const Register<float> base = register_of(p0 + r * (kLanes<float> / kRegisters));
+    const Register<float> difference = register_of(p1 + r * (kLanes<float> / kRegisters)) - base;
+    add_product<float>(base, base, &sums[0][r]);
+    add_product<float>(base, difference, &sums[1][r]);
+    add_product<float>(difference, difference, &sums[2][r]);
+  }
+}
+
+// Writes the products of p_0 and p_1 - p_0 of each of some groups, which are many and short: nothing but these.
+template <typename Stored>
+void pair_products(const StepArguments& a, int64_t sample, int64_t first, int64_t groups, int64_t size,
+                   double* moments) {
+  const auto at = [&](const Input& input) {
+    return static_cast<const Stored*>(input.data) + sample * input.batch_stride + first * size;
+  };
+  const Stored *p0 = at(a.predictions[0]), *p1 = at(a.predictions[1]);
+  const int64_t whole = size / kLanes<float> * kLanes<float>;
+  for (int64_t k = 0; k < groups; ++k, p0 += size, p1 += size, moments += kMostMoments) {
+    Register<float> sums[kPairProducts][kRegisters] = {};
+    for (int64_t i = 0; i < whole; i += kLanes<float>) add_products(p0 + i, p1 + i, sums);
+    if (whole < size) {
+      alignas(64) Stored rest[2][kLanes<float>] = {};  // what is added of zeros is zero
+      std::memcpy(rest[0], p0 + whole, size_t(size - whole) * sizeof(Stored));
+      std::memcpy(rest[1], p1 + whole, size_t(size - whole) * sizeof(Stored));
+      add_products(rest[0], rest[1], sums);
+    }
+    FASTGUIDE_OVER_TERMS
+    for (int n = 0; n < kPairProducts; ++n) moments[n] = total_of_few(sums[n]);
+  }
+}
+
 }  // namespace
 
 void part_moments(const StepArguments& a, int64_t sample, int64_t part, double* moments) {
   const int64_t begin = part * kPart, left = a.elements_per_sample - begin;
-  choose_moments(a)(a, sample, begin, left < kPart ? left : kPart, moments);
+  choose_moments(a)(a, sample, begin, left < kPart ? left : kPart, moments_of(terms_of(a)), moments);
+}
+
+void group_moments(const StepArguments& a, int64_t sample, int64_t first, int64_t groups, int wanted, double* moments) {
+  const int64_t size = a.elements_per_sample / a.groups;
+  if (a.num_predictions == 2 && wanted == kPairProducts && size <= kPart && !a.double_precision) {
+    if (are_stored_as(a, Element::float32)) return pair_products<float>(a, sample, first, groups, size, moments);
+#if defined(__AVX2__)
+    if (are_stored_as(a, Element::bfloat16)) return pair_products<uint16_t>(a, sample, first, groups, size, moments);
+#endif
+  }
+  const PartMoments add = choose_moments(a);
+  for (int64_t k = 0; k < groups; ++k, moments += kMostMoments) {
+    const int64_t begin = (first + k) * size;
+    add(a, sample, begin, size < kPart ? size : kPart, wanted, moments);
+    for (int64_t done = kPart; done < size; done += kPart) {  // in parts, as a sample
+      double part[kMostMoments];
+      add(a, sample, begin + done, size - done < kPart ? size - done : kPart, wanted, part);
+      for (int n = 0; n < wanted; ++n) moments[n] += part[n];
+    }
+  }
 }
 
 }  // namespace FASTGUIDE_ISA

@@ -1,0 +1,105 @@
+// The guided prediction of a sample whose groups of elements, such as tokens, have weights of their own.
+//
+// Compiled once for each instruction set; the compiler vectorises the loops. Groups are mostly short and many: their
+// programs are run for several at once. What a group gets depends on no other.
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/launch.h"
+#include "kernels/cpu/loops.h"
+#include "kernels/cursor.h"
+#include "kernels/weights.h"
+#include "maths/program.h"
+#include "maths/step.h"
+
+namespace fastguide {
+namespace FASTGUIDE_ISA {
+namespace {
+
+// Whose weights are made at once: the compiler unrolls a loop over 16 before it vectorises it, and then it does not.
+constexpr int kGroups = 32;
+
+template <typename T>
+FASTGUIDE_INLINE void combine_two(T sum, T weight, const T* p0, const T* p1, int64_t count, T* m) {
+  const PairWeights<T> pair{sum, weight};
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) m[i] = guided_prediction(pair, p0[i], p1[i]);
+}
+
+// Adds weight * (values - base), or weight * values without a base.
+template <typename T>
+void add_term(T weight, const T* values, const T* base, int64_t count, T* m) {
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < count; ++i) m[i] = fused(weight, base == nullptr ? values[i] : values[i] - base[i], m[i]);
+}
+
+// A call, as conversions would be inlined often.
+template <typename T>
+__attribute__((noinline)) const T* load_part(const Input& input, int64_t sample, int64_t begin, int64_t count,
+                                             T* scratch) {
+  return load(input, sample * input.batch_stride + begin, count, scratch);
+}
+
+// Writes m of `count` elements of one group, from the sample's element `begin` on.
+template <typename T>
+void combine_group(const StepArguments& a, const T* weights, int64_t sample, int64_t begin, int64_t count, T* m) {
+  alignas(64) T scratch[2][kBlock];
+  for (int64_t done = 0; done < count; done += kBlock, m += kBlock) {
+    const int64_t first = begin + done, here = count - done < kBlock ? count - done : kBlock;
+    const T* p0 = load_part(a.predictions[0], sample, first, here, scratch[0]);
+    combine_two(weights[0], weights[1], p0, load_part(a.predictions[1], sample, first, here, scratch[1]), here, m);
+    for (int k = 2; k < a.num_predictions; ++k) {
+      add_term(weights[k], load_part(a.predictions[k], sample, first, here, scratch[1]), p0, here, m);
+    }
+    if (!a.weighs_sample) continue;
+    const T* x = load_part(a.sample, sample, first, here, scratch[1]);
+    add_term<T>(weights[a.num_predictions + 1], x, nullptr, here, m);
+  }
+}
+
+template <typename T>
+void guide(const StepArguments& a, int64_t sample, int64_t first, int64_t count, T* weights, T* m) {
+  const Position position = position_of(a, sample);
+  const int32_t* program = program_of(a, sample);
+  const int64_t size = a.elements_per_sample / a.groups;
+  const int wanted = moments_read(program, terms_of(a)), columns = made_columns(a);
+  const T* both[2];  // predictions that need no conversion, and nothing beside them
+  for (int k = 0; k < 2; ++k) {
+    both[k] = static_cast<const T*>(a.predictions[k].data) + sample * a.predictions[k].batch_stride + first * size;
+  }
+  const bool in_place = stored_as<T>(a.predictions[0].element) && stored_as<T>(a.predictions[1].element);
+  const T* const* pair = in_place && a.num_predictions == 2 && !a.weighs_sample ? both : nullptr;
+  double values[kMaxValues][kGroups];
+  for (int64_t done = 0; done < count; done += kGroups) {
+    const int here = int(count - done < kGroups ? count - done : kGroups);
+    double moments[kGroups][kMostMoments];
+    group_moments(a, sample, first + done, here, wanted, moments[0]);
+    for (int n = 0; n < wanted; ++n) {
+      for (int k = 0; k < kGroups; ++k) values[n][k] = moments[k < here ? k : 0][n];
+    }
+    T* made = weights + done * columns;
+    make_weights<T, kGroups>(a, program, sample, position, values, here, made);
+    if (pair != nullptr) {
+      for (int k = 0; k < here; ++k, made += columns) {
+        const int64_t place = (done + k) * size;
+        combine_two(made[0], made[1], pair[0] + place, pair[1] + place, size, m + place);
+      }
+      continue;
+    }
+    for (int k = 0; k < here; ++k) {
+      combine_group(a, made + k * columns, sample, (first + done + k) * size, size, m + (done + k) * size);
+    }
+  }
+}
+
+}  // namespace
+
+void guide_groups(const StepArguments& a, int64_t sample, int64_t first, int64_t count, void* weights, void* m) {
+  if constexpr (kHasDouble) {
+    if (a.double_precision) {
+      return guide(a, sample, first, count, static_cast<double*>(weights), static_cast<double*>(m));
+    }
+  }
+  guide(a, sample, first, count, static_cast<float*>(weights), static_cast<float*>(m));
+}
+
+}  // namespace FASTGUIDE_ISA
+}  // namespace fastguide

@@ -23,7 +23,7 @@ FUSED_FORMS: dict[str, bool] = {
     "lerp": True,
     "scale per frame": True,  # by schedulers that count their steps, and keep nothing of earlier ones
     "rescaled": True,  # to each sample's standard deviation of c; most pipelines do so only on demand
-    "norm rescaled": False,  # to the norm of c, of each token or row, or decided by Python
+    "norm rescaled": True,  # to the norm of c, of each token or row
     "adaptive projected": False,  # of each channel, in a pipeline itself
     "perturbed attention": True,
     "several conditions": True,  # a sum of more than two predictions
@@ -92,6 +92,8 @@ def guidance_of(step: Step, methods: Iterable[str] = ()) -> Guidance:
     form = _particular(nodes)
     if form == "rescaled":
         return Guidance(form, changes=(*_after_rescaling(step.output), *own))
+    if form == "norm rescaled":
+        return Guidance(form, changes=(*_after_norms(step.output), *own))
     predictions = _predictions(nodes)
     if form is None and len(predictions) > 2:
         form = _of_more_than_two(nodes, methods)
@@ -126,6 +128,15 @@ def _after_rescaling(output: Node) -> Iterator[str]:
     for change in changes:
         if change not in ("", "cast", "negate", "sum", "multiple"):
             yield f"{change} after rescaling"
+
+
+def _after_norms(output: Node) -> Iterator[str]:
+    """Yield what is done to a prediction with a factor for each token, which are those of the sample's shape."""
+    norms = [node for node in output.walk() if node.kind == "function" and node.detail == "norm"]
+    inside = {id(node) for norm in norms for node in norm.walk()}
+    for change in dict.fromkeys(_change(node) for node in output.walk() if id(node) not in inside):
+        if change in ("slice", "split", "shape"):
+            yield f"{change} after norms"
 
 
 def _of_more_than_two(nodes: Sequence[Node], methods: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ operations that the pipeline asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,12 +21,15 @@ VECTOR, PRODUCT, NUMBER = range(3)
 """Kinds of a formula: of vectors, there is an element for each of the sample's; of numbers, one a sample."""
 Operand = Any
 """``Traced``, ``Combined`` or ``Formula``; a float; or ``ScaleAsSeen``, a tensor with a number for each sample."""
+Spans: TypeAlias = "tuple[int, ...] | None"
+"""The dimensions that the norms and sums within a formula are over, all the same: none of them for all of a sample;
+``None``: there are none. A number of a token, or of another group of elements, has size 1 in these dimensions."""
 
 
 class Formula(Waiting):
     """An operation of vectors or numbers, and what it is of."""
 
-    __slots__ = ("kind", "of", "operands", "operation", "sizes")
+    __slots__ = ("kind", "of", "operands", "operation", "sizes", "spans")
 
     def __init__(
         self,
@@ -36,12 +39,14 @@ class Formula(Waiting):
         made_by: tuple[Any, ...],
         sizes: torch.Size,
         dtype: torch.dtype,
+        spans: Spans = None,
     ) -> None:
         seen = of = None
         for operand in operands:
             if isinstance(operand, Waiting):
                 found = operand.seen
                 first = operand.of if type(operand) is Formula else operand
+                spans = spans_of(operand) if spans is None else spans
             elif type(operand) is Traced:
                 found = ((operand.source, operand.source.version()),)
                 first = operand
@@ -56,6 +61,7 @@ class Formula(Waiting):
         """Of ``fastguide.guidance.symbols``, or one that changes no number: ``"same"``."""
         self.operands = operands
         self.sizes = sizes
+        self.spans: Spans = spans
         self.of: Any = of
         """A vector that it is made of."""
 
@@ -123,6 +129,17 @@ def is_one_a_sample(sizes: torch.Size, of: torch.Size) -> bool:
     if len(sizes) == len(of) and sizes[0] == of[0]:
         return all(size == 1 for size in sizes[1:])
     return sizes.numel() == 1 and len(sizes) <= len(of) and (of[0] == 1 or len(sizes) == 0)
+
+
+def have_spans_in_common(first: Operand, second: Operand) -> bool:
+    """Tell whether norms and sums within two operands are of the same elements, or at most one has any."""
+    one, other = spans_of(first), spans_of(second)
+    return one is None or other is None or one == other
+
+
+def spans_of(operand: Operand) -> Spans:
+    """Return what the norms and sums within an operand are over."""
+    return operand.spans if type(operand) is Formula else None
 
 
 # ---- Making one ----

@@ -1,7 +1,8 @@
 """Say which operations of torch's make formulas: of norms, inner products and deviations, and of what these scale.
 
-Norms and sums are of samples, over all dimensions but the batch; for one sample, over all dimensions. Each function
-here returns ``None`` where an operation is none of a formula, or computes the tensors and says for what.
+Norms and sums are of samples, over all dimensions but the batch, for one sample over all dimensions; or of tokens and
+other groups, over some dimensions of a sample. Each function here returns ``None`` where an operation is none of a
+formula, or computes the tensors and says for what.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from .formula import (
     VECTOR,
     Formula,
     as_vector,
+    have_spans_in_common,
     is_number,
     is_one_a_sample,
     lies_in_order,
     promoted,
     same,
     sizes_of,
+    spans_of,
 )
 from .lazy_tensor import plain
 from .traced import LARGEST, ScaleAsSeen, Source, Traced, Waiting, beside, own_value
@@ -88,7 +91,7 @@ def combined(operation: str, function: Callable[..., Any], first: Any, second: A
         return None
     operand, reads = number
     sizes, of_number = sizes_of(found), sizes_of(operand)
-    if not (is_one_a_sample(of_number, sizes) or of_number == sizes):
+    if not (is_one_a_sample(of_number, sizes) or of_number == sizes or _is_of_groups(operand, sizes)):
         return None
     operands, made_by = (found, operand), (function, found, reads)
     if left is None:
@@ -108,7 +111,12 @@ def _of_vectors(operation: str, function: Callable[..., Any], left: Any, right: 
 def _of_one_step(
     kind: int, operation: str, operands: tuple[Any, ...], made_by: tuple[Any, ...], sizes: torch.Size
 ) -> Any:
-    """Return a formula; of operands of several steps, its tensor: a state, such as momentum's, would grow at each."""
+    """Return a formula; of operands of several steps, its tensor: a state, such as momentum's, would grow at each.
+
+    ``None``: their norms are of different elements.
+    """
+    if not have_spans_in_common(operands[0], operands[-1]):
+        return None
     sources = [_source_of(each) for each in operands if isinstance(each, (Traced, Waiting))]
     if kind == PRODUCT or all([each.step == sources[0].step for each in sources]):  # noqa: C419
         return Formula(kind, operation, operands, made_by, sizes, promoted(operands))
@@ -134,6 +142,16 @@ def tensor_beside(value: Any, operand: Any) -> Traced | None:
     made = beside(value, source.fusion)
     made.source.step = source.step  # another scheduler of the pipeline may have made a step since
     return made
+
+
+def _is_of_groups(number: Any, sizes: torch.Size) -> bool:
+    """Tell whether a number of each token, or of another group, multiplies the groups of a vector of this shape."""
+    spans = spans_of(number)
+    return bool(spans) and number.sizes == _with_ones(sizes, spans or ())
+
+
+def _with_ones(sizes: torch.Size, spans: tuple[int, ...]) -> torch.Size:
+    return torch.Size([1 if k in spans else size for k, size in enumerate(sizes)])
 
 
 def _are_alike(left: Any, right: Any) -> bool:
@@ -256,6 +274,20 @@ def _of_samples(sizes: torch.Size, dim: Any, keepdim: Any) -> torch.Size | None:
     return _summed(sizes, () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim), bool(keepdim))
 
 
+def _of_groups(sizes: torch.Size, dim: Any) -> tuple[torch.Size | None, tuple[int, ...]]:
+    """Return the shape of a sum over some dimensions of each sample, kept, and these, counted from the first one.
+
+    No shape: they are none of a sample's.
+    """
+    dims, count = (dim,) if isinstance(dim, int) else tuple(dim or ()), len(sizes)
+    if 0 in sizes or not all(isinstance(each, int) and -count <= each < count for each in dims):
+        return None, ()
+    spans = tuple(sorted({each % count for each in dims}))
+    if not spans or spans[0] == 0 or len(spans) != len(dims):
+        return None, ()
+    return _with_ones(sizes, spans), spans
+
+
 @functools.lru_cache(maxsize=256)
 def _summed(sizes: torch.Size, dims: tuple[Any, ...], keepdim: bool) -> torch.Size | None:
     count = len(sizes)
@@ -304,10 +336,14 @@ def reduction(
         if kind == PRODUCT and type(operand) is Formula and operand.kind == PRODUCT and operand.is_pending():
             summed = operand
         if summed is not None and known:
-            sizes = _of_samples(sizes_of(summed), given.get("dim"), given.get("keepdim", False))
-            if sizes is not None:
+            dim, keepdim = given.get("dim"), given.get("keepdim", False)
+            spans: tuple[int, ...] = ()
+            sizes = _of_samples(sizes_of(summed), dim, keepdim)
+            if sizes is None and keepdim is True:
+                sizes, spans = _of_groups(sizes_of(summed), dim)
+            if sizes is not None and spans_of(summed) in (None, spans):
                 made_by = (lambda tensor: function(tensor, *arguments, **keywords)), summed
-                return Formula(NUMBER, operation, (summed,), made_by, sizes, summed.dtype)
+                return Formula(NUMBER, operation, (summed,), made_by, sizes, summed.dtype, spans)
         by = _named(short, given)
         return function(plain(operand, by), *plain(arguments, by), **plain(keywords, by))
 
@@ -317,12 +353,12 @@ def reduction(
 def normalized(operand: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None) -> Any:
     """Return ``torch.nn.functional.normalize``: a vector over its norm, or over eps."""
     function, given, least = torch.nn.functional.normalize, as_vector(operand), number_of(eps)
-    sizes = None if given is None else _of_samples(sizes_of(given), dim, True)
+    sizes = None if given is None or spans_of(given) else _of_samples(sizes_of(given), dim, True)
     if sizes is None or p != 2 or out is not None or least is None:
         by = _named("normalize", {"dim": dim})
         return function(plain(operand, by), plain(p), dim, plain(eps), plain(out))
     eps = as_read(eps)
-    norm = Formula(NUMBER, "norm", (given,), (lambda t: t.norm(2, dim, keepdim=True), given), sizes, given.dtype)
+    norm = Formula(NUMBER, "norm", (given,), (lambda t: t.norm(2, dim, keepdim=True), given), sizes, given.dtype, ())
     length = Formula(NUMBER, "maximum", (norm, least), (torch.clamp_min, norm, least), sizes, given.dtype)
     return Formula(
         VECTOR, "div", (given, length), (lambda t: function(t, p, dim, eps), given), sizes_of(given), given.dtype
@@ -349,7 +385,9 @@ def viewed(operand: Formula, name: str, how: tuple[Any, ...]) -> Any:
 
 
 def _keeps(operand: Formula, name: str, sizes: torch.Size) -> bool:
-    """Tell whether a view of this shape has the same samples."""
+    """Tell whether a view of this shape has the same samples, and the same groups if it is of any."""
+    if operand.spans:
+        return sizes == operand.sizes and name in KEEP_ORDER
     of = sizes_of(operand.of)
     if operand.kind == NUMBER:
         return sizes.numel() == operand.sizes.numel() and (sizes.numel() == 1 or sizes[:1] == of[:1])

@@ -54,6 +54,8 @@ def taken_apart(output: Formula, sample: Tensor) -> tuple[Tensor | tuple[Tensor,
     fusion = output.seen[0][0].fusion
     if predictions is None or fusion is None or len(read.terms) < 2:
         return None
+    if read.dims is not None and not read.terms.have_shape(sample.shape):
+        return None
     made = fusion.guidances.get(read.key)
     if made is None:
         if len(fusion.guidances) >= _MOST_STRUCTURES:
@@ -97,7 +99,8 @@ def _guidance(weights: MomentWeights, read: _Read, values: dict[str, float | Ten
 def _first(read: _Read, values: dict[str, float | Tensor]) -> Any:
     """Trace a structure's program."""
     try:
-        weights = MomentWeights.of(_function_of(read.structure, read.entries), len(read.terms), values)
+        function = _function_of(read.structure, read.entries)
+        weights = MomentWeights.of(function, len(read.terms), values, dims=read.dims)
     except ValueError:  # too large for the kernels
         return _Made(None, {})  # type: ignore[arg-type]
     return _Made(weights, {})
@@ -117,7 +120,8 @@ class _Read:
         self.terms = Terms(self._leaves)
         self.entries = [self._entry(*each) for each in zip(self._leaves, self.terms.weights, strict=True)]
         """Of the outputs and sums."""
-        self.key = len(self.terms), self.terms.outputs, tuple(self.structure), tuple(self.entries)
+        self.dims = output.spans or None
+        self.key = len(self.terms), self.terms.outputs, self.dims, tuple(self.structure), tuple(self.entries)
 
     def check_unchanged(self, output: Formula) -> None:
         """Refuse what is not as it was when it was used."""

@@ -135,7 +135,7 @@ def test_shares_are_counted():
     rows = [
         row(True, U_FORM),
         row(True, "none"),
-        row(True, "norm rescaled"),
+        row(True, "adaptive projected"),
         row(True, C_FORM, ("arithmetic before",)),
         row(False, "embedded"),
         row(False, "lerp", deprecated=True),

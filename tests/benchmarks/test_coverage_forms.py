@@ -52,7 +52,7 @@ def rescale_noise_cfg(noise_cfg, noise_pred_text, guidance_rescale=0.0):
 
 
 def normalized_guidance(cond, uncond):
-    return cond + 7.5 * (cond - uncond) / (cond - uncond).norm(dim=1, keepdim=True)
+    return cond + 7.5 * torch.nn.functional.normalize(cond - uncond, dim=1)
 """
 
 BATCH, CALLS = "one call", "two calls"

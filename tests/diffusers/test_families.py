@@ -40,7 +40,7 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "SDXL, a model of inpainting": (unets.stable_diffusion_xl_inpainting_model, {GUIDED: 5}),
     "Wan 2.1": (transformer_pipelines.wan, {GUIDED: 7}),
     "Wan 2.2": (transformers.wan_of_two_models, {GUIDED: 7}),
-    "Qwen-Image": (transformers.qwen_image, {ALONE: 7}),  # divides by the norm of each token
+    "Qwen-Image": (transformers.qwen_image, {GUIDED: 7}),  # with the norm of each token
     "LTX": (transformers.ltx, {GUIDED: 7}),
     "LTX, from an image": (transformers.ltx_from_image, {GUIDED: 7}),
     "LTX, a timestep for each token": (transformers.ltx_with_conditions, {GUIDED: 7}),
@@ -65,7 +65,7 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "Lumina": (transformers.lumina, {GUIDED: 7}),
     "DiT": (transformers.class_conditional, {GUIDED: 7}),
     "DiT, two pictures": (transformers.class_conditional_pair, {GUIDED: 7}),
-    "Lumina 2": (transformers.lumina_2, {ALONE: 7}),  # divides by the norm of each row
+    "Lumina 2": (transformers.lumina_2, {GUIDED: 7}),  # with the norm of each row
     "Lumina 2, not normalized": (transformers.lumina_2_without_normalization, {GUIDED: 7}),
     "Lumina 2, truncated": (transformers.lumina_2_truncated, {GUIDED: 3, ALONE: 4}),  # steps without guidance
     "AuraFlow": (transformers.aura_flow, {GUIDED: 7}),
@@ -92,6 +92,7 @@ FAMILIES |= {  # with a stand-in for the model
     "HunyuanImage": (guided.hunyuan_image, {GUIDED: 7}),  # projected, with momentum
     "HunyuanVideo 1.5": (guided.hunyuan_video_15, {GUIDED: 7}),  # rescaled, by diffusers' guider
     "HunyuanVideo 1.5, Zero*": (guided.hunyuan_video_15_zero_star, {GUIDED: 7}),
+    "LongCat-Image": (guided.longcat_image, {GUIDED: 7}),  # with the norm of each token, in bounds
     "Motif-Video": (guided.motif_video, {GUIDED: 7}),  # projected
     "LTX-2": (guided.ltx_2, {GUIDED: 14}),  # rescaled in x_0, of pictures and sound
     "LTX-2, four predictions": (guided.ltx_2_of_four, {GUIDED: 14}),

@@ -284,8 +284,8 @@ def test_a_state_of_a_formula_is_computed_at_each_step(formula):
 # ---- What is computed ----
 
 COMPUTED = {
-    "a norm of tokens": (lambda u, c: u.norm(dim=-1, keepdim=True), ""),
-    "of guidance": (lambda u, c: (c - u).norm(dim=-1, keepdim=True), "norm over dim -1"),
+    "a norm of tokens, whose dimension is gone": (lambda u, c: u.norm(dim=-1), ""),
+    "of guidance": (lambda u, c: (c - u).norm(dim=-1), "norm over dim -1"),
     "over the batch": (lambda u, c: (c - u).std(), "std"),
     "another norm": (lambda u, c: (c - u).norm(p=1, dim=(1, 2, 3), keepdim=True), "norm over dim 1, 2, 3"),
     "biased": (lambda u, c: (c - u).std((1, 2, 3), correction=0, keepdim=True), "std over dim 1, 2, 3"),

@@ -100,6 +100,18 @@ def hunyuan_video_15_zero_star():
     return hunyuan_video_15(diffusers.ClassifierFreeZeroStarGuidance(guidance_scale=6.0, zero_init_steps=0))
 
 
+def longcat_image():
+    """Make LongCat-Image, which limits the norm of each token."""
+    transformer = StandIn(64, dim=2)
+    vae = Part({"block_out_channels": (8, 8, 8, 8)})
+    parts = nothing("text_encoder", "tokenizer", "text_processor")
+    pipe = diffusers.LongCatImagePipeline(scheduler=flow(), transformer=transformer, vae=vae, **parts)
+    prompts = _prompts()
+    pipe._encode_prompt = lambda prompt: prompts["prompt_embeds" if prompt[0] else "negative_prompt_embeds"]
+    given = {"prompt": "a picture", "height": 64, "width": 64, "guidance_scale": 4.5, "cfg_renorm_min": 0.3}
+    return pipe, {**given, "enable_prompt_rewrite": False}
+
+
 def motif_video():
     guider = diffusers.AdaptiveProjectedGuidance(guidance_scale=8.0, adaptive_projected_guidance_rescale=2.0, eta=0.2)
     transformer = StandIn(16, patch_size=2, patch_size_t=1)

@@ -1,0 +1,119 @@
+"""Guidance with norms of tokens, rows or pixels, as pipelines of diffusers compute it: traced, and fused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.guiders import guider_utils
+
+import fastguide
+from fastguide.diffusers import traced as module
+from fastguide.diffusers.formula import Formula
+from fastguide.diffusers.lazy_guidance import resolved
+from fastguide.diffusers.traced import Fusion
+
+ONE = torch.ones(1, dtype=torch.float64)
+PREDICTION = fastguide.StepTable.from_columns(
+    torch.tensor([0]), {"x0_scale": ONE, "x0_pred": ONE, "out_x0": ONE}, name="the prediction"
+)
+SHAPE = (2, 4, 16, 12)
+
+
+def outputs(delta=0.3):
+    first = torch.randn(SHAPE, dtype=torch.float64)
+    return [first, first + delta * torch.randn(SHAPE, dtype=torch.float64)]
+
+
+def traced(tensors, halves=False):
+    fusion = Fusion()
+    if halves:
+        return module.traced(torch.cat(tensors), fusion).chunk(len(tensors))
+    return [module.traced(tensor, fusion) for tensor in tensors]
+
+
+def norms_of(dim, factor):
+    """Return guidance with a factor for each token, row or pixel, of the norms of c and of the guided prediction."""
+
+    def formula(u, c):
+        m = u + 4.0 * (c - u)
+        return m * factor(*[torch.norm(each, dim=dim, keepdim=True) for each in (c, m)])
+
+    return formula
+
+
+def projected_by_rows(u, c):
+    d = c - u
+    d = d * torch.minimum(torch.ones_like(d), 1.2 / d.norm(p=2, dim=[-1], keepdim=True))
+    share = (d * c).sum(dim=-1, keepdim=True) / (c * c).sum(dim=-1, keepdim=True)
+    return c + 3.0 * (d - 0.7 * share * c)
+
+
+FORMULAS = {
+    "norms of rows": norms_of(-1, lambda c, m: c / m),  # as Qwen-Image and others have them
+    "norms of planes, limited": norms_of((-2, -1), lambda c, m: (c / (m + 1e-8)).clamp(min=0.2, max=1.0)),  # LongCat
+    "norms of pixels": norms_of(1, lambda c, m: c / m.clamp_min(1e-6)),  # JoyImage
+    "a scale for each sample, and norms of rows": lambda u, c: (
+        norms_of(3, lambda c, m: c / m)(u, c) * torch.tensor([0.5, 2.0], dtype=u.dtype).view(2, 1, 1, 1)
+    ),
+    "projected by rows": projected_by_rows,
+}
+
+
+def error(got, expected):
+    """Return the largest relative error of a pixel, row or plane, whichever has the largest."""
+    return max(
+        float(((got.double() - expected).norm(dim=dim) / expected.norm(dim=dim)).max()) for dim in (1, 3, (2, 3))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_step_makes_what_a_pipeline_computes(name, halves, dtype):
+    """At most twice as far from float64 as the pipeline's own tensors; and by themselves, the values are those."""
+    given = [each.to(dtype) for each in outputs()]
+    expected, own = FORMULAS[name](*[each.double() for each in given]), FORMULAS[name](*given)
+    made = FORMULAS[name](*traced(given, halves))
+    assert type(made) is Formula
+    assert (made.shape, made.dtype, made.device) == (own.shape, own.dtype, own.device)
+    sample = torch.zeros(SHAPE)
+    taken, guidance = resolved(made, sample, None)
+    assert guidance.weights_from.dims is not None
+    got = fastguide.guided_step(PREDICTION, 0, sample, getattr(taken, "predictions", taken), guidance)
+    assert error(got, expected) <= 2 * error(own, expected) + 1e-7
+    assert torch.equal(made.clone(), own)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda u, c: c * (u.norm(dim=-1, keepdim=True) / u.norm(dim=1, keepdim=True)),  # of other elements
+        lambda u, c: c * (u.norm(dim=-1, keepdim=True) / u.std((1, 2, 3), keepdim=True)),
+        lambda u, c: guider_utils.rescale_noise_cfg(c * u.norm(dim=-1, keepdim=True), c, 0.5),
+        lambda u, c: c * u.norm(dim=0, keepdim=True),  # of the batch
+        lambda u, c: c * u.norm(dim=2)[..., None, :],
+        lambda u, c: (c * u.norm(dim=-1, keepdim=True)).transpose(2, 3).transpose(2, 3),
+    ],
+)
+def test_norms_that_a_step_cannot_take_are_computed(formula):
+    single = [each.float() for each in outputs()]
+    assert torch.equal(torch.as_tensor(formula(*traced(single)) + 0), formula(*single))
+    output = formula(*traced(single))
+    if isinstance(output, torch.Tensor):
+        return
+    taken, guidance = resolved(output, torch.zeros(SHAPE), None)
+    assert guidance is None
+    assert torch.equal(taken, formula(*single))
+
+
+def test_norms_of_tokens_are_of_the_sample_s_own_dimensions():
+    """What a pipeline has in another shape there is computed; so is a factor for each token in yet another shape."""
+    single = [each.float() for each in outputs()]
+    made = norms_of(-1, lambda c, m: c / m)(*[each.view(2, 64, 12) for each in traced(single)])
+    taken, guidance = resolved(made, torch.zeros(2, 64, 12), None)
+    assert guidance.weights_from.dims == (2,)
+    assert len(taken.predictions) == 2
+    made = norms_of(-1, lambda c, m: c / m)(*traced(single)).flatten(2)
+    taken, guidance = resolved(made, torch.zeros(2, 4, 192), None)
+    assert guidance is None
+    assert torch.equal(taken, norms_of(-1, lambda c, m: c / m)(*single).flatten(2))

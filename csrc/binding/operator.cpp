@@ -287,6 +287,8 @@ void read_moments(const Operands& operands, const Layout& layout, StepArguments*
                       (made.sizes()[1] == columns || made.sizes()[1] == columns + 1) && made.is_contiguous(),
                   "made: expected the dtype of rows, shape (", layout.batch,
                   " or times what divides a sample's elements, ", columns, " or one more), contiguous");
+  STD_TORCH_CHECK(layout.is_cpu || a->groups == 1, "made: expected shape (", layout.batch,
+                  ", columns) on a GPU, whose kernel makes the weights of whole samples");
   a->weighs_sample = made.sizes()[1] > columns;
   a->made = made.mutable_data_ptr();
   read_program(*operands.program, layout, a);

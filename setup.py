@@ -257,7 +257,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
         ("answers", f"{on_torch} {SMALL} '-DFASTGUIDE_CUDA_CODE=\"{description}\"'"),
         ("backward", f"{on_torch} {SMALL}"),  # its loops are those of the instruction sets
         ("run", on_torch),
-        ("run_on_cpu", on_torch),
+        ("run_on_cpu", f"{on_torch} {SMALL}"),
         ("repeat", include),  # for the header of DLPack
     ):
         objects.append(f"{name}.o")

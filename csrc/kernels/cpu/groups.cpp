@@ -24,34 +24,23 @@ FASTGUIDE_INLINE void combine_two(T sum, T weight, const T* p0, const T* p1, int
   for (int64_t i = 0; i < count; ++i) m[i] = guided_prediction(pair, p0[i], p1[i]);
 }
 
-// Adds weight * (values - base), or weight * values without a base.
 template <typename T>
-void add_term(T weight, const T* values, const T* base, int64_t count, T* m) {
-  FASTGUIDE_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) m[i] = fused(weight, base == nullptr ? values[i] : values[i] - base[i], m[i]);
-}
-
-// A call, as conversions would be inlined often.
-template <typename T>
-__attribute__((noinline)) const T* load_part(const Input& input, int64_t sample, int64_t begin, int64_t count,
-                                             T* scratch) {
-  return load(input, sample * input.batch_stride + begin, count, scratch);
+const RunFunctions<T>& runs() {
+  if constexpr (sizeof(T) == sizeof(float)) return float_runs();
+  if constexpr (sizeof(T) != sizeof(float)) return double_runs();
 }
 
 // Writes m of `count` elements of one group, from the sample's element `begin` on.
 template <typename T>
-void combine_group(const StepArguments& a, const T* weights, int64_t sample, int64_t begin, int64_t count, T* m) {
-  alignas(64) T scratch[2][kBlock];
+void combine_group(const StepArguments& a, const RunFunctions<T>& run, const T* weights, int64_t sample, int64_t begin,
+                   int64_t count, T* m) {
   for (int64_t done = 0; done < count; done += kBlock, m += kBlock) {
     const int64_t first = begin + done, here = count - done < kBlock ? count - done : kBlock;
-    const T* p0 = load_part(a.predictions[0], sample, first, here, scratch[0]);
-    combine_two(weights[0], weights[1], p0, load_part(a.predictions[1], sample, first, here, scratch[1]), here, m);
-    for (int k = 2; k < a.num_predictions; ++k) {
-      add_term(weights[k], load_part(a.predictions[k], sample, first, here, scratch[1]), p0, here, m);
-    }
+    run.guided(a, weights, sample, first, here, m);
     if (!a.weighs_sample) continue;
-    const T* x = load_part(a.sample, sample, first, here, scratch[1]);
-    add_term<T>(weights[a.num_predictions + 1], x, nullptr, here, m);
+    T scratch[kBlock];
+    const T* x = run.load(a.sample, sample, first, here, scratch);
+    run.sum_of_two(weights[a.num_predictions + 1], x, T(1), m, here, m);
   }
 }
 
@@ -61,12 +50,12 @@ void guide(const StepArguments& a, int64_t sample, int64_t first, int64_t count,
   const int32_t* program = program_of(a, sample);
   const int64_t size = a.elements_per_sample / a.groups;
   const int wanted = moments_read(program, terms_of(a)), columns = made_columns(a);
-  const T* both[2];  // predictions that need no conversion, and nothing beside them
-  for (int k = 0; k < 2; ++k) {
-    both[k] = static_cast<const T*>(a.predictions[k].data) + sample * a.predictions[k].batch_stride + first * size;
-  }
+  const T* pair[2] = {};  // two predictions that need no conversion, and have nothing beside them
   const bool in_place = stored_as<T>(a.predictions[0].element) && stored_as<T>(a.predictions[1].element);
-  const T* const* pair = in_place && a.num_predictions == 2 && !a.weighs_sample ? both : nullptr;
+  const bool is_pair = in_place && a.num_predictions == 2 && !a.weighs_sample;
+  for (int k = 0; is_pair && k < 2; ++k) {
+    pair[k] = static_cast<const T*>(a.predictions[k].data) + sample * a.predictions[k].batch_stride + first * size;
+  }
   double values[kMaxValues][kGroups];
   for (int64_t done = 0; done < count; done += kGroups) {
     const int here = int(count - done < kGroups ? count - done : kGroups);
@@ -77,7 +66,7 @@ void guide(const StepArguments& a, int64_t sample, int64_t first, int64_t count,
     }
     T* made = weights + done * columns;
     make_weights<T, kGroups>(a, program, sample, position, values, here, made);
-    if (pair != nullptr) {
+    if (is_pair) {
       for (int k = 0; k < here; ++k, made += columns) {
         const int64_t place = (done + k) * size;
         combine_two(made[0], made[1], pair[0] + place, pair[1] + place, size, m + place);
@@ -85,7 +74,7 @@ void guide(const StepArguments& a, int64_t sample, int64_t first, int64_t count,
       continue;
     }
     for (int k = 0; k < here; ++k) {
-      combine_group(a, made + k * columns, sample, (first + done + k) * size, size, m + (done + k) * size);
+      combine_group(a, runs<T>(), made + k * columns, sample, (first + done + k) * size, size, m + (done + k) * size);
     }
   }
 }

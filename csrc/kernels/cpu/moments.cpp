@@ -119,7 +119,7 @@ using Several __attribute__((vector_size(count * sizeof(T)))) = T;
 
 // Adds the lanes up by halves, in double.
 template <typename T>
-FASTGUIDE_INLINE double total_of(const Register<T>* registers) {
+double total_of(const Register<T>* registers) {
   alignas(64) T lanes[kLanes<T>];
   std::memcpy(lanes, registers, sizeof lanes);
   Several<double, 8> eight;

@@ -33,7 +33,11 @@ nitpick_ignore_regex = [
     ),
     (
         "py:class",
-        r"([\w.]+\.)?(Calls|FirstOrder|FromMoments|GradientSource|LowPasses|Mode|MomentWeights|Table|TableSpace|Vector)",
+        r"([\w.]+\.)?(AddedUp|Calls|FirstOrder|FromMoments|GradientSource|LowPasses)",
+    ),
+    (
+        "py:class",
+        r"([\w.]+\.)?(Mode|MomentWeights|Table|TableSpace|Vector)",
     ),
 ]
 

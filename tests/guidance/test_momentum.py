@@ -11,7 +11,8 @@ from fastguide.guidance import space_of
 from tests.support.recorded_graph import recorded  # noqa: F401
 
 diffusers = pytest.importorskip("diffusers")
-MomentumBuffer = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance").MomentumBuffer
+projecting = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
+MomentumBuffer, normalized_guidance = projecting.MomentumBuffer, projecting.normalized_guidance
 
 SHAPE, CALLS, SCALE, MOMENTUM = (3, 4, 6, 5), 6, 5.0, -0.6
 SCHEDULE = fastguide.NoiseSchedule.linear()
@@ -88,6 +89,20 @@ def test_a_loop_is_diffusers(momentum, base, backend):
         expected = guided_step(TABLE, call, expected, theirs(guide, call, pair))
         assert (x - expected).norm() <= 1e-12 * expected.norm()
     assert torch.equal(sums.values, guide.momentum_buffer.running_average)
+
+
+@pytest.mark.parametrize("dim", [(1,), (-1,)])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_norms_of_a_sample_s_parts_are_of_the_sums(backend, dim):
+    """As ACE-Step has them: of each channel over the time, of what is added up."""
+    x, pairs = drawn(15)
+    guidance, expected = projected(-0.75, "cond", norm_dim=dim), MomentumBuffer(-0.75)
+    sums = Momentum(PREDICTION, guidance, x[:, 0])
+    for call, pair in enumerate(pairs):
+        uncond, cond = (each[:, 0] for each in pair)
+        got = guided_step(PREDICTION, call, x[:, 0], [uncond, cond], guidance, momentum=sums, backend=backend)
+        own = normalized_guidance(cond, uncond, SCALE, expected, 0.3, 2.0, True, dim)
+        assert (got - own).norm() <= 1e-12 * own.norm()
 
 
 def algorithm_1(x, pairs, row_of, scale):

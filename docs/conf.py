@@ -29,7 +29,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|diffusers|collections|typing)\..*"),
     (
         "py:class",
-        r"Tensor|Base|Callback|Condition|DeviceMesh|Generators|GradientForm|Scale|Space",
+        r"Tensor|Base|Callback|Condition|DeviceMesh|Dim|Generators|GradientForm|Scale|Space",
     ),
     (
         "py:class",

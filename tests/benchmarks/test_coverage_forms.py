@@ -84,6 +84,11 @@ READ_AND_RUN = {  # what is between the model and the step; form, calls, changes
         f"{HALVES}; pred = u + s * (c - u); pred = pred * (torch.norm(c, dim=-1, keepdim=True)"
         " / torch.norm(pred, dim=-1, keepdim=True))", "norm rescaled", "", (),
     ),
+    "norm rescaled, and in another shape": (
+        f"{HALVES}; pred = u + s * (c - u); pred = pred * (torch.norm(c, dim=-1, keepdim=True)"
+        " / torch.norm(pred, dim=-1, keepdim=True)); pred = pred.flatten(1).view(1, 4, 2, 2)",
+        "norm rescaled", "", ("shape after norms",),
+    ),
     "adaptive projected": (f"{HALVES}; pred = normalized_guidance(c, u)", "adaptive projected", "", ()),
     "lerp": (f"{HALVES}; pred = torch.lerp(u, c, s)", "lerp", "", ()),
     "weights": (f"{HALVES}; pred = (s + 1.0) * c - s * u", "weights", "", ()),

@@ -257,6 +257,22 @@ def test_a_sampler_takes_them(scale):
     torch.testing.assert_close(result, expected.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_momentum_of_each_group(dim, backend):
+    """With ``dim=1`` as ACE-Step's pipeline: channels over time."""
+    guidance = AdaptiveProjected(4.0, eta=0.2, norm_threshold=1.0, norm_dim=dim, momentum=-0.75, base="cond")
+    x, added = torch.randn(2, 9, 20, dtype=torch.float64), 0.0
+    expected, sums = x, fastguide.Momentum(TABLE, guidance, x)
+    for index in range(3):
+        u, c = torch.randn(2, 2, 9, 20, dtype=torch.float64)
+        added = c - u - 0.75 * added
+        m = projected(c - added, c, 4.0, dim, 1.0, 0.2)
+        x = guided_step(TABLE, index, x, [u, c], guidance, momentum=sums, backend=backend)
+        expected = stepped(expected, m, index)
+        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_gradients_are_torch_s():
     x, u, c = (tensor.double().requires_grad_() for tensor in drawn((2, 4, 8)))
     scale = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)

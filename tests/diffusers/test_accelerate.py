@@ -266,7 +266,7 @@ def test_every_scheduler_is_exchanged_or_named():
     ))  # fmt: skip
     pipe = diffusers.StableUnCLIPPipeline(
         **nothing, unet=FreePipeline(torch.zeros(2, 3, 4, 4)).unet, scheduler=scheduler_of("DDIMScheduler"),
-        prior_scheduler=diffusers.ScoreSdeVeScheduler(), image_noising_scheduler=diffusers.DDPMScheduler(),
+        prior_scheduler=diffusers.KarrasVeScheduler(), image_noising_scheduler=diffusers.DDPMScheduler(),
     )  # fmt: skip
     done = fused.accelerate(pipe)
     assert done.exchanged == {"scheduler": "DDIMScheduler", "image_noising_scheduler": "DDPMScheduler"}

@@ -235,7 +235,7 @@ def test_a_sampler_of_classes_with_a_learned_variance():
 
 
 def test_what_a_sampler_cannot_be_made_of_is_refused():
-    pipe = stable_diffusion("StableDiffusionPipeline", diffusers.ScoreSdeVeScheduler())
+    pipe = stable_diffusion("StableDiffusionPipeline", diffusers.KarrasVeScheduler())
     with pytest.raises(TypeError, match="scheduler: expected one whose loop is a table of steps, got ScoreSdeVe"):
         fused.sampler_from_pipeline(pipe)
     for kind in (diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler):
@@ -261,11 +261,11 @@ def test_what_a_sampler_cannot_be_made_of_is_refused():
 
 
 def test_another_scheduler_is_named_and_left_alone():
-    scheduler = diffusers.ScoreSdeVeScheduler()
+    scheduler = diffusers.KarrasVeScheduler()
     pipe = stable_diffusion("StableDiffusionPipeline", scheduler)
     done = fused.accelerate(pipe)
     assert pipe.scheduler is scheduler
-    assert done.left_alone["scheduler"].startswith("ScoreSdeVeScheduler: it is not served")
+    assert done.left_alone["scheduler"].startswith("KarrasVeScheduler: it is not served")
     assert list(done.left_alone) == ["scheduler"]
     fused.restore(pipe)
     thresholding = stable_diffusion("StableDiffusionPipeline", scheduler_of("DDIMScheduler", thresholding=True))

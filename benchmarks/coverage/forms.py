@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fastguide.diffusers import tracing
 
-from .reading import Step
+from .reading import X0_OF_A_STEP, Step
 from .values import MASK, PER_FRAME, Node, same
 
 FUSED_FORMS: dict[str, bool] = {
@@ -43,6 +43,7 @@ SEEN_THROUGH: frozenset[str] = frozenset(
             for when in ("before", "after")
         ),
         *("conditional first", "not in halves", "halves of two calls"),
+        f"{X0_OF_A_STEP} before",  # of EDM's Euler, whose x_0 is traced
         "another output before",  # of unCLIP's priors, whose only output has another name
     )
 )

@@ -38,6 +38,9 @@ from .values import (
     taken,
 )
 
+X0_OF_A_STEP = "the scheduler's step"
+"""What a function is called that makes the second of what a step returns."""
+
 _DEEPEST = 6  # calls of methods within one another
 _GUIDANCE_IS_ON = re.compile(
     r"^_?(prior_)?(do|is|use|apply)?_?(classifier_free_guidance|true_cfg|cfg|perturbed_attention_guidance)$"
@@ -351,7 +354,7 @@ class _Reader:
         parts = nodes_in(stepped)
         output = output_of(parts[0]) if len(parts) == 1 else Node("shape", parts) if parts else None
         self.steps.append(Step(name, method, output))
-        return UNKNOWN if output is None else Many([UNKNOWN, Node("function", (output,), "the scheduler's step")])
+        return UNKNOWN if output is None else Many([UNKNOWN, Node("function", (output,), X0_OF_A_STEP)])
 
     # ---- tests ----
 

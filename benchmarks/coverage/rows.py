@@ -10,7 +10,7 @@ from fastguide.diffusers.served import SERVED
 
 from .defaults import default_scheduler, scheduler_arguments
 from .forms import FUSED_FORMS, SEEN_THROUGH, Guidance, guidance_of
-from .reading import Step, read_steps
+from .reading import X0_OF_A_STEP, Step, read_steps
 from .sources import Source, pipeline_classes, source_of
 
 _NO_STEPS = ("image_noising_scheduler", "low_res_scheduler", "inverse_scheduler")
@@ -150,8 +150,15 @@ def _steps(source: Source, inner: Sequence[Source], true_cfg: bool = False) -> l
         found = read_steps(part, true_cfg)
         if all(guidance_of(step, part.methods).form == "none" for step in found):
             found = read_steps(part, True)  # there is no other guidance
-        steps += [(step, part.methods) for step in found]
+        of_others = _given_to_others(found)
+        steps += [(step, part.methods) for step in found if id(step.output) not in of_others]
     return steps
+
+
+def _given_to_others(steps: Sequence[Step]) -> set[int]:
+    """Return the outputs of which a step makes an x_0 that another step is given, by identity."""
+    nodes = [node for step in steps if step.output is not None for node in step.output.walk()]
+    return {id(part) for node in nodes if node.detail == X0_OF_A_STEP for part in node.parts}
 
 
 def _least_fused(found: Sequence[Guidance]) -> Guidance:

@@ -96,6 +96,8 @@ FAMILIES |= {  # with a stand-in for the model
     "Motif-Video": (guided.motif_video, {GUIDED: 7}),  # projected
     "LTX-2": (guided.ltx_2, {GUIDED: 14}),  # rescaled in x_0, of pictures and sound
     "LTX-2, four predictions": (guided.ltx_2_of_four, {GUIDED: 14}),
+    "Cosmos 1": (rare.cosmos, {ALONE: 7, GUIDED: 7}),  # has its scheduler make x_0, and guides that
+    "Cosmos 1, not guided": (rare.cosmos_not_guided, {ALONE: 14}),
     "Cosmos 2": (guided.cosmos_2, {GUIDED: 7}),  # guides x_0
 }
 SOUND = ["Stable Audio"] if fused.served.HAS_TORCHSDE else []
@@ -157,7 +159,7 @@ def test_inference_mode_makes_the_same(name):
 
 WITHOUT_A_SCALE = {"consistency model", "HunyuanImage", "HunyuanVideo 1.5", "HunyuanVideo 1.5, Zero*", "Motif-Video"}
 """In the call: their guiders have it."""
-WITHOUT_A_SCALE |= {name for name in FAMILIES if name.startswith("Kandinsky 6")}  # the scale has to be 1
+WITHOUT_A_SCALE |= {name for name in FAMILIES if name.startswith("Kandinsky 6") or name.endswith("not guided")}
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - WITHOUT_A_SCALE))
@@ -189,6 +191,7 @@ EDITED = {
     "SDXL": {GUIDED: 4},
     "SDXL, inpainting": {GUIDED: 3},
     "Wan 2.1": {GUIDED: 4},
+    "Cosmos 1": {ALONE: 4, GUIDED: 4},
     "Sana": {GUIDED: 4},
     "Sana-Sprint": {ALONE: 4},
     "CogVideoX-2b": {GUIDED: 4},

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.support.family_pipelines import embeddings, model_of, named, picture
-from tests.support.guided_pipelines import Part
+from tests.support.guided_pipelines import Part, StandIn
 from tests.support.scheduler_pair import diffusers
 from tests.support.transformer_pipelines import nothing
 
@@ -96,3 +96,19 @@ def score_sde():
         block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
     )  # fmt: skip
     return diffusers.ScoreSdeVePipeline(denoiser, diffusers.ScoreSdeVeScheduler(sigma_max=4.0))
+
+
+def cosmos(**config):
+    """Make Cosmos 1.0, which asks its scheduler for x_0, guides that, and gives it back."""
+    scheduler = diffusers.EDMEulerScheduler(**{"sigma_max": 80.0, "final_sigmas_type": "sigma_min", **config})
+    pipe = diffusers.CosmosTextToWorldPipeline(
+        transformer=StandIn(4), scheduler=scheduler, safety_checker=Part(),
+        **nothing("text_encoder", "tokenizer", "vae"),
+    )  # fmt: skip
+    given = named("prompt_embeds negative_prompt_embeds", (5, 8), (5, 8))
+    return pipe, {**given, "height": 64, "width": 64, "num_frames": 9, "guidance_scale": 7.0}
+
+
+def cosmos_not_guided():
+    pipe, given = cosmos()
+    return pipe, {**given, "guidance_scale": 1.0}

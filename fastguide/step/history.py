@@ -11,6 +11,10 @@ from ..solvers.table import StepTable
 from .cursor import Cursor
 from .memory import empty_strided, same_layout
 
+_GRAIN = 32768
+"""What has more elements, torch shares among threads, which may take longer to wake up than a few slots of that size
+take to be filled: so these are filled one by one."""
+
 
 class History:
     """The entries that earlier calls of a loop have written, one slot after the other.
@@ -49,7 +53,9 @@ class History:
         shape = (self.slots * sample.shape[0], *sample.shape[1:])
         with torch.inference_mode(False):  # or only inference mode could write it
             self.entries = empty_strided(shape, (inner, *sample.stride()[1:]), self.dtype, sample.device)
-            self.entries.zero_()
+            by_slots = sample.is_cpu and self.entries.numel() > _GRAIN
+            for part in self.entries.split(max(sample.shape[0], 1)) if by_slots else (self.entries,):
+                part.zero_()
         self._next: int | None = 0
 
     def restart(self) -> History:

@@ -26,15 +26,15 @@ class OfHalves(LazyTensor):
     """The difference of an output's halves, a multiple of it, or guidance with that."""
 
     __slots__ = ("_general", "cond", "form", "scale", "uncond", "version")
+    # set by those functions that make one: a call of __init__ takes as long as an operation of a pipeline
 
-    def __init__(self, uncond: Traced, cond: Traced, version: int, form: int, scale: float) -> None:
-        self._value = None
-        self._general: Combined | None = None
-        self.uncond, self.cond = uncond, cond
-        self.version = version
-        """How often the output had been written to when the difference was taken."""
-        self.form = form
-        self.scale = scale
+    uncond: Traced
+    cond: Traced
+    version: int
+    """How often the output had been written to when the difference was taken."""
+    form: int
+    scale: float
+    _general: Combined | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,9 +45,9 @@ class OfHalves(LazyTensor):
         """Return a tensor of the same shape and device."""
         return self.uncond.value()
 
-    def is_bare(self) -> bool:
-        """Tell whether nothing else was done with it."""
-        return self._general is None
+    def is_whole(self) -> bool:
+        """Tell whether it is guidance of the halves of a whole output, which nobody has written to since."""
+        return self.form == GUIDED and self._general is None and self.uncond.source.tensor._version == self.version
 
     def combined(self) -> Combined:
         """Return the combination that it is, the same one each time."""
@@ -67,6 +67,9 @@ class OfHalves(LazyTensor):
         return Combined(made_by, terms, None, self.dtype, ((uncond.source, self.version),))
 
 
+_new = object.__new__
+
+
 def _computed(form: int, scale: float, uncond: Tensor, cond: Tensor) -> Tensor:
     """Compute what a pipeline asked for, by its own operations."""
     made = cond - uncond
@@ -80,16 +83,28 @@ def difference(first: Any, second: Any) -> OfHalves | None:
     if type(first) is not Traced or type(second) is not Traced or first.piece is not SECOND:
         return None
     source = first.source
-    if second.piece is not FIRST or second.source is not source or source.uncounted or not source.is_linear:
+    if second.piece is not FIRST or second.source is not source or not source.is_linear:
         return None
-    return OfHalves(second, first, source.tensor._version, DIFFERENCE, 1.0)
+    try:
+        version = source.tensor._version
+    except RuntimeError:  # an inference tensor, which counts nothing
+        return None
+    made = _new(OfHalves)
+    made.uncond, made.cond, made.version, made.form, made.scale = second, first, version, DIFFERENCE, 1.0
+    made._general = None
+    return made
 
 
 def scaled(scale: Any, of: Any) -> OfHalves | None:
     """Return a number times a difference; ``None``: they are not those."""
     if type(of) is not OfHalves or type(scale) is not float or of.form != DIFFERENCE or of._general is not None:
         return None
-    return OfHalves(of.uncond, of.cond, of.version, SCALED, scale) if abs(scale) < LARGEST else None
+    if not -LARGEST < scale < LARGEST:
+        return None
+    made = _new(OfHalves)
+    made.uncond, made.cond, made.version, made.form, made.scale = of.uncond, of.cond, of.version, SCALED, scale
+    made._general = None
+    return made
 
 
 def guided(uncond: Any, of: Any) -> OfHalves | None:
@@ -98,4 +113,7 @@ def guided(uncond: Any, of: Any) -> OfHalves | None:
         return None
     if uncond.source.tensor._version != of.version:
         return None
-    return OfHalves(uncond, of.cond, of.version, GUIDED, of.scale)
+    made = _new(OfHalves)
+    made.uncond, made.cond, made.version, made.form, made.scale = uncond, of.cond, of.version, GUIDED, of.scale
+    made._general = None
+    return made

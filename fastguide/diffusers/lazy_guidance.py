@@ -12,7 +12,7 @@ from . import torch_rules as torch_rules  # the rules, which are set by its impo
 from .channel_weights import of_channels
 from .formula import VECTOR, Formula
 from .guided import Guided
-from .halves import GUIDED, OfHalves
+from .halves import OfHalves
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
 from .traced import EXACT, Combined, Scale, Term, leading
@@ -73,8 +73,8 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
     if not isinstance(sample, Tensor):
         raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
     if type(output) is OfHalves:
-        whole = output.uncond.source.tensor
-        if guidance_scale is None and _is_whole(output, whole, sample):
+        whole, shape = output.uncond.source.tensor, sample.shape
+        if guidance_scale is None and output.is_whole() and whole.shape == (2 * shape[0], *shape[1:]):
             return whole, output.scale
         output = output.combined()
     if type(output) is Guided and guidance_scale is None and output.is_pending() and output.shape == sample.shape:
@@ -101,13 +101,6 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
 
 def _is_vector_of(output: Formula, sample: Tensor) -> bool:
     return output.is_pending() and output.kind == VECTOR and output.sizes == sample.shape
-
-
-def _is_whole(output: OfHalves, whole: Tensor, sample: Tensor) -> bool:
-    """Tell whether an output is guidance of the halves of a whole tensor, which nobody has written to since."""
-    shape = sample.shape
-    unchanged = output.is_bare() and whole._version == output.version
-    return output.form == GUIDED and unchanged and whole.shape == (2 * shape[0], *shape[1:])
 
 
 def _taken_apart(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[Output, Any] | None:

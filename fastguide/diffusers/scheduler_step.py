@@ -209,11 +209,16 @@ def plan(
 
 def count_fused(scheduler: SchedulerStep, guidance: Guidance | None, *, is_last: bool) -> None:
     """Count a fused step, for ``Acceleration.counts``; after the last one of a run, outputs are not traced."""
-    guided = guidance is not None and (guidance.num_predictions > 1 or guidance.classifier is not None)
-    guided = guided and not isinstance(guidance, Conversion)
-    count(scheduler, "fused with guidance" if guided else "fused without guidance")
+    count(scheduler, counted_as(guidance))
     if is_last and scheduler._fusion is not None:
         scheduler._fusion.tries = False
+
+
+def counted_as(guidance: Guidance | None) -> str:
+    """Return what ``Acceleration.counts`` calls a fused step with this guidance."""
+    guided = guidance is not None and (guidance.num_predictions > 1 or guidance.classifier is not None)
+    guided = guided and not isinstance(guidance, Conversion)
+    return "fused with guidance" if guided else "fused without guidance"
 
 
 def is_last_row(scheduler: SchedulerStep, row: int | Tensor) -> bool:
@@ -225,8 +230,7 @@ def is_last_row(scheduler: SchedulerStep, row: int | Tensor) -> bool:
 def count(scheduler: SchedulerStep, what: str) -> None:
     """Count a step, by what was done, for ``Acceleration.counts``."""
     if scheduler._fusion is not None and not torch.compiler.is_compiling():
-        scheduler._fusion.counts[what] += 1
-        scheduler._fusion.steps += 1
+        scheduler._fusion.count_step(what)
 
 
 LEFT = "left to diffusers: "

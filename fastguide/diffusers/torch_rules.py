@@ -42,24 +42,38 @@ def _typed_as(operand: Any, other: Any) -> Any:
 
 
 def _add(first: Any, second: Any) -> Any:
+    made = guided(first, second) if type(second) is OfHalves else guided(second, first)
+    if made is not None:
+        return made
     if type(first) is Formula or type(second) is Formula:
         return beyond(operator.add, first, second)
-    made = guided(first, second) if type(second) is OfHalves else guided(second, first)
-    return total(operator.add, first, second, 1.0) if made is None else made
+    return total(operator.add, first, second, 1.0)
 
 
 def _sub(first: Any, second: Any) -> Any:
+    made = difference(first, second)
+    if made is not None:
+        return made
     if type(first) is Formula or type(second) is Formula:
         return beyond(operator.sub, first, second)
-    made = difference(first, second)
-    return total(operator.sub, first, second, -1.0) if made is None else made
+    return total(operator.sub, first, second, -1.0)
 
 
 def _mul(first: Any, second: Any) -> Any:
+    made = scaled(first, second) if type(second) is OfHalves else scaled(second, first)
+    return _product(first, second) if made is None else made
+
+
+def _multiplied(second: Any, first: Any) -> Any:
+    """Return ``first * second``, as the method of the second."""
+    made = scaled(first, second)
+    return _product(first, second) if made is None else made
+
+
+def _product(first: Any, second: Any) -> Any:
     if type(first) is Formula or type(second) is Formula:
         return beyond(operator.mul, first, second)
-    made = scaled(first, second) if type(second) is OfHalves else scaled(second, first)
-    return product(operator.mul, first, second) if made is None else made
+    return product(operator.mul, first, second)
 
 
 def _div(first: Any, second: Any) -> Any:
@@ -74,7 +88,7 @@ _RULES: dict[tuple[str, ...], Callable[..., Any]] = {
     ("sub", "__sub__", "subtract"): _sub,
     ("__rsub__",): lambda first, second: _sub(second, first),
     ("mul", "__mul__", "multiply"): _mul,
-    ("__rmul__",): lambda first, second: _mul(second, first),
+    ("__rmul__",): _multiplied,
     ("div", "__truediv__", "divide", "true_divide"): _div,
     ("neg", "__neg__", "negative"): negative,
     ("lerp",): interpolated,

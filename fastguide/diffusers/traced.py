@@ -56,6 +56,13 @@ class Fusion:
         """Trace models' outputs from now on, before those pipelines that began earlier."""
         self.tries, self.run = True, next(_RUNS)
 
+    def count_step(self, what: str, *, is_last: bool = False) -> None:
+        """Count a step, by what was done; after the last one of a run, outputs are not traced."""
+        self.counts[what] += 1
+        self.steps += 1
+        if is_last:
+            self.tries = False
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
         copied = Fusion()
         copied.callers = dict(self.callers)
@@ -71,19 +78,15 @@ class Fusion:
 class Source:
     """One output of a model: the tensor itself, and who else may know of it; or another tensor of the pipeline's."""
 
-    __slots__ = (
-        "combined", "dtype", "escaped", "fusion", "is_linear", "is_output", "step", "tensor", "uncounted",
-    )  # fmt: skip
+    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "is_output", "step", "tensor")
 
     def __init__(self, tensor: Tensor, fusion: Fusion | None, is_output: bool = True) -> None:
         self.tensor = tensor
         self.fusion = fusion
         """``None``: of a guider, which is asked anew each time."""
-        self.dtype = tensor.dtype
-        self.is_linear = tensor.is_floating_point() and not tensor.requires_grad
+        self.dtype = dtype = tensor.dtype
+        self.is_linear = dtype.is_floating_point and not tensor.requires_grad
         """Whether combinations of it may wait."""
-        self.uncounted = tensor.is_inference()
-        """Whether torch does not count who writes to it."""
         self.is_output = is_output
         self.escaped = not is_output
         """Whether others than traced tensors have it, or a view of it."""
@@ -91,6 +94,11 @@ class Source:
         """How many steps there had been."""
         self.combined: list[weakref.ref[Any]] | None = None
         """What was combined of it, if it is not counted who writes to it."""
+
+    @property
+    def uncounted(self) -> bool:
+        """Whether torch does not count who writes to it."""
+        return self.tensor.is_inference()
 
     def version(self) -> int | None:
         """Return how often the output was written to; ``None``: torch does not count that."""

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from diffusers.utils.outputs import BaseOutput
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _is_tracing as is_tracing
+from torch.compiler import is_compiling
 
 from .scheduler_step import SchedulerStep
 from .traced import Fusion, traced
@@ -96,7 +98,7 @@ class _Watch(ABC):
 
         ``frame``: of the caller, or of torch's functions between it and the model.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_tracing():
+        if is_grad_enabled() or is_compiling() or is_tracing():
             return output
         while True:
             code, tries, newest = id(frame.f_code), False, None
@@ -195,6 +197,8 @@ _CALLER = _frames_to_caller()  # to ask for the frames between them would take 1
 def _with_traced(output: Any, fusion: Fusion) -> Any:
     """Return a model's output, traced: all tensors of a tuple, or the first of another output."""
     kind = type(output)
+    if kind is tuple and len(output) == 1 and type(output[0]) is Tensor:
+        return (traced(output[0], fusion),)
     if kind is tuple and output:
         return (_of_first(output[0], fusion), *[_of_tensor(each, fusion) for each in output[1:]])
     if kind is Tensor:

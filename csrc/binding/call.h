@@ -45,6 +45,25 @@ enum class Given : int {
       count
 };
 
+// What a step that was planned depends on but its tensors: fastguide.step.call.Facts, which the loader compares.
+#define FASTGUIDE_FACTS(X) \
+  X(kinds_of) \
+  X(token) \
+  X(guidance) \
+  X(scale) \
+  X(options) \
+  X(dtype) \
+  X(names) \
+  X(values) \
+  X(tensors) \
+  X(versions)
+
+enum class Fact : int {
+#define FASTGUIDE_ENUMERATOR(name) name,
+  FASTGUIDE_FACTS(FASTGUIDE_ENUMERATOR)
+#undef FASTGUIDE_ENUMERATOR
+};
+
 // The tensors of a call, read; and who else takes part in it.
 struct Call {
   explicit Call(PyObject* const* given) : objects(given) {}

@@ -18,6 +18,8 @@ namespace fastguide {
   X(inpainting_type) \
   X(cpu) \
   X(requires_grad) \
+  X(dtype) \
+  X(version) \
   X(last_weights) \
   X(storage_offset) \
   X(device) \

@@ -3,7 +3,9 @@
 //
 // fastguide/step/repeat.py says when, and keeps the kinds. Whatever is not as it was makes `repeat` return None, having
 // done nothing.
+#include <algorithm>
 #include <exception>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -194,24 +196,85 @@ PyObject* make_step(Call& call, const Kind& kind) {
   return out.release();
 }
 
+// Makes a step of one of a table's kinds; None: it is of none of them.
+PyObject* repeat_one_of(PyObject* kinds, PyObject* const* objects) {
+  Call call(objects);
+  if (something_watches() || !call.read()) return nothing();
+  PyObject* const rows = PyTuple_GetItem(kinds, 0);
+  const std::ptrdiff_t count = PyTuple_Size(kinds);
+  for (std::ptrdiff_t k = 1; k < count; ++k) {
+    const Kind& kind = *reinterpret_cast<const Kind*>(PyBytes_AsString(PyTuple_GetItem(PyTuple_GetItem(kinds, k), 0)));
+    if (fits(call, kind) && takes_part(call, kind, PyBytes_AsString(rows), PyBytes_Size(rows))) {
+      return make_step(call, kind);
+    }
+  }
+  return nothing();
+}
+
 // repeat(kinds, index, sample, ...), as guided_step's arguments: the step's output, or None.
 //
 // kinds: a tuple. First come bytes, one for each row of the table: kinds of one and the same byte are for that row.
 // Each other entry is a tuple that begins with a kind's bytes, and keeps alive what they point to.
 PyObject* repeat(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
   if (count != static_cast<std::ptrdiff_t>(Given::count) + 1) return nullptr;  // a SystemError: repeat.py gives others
-  Call call(objects + 1);
-  if (something_watches() || !call.read()) return nothing();
-  PyObject* const rows = PyTuple_GetItem(objects[0], 0);
-  const std::ptrdiff_t kinds = PyTuple_Size(objects[0]);
-  for (std::ptrdiff_t k = 1; k < kinds; ++k) {
-    const Kind& kind =
-        *reinterpret_cast<const Kind*>(PyBytes_AsString(PyTuple_GetItem(PyTuple_GetItem(objects[0], k), 0)));
-    if (fits(call, kind) && takes_part(call, kind, PyBytes_AsString(rows), PyBytes_Size(rows))) {
-      return make_step(call, kind);
-    }
+  return repeat_one_of(objects[0], objects + 1);
+}
+
+// ---- follow ----
+
+PyObject* fact(PyObject* facts, Fact name) { return PyTuple_GetItem(facts, static_cast<int>(name)); }
+
+bool are_equal(PyObject* one, PyObject* other) {
+  const Reference type(PyObject_Type(one)), other_type(PyObject_Type(other));
+  return type.get() == other_type.get() && PyObject_RichCompareBool(one, other, kEqual) == 1;
+}
+
+// Tells whether a tensor has been written to that often.
+bool is_of_version(PyObject* tensor, PyObject* version) {
+  const Reference found(PyObject_GetAttr(tensor, python.version));
+  return found.get() != nullptr && PyObject_RichCompareBool(found.get(), version, kEqual) == 1;
+}
+
+// Tells whether entries of a dictionary are the very objects that they were, and tensors as they were.
+bool are_unchanged(PyObject* facts, PyObject* own) {
+  PyObject* const names = fact(facts, Fact::names);
+  for (std::ptrdiff_t k = 0; k < PyTuple_Size(names); ++k) {
+    PyObject* const found = PyDict_GetItem(own, PyTuple_GetItem(names, k));
+    if (found == nullptr || found != PyTuple_GetItem(fact(facts, Fact::values), k)) return false;
   }
-  return nothing();
+  PyObject* const tensors = fact(facts, Fact::tensors);
+  for (std::ptrdiff_t k = 0; k < PyTuple_Size(tensors); ++k) {
+    if (!is_of_version(PyTuple_GetItem(tensors, k), PyTuple_GetItem(fact(facts, Fact::versions), k))) return false;
+  }
+  return true;
+}
+
+// follow(facts, own, options, scale, output, index, sample, version, predictions, history, staged): makes a step like
+// the last one, if its facts hold; otherwise None.
+//
+// own: the dictionary of `names`. output: has the `dtype`. version: the sample's. The others: as guided_step's.
+PyObject* follow(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
+  constexpr std::ptrdiff_t kObjects = 11;
+  if (count != kObjects) return nullptr;
+  PyObject *const facts = objects[0], *const sample = objects[6];
+  const bool same = are_equal(objects[2], fact(facts, Fact::options)) &&
+                    are_equal(objects[3], fact(facts, Fact::scale)) && is_of_version(sample, objects[7]) &&
+                    Reference(PyObject_GetAttr(objects[4], python.dtype)).get() == fact(facts, Fact::dtype) &&
+                    are_unchanged(facts, objects[1]);
+  PyObject* const found = same ? PyDict_GetItem(fact(facts, Fact::kinds_of), fact(facts, Fact::token)) : nullptr;
+  if (found == nullptr) return nothing();
+  Py_IncRef(found);  // another thread may forget it
+  const Reference kinds(found);
+  PyObject* call[static_cast<int>(Given::count)];
+  std::fill(std::begin(call), std::end(call), python.none);
+  const auto give = [&call](Given name, PyObject* object) { call[static_cast<int>(name)] = object; };
+  give(Given::index, objects[5]);
+  give(Given::sample, sample);
+  give(Given::predictions, objects[8]);
+  give(Given::guidance, fact(facts, Fact::guidance));
+  give(Given::history, objects[9]);
+  give(Given::staged, objects[10]);
+  return repeat_one_of(kinds.get(), call);
 }
 
 // ---- describe ----
@@ -334,9 +397,13 @@ PyObject* guarded(PyObject* self, PyObject* const* objects, std::ptrdiff_t count
 }  // namespace fastguide
 
 #define FASTGUIDE_NAME(name) #name ","
-// The names of a call's arguments, and of the objects that attach gets, in order, each followed by a comma.
+// The names of a call's arguments, of a plan's facts, and of the objects that attach gets, in order, each followed by a
+// comma.
 extern "C" __attribute__((visibility("default"))) const char* fastguide_call() {
   return FASTGUIDE_CALL(FASTGUIDE_NAME);
+}
+extern "C" __attribute__((visibility("default"))) const char* fastguide_facts() {
+  return FASTGUIDE_FACTS(FASTGUIDE_NAME);
 }
 extern "C" __attribute__((visibility("default"))) const char* fastguide_objects() {
   return FASTGUIDE_OBJECTS(FASTGUIDE_NAME);
@@ -349,6 +416,7 @@ __attribute__((visibility("default"))) PyMethodDef fastguide_python_functions[] 
     {"attach", fastguide::guarded<fastguide::attach>, fastguide::kFastCall, nullptr},
     {"describe", fastguide::guarded<fastguide::describe>, fastguide::kFastCall, nullptr},
     {"repeat", fastguide::guarded<fastguide::repeat>, fastguide::kFastCall, nullptr},
+    {"follow", fastguide::guarded<fastguide::follow>, fastguide::kFastCall, nullptr},
     {"is_watched", fastguide::guarded<fastguide::is_watched>, fastguide::kFastCall, nullptr},
 };
 }

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..solvers import StepTable
 from ..solvers._dpm_sde import dpm_sde_table
-from .counted_step import Drawing, counted_step, left
+from .counted_step import counted_step, left
+from .drawing import Drawing
 from .edm_schedulers import EDM
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host

@@ -15,7 +15,8 @@ from ..solvers.cogvideox_dpm import cogvideox_dpm_table
 from ..solvers.ddim import ddim_table
 from ..step.noise import DeviceGenerator
 from . import lazy_outputs
-from .counted_step import CountedStep, Drawing, counted_step, left
+from .counted_step import CountedStep, counted_step, left
+from .drawing import Drawing
 from .guidance_arguments import Scale, combined
 from .host_alphas import HostAlphasOfVelocity
 from .host_tables import HostTables, host_tables, on_host

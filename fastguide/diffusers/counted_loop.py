@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -11,15 +11,18 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..solvers import StepTable
+from ..step.call import Facts
 from ..step.history import History
+from ..step.repeat import kinds_of, token_of
 from .dtypes import Dtypes
 from .host_tables import HostTables
 from .loop_tables import LoopTable
 from .timesteps import version_of
 
 
-class Like(NamedTuple):
-    """What a loop's last step and those like it have in common, but their tensors: see ``run_again``."""
+@dataclass(slots=True)
+class Like:
+    """What a loop's last step and those like it have in common, but their tensors: see ``step_again``."""
 
     scale: Any
     """A number, the weights of several predictions, or ``None``."""
@@ -28,7 +31,20 @@ class Like(NamedTuple):
     table: StepTable
     """The loop's, or the one that scales the model's inputs as well."""
     token: object
+    counted_as: str
+    """In ``Acceleration.counts``."""
     dtypes: Dtypes
+    dtype: torch.dtype
+    """The model's output's. This and the next two are of ``dtypes``, whose attributes take longer to read."""
+    dtype_of_original: torch.dtype
+    is_rounded: bool
+
+    @classmethod
+    def of(cls, scale: Any, guidance: Guidance | None, table: StepTable, counted_as: str, dtypes: Dtypes) -> Like:
+        """Return what steps with this table and guidance have in common."""
+        tokens = token_of(guidance), table, table._token
+        of_dtypes = dtypes.model, dtypes.original, dtypes.is_rounded
+        return cls(scale, guidance, *tokens, counted_as, dtypes, *of_dtypes)
 
 
 class CopiedLoop(NamedTuple):
@@ -49,7 +65,7 @@ class CopiedLoop(NamedTuple):
         return same and self.entries.device == sample.device
 
 
-@dataclass
+@dataclass(slots=True)
 class CountedLoop:
     """A loop over a scheduler's steps, from its first on."""
 
@@ -77,18 +93,56 @@ class CountedLoop:
     staged: Tensor | None = None
     """The model's input of ``returned``, where the step has written it."""
     like: Like | None = None
+    facts: Facts | None = None
+    """What makes a further step like the last one in all but its tensors; ``None``: a step needs more than that."""
     is_over: bool = False
+    is_small: bool = False
+    """Whether a new tensor like its sample is just what ``torch.empty_like`` returns."""
+    levels_in: str = "sigmas"
+    """The scheduler's name of the table that says where the steps lie."""
+    sigmas: Tensor = field(init=False)
+    timesteps: Tensor = field(init=False)
+    config: Any = field(init=False)
+    versions: tuple[int | None, int | None] = field(init=False)
+    """These are of ``tables``, whose attributes take longer to read."""
+    calls: int = field(init=False)
+    """Of the table."""
+
+    def __post_init__(self) -> None:
+        tables = self.tables
+        self.sigmas, self.timesteps, self.config = tables.sigmas, tables.timesteps, tables.config
+        self.versions, self.calls = tables.versions, 0 if self.table is None else len(self.table)
 
     def may_begin_like_an_earlier_one(self, sample: Tensor) -> bool:
         """Tell whether its first step may be like a step of an earlier loop over the same table; prepare for that."""
         like: Like | None = self.made.like
         if self.returned is not None or like is None or sample.is_inference():
             return False
-        dtypes = like.dtypes
-        if not dtypes.model == dtypes.result == sample.dtype or dtypes.is_rounded:
+        if not like.dtype == like.dtypes.result == sample.dtype or like.is_rounded:
             return False  # a state that is kept besides the sample begins with a plan
-        self.like, self.returned, self.version = like, sample, sample._version
+        self.go_on_like(like)
+        self.returned, self.version = sample, sample._version
         return True
+
+    def go_on_like(self, like: Like | None) -> None:
+        """Let the next step be like one that was made; ``None``: it is planned."""
+        self.like = like
+        self.facts = None
+        if like is not None and not like.is_rounded and like.table is (self.made.staging or self.table):
+            names, values = (self.levels_in, "timesteps", "_internal_dict"), (self.sigmas, self.timesteps, self.config)
+            self.facts = Facts(
+                kinds_of, like.token, like.guidance_token, like.scale, self.arguments, like.dtype, names, values,
+                values[:2], self.versions,
+            )  # fmt: skip
+
+    def stage(self) -> None:
+        """Let steps write the model's next input as well, from one on that is planned."""
+        self.made.stage()
+        self.facts = None
+
+    def is_untouched(self) -> bool:
+        """Tell whether torch counts who writes to what the last step returned, and nobody has since."""
+        return self.returned is not None and version_of(self.returned) == self.version
 
     def needs_whole_samples(self) -> bool:
         """Tell whether no part of a sample can be one to the kernel: histories and quantiles are of whole ones."""
@@ -100,16 +154,23 @@ class CountedLoop:
 
     def is_current(self, scheduler: Any) -> bool:
         """Tell whether the scheduler's tables and configuration are those that the loop began with."""
-        own, tables = scheduler.__dict__, self.tables
-        if own[scheduler._levels_in] is not tables.sigmas or own["timesteps"] is not tables.timesteps:
+        return self.has_tables_of(scheduler.__dict__) and (
+            not self.attributes or all(map(is_, self.attributes, scheduler._attributes()))
+        )
+
+    def has_tables_of(self, own: dict[str, Any]) -> bool:
+        """Tell the same of diffusers' tables and the configuration, of a scheduler's ``__dict__``."""
+        sigmas, timesteps = self.sigmas, self.timesteps
+        if own[self.levels_in] is not sigmas or own["timesteps"] is not timesteps:
+            return False
+        if own["_internal_dict"] is not self.config:
             return False
         try:
-            versions: Any = tables.sigmas._version, tables.timesteps._version
+            versions: Any = sigmas._version, timesteps._version
         except RuntimeError:  # inference tensors, which count nothing
-            versions = version_of(tables.sigmas), version_of(tables.timesteps)
-        if versions != tables.versions or own["_internal_dict"] is not tables.config:
-            return False
-        return not self.attributes or all(map(is_, self.attributes, scheduler._attributes()))
+            versions = version_of(sigmas), version_of(timesteps)
+        same: bool = versions == self.versions
+        return same
 
     def inputs(self, sample: Tensor, dtypes: Dtypes) -> tuple[Tensor, Tensor | None]:
         """Return what a step computes from, and what the last one wrote, if that is something else."""
@@ -143,7 +204,7 @@ class CountedLoop:
             staged: the model's next input.
         """
         self.following = self.begin + call + 1
-        self.is_over = self.table is not None and call + 1 == len(self.table)
+        self.is_over = self.table is not None and call + 1 == self.calls
         if self.is_over:
             self.returned = self.state = self.spare = self.staged = self.history = None
             return result if returned is None else returned

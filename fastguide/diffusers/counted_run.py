@@ -13,15 +13,8 @@ from ..guidance import Guidance
 from ..solvers import StepTable
 from ..step.guided_step import guided_step
 from ..step.memory import empty_like
-from ..step.repeat import kinds_of, repeat
-from .counted_loop import CountedLoop, Like
+from .counted_loop import CountedLoop
 from .dtypes import Dtypes
-from .lazy_guidance import Output
-from .lazy_outputs import LazyOriginal
-from .repeat import predictions_again, versions_of
-from .scheduler_step import count_fused
-
-# ---- A step that was planned ----
 
 
 class _Outputs(NamedTuple):
@@ -82,7 +75,7 @@ def run_counted(
         return to.table, answer, to.original
     versions = tuple(tensor._version for tensor in inputs)
     later = functools.partial(
-        _predict_second, second, call, inputs, versions, predictions, guidance, dtypes.original, shape
+        predict_second, second, call, inputs, versions, predictions, guidance, dtypes.original, shape
     )
     return to.table, answer, later
 
@@ -106,10 +99,10 @@ def _outputs(
     out, returned = places(loop, given, anchor, sample, dtypes.result, rounds, keeps)
     staged = original = None
     if made.staging is not None and lead == 1 and not rounds:
-        table, staged = made.staging, None if keeps else _counted_like(given, dtypes.result)
+        table, staged = made.staging, None if keeps else counted_like(given, dtypes.result)
     inference = any(map(Tensor.is_inference, inputs_of(given, predictions)))
     if made.second is not None and (made.churned[call] or inference):
-        original = _counted_like(sample, dtypes.original)
+        original = counted_like(sample, dtypes.original)
     return _Outputs(table, out, returned, staged, original)
 
 
@@ -120,7 +113,7 @@ def _flat(tensors: Any, lead: int) -> Any:
     return None if tensors is None else tensors.flatten(0, lead - 1)
 
 
-def _counted_like(given: Tensor, dtype: torch.dtype) -> Tensor:
+def counted_like(given: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a new tensor whose writes torch counts, in inference mode as well."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
@@ -140,7 +133,7 @@ def places(
     """Return where a step writes its result, and what it returns instead, of ``dtype``, if it keeps the result."""
     private = loop.private(given, anchor) if keeps and not rounds and given.dtype == dtype else None
     if private is not None:
-        return private, _counted_like(sample, dtype)
+        return private, counted_like(sample, dtype)
     return _new_for(given, sample, torch.float32 if rounds else dtype, dtype if keeps else None)
 
 
@@ -164,99 +157,7 @@ def inputs_of(given: Tensor, predictions: Tensor | list[Tensor]) -> list[Tensor]
     return [given, *predictions] if isinstance(predictions, list) else [given, predictions]
 
 
-# ---- A step like the last one ----
-
-
-def run_again(
-    scheduler: Any,
-    loop: CountedLoop,
-    like: Like,
-    arguments: tuple[Any, ...],
-    output: Output,
-    sample: Tensor,
-    source: Any,
-    return_dict: bool,
-    guidance_scale: Any,
-) -> Any:
-    """Make a step like the last one, without planning it; ``None``: nothing was done.
-
-    ``source``: the generator that draws its noise.
-    """
-    kinds, call, made = kinds_of.get(like.token), loop.following - loop.begin, loop.made
-    if kinds is None or not _is_like(scheduler, loop, like, arguments, output, sample, guidance_scale):
-        return None
-    predictions = output if type(output) is Tensor else predictions_again(output)
-    seen = None if predictions is None else _versions_again(loop, sample, predictions)
-    if predictions is None or seen is None:
-        return None
-    state, history = loop.state, loop.history
-    rounds, keeps = scheduler.float32_state and like.dtypes.is_rounded, made.keeps[call]
-    if rounds != (state is not None and state.dtype != sample.dtype):
-        return None
-    given = state if state is not None and rounds else sample
-    out = returned = staged = None
-    if rounds or keeps or torch.is_inference_mode_enabled():
-        out, returned = places(loop, given, None, sample, sample.dtype, rounds, rounds or keeps)
-    if made.staging is not None and not rounds:
-        if like.table is not made.staging:
-            return None
-        staged = None if keeps else _counted_like(given, given.dtype)
-    entries = None if history is None else history.entries
-    result = repeat(
-        kinds, call, given, predictions, like.guidance_token, None, None, None, source, None, None, entries, None,
-        None, out, returned if staged is None else staged, None,
-    )  # fmt: skip
-    if result is None:
-        return None
-    if history is not None:
-        history.note(call)
-    answer = loop.note(call, result, returned, staged)
-    scheduler._step_index = loop.following
-    if scheduler._fusion is not None:
-        count_fused(scheduler, like.guidance, is_last=loop.is_over)
-    second = made.second
-    if second is None:
-        return scheduler._plain_output(prev_sample=answer) if return_dict else (answer,)
-    original = functools.partial(
-        _predict_second, second, call, inputs_of(given, predictions), (given._version, *seen), predictions,
-        like.guidance, like.dtypes.original,
-    )  # fmt: skip
-    if return_dict:
-        return scheduler._output(answer, original)
-    return answer, LazyOriginal.of(answer, original, like.dtypes.original)
-
-
-def _versions_again(loop: CountedLoop, sample: Tensor, predictions: Tensor | list[Tensor]) -> tuple[int, ...] | None:
-    """Return how often predictions were written to, if x_0 depends on that; ``None``: the sample was, or who knows."""
-    try:
-        if sample._version != loop.version:
-            return None
-        return () if loop.made.second is None else versions_of(predictions)
-    except RuntimeError:  # an inference tensor, which counts nothing
-        return None
-
-
-def _is_like(
-    scheduler: Any,
-    loop: CountedLoop,
-    like: Like,
-    arguments: tuple[Any, ...],
-    output: Output,
-    sample: Tensor,
-    guidance_scale: Any,
-) -> bool:
-    """Tell whether a step is the next one, with the sample of the last, and of that one's kind in all that is known."""
-    if scheduler._step_index != loop.following or loop.is_over or sample is not loop.returned:
-        return False
-    if arguments != loop.arguments or output.dtype != like.dtypes.model:
-        return False
-    if type(guidance_scale) is not type(like.scale) or guidance_scale != like.scale:
-        return False
-    churned = loop.made.churned
-    return not (churned and churned[loop.following - loop.begin]) and loop.is_current(scheduler)
-
-
-def _predict_second(
+def predict_second(
     second: StepTable,
     call: int,
     inputs: list[Tensor],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from operator import is_
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,23 +17,23 @@ from torch.compiler import is_dynamo_compiling
 
 from ..solvers import StepTable
 from ..step.history import History
-from ..step.memory import dense_within_sample, in_layout_of
-from ..step.noise import DeviceGenerator
-from ..step.repeat import token_of
+from ..step.memory import dense_within_sample, needs_no_advice
+from .counted_again import step_again
 from .counted_loop import CopiedLoop, CountedLoop, Like
-from .counted_run import run_again, run_counted
-from .dtypes import Dtypes, NoiseRule, promoted
+from .counted_run import run_counted
+from .drawing import Drawing
+from .dtypes import Dtypes, promoted
 from .guidance_arguments import Scale, combined, guidance_of, is_by_value
 from .host_tables import HostTables, host_tables, read_tables
 from .lazy_guidance import Output, PerFrame, resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
 from .loop_tables import loop_table
-from .noise import Generators, noise_of
-from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, fitted_predictions, refusal_of
+from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, counted_as, fitted_predictions, refusal_of
 from .timesteps import place_in, place_of, version_of
 
 _UNCOPIED = ("_counted", "_kept_tables")
+_FLOAT32 = torch.float32
 
 
 class CountedStep(SchedulerStep):
@@ -105,8 +105,11 @@ class CountedStep(SchedulerStep):
     def _is_at(self, timestep: Any) -> bool:
         """Tell whether a step begins at the counter's timestep, as far as the host knows."""
         told = host_tables(self).timestep_values
-        place = place_of(self.timesteps, told, timestep)
         index = self._begin_index if self._step_index is None else self._step_index
+        if type(timestep) is Tensor and timestep.is_cpu and timestep.numel() == 1:
+            value = timestep.item()
+            return value in told if index is None else index < len(told) and value == told[index]
+        place = place_of(self.timesteps, told, timestep)
         if index is None:
             return place is not None
         return place is not None and index < len(told) and told[place] == told[index]
@@ -132,6 +135,9 @@ class CountedStep(SchedulerStep):
                 self.sigmas = self.sigmas.to(device)
         levels = getattr(self, self._levels_in)
         versions = version_of(levels), version_of(self.timesteps)
+        before = self._host
+        if before is not None and before.has_timesteps_of(host):
+            host = host._replace(first_steps=before.first_steps)
         self._host = host._replace(sigmas=levels, timesteps=self.timesteps, versions=versions)
         self._counted = self._copied_loop = None
         self._handed_over = False
@@ -156,68 +162,17 @@ class CountedStep(SchedulerStep):
         if self._begin_index is not None:
             self._step_index = self._begin_index
             return
-        told = host_tables(self).host_timesteps
+        host = host_tables(self)
+        told, known = host.host_timesteps, host.first_steps
         place = place_in(self.timesteps, timestep) if isinstance(timestep, Tensor) and timestep.numel() == 1 else None
-        if place is None and not isinstance(timestep, Tensor):
+        if place is not None:
+            if place not in known:
+                known[place] = self.index_for_timestep(told[place], told)  # type: ignore[attr-defined]
+            self._step_index = known[place]
+            return
+        if not isinstance(timestep, Tensor):
             timestep = torch.as_tensor(timestep, dtype=told.dtype if isinstance(timestep, float) else None)
-        value = told[place] if place is not None else timestep.to("cpu")
-        self._step_index = self.index_for_timestep(value, told)  # type: ignore[attr-defined]
-
-
-class Drawing(NamedTuple):
-    """Where a step's noise comes from; a step without one is deterministic."""
-
-    generator: Generators
-    draws: Callable[[StepTable, int], bool] | bool = True
-    """Whether diffusers draws noise at a call of the loop's table, also where it does not use it."""
-    dtype: NoiseRule = "model"
-    """In which it draws."""
-    noise: Tensor | None = None
-    """Standard normal values in the place of a generator's."""
-    path: Callable[[Tensor, torch.dtype], Tensor | None] | None = None
-    """Makes such values of the sample and the model's dtype, where the step is made: for a path of Brownian motion."""
-
-    def draws_at(self, table: StepTable, call: int) -> bool:
-        """Tell whether diffusers draws at a call."""
-        return self.draws if isinstance(self.draws, bool) else self.draws(table, call)
-
-    def drawn(
-        self, table: StepTable, call: int, sample: Tensor, given: torch.dtype, dtypes: Dtypes
-    ) -> tuple[Tensor | None, torch.Generator | DeviceGenerator | None]:
-        """Return a call's noise, or the generator that draws it in the step, for a sample that is ``given``'s dtype."""
-        noise = self.noise if self.path is None else self.path(sample, dtypes.model)
-        if noise is not None:
-            return in_layout_of(sample, plain(noise)), None
-        if self.path is not None or not self.draws_at(table, call):
-            return None, None
-        dtype, adds = dtypes.of_noise(self.dtype), table.adds_noise[call]
-        in_step = _draws_alike(dtype, given, sample)
-        return noise_of(self.generator, sample, dtype, adds=adds, in_step=in_step)
-
-    def source_again(self, loop: CountedLoop, like: Like, index: int | None, sample: Tensor) -> Any:
-        """Return what draws in a step like an earlier one; ``None``: nothing does; ``False``: this needs a plan."""
-        if index is None or index != loop.following:
-            return False
-        call = index - loop.begin
-        if not self.draws_at(like.table, call):
-            return None
-        dtype = like.dtypes.of_noise(self.dtype)
-        given = sample.dtype if loop.state is None else loop.state.dtype
-        if not like.table.adds_noise[call] or dtype != sample.dtype or not _draws_alike(dtype, given, sample):
-            return False
-        if self.generator is None:
-            return torch.default_generator
-        return self.generator if type(self.generator) is torch.Generator else False
-
-
-def _draws_alike(dtype: torch.dtype, given: torch.dtype, sample: Tensor) -> bool:
-    """Tell whether noise that is drawn in one dtype is that of another, rounded, and leaves the generator alike.
-
-    float64 has another stream. On the host, torch draws 16 values at a time, and the rest in another way, by dtype.
-    """
-    if dtype == given:
-        return True
-    return torch.float64 not in (dtype, given) and (sample.is_cuda or sample.numel() % 16 == 0)
+        self._step_index = self.index_for_timestep(timestep.to("cpu"), told)  # type: ignore[attr-defined]
 
 
 def counted_step(
@@ -242,21 +197,24 @@ def counted_step(
         RuntimeError: the step does not follow the last one, in a loop that goes on from earlier ones.
         IndexError: the loop is over.
     """
-    real = type(timestep) is Tensor and timestep.is_floating_point()
-    if is_dynamo_compiling() or (scheduler._refuses_integers and not real and is_integer(timestep)):
+    if is_dynamo_compiling():
+        return None
+    usual = type(timestep) is Tensor and timestep.dtype is _FLOAT32
+    if scheduler._refuses_integers and not usual and is_integer(timestep):
         return None
     if scheduler._handed_over:
         count(scheduler, LEFT + "a history that was read, and may have been changed")
         return None
+    loop = scheduler._counted
+    if loop is not None and loop.like is not None:
+        done = step_again(scheduler, loop, drawing, arguments, model_output, sample, return_dict, guidance_scale)
+        if done is not None:
+            return done
     output: Output = model_output
-    scale, loop = guidance_scale, scheduler._counted
+    scale = guidance_scale
     if type(model_output) is not Tensor or type(sample) is not Tensor:
         output, scale = resolved(model_output, sample, scale, per_frame=True)
         sample = plain(sample)
-    if loop is not None and loop.like is not None:
-        done = _again(scheduler, loop, drawing, arguments, output, sample, return_dict, scale)
-        if done is not None:
-            return done
     if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
     index = index_of(scheduler, timestep)
@@ -272,10 +230,11 @@ def counted_step(
     if loop.table is not None and index - loop.begin >= len(loop.table):
         return None
     if loop.may_begin_like_an_earlier_one(sample):
-        done = _again(scheduler, loop, drawing, arguments, output, sample, return_dict, scale)
+        done = step_again(scheduler, loop, drawing, arguments, output, sample, return_dict, scale)
         if done is not None:
             return done
-        loop.returned = loop.like = None
+        loop.returned = None
+        loop.go_on_like(None)
     if type(scale) is PerFrame and (loop.needs_whole_samples() or not sample.is_contiguous()):
         output, scale = plain(model_output, "the step, which does not take it apart"), None
     return _planned_step(scheduler, loop, output, sample, return_dict, scale, drawing, dtypes)
@@ -291,28 +250,6 @@ def index_of(scheduler: CountedStep, timestep: Any) -> int:
             scheduler._counted = None
     assert index is not None
     return index
-
-
-def _again(
-    scheduler: CountedStep,
-    loop: CountedLoop,
-    drawing: Drawing | None,
-    arguments: tuple[Any, ...],
-    output: Output,
-    sample: Tensor,
-    return_dict: bool,
-    scale: Any,
-) -> Any:
-    """Make a step like an earlier one; ``None``: nothing was done."""
-    source, like = None, loop.like
-    assert like is not None
-    if drawing is not None:
-        if drawing.noise is not None or drawing.path is not None:
-            return None
-        source = drawing.source_again(loop, like, scheduler._step_index, sample)
-        if source is False:
-            return None
-    return run_again(scheduler, loop, like, arguments, output, sample, source, return_dict, scale)
 
 
 def _planned_step(
@@ -347,9 +284,10 @@ def _planned_step(
     if drawing is not None:
         drawn = drawing.drawn(loop.table, call, sample, loop.inputs(sample, dtypes)[0].dtype, dtypes)
     used, result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, dtypes, *drawn, lead)
-    loop.like = None
+    like = None
     if lead == 1 and is_by_value(scale) and (drawing is None or drawing.path is None):
-        loop.like = loop.made.like = Like(scale, guidance, token_of(guidance), used, used._token, dtypes)
+        like = loop.made.like = Like.of(scale, guidance, used, counted_as(guidance), dtypes)
+    loop.go_on_like(like)
     scheduler._step_index = index + 1
     count_fused(scheduler, guidance, is_last=loop.is_over)
     return scheduler._result(result, original, dtypes.original, return_dict)
@@ -389,8 +327,9 @@ def loop_at(
     if made.table is not None and made.table.history_slots:
         history = History(made.table, _contiguous_within(sample).to(dtype))
     loop = CountedLoop(
-        tables, begin, arguments, scheduler._attributes(), sample.shape, made, made.table, history, index
-    )
+        tables, begin, arguments, scheduler._attributes(), sample.shape, made, made.table, history, index,
+        is_small=needs_no_advice(sample), levels_in=scheduler._levels_in,
+    )  # fmt: skip
     if copied is not None:
         loop.go_on_from(copied)
     scheduler._counted, scheduler._copied_loop = loop, None

@@ -16,7 +16,8 @@ from ..solvers.consistency import consistency_table
 from ..solvers.lcm import consistency_function, lcm_table
 from ..solvers.tcd import tcd_table
 from . import lazy_outputs
-from .counted_step import CountedStep, Drawing, counted_step, left
+from .counted_step import CountedStep, counted_step, left
+from .drawing import Drawing
 from .dtypes import Dtypes, NoiseRule, with_default_noise
 from .guidance_arguments import Scale
 from .host_alphas import HostAlphasOfVelocity

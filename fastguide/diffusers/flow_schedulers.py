@@ -18,7 +18,8 @@ from ..solvers import StepTable
 from ..solvers._flow_ancestral import flow_ancestral_table
 from ..solvers.flow_match_euler import flow_match_euler_table
 from ..solvers.flow_match_heun import flow_match_heun_table
-from .counted_step import CountedStep, Drawing, counted_step, left
+from .counted_step import CountedStep, counted_step, left
+from .drawing import Drawing
 from .dtypes import Dtypes, of_the_model, of_the_sample
 from .guidance_arguments import Scale
 from .host_tables import HostTables, host_tables, on_host

@@ -25,10 +25,17 @@ class HostTables(NamedTuple):
     host_timesteps: Tensor
     sigma_values: tuple[float, ...]
     timestep_values: tuple[float, ...]
+    first_steps: dict[int, int]
+    """Which step diffusers begins with at a place of the timesteps, where it has been asked."""
 
     def sigmas_from(self, begin: int) -> Tensor:
         """Return where the calls from a step on begin, and where the last one ends."""
         return self.host_sigmas[begin : len(self.host_timesteps) + 1]
+
+    def has_timesteps_of(self, other: HostTables) -> bool:
+        """Tell whether another's timesteps are these, by value."""
+        same = self.host_timesteps.dtype == other.host_timesteps.dtype
+        return same and self.timestep_values == other.timestep_values
 
     @property
     def fall(self) -> bool:
@@ -59,8 +66,9 @@ def read_tables(scheduler: Any) -> HostTables:
     sigmas, timesteps = getattr(scheduler, scheduler._levels_in), scheduler.timesteps
     versions = version_of(sigmas), version_of(timesteps)
     host = sigmas.detach().to("cpu", torch.float64, copy=True), timesteps.detach().to("cpu", copy=True)
-    values = (tuple(tensor.tolist()) for tensor in host)
-    return HostTables(sigmas, timesteps, scheduler._internal_dict, versions, *host, *values)
+    sigma_values, timestep_values = (tuple(tensor.tolist()) for tensor in host)
+    config = scheduler._internal_dict
+    return HostTables(sigmas, timesteps, config, versions, *host, sigma_values, timestep_values, {})
 
 
 def host_tables(scheduler: Any) -> HostTables:
@@ -73,10 +81,8 @@ def host_tables(scheduler: Any) -> HostTables:
 
 
 def _is_current(host: HostTables, scheduler: Any) -> bool:
-    sigmas, timesteps = getattr(scheduler, scheduler._levels_in), scheduler.timesteps
-    return (
-        host.sigmas is sigmas
-        and host.timesteps is timesteps
-        and host.config is scheduler._internal_dict
-        and host.versions == (version_of(sigmas), version_of(timesteps))
-    )
+    own = scheduler.__dict__
+    sigmas, timesteps, config, versions = host[:4]
+    if own[scheduler._levels_in] is not sigmas or own["timesteps"] is not timesteps:
+        return False
+    return own["_internal_dict"] is config and (version_of(sigmas), version_of(timesteps)) == versions

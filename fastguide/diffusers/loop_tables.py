@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class LoopTable:
     """At which calls that has a part of the noise, which cannot be drawn again."""
     keeps: tuple[bool, ...] = ()
     """After which calls the sample is kept besides the tensor that is returned, as the next call goes back to it."""
+    is_usual: tuple[bool, ...] = ()
+    """Which calls have neither, and are not the last one."""
     in_scales: tuple[float, ...] = ()
     """What the scheduler divides or multiplies the model's inputs by, call by call; the table does not."""
     scaling: StepTable | None = None
@@ -49,7 +52,7 @@ class LoopTable:
     weights: Any = None
     """Those of the predictions that a model's output holds, call by call, of a scheduler whose outputs hold several."""
     like: Any = None
-    """What the last step of an earlier loop and those like it have in common, if there was one: see ``run_again``."""
+    """What the last step of an earlier loop and those like it have in common, if there was one: see ``step_again``."""
 
     def stage(self) -> None:
         """Let steps write the model's next input as well, but those that write a second copy of the sample."""
@@ -104,8 +107,9 @@ def _made(
     columns = table.coefficients()
     churned, goes_back = (tuple((columns[name] != 0).tolist()) for name in ("x0_noise", "out_anchor"))
     keeps = (*goes_back[1:], False)
+    is_usual = tuple(not (churned[call] or keeps[call]) and call + 1 < len(table) for call in range(len(table)))
     in_scales = tuple(scheduler._in_scales(made))
-    return LoopTable(*depends, table, None, second, churned, keeps, in_scales, made)
+    return LoopTable(*depends, table, None, second, churned, keeps, is_usual, in_scales, made)
 
 
 def _second_table(table: StepTable, second: Mapping[str, Tensor] | None) -> StepTable:
@@ -136,7 +140,9 @@ def _copied(value: Any) -> Any:
 
 
 def _have_same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and _are_same(first.values(), second.values())
+    if first.keys() != dict.keys(second):  # an OrderedDict's own are slower
+        return False
+    return all(map(is_, first.values(), second.values())) or _are_same(first.values(), second.values())
 
 
 def _are_same(first: Iterable[Any], second: Iterable[Any]) -> bool:

@@ -30,7 +30,7 @@ class ScaledInputs(CountedStep):
             staged, loop.staged = loop.staged, None  # what is handed out may be written to
             if staged is not None and sample._version == loop.version:
                 return staged
-            loop.made.stage()
+            loop.stage()
         scale = loop.made.in_scales[loop.following - loop.begin]
         scaled = plain(sample) / scale if self._divides else plain(sample) * scale
         return scaled

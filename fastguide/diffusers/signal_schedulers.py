@@ -21,7 +21,8 @@ from ..solvers.entries import Form
 from ..solvers.sa_solver import sa_solver_table
 from ..solvers.unipc import predictor_forms, unipc_table
 from .counted_loop import CountedLoop
-from .counted_step import CountedStep, Drawing, counted_step, left
+from .counted_step import CountedStep, counted_step, left
+from .drawing import Drawing
 from .dtypes import Dtypes, of_the_model, of_the_sample, promoted
 from .guidance_arguments import Scale
 from .handed_over import HandsOver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from ..solvers import StepTable
 from ..solvers._unscaled import Churn, churn
-from .counted_step import CountedStep, Drawing, counted_step, left
+from .counted_step import CountedStep, counted_step, left
+from .drawing import Drawing
 from .dtypes import Dtypes, NoiseRule, of_the_model
 from .guidance_arguments import Scale
 from .host_tables import HostTables, host_tables
@@ -103,6 +105,11 @@ class StepWithChurn(CountedStep):
         """Return the place of the sigma that says whether a call of a loop draws."""
         return begin + call
 
+    def _draws_between(self, least: float, most: float, table: StepTable, call: int) -> bool:
+        """Tell whether a call of a loop draws, where those of sigmas from ``least`` to ``most`` do."""
+        assert self._counted is not None
+        return least <= host_tables(self).sigma_values[self._churns_at(call, self._counted.begin)] <= most
+
     def step(
         self,
         model_output: Tensor,
@@ -118,16 +125,11 @@ class StepWithChurn(CountedStep):
         guidance_scale: Scale | None = None,
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
-
-        def draws(table: StepTable, call: int) -> bool:
-            assert self._counted is not None
-            place = self._churns_at(call, self._counted.begin)
-            return s_tmin <= host_tables(self).sigma_values[place] <= s_tmax
-
-        arguments = (s_churn, s_tmin, s_tmax, s_noise)
+        arguments, drawing = (s_churn, s_tmin, s_tmax, s_noise), None
         if Tensor in map(type, arguments):
             arguments = tuple(map(as_number, arguments))
-        drawing = Drawing(generator, draws) if s_churn > 0 else None
+        if s_churn > 0:
+            drawing = Drawing(generator, functools.partial(self._draws_between, s_tmin, s_tmax))
         done = counted_step(self, arguments, model_output, timestep, sample, return_dict, guidance_scale, drawing)
         if done is not None:
             return done

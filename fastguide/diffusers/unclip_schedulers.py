@@ -15,7 +15,8 @@ from ..solvers import StepTable
 from ..solvers._wuerstchen import wuerstchen_table
 from ..solvers.ddpm import ddpm_table
 from . import lazy_outputs
-from .counted_step import CountedStep, Drawing, counted_step, left
+from .counted_step import CountedStep, counted_step, left
+from .drawing import Drawing
 from .dtypes import Dtypes, of_the_model
 from .guidance_arguments import Scale, combined
 from .host_alphas import HostAlphas

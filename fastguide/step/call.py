@@ -28,6 +28,32 @@ class Call(NamedTuple):
     backend: Any
 
 
+class Facts(NamedTuple):
+    """What a step that was planned depends on, but its tensors: ``FASTGUIDE_FACTS`` in csrc/binding/call.h.
+
+    A further step is like it if these hold: see ``follow`` in ``fastguide.step.repeat``.
+    """
+
+    kinds_of: dict[object, Any]
+    """The kinds of tables, by their tokens."""
+    token: object
+    """The table's."""
+    guidance: Any
+    """What stands for it in a ``Call``."""
+    scale: Any
+    """That of guidance, which is compared by type and value."""
+    options: tuple[Any, ...]
+    """Compared by value."""
+    dtype: Any
+    """The model output's."""
+    names: tuple[str, ...]
+    """Of a dictionary's entries, which are to be the very objects of ``values``."""
+    values: tuple[Any, ...]
+    tensors: tuple[Any, ...]
+    """Which are to have been written to as often as ``versions`` say."""
+    versions: tuple[int | None, ...]
+
+
 class Objects(NamedTuple):
     """Objects that the library keeps: ``FASTGUIDE_OBJECTS`` in csrc/binding/objects.h."""
 
@@ -42,7 +68,9 @@ class Objects(NamedTuple):
     cpu: Any
     """Its torch.device."""
     requires_grad: str
-    """A name, as are ``last_weights``, ``device``, ``current_level`` and ``generator``."""
+    """A name, as are ``dtype``, ``version``, ``last_weights``, ``device``, ``current_level`` and ``generator``."""
+    dtype: str
+    version: str
     last_weights: str
     storage_offset: Any
     """A function of a tensor."""

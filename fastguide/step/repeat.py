@@ -209,6 +209,8 @@ def _attached() -> native.PythonFunctions | None:
         inpainting_type=Inpainting,
         cpu=torch.device("cpu"),
         requires_grad="requires_grad",
+        dtype="dtype",
+        version="_version",
         last_weights="last_weights",
         storage_offset=Tensor.storage_offset,
         device="device",
@@ -237,3 +239,10 @@ def _never(*_: Any) -> None:
 _functions = _attached()
 repeat: Callable[..., Tensor | None] = _never if _functions is None else _functions.repeat
 """Make a step: called with the kinds of its table, and a ``Call``; ``None``: nothing was done."""
+follow: Callable[..., Tensor | None] = _never if _functions is None else _functions.follow
+"""Make a step like one that was planned, if its ``Facts`` hold; ``None``: nothing was done.
+
+Called with these; the dictionary of their ``names``; the options, the scale and the model's output of the step; its
+index, its sample, how often that was written to when the last step had made it, its predictions, the history's entries
+and ``staged``.
+"""

@@ -17,7 +17,7 @@ import torch
 from ...guidance.encoded import MOST_TERMS, MOST_VALUES
 from ...guidance.symbols import OPERATIONS
 from ...solvers.table import ROW_COLUMNS
-from ..call import Call, Objects
+from ..call import Call, Facts, Objects
 from ..operator import THRESHOLD_WORDS, StepArguments
 from .registry import Backend
 
@@ -47,6 +47,7 @@ _EXPORTS = (
     "fastguide_record_bytes",
     "fastguide_python_functions",
     "fastguide_call",
+    "fastguide_facts",
     "fastguide_objects",
 )
 _ARGUMENT_TYPES = {
@@ -148,6 +149,7 @@ def _load() -> ctypes.CDLL:
     _check_number(found.fastguide_threshold_words, THRESHOLD_WORDS)
     _check_number(found.fastguide_gradient_tile, GRADIENT_TILE)
     _check_list(found.fastguide_call, Call._fields)
+    _check_list(found.fastguide_facts, Facts._fields)
     _check_list(found.fastguide_objects, Objects._fields)
     torch.ops.load_library(str(LIBRARY))
     return found
@@ -220,6 +222,7 @@ class PythonFunctions(NamedTuple):
     attach: Callable[..., Any]
     describe: Callable[..., Any]
     repeat: Callable[..., Any]
+    follow: Callable[..., Any]
     is_watched: Callable[[], Any]
 
 

@@ -14,7 +14,7 @@ from fastguide import ROW_COLUMNS
 from fastguide.guidance.encoded import MOST_TERMS, MOST_VALUES
 from fastguide.guidance.symbols import OPERATIONS
 from fastguide.step.backends import native
-from fastguide.step.call import Call, Objects
+from fastguide.step.call import Call, Facts, Objects
 from fastguide.step.operator import THRESHOLD_WORDS
 
 pytestmark = pytest.mark.skipif(
@@ -33,6 +33,7 @@ LISTS = {
     "fastguide_arguments": ARGUMENTS,
     "fastguide_gradients": GRADIENTS,
     "fastguide_call": Call._fields,
+    "fastguide_facts": Facts._fields,
     "fastguide_objects": Objects._fields,
     "fastguide_operations": tuple(OPERATIONS),
 }
@@ -80,6 +81,7 @@ def swapped(values, i, j):
         ("program_values", 2 * MOST_VALUES, f"expected {MOST_VALUES}, got {2 * MOST_VALUES}"),
         ("threshold_words", 1, f"expected {THRESHOLD_WORDS}, got 1"),
         ("call", swapped(Call._fields, 4, 5), "expected gradient, got variance"),
+        ("facts", swapped(Facts._fields, 0, 1), "expected kinds_of, got token"),
         ("objects", swapped(Objects._fields, 0, 1), "expected none, got true_object"),
     ],
 )

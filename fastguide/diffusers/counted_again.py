@@ -1,0 +1,177 @@
+"""Make a step of a loop like an earlier one, without planning it.
+
+What a plan depends on is compared here, and in the library: ``fastguide.step.repeat`` knows the kind of the step by the
+layouts, dtypes and devices of its tensors. A step on a small sample takes a few microseconds, as long as ten calls of
+Python's functions or attributes of tensors. So the usual one is made in one function, and asks no tensor twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..step.memory import empty_like
+from ..step.repeat import follow, kinds_of, repeat
+from .counted_loop import CountedLoop
+from .counted_run import counted_like, inputs_of, predict_second
+from .counted_run import places as places_of
+from .drawing import APART, Drawing
+from .halves import OfHalves
+from .lazy_guidance import Taken, resolved
+from .lazy_outputs import LazyOriginal
+from .repeat import predictions_again, versions_of
+
+
+def step_again(
+    scheduler: Any,
+    loop: CountedLoop,
+    drawing: Drawing | None,
+    arguments: tuple[Any, ...],
+    output: Any,
+    sample: Tensor,
+    return_dict: bool,
+    scale: Any,
+) -> Any:
+    """Make a step like the last one; ``None``: nothing was done.
+
+    Args:
+        scheduler: whose step it is.
+        loop: its own, which has something that steps are ``like``.
+        drawing: where its noise comes from, as in ``counted_step``.
+        arguments: of ``step``, those that rows depend on.
+        output, scale: the model's output and ``guidance_scale``, as ``step`` gets them or taken apart.
+        sample, return_dict: of ``step``.
+    """
+    like, index, made, own = loop.like, loop.following, loop.made, scheduler.__dict__
+    assert like is not None
+    if sample is not loop.returned or scheduler._step_index != index:
+        return None
+    if loop.attributes and not all(map(is_, loop.attributes, scheduler._attributes())):
+        return None
+    predictions: Tensor | list[Tensor] | None = output
+    if type(output) is not Tensor:
+        output, scale, predictions = _taken_again(output, sample, scale)
+    if predictions is None:
+        return None
+    second = made.second
+    seen: tuple[int, ...] = ()
+    if second is not None:
+        try:
+            seen = versions_of(predictions)
+        except RuntimeError:  # an inference tensor, which counts nothing: x_0 cannot wait
+            return None
+    call, version, result, given = index - loop.begin, loop.version, None, sample
+    is_usual = drawing is None and loop.facts is not None and loop.state is None and made.is_usual[call]
+    if is_usual and not torch.is_inference_mode_enabled():
+        staged = None
+        if made.staging is not None:
+            staged = torch.empty_like(sample) if loop.is_small else empty_like(sample)
+        entries = None if loop.history is None else loop.history.entries
+        result = follow(loop.facts, own, arguments, scale, output, call, sample, version, predictions, entries, staged)
+    if result is not None:
+        loop.following = scheduler._step_index = index + 1
+        loop.returned, loop.version, loop.staged = result, 0, staged  # a new tensor, which only the kernel has written
+        if loop.history is not None:
+            loop.history.note(call)
+    else:
+        done = _general_step_again(scheduler, loop, drawing, arguments, output, sample, predictions, scale)
+        if done is None:
+            return None
+        result, given, version = done
+    if scheduler._fusion is not None:
+        scheduler._fusion.count_step(like.counted_as, is_last=loop.is_over)
+    if second is None:
+        return scheduler._plain_output(prev_sample=result) if return_dict else (result,)
+    inputs, dtype = inputs_of(given, predictions), like.dtype_of_original
+    original = functools.partial(
+        predict_second, second, call, inputs, (version, *seen), predictions, like.guidance, dtype
+    )
+    return scheduler._output(result, original) if return_dict else (result, LazyOriginal.of(result, original, dtype))
+
+
+def _taken_again(output: Any, sample: Tensor, scale: Any) -> tuple[Any, Any, Tensor | list[Tensor] | None]:
+    """Return a model's output, the scale of guidance and the predictions that were left to the step."""
+    if type(output) is OfHalves and scale is None and output.is_whole():
+        # of another shape than twice the sample's, it is of no kind of step with this guidance
+        whole = output.uncond.source.tensor
+        return whole, output.scale, whole
+    if type(output) is not Taken:
+        output, scale = resolved(output, sample, scale, per_frame=True)
+    return output, scale, predictions_again(output)
+
+
+def _general_step_again(
+    scheduler: Any,
+    loop: CountedLoop,
+    drawing: Drawing | None,
+    arguments: tuple[Any, ...],
+    output: Any,
+    sample: Tensor,
+    predictions: Tensor | list[Tensor],
+    scale: Any,
+) -> tuple[Tensor, Tensor, int] | None:
+    """Make a step that draws, or whose sample is rounded or kept, or is the loop's last one; note it in the loop.
+
+    Returns:
+        What the scheduler returns, what the step computed from, and how often that had been written to; ``None``:
+        nothing was done.
+    """
+    like, made, call = loop.like, loop.made, loop.following - loop.begin
+    assert like is not None
+    if type(scale) is not type(like.scale) or scale != like.scale or output.dtype is not like.dtype:
+        return None
+    kinds = kinds_of.get(like.token)
+    if arguments != loop.arguments or kinds is None or (made.churned and made.churned[call]):
+        return None
+    if not (loop.is_untouched() and loop.has_tables_of(scheduler.__dict__)):
+        return None
+    source = None if drawing is None else drawing.source_again(loop, like, loop.following, sample)
+    if source is False:
+        return None
+    places = _places_again(scheduler, loop, call, sample)
+    if places is None:
+        return None
+    given, out, returned, staged = places
+    history = loop.history
+    entries = None if history is None else history.entries
+    generator = None if source is APART else source
+    result = repeat(
+        kinds, call, given, predictions, like.guidance_token, None, None, None, generator, None, None, entries, None,
+        None, out, returned if staged is None else staged, None,
+    )  # fmt: skip
+    if result is None:
+        return None
+    if history is not None:
+        history.note(call)
+    if source is APART:
+        assert drawing is not None
+        drawing.draw_apart(like.dtypes, sample)
+    scheduler._step_index = loop.following + 1
+    return loop.note(call, result, returned, staged), given, given._version
+
+
+def _places_again(
+    scheduler: Any, loop: CountedLoop, call: int, sample: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
+    """Return what a step computes from, and where it writes its result, what it returns, and the model's next input.
+
+    ``None``: it needs a plan.
+    """
+    like, made, state = loop.like, loop.made, loop.state
+    assert like is not None
+    rounds, keeps = scheduler.float32_state and like.is_rounded, made.keeps[call]
+    if rounds != (state is not None and state.dtype != sample.dtype):
+        return None
+    given = state if state is not None and rounds else sample
+    out = returned = staged = None
+    if rounds or keeps or torch.is_inference_mode_enabled():
+        out, returned = places_of(loop, given, None, sample, sample.dtype, rounds, rounds or keeps)
+    if made.staging is not None and not rounds:
+        if like.table is not made.staging:
+            return None
+        staged = None if keeps else counted_like(given, given.dtype)
+    return given, out, returned, staged

@@ -18,10 +18,40 @@ namespace {
 constexpr int kGroups = 32;
 
 template <typename T>
-FASTGUIDE_INLINE void combine_two(T sum, T weight, const T* p0, const T* p1, int64_t count, T* m) {
-  const PairWeights<T> pair{sum, weight};
-  FASTGUIDE_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < count; ++i) m[i] = guided_prediction(pair, p0[i], p1[i]);
+FASTGUIDE_INLINE T value_of(T stored) {
+  return stored;
+}
+
+template <typename T>
+FASTGUIDE_INLINE T value_of(uint16_t bfloat16) {
+  return T(from_bfloat16(bfloat16));
+}
+
+// Writes m of some groups of two predictions that are stored alike, with nothing beside them.
+template <typename T, typename Stored>
+void combine_pairs(const StepArguments& a, const T* weights, int64_t sample, int64_t first, int count, T* m) {
+  const int64_t size = a.elements_per_sample / a.groups;
+  const auto at = [&](const Input& input) {
+    return static_cast<const Stored*>(input.data) + sample * input.batch_stride + first * size;
+  };
+  const Stored *p0 = at(a.predictions[0]), *p1 = at(a.predictions[1]);
+  for (int k = 0; k < count; ++k, p0 += size, p1 += size, m += size, weights += made_columns(a)) {
+    const PairWeights<T> pair{weights[0], weights[1]};
+    FASTGUIDE_INDEPENDENT_ITERATIONS
+    for (int64_t i = 0; i < size; ++i) m[i] = guided_prediction(pair, value_of<T>(p0[i]), value_of<T>(p1[i]));
+  }
+}
+
+template <typename T>
+using CombinePairs = void (*)(const StepArguments&, const T*, int64_t, int64_t, int, T*);
+
+// Returns null where predictions are stored otherwise, more than two, or the sample has a weight.
+template <typename T>
+CombinePairs<T> choose_pairs(const StepArguments& a) {
+  const Element element = a.predictions[0].element;
+  if (a.num_predictions != 2 || a.weighs_sample || a.predictions[1].element != element) return nullptr;
+  if (stored_as<T>(element)) return combine_pairs<T, T>;
+  return element == Element::bfloat16 && sizeof(T) == sizeof(float) ? combine_pairs<T, uint16_t> : nullptr;
 }
 
 template <typename T>
@@ -50,12 +80,7 @@ void guide(const StepArguments& a, int64_t sample, int64_t first, int64_t count,
   const int32_t* program = program_of(a, sample);
   const int64_t size = a.elements_per_sample / a.groups;
   const int wanted = moments_read(program, terms_of(a)), columns = made_columns(a);
-  const T* pair[2] = {};  // two predictions that need no conversion, and have nothing beside them
-  const bool in_place = stored_as<T>(a.predictions[0].element) && stored_as<T>(a.predictions[1].element);
-  const bool is_pair = in_place && a.num_predictions == 2 && !a.weighs_sample;
-  for (int k = 0; is_pair && k < 2; ++k) {
-    pair[k] = static_cast<const T*>(a.predictions[k].data) + sample * a.predictions[k].batch_stride + first * size;
-  }
+  const CombinePairs<T> combine = choose_pairs<T>(a);
   double values[kMaxValues][kGroups];
   for (int64_t done = 0; done < count; done += kGroups) {
     const int here = int(count - done < kGroups ? count - done : kGroups);
@@ -66,11 +91,8 @@ void guide(const StepArguments& a, int64_t sample, int64_t first, int64_t count,
     }
     T* made = weights + done * columns;
     make_weights<T, kGroups>(a, program, sample, position, values, here, made);
-    if (is_pair) {
-      for (int k = 0; k < here; ++k, made += columns) {
-        const int64_t place = (done + k) * size;
-        combine_two(made[0], made[1], pair[0] + place, pair[1] + place, size, m + place);
-      }
+    if (combine != nullptr) {
+      combine(a, made, sample, first + done, here, m + done * size);
       continue;
     }
     for (int k = 0; k < here; ++k) {

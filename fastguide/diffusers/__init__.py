@@ -16,12 +16,9 @@ from .distilled_schedulers import *  # noqa: F403
 from .edm_schedulers import *  # noqa: F403
 from .flow_schedulers import *  # noqa: F403
 from .from_pipeline import as_model, sampler_from_pipeline, step_table
-from .helios_schedulers import *  # noqa: F403
-from .piflow_schedulers import *  # noqa: F403
 from .pipelines import Acceleration, accelerate, restore
 from .pndm_schedulers import *  # noqa: F403
 from .repaint_schedulers import *  # noqa: F403
-from .rfd4_schedulers import *  # noqa: F403
 from .schedulers import *  # noqa: F403
 from .sigma_schedulers import *  # noqa: F403
 from .signal_schedulers import *  # noqa: F403
@@ -30,6 +27,16 @@ from .ve_schedulers import *  # noqa: F403
 
 if served.HAS_TORCHSDE:
     from .brownian_schedulers import *  # noqa: F403
+if served.HAS_FLOW_MAP:
+    from .flow_map_schedulers import *  # noqa: F403
+if served.HAS_FLOW_ANCESTRAL:
+    from .flow_ancestral_schedulers import *  # noqa: F403
+if served.HAS_HELIOS:
+    from .helios_schedulers import *  # noqa: F403
+if served.HAS_PIFLOW:
+    from .piflow_schedulers import *  # noqa: F403
+if served.HAS_RFD4:
+    from .rfd4_schedulers import *  # noqa: F403
 
 __all__ = [
     "Acceleration",

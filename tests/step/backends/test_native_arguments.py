@@ -41,6 +41,7 @@ NUMBERS = {
     "fastguide_program_terms": MOST_TERMS,
     "fastguide_program_values": MOST_VALUES,
     "fastguide_threshold_words": THRESHOLD_WORDS,
+    "fastguide_gradient_tile": native.GRADIENT_TILE,
 }
 
 

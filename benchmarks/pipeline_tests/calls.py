@@ -1,0 +1,188 @@
+"""Accelerate a pipeline at each of its calls, and compare the call with a plain one from the same state."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import random
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from fastguide.diffusers import accelerate, restore
+
+from .compare import copied, difference, has_numbers
+
+Record = dict[str, Any]
+_LARGE = 1e-5
+"""The difference of outputs from which on it is seen whether rounding explains it."""
+
+
+class Calls:
+    """What a pipeline's call becomes: an accelerated one, and a record of it."""
+
+    def __init__(self, compares: bool, record: Callable[[Record], None]) -> None:
+        self._compares, self._record = compares, record
+        self._within = False
+        self._filled: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def watch(self) -> None:
+        """Watch the calls of all pipeline classes, those of modules that are not yet imported too."""
+        base: Any = diffusers.DiffusionPipeline
+        pending = [base]
+        while pending:
+            cls = pending.pop()
+            pending.extend(cls.__subclasses__())
+            self.watch_class(cls)
+        before = base.__init_subclass__
+
+        def of_subclass(cls: Any, /, **keywords: Any) -> None:
+            before(**keywords)
+            self.watch_class(cls)
+
+        base.__init_subclass__ = classmethod(of_subclass)
+
+    def watch_class(self, cls: Any) -> None:
+        """Watch the calls of one class, unless they are watched already or are those of another."""
+        call = cls.__dict__.get("__call__")
+        if call is None or hasattr(call, "watched_by"):
+            return
+
+        @functools.wraps(call)
+        def watched(pipe: Any, *arguments: Any, **keywords: Any) -> Any:
+            if self._within:  # of a combined pipeline, which is accelerated with those within it
+                return call(pipe, *arguments, **keywords)
+            self._within = True
+            try:
+                return self._accelerated(pipe, functools.partial(call, pipe), arguments, keywords)
+            finally:
+                self._within = False
+
+        vars(watched)["watched_by"] = self
+        cls.__call__ = watched
+
+    def _accelerated(self, pipe: Any, call: Callable[..., Any], arguments: Any, keywords: Any) -> Any:
+        record: Record = {"pipeline": type(pipe).__name__, "bits": _bits(pipe)}
+        with contextlib.suppress(ValueError):  # it was not accelerated yet
+            restore(pipe)
+        kept = _Kept(arguments, keywords)
+        if self._compares:
+            self._fill(pipe)
+            plain, error = kept.plain(pipe, call)
+        done = accelerate(pipe)
+        before = Counter(done.counts)
+        output, found = None, None
+        try:
+            output = call(*arguments, **keywords)
+        except Exception as raised:
+            found = raised
+            raise
+        finally:
+            record |= {"counts": dict(done.counts - before), "computed": dict(done.computed)}
+            record |= {"left_alone": done.left_alone, "tried": done.tried}
+            if self._compares and (error is not None or found is not None):
+                record["errors"] = [_described(error), _described(found)]
+            elif self._compares:
+                record |= {"difference": difference(plain, output), "has_numbers": has_numbers(output)}
+                if record["difference"] > _LARGE:
+                    restore(pipe)
+                    rounded, error = kept.plain(pipe, call, rounds=True)
+                    record["rounding"] = difference(plain, rounded) if error is None else 0.0
+                    accelerate(pipe)
+            self._record(record)
+        return output
+
+    def _fill(self, pipe: Any) -> None:
+        """Draw the matrices that begin as zeros, so that the outputs depend on the inputs."""
+        for model in vars(pipe).values():
+            if isinstance(model, torch.nn.Module) and model not in self._filled:
+                self._filled.add(model)
+                generator = torch.Generator().manual_seed(0)
+                for weights in model.parameters():
+                    if weights.dim() > 1 and weights.is_floating_point() and not weights.is_meta:
+                        _draw_zeros(weights.detach(), generator)
+
+
+def _bits(pipe: Any) -> int:
+    """Return the bits of the narrowest number that a pipeline's models have weights in."""
+    models = (each for each in vars(pipe).values() if isinstance(each, torch.nn.Module))
+    kinds = {weights.dtype for model in models for weights in model.parameters() if weights.is_floating_point()}
+    return min((torch.finfo(kind).bits for kind in kinds), default=32)
+
+
+def _draw_zeros(weights: torch.Tensor, generator: torch.Generator) -> None:
+    if weights.device.type == "cpu" and weights.numel() and not weights.any():
+        drawn = torch.randn(weights.shape, generator=generator) * weights[0].numel() ** -0.5
+        weights.copy_(drawn.to(weights.dtype))
+
+
+class _Kept:
+    """What a call starts from: copies of its arguments, and the states of the generators that all share."""
+
+    def __init__(self, arguments: Any, keywords: Any) -> None:
+        self._arguments, self._keywords = copied(arguments), copied(keywords)
+        self._states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+    def plain(self, pipe: Any, call: Callable[..., Any], rounds: bool = False) -> tuple[Any, Exception | None]:
+        """Call the pipeline with copies of its schedulers, and leave all random numbers for the next call.
+
+        ``rounds``: change each sample that a scheduler gets by as much as rounding does, to see what becomes of it.
+        """
+        self._set_states()
+        try:
+            with _copied_schedulers(pipe, rounds):
+                return call(*copied(self._arguments), **copied(self._keywords)), None
+        except Exception as error:
+            return None, error
+        finally:
+            self._set_states()
+
+    def _set_states(self) -> None:
+        torch.set_rng_state(self._states[0])
+        np.random.set_state(self._states[1])
+        random.setstate(self._states[2])
+
+
+@contextlib.contextmanager
+def _copied_schedulers(pipe: Any, rounds: bool) -> Iterator[None]:
+    parts = [pipe, *(each for each in vars(pipe).values() if isinstance(each, diffusers.DiffusionPipeline))]
+    places = [(part, name, each) for part in parts for name, each in vars(part).items() if _is_scheduler(each)]
+    try:
+        for part, name, scheduler in places:
+            setattr(part, name, copy.deepcopy(scheduler))
+            if rounds:
+                getattr(part, name).step = _rounding(getattr(part, name).step)
+        yield
+    finally:
+        for part, name, scheduler in places:
+            setattr(part, name, scheduler)
+
+
+def _rounding(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a scheduler's step that rounds its sample anew."""
+    signature, generator = inspect.signature(step), torch.Generator().manual_seed(0)
+
+    @functools.wraps(step)
+    def rounded(*arguments: Any, **keywords: Any) -> Any:
+        given = signature.bind(*arguments, **keywords)
+        sample = given.arguments["sample"]
+        apart = torch.randn(sample.shape, generator=generator) * torch.finfo(sample.dtype).eps / 2
+        given.arguments["sample"] = (sample * (1 + apart)).to(sample.dtype)
+        return step(*given.args, **given.kwargs)
+
+    return rounded
+
+
+def _is_scheduler(each: Any) -> bool:
+    return isinstance(each, diffusers.SchedulerMixin)
+
+
+def _described(error: Exception | None) -> str:
+    return "" if error is None else f"{type(error).__name__}: {str(error)[:300]}"

@@ -44,8 +44,8 @@ def difference(one: Any, other: Any) -> float:
 
 
 def has_numbers(output: Any) -> bool:
-    """Tell whether an output has a number that is not 0, as a difference says nothing of zeros."""
-    return any(bool(np.any(each)) for each in _arrays(output))
+    """Tell whether an output has a number that is neither 0 nor NaN, as a difference says nothing of those."""
+    return any(bool((np.isfinite(each) & (each != 0)).any()) for each in _arrays(output))
 
 
 def _difference(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:

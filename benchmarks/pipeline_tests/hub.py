@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
+from diffusers.pipelines import kolors
 
 _COMMIT = "0" * 40
 _LETTERS = string.ascii_letters + string.digits + string.punctuation
@@ -169,6 +171,92 @@ def _dpt_processor() -> Any:
     return transformers.DPTImageProcessor(size={"height": 32, "width": 32})
 
 
+def _qwen3_vl() -> Any:
+    text: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 152064}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 37, "num_heads": 4, "out_hidden_size": 16}
+    vision |= {"num_position_embeddings": 16}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def _qwen3_vl_processor() -> Any:
+    images = transformers.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112, patch_size=16)
+    processor: Any = transformers.Qwen3VLProcessor
+    return processor(images, _qwen(), transformers.Qwen3VLVideoProcessor(), chat_template=_CHAT)
+
+
+def _gemma3() -> Any:
+    text: dict[str, Any] = {**_TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    text |= {"vocab_size": 1000, "layer_types": ["full_attention"] * 2}
+    vision = {**_VISION, "image_size": 8, "patch_size": 4}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def _mistral_processor() -> Any:
+    special = ("<unk>", "[IMG]", "<s>", "</s>", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]")
+    tokenizer = _llama_like("LlamaTokenizer", *special)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    chat = _CHAT.replace("<|vision_start|><|image_pad|><|vision_end|>", "[IMG]")
+    processor: Any = transformers.PixtralProcessor
+    return processor(transformers.PixtralImageProcessor(), tokenizer, patch_size=6, chat_template=chat)
+
+
+def _glm_image_processor() -> Any:
+    vocabulary = _numbered(*_byte_letters(), *_QWEN_SPECIAL)
+    named = {"image_token": "<|image_pad|>", "grid_bos_token": "<|box_start|>", "grid_eos_token": "<|box_end|>"}
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], bos_token="<|vision_start|>", extra_special_tokens=named
+    )
+    processor: Any = transformers.GlmImageProcessor
+    return processor(transformers.GlmImageImageProcessor(), tokenizer, chat_template=_CHAT)
+
+
+def _write_chat_glm(folder: Path) -> None:
+    """Write the vocabulary and the encoder that diffusers has for Kolors; no other needs sentencepiece."""
+    import sentencepiece
+
+    sentences = [" ".join(_LETTERS), _LETTERS] * 4
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=len(_LETTERS) + 4,
+        minloglevel=2,
+    )
+    configuration: Any = kolors.text_encoder.ChatGLMConfig
+    config = configuration(
+        num_layers=2,
+        padded_vocab_size=1000,
+        hidden_size=32,
+        ffn_hidden_size=37,
+        kv_channels=8,
+        num_attention_heads=4,
+        original_rope=True,
+        add_qkv_bias=True,
+    )
+    encoder: Any = kolors.text_encoder.ChatGLMModel
+    encoder(config).float().save_pretrained(folder)
+    tokenizer: Any = kolors.tokenizer.ChatGLMTokenizer
+    tokenizer(str(folder / "tokenizer.model")).save_pretrained(folder)
+
+
+def _write_consistency_models(folder: Path) -> None:
+    model: Any = diffusers.UNet2DModel
+    for name, classes in {"test_unet": None, "test_unet_class_cond": 10}.items():
+        model(
+            **{"sample_size": 32, "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "norm_num_groups": 32},
+            **{"block_out_channels": (32, 64), "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")},
+            **{"up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"), "attention_head_dim": 8},
+            **{"resnet_time_scale_shift": "scale_shift", "num_class_embeds": classes},
+        ).save_pretrained(folder / name)
+
+
+def _in(subfolder: str, *makers: Callable[[], Any]) -> Callable[[Path], None]:
+    return lambda folder: _saved(*makers)(folder / subfolder)
+
+
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 5, "num_heads": 4, "vocab_size": 1103}
 _TEXT = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 5, "num_attention_heads": 4}
 _VISION = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -190,5 +278,16 @@ _REPOSITORIES: dict[str, Callable[[Path], None]] = {
     f"{_TESTING}/tiny-random-ClapModel": _saved(transformers.ClapFeatureExtractor),
     f"{_TESTING}/tiny-random-DPTForDepthEstimation": _saved(_dpt_processor),
     "YiYiXu/tiny-random-mclip-base": _saved(_xlm_roberta),
-    "finetrainers/dummy-hunyaunvideo": lambda folder: _saved(_llama)(folder / "tokenizer"),
+    "finetrainers/dummy-hunyaunvideo": _in("tokenizer", _llama),
+    f"{_TESTING}/tiny-random-T5ForConditionalGeneration": _saved(_model("T5EncoderModel", **_T5), _t5),
+    f"{_TESTING}/tiny-gemma3": _saved(_gemma3, _gemma),
+    f"{_TESTING}/llama-tokenizer": _saved(_llama),
+    "Qwen/Qwen3-Embedding-0.6B": _saved(_qwen),
+    f"{_TESTING}/tiny-cosmos3-modular-pipe": _in("text_tokenizer", transformers.Qwen2Config, _qwen),
+    f"{_TESTING}/Mistral-Small-3.1-24B-Instruct-2503-only-processor": _saved(_mistral_processor),
+    "huangfeice/tiny-random-Qwen3VLForConditionalGeneration": _saved(_qwen3_vl, _qwen3_vl_processor),
+    "zai-org/GLM-Image": _in("processor", transformers.Qwen2Config, _glm_image_processor),
+    "THUDM/glm-4-9b-chat": _saved(transformers.Qwen2Config, _qwen),
+    f"{_TESTING}/tiny-random-chatglm3-6b": _write_chat_glm,
+    "diffusers/consistency-models-test": _write_consistency_models,
 }

@@ -18,7 +18,7 @@ import torch
 
 from fastguide.diffusers import accelerate, restore
 
-from .compare import copied, difference, has_numbers
+from .compare import copied, difference, varies
 
 Record = dict[str, Any]
 _LARGE = 1e-5
@@ -90,7 +90,7 @@ class Calls:
             if self._compares and (error is not None or found is not None):
                 record["errors"] = [_described(error), _described(found)]
             elif self._compares:
-                record |= {"difference": difference(plain, output), "has_numbers": has_numbers(output)}
+                record |= {"difference": difference(plain, output), "varies": varies(output)}
                 if record["difference"] > _LARGE:
                     restore(pipe)
                     rounded, error = kept.plain(pipe, call, rounds=True)

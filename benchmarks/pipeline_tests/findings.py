@@ -89,7 +89,7 @@ def _compare(row: dict[str, Any], record: Record) -> None:
     apart = record.get("difference")
     if apart is None:
         return
-    row["compared"] += bool(record["has_numbers"])
+    row["compared"] += bool(record["varies"])
     tolerance = max(TOLERANCE[record["bits"]], _TIMES_ROUNDING * record.get("rounding", 0.0))
     if apart > tolerance or math.isnan(apart):
         row["differ"].append({"test": record["test"], "difference": apart, "rounding": record.get("rounding")})

@@ -100,14 +100,14 @@ class Calls:
         return output
 
     def _fill(self, pipe: Any) -> None:
-        """Draw the matrices that begin as zeros, so that the outputs depend on the inputs."""
+        """Draw the weights that begin as zeros or as the memory was, so that the outputs depend on the inputs."""
         for model in vars(pipe).values():
             if isinstance(model, torch.nn.Module) and model not in self._filled:
                 self._filled.add(model)
                 generator = torch.Generator().manual_seed(0)
                 for weights in model.parameters():
-                    if weights.dim() > 1 and weights.is_floating_point() and not weights.is_meta:
-                        _draw_zeros(weights.detach(), generator)
+                    if weights.is_floating_point() and weights.device.type == "cpu" and weights.numel():
+                        _draw(weights.detach(), generator)
 
 
 def _bits(pipe: Any) -> int:
@@ -117,9 +117,11 @@ def _bits(pipe: Any) -> int:
     return min((torch.finfo(kind).bits for kind in kinds), default=32)
 
 
-def _draw_zeros(weights: torch.Tensor, generator: torch.Generator) -> None:
-    if weights.device.type == "cpu" and weights.numel() and not weights.any():
-        drawn = torch.randn(weights.shape, generator=generator) * weights[0].numel() ** -0.5
+def _draw(weights: torch.Tensor, generator: torch.Generator) -> None:
+    """Draw a matrix of zeros, and whatever is not finite."""
+    is_matrix = weights.dim() > 1
+    if (is_matrix and not weights.any()) or not weights.float().isfinite().all():
+        drawn = torch.randn(weights.shape, generator=generator) * (weights[0].numel() if is_matrix else 1) ** -0.5
         weights.copy_(drawn.to(weights.dtype))
 
 

@@ -93,12 +93,15 @@ def _gemma() -> Any:
 
 
 def _llama() -> Any:
-    return _llama_like("LlamaTokenizer", "<unk>", "<s>", "</s>")
+    tokenizer = _llama_like("LlamaTokenizer", "<unk>", "<s>", "</s>", "<pad>")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
 
 
 def _qwen() -> Any:
-    vocabulary = _numbered(*_byte_letters())
-    vocabulary.update((token, _QWEN_FIRST_SPECIAL + index) for index, token in enumerate(_QWEN_SPECIAL))
+    letters = _byte_letters()
+    unused = (f"unused {index}" for index in range(len(letters), _QWEN_FIRST_SPECIAL))
+    vocabulary = _numbered(*letters, *unused, *_QWEN_SPECIAL)
     return transformers.Qwen2Tokenizer(
         vocab=vocabulary, merges=[], extra_special_tokens=_QWEN_SPECIAL, chat_template=_CHAT
     )
@@ -227,17 +230,14 @@ def _write_chat_glm(folder: Path) -> None:
     )
     configuration: Any = kolors.text_encoder.ChatGLMConfig
     config = configuration(
-        num_layers=2,
-        padded_vocab_size=1000,
-        hidden_size=32,
-        ffn_hidden_size=37,
-        kv_channels=8,
-        num_attention_heads=4,
-        original_rope=True,
-        add_qkv_bias=True,
+        **{"num_layers": 2, "padded_vocab_size": 1000, "hidden_size": 8, "ffn_hidden_size": 37, "kv_channels": 4},
+        **{"num_attention_heads": 2, "original_rope": True, "add_qkv_bias": True},
     )
     encoder: Any = kolors.text_encoder.ChatGLMModel
-    encoder(config).float().save_pretrained(folder)
+    model = encoder(config).float()
+    for weights in model.parameters():  # which it leaves as the memory was
+        torch.nn.init.normal_(weights, mean=float(weights.dim() == 1), std=0.1)
+    model.save_pretrained(folder)
     tokenizer: Any = kolors.tokenizer.ChatGLMTokenizer
     tokenizer(str(folder / "tokenizer.model")).save_pretrained(folder)
 
@@ -267,8 +267,8 @@ _REPOSITORIES: dict[str, Callable[[Path], None]] = {
     f"{_TESTING}/tiny-random-T5Model": _saved(_t5),
     f"{_TESTING}/tiny-random-umt5": _saved(_model("UMT5EncoderModel", **_T5), _t5),
     f"{_TESTING}/tiny-random-Qwen2VLForConditionalGeneration": _saved(_qwen2_vl, _qwen2_vl_processor),
-    f"{_TESTING}/dummy-gemma": _saved(_gemma),
-    f"{_TESTING}/tiny-random-Gemma3ForCausalLM": _saved(_gemma),
+    f"{_TESTING}/dummy-gemma": _saved(transformers.GemmaConfig, _gemma),
+    f"{_TESTING}/tiny-random-Gemma3ForCausalLM": _saved(transformers.Gemma3TextConfig, _gemma),
     f"{_TESTING}/tiny-random-BertModel": _saved(_model("BertModel", vocab_size=1124, **_TEXT), _bert),
     f"{_TESTING}/tiny-random-LlamaForCausalLM": _saved(_model("LlamaForCausalLM", vocab_size=32000, **_TEXT), _llama),
     f"{_TESTING}/tiny-random-roberta": _saved(_roberta),
@@ -281,13 +281,13 @@ _REPOSITORIES: dict[str, Callable[[Path], None]] = {
     "finetrainers/dummy-hunyaunvideo": _in("tokenizer", _llama),
     f"{_TESTING}/tiny-random-T5ForConditionalGeneration": _saved(_model("T5EncoderModel", **_T5), _t5),
     f"{_TESTING}/tiny-gemma3": _saved(_gemma3, _gemma),
-    f"{_TESTING}/llama-tokenizer": _saved(_llama),
-    "Qwen/Qwen3-Embedding-0.6B": _saved(_qwen),
+    f"{_TESTING}/llama-tokenizer": _saved(transformers.LlamaConfig, _llama),
+    "Qwen/Qwen3-Embedding-0.6B": _saved(transformers.Qwen2Config, _qwen),
     f"{_TESTING}/tiny-cosmos3-modular-pipe": _in("text_tokenizer", transformers.Qwen2Config, _qwen),
     f"{_TESTING}/Mistral-Small-3.1-24B-Instruct-2503-only-processor": _saved(_mistral_processor),
     "huangfeice/tiny-random-Qwen3VLForConditionalGeneration": _saved(_qwen3_vl, _qwen3_vl_processor),
     "zai-org/GLM-Image": _in("processor", transformers.Qwen2Config, _glm_image_processor),
-    "THUDM/glm-4-9b-chat": _saved(transformers.Qwen2Config, _qwen),
+    "THUDM/glm-4-9b-chat": _saved(transformers.LlamaConfig, _llama),
     f"{_TESTING}/tiny-random-chatglm3-6b": _write_chat_glm,
     "diffusers/consistency-models-test": _write_consistency_models,
 }

@@ -59,20 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(setting: Setting, wanted: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Run what the file has not yet, and write it after each folder."""
+    """Run what the file has not yet, and write it after each process."""
     kept = json.loads(options.json.read_text()) if options.json.exists() else {}
     folders: dict[str, Any] = kept.get("folders", {})
     made = [cls.__name__ for cls in pipeline_classes()]
     report = {"machine": machine(torch.device("cpu")), "expression": setting.expression, "folders": folders}
-    for folder in wanted:
-        if folder in folders and not options.again:
-            continue
-        folders[folder] = examined(
-            functools.partial(run, setting), [f"tests/pipelines/{folder}"], plain_too=options.plain_too
-        )
+    missing = [name for name in wanted if name not in folders or options.again]
+    for start in range(0, len(missing), options.together):
+        group = [f"tests/pipelines/{name}" for name in missing[start : start + options.together]]
+        found = examined(functools.partial(run, setting), group, plain_too=options.plain_too)
+        folders |= {path.rpartition("/")[2]: findings for path, findings in found.items()}
         report["summary"] = summary(folders, made)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"{folder}: {summary({folder: folders[folder]}, made)['tests']}", file=sys.stderr, flush=True)
+        print(f"{', '.join(group)}: {summary(found, made)['tests']}", file=sys.stderr, flush=True)
     report["summary"] = summary(folders, made)
     return report
 
@@ -85,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("diffusers", type=Path, help="a checkout of diffusers, of the installed version")
     parser.add_argument("--folders", nargs="+", metavar="FOLDER", help="of tests/pipelines; by default all of them")
     parser.add_argument("-k", default=_EXPRESSION, metavar="EXPRESSION", help="choose tests, as pytest's -k does")
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="run N folders in a process (1)")
     parser.add_argument("--limit", type=float, default=900, metavar="SECONDS", help="of each process (900)")
     parser.add_argument("--plain-too", action="store_true", help="run all tests plain, not only those that fail")
     parser.add_argument("--again", action="store_true", help="run folders again that the file has already")

@@ -18,31 +18,38 @@ Runs = Callable[[str, Sequence[str]], tuple[list[Record], str]]
 """Runs tests in a mode."""
 
 
-def examined(run: Runs, tests: Sequence[str], plain_too: bool = False) -> dict[str, Any]:
-    """Run tests compared, and those that fail accelerated and plain.
+def examined(run: Runs, folders: Sequence[str], plain_too: bool = False) -> dict[str, dict[str, Any]]:
+    """Run folders of tests compared, and the tests that fail accelerated and plain.
 
     Args:
         run: which runs them.
-        tests: the tests, files or folders.
+        folders: the folders, in whose processes they run together.
         plain_too: run all tests plain, not only those that fail otherwise.
 
     Returns:
-        ``tests``: the outcome of each, ``broken`` if it passes without acceleration alone. ``pipelines``: the figures
-        of each class. ``wrong``: of the processes.
+        The findings of each folder. ``tests``: the outcome of each, ``broken`` if it passes without acceleration alone.
+        ``pipelines``: the figures of each class. ``wrong``: of the processes.
     """
-    records, wrong = run("compared", tests)
+    records, wrong = run("compared", folders)
     found = {test: str(record["outcome"]) for test, record in outcomes(records).items()}
     wrongs = [wrong]
     failed = [test for test, outcome in found.items() if outcome == "failed"]
     again: dict[str, dict[str, Record]] = {"accelerated": {}, "plain": {}}
     for mode, ran in again.items():
-        chosen = list(tests) if plain_too and mode == "plain" else failed
+        chosen = list(folders) if plain_too and mode == "plain" else failed
         if chosen:
             reports, wrong = run(mode, chosen)
             ran.update(outcomes(reports))
             wrongs.append(wrong)
     verdicts = {test: _verdict(test, outcome, again) for test, outcome in found.items()}
-    return {"tests": verdicts, "pipelines": by_pipeline(calls(records)), "wrong": [each for each in wrongs if each]}
+    return {
+        folder: {
+            "tests": {test: verdict for test, verdict in verdicts.items() if test.startswith(f"{folder}/")},
+            "pipelines": by_pipeline(each for each in calls(records) if each["test"].startswith(f"{folder}/")),
+            "wrong": [each for each in wrongs if each],
+        }
+        for folder in folders
+    }
 
 
 def _verdict(test: str, compared: str, again: Mapping[str, Mapping[str, Record]]) -> dict[str, str]:

@@ -109,19 +109,22 @@ def test_what_rounding_explains_is_no_difference():
 
 def test_verdicts_of_tests_that_fail_compared():
     ran = {
-        "compared": {"passes": "passed", "watched": "failed", "alone": "failed", "numbers": "failed"},
-        "accelerated": {"watched": "passed", "alone": "failed", "numbers": "failed"},
-        "plain": {"watched": "passed", "alone": "passed", "numbers": "failed"},
+        "compared": {"a/passes": "passed", "a/watched": "failed", "b/alone": "failed", "b/numbers": "failed"},
+        "accelerated": {"a/watched": "passed", "b/alone": "failed", "b/numbers": "failed"},
+        "plain": {"a/watched": "passed", "b/alone": "passed", "b/numbers": "failed"},
     }
 
     def run(mode, tests):
-        assert mode == "compared" or list(tests) == ["watched", "alone", "numbers"]
+        assert list(tests) == ["a", "b"] if mode == "compared" else ["a/watched", "b/alone", "b/numbers"]
         return [{"test": name, "outcome": outcome, "message": ""} for name, outcome in ran[mode].items()], ""
 
-    found = findings.examined(run, ["folder"])
-    verdicts = {test: verdict["outcome"] for test, verdict in found["tests"].items()}
-    assert verdicts == {"passes": "passed", "watched": "passed", "alone": "broken", "numbers": "fails plain too"}
-    assert findings.summary({"folder": found}, ["APipeline"])["tests"]["broken"] == 1
+    found = findings.examined(run, ["a", "b"])
+    verdicts = {
+        name: {test: each["outcome"] for test, each in folder["tests"].items()} for name, folder in found.items()
+    }
+    assert verdicts["a"] == {"a/passes": "passed", "a/watched": "passed"}
+    assert verdicts["b"] == {"b/alone": "broken", "b/numbers": "fails plain too"}
+    assert findings.summary(found, ["APipeline"])["tests"] == {"passed": 2, "broken": 1, "fails plain too": 1}
 
 
 def test_tests_run_in_a_process_of_their_own(tmp_path):

@@ -79,8 +79,8 @@ class CountedStep(SchedulerStep):
     """diffusers' ``config``, without the time that this takes."""
     _host: HostTables | None = None
     _counted: CountedLoop | None = None
-    _handed_over: bool = False
-    """Whether diffusers goes on with the loop: somebody has read its history, see ``handed_over``."""
+    _handed_over: str = ""
+    """Why diffusers goes on with the loop, see ``handed_over``; empty: it does not."""
     _copied_loop: CopiedLoop | None = None
     """Of the scheduler that this one is a copy of, if it was copied in the middle of a loop."""
     sigmas: Tensor
@@ -140,7 +140,7 @@ class CountedStep(SchedulerStep):
             host = host._replace(first_steps=before.first_steps)
         self._host = host._replace(sigmas=levels, timesteps=self.timesteps, versions=versions)
         self._counted = self._copied_loop = None
-        self._handed_over = False
+        self._handed_over = ""
         if self._fusion is not None:
             self._fusion.begin()
 
@@ -203,7 +203,7 @@ def counted_step(
     if scheduler._refuses_integers and not usual and is_integer(timestep):
         return None
     if scheduler._handed_over:
-        count(scheduler, LEFT + "a history that was read, and may have been changed")
+        count(scheduler, LEFT + scheduler._handed_over)
         return None
     loop = scheduler._counted
     if loop is not None and loop.like is not None:

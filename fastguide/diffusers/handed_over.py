@@ -1,17 +1,25 @@
-"""Hand UniPC's history over to diffusers where somebody reads it in the middle of a loop, and may change it.
+"""Hand UniPC's history over to diffusers where somebody reads it in the middle of a loop, or writes to it.
 
-ChronoEdit's pipeline cuts frames out of it. A loop's history is a fused scheduler's own: what diffusers keeps is made
-of that when it is asked for, and diffusers' own step goes on from there.
+ChronoEdit's pipeline cuts frames out of it. SkyReels' diffusion forcing writes each result into the sample's memory:
+diffusers, which keeps the first sample as it was given, corrects by what is there then. A loop's history is a fused
+scheduler's own: what diffusers keeps is made of that when it is needed, and diffusers' own step goes on from there.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..solvers.entries import Form
 from .counted_loop import CountedLoop
 from .counted_step import CountedStep
+from .guidance_arguments import Scale
+
+_READ = "a history that was read, and may have been changed"
+_WRITTEN = "an earlier sample that was written to, by which diffusers corrects the next"
 
 
 class HandsOver(CountedStep):
@@ -19,6 +27,36 @@ class HandsOver(CountedStep):
 
     lower_order_nums: int
     this_order: int
+    _given: tuple[Tensor, int] | None = None
+    """The last call's sample, if diffusers keeps it as it was given, and how often it had been written to then."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        *,
+        guidance_scale: Scale | None = None,
+    ) -> Any:
+        """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
+        step = super().step  # type: ignore[misc]
+        if is_dynamo_compiling():
+            return step(model_output, timestep, sample, return_dict, guidance_scale=guidance_scale)
+        given, self._given = self._given, None
+        if given is not None and given[0]._version != given[1]:
+            self._hand_over(_WRITTEN)
+            if self._handed_over:
+                self.__dict__["last_sample"] = given[0]
+        done = step(model_output, timestep, sample, return_dict, guidance_scale=guidance_scale)
+        loop = self._counted
+        if loop is not None and loop.following > loop.begin and self._keeps_sample(loop.begin, loop.following - 1):
+            self._given = _counted_writes(sample)
+        return done
+
+    def _keeps_sample(self, begin: int, index: int) -> bool:
+        """Tell whether diffusers keeps the sample of a step as it was given, as it does not correct it."""
+        return index == begin
 
     def _predictor_forms(self, loop: CountedLoop) -> list[Form]:
         """Return what each call of a loop makes of its corrected sample and of entries."""
@@ -27,7 +65,7 @@ class HandsOver(CountedStep):
     @property
     def model_outputs(self) -> list[Tensor | None]:
         """What diffusers keeps of earlier calls, the newest last; reading it in a loop leaves the rest to diffusers."""
-        self._hand_over()
+        self._hand_over(_READ)
         kept: list[Tensor | None] = self.__dict__["model_outputs"]
         return kept
 
@@ -38,7 +76,7 @@ class HandsOver(CountedStep):
     @property
     def last_sample(self) -> Tensor | None:
         """The last call's corrected sample; as ``model_outputs``."""
-        self._hand_over()
+        self._hand_over(_READ)
         kept: Tensor | None = self.__dict__["last_sample"]
         return kept
 
@@ -46,7 +84,7 @@ class HandsOver(CountedStep):
     def last_sample(self, kept: Tensor | None) -> None:
         self.__dict__["last_sample"] = kept
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, reason: str) -> None:
         loop = self._counted
         if loop is None or loop.history is None or loop.is_over or loop.following == loop.begin:
             return
@@ -62,7 +100,14 @@ class HandsOver(CountedStep):
         self.__dict__["last_sample"] = (written if last is None else last).to(dtype)
         self.lower_order_nums = min(order, made)
         self.this_order = min(order, made, remaining if config["lower_order_final"] else order)
-        self._counted, self._handed_over = None, True
+        self._counted, self._handed_over = None, reason
+
+
+def _counted_writes(sample: Any) -> tuple[Tensor, int] | None:
+    """Return a sample, and how often it has been written to; ``None`` where torch does not count that, or traces it."""
+    if type(sample) is not Tensor or sample.requires_grad or sample.is_inference():
+        return None
+    return sample, sample._version
 
 
 def _entries(loop: CountedLoop) -> dict[int, Tensor]:

@@ -187,6 +187,9 @@ class UniPCMultistepScheduler(_Signal, HandsOver, StepWithoutNoise, diffusers.Un
             lower_order_final=config.lower_order_final,
         )
 
+    def _keeps_sample(self, begin: int, index: int) -> bool:
+        return index == begin or index - 1 in self.disable_corrector
+
     def _predictor_forms(self, loop: CountedLoop) -> list[Form]:
         config, steps = self.config, self._signal_steps(loop.tables, loop.begin)
         options = config.solver_order, config.solver_type, self.predict_x0, config.lower_order_final

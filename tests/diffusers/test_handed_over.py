@@ -75,6 +75,37 @@ def test_a_sample_that_was_written_to():
     torch.testing.assert_close(results[0][1], results[1][1], rtol=2e-5, atol=2e-5)
 
 
+def in_place(scheduler, steps=8):
+    """Return the samples of a loop that writes each result into the first sample's memory, as SkyReels' does."""
+    scheduler.set_timesteps(steps)
+    latents = torch.stack([first_of(scheduler)] * 2, 2)
+    results, part = [], latents[:, :, 1]
+    for t in scheduler.timesteps:
+        latents[:, :, 1] = scheduler.step(torch.tanh(part), t, latents[:, :, 1], return_dict=False)[0]
+        results.append(part.clone())
+    return results
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_loop_that_writes_into_the_sample_s_memory(name):
+    """diffusers corrects by what has become of a sample that it had not corrected itself."""
+    ours, theirs = pair(NAME, **CONFIGS[name])
+    ours._fusion = fusion = fused.pipelines.Fusion()
+    got, expected = in_place(ours), in_place(theirs)
+    assert largest_error(got, expected) < 5e-6
+    assert fusion.counts["fused without guidance"] == 1
+
+
+def test_a_sample_is_kept_for_one_step():
+    scheduler = getattr(fused, NAME)(**CONFIGS["unipc"])
+    scheduler.set_timesteps(4)
+    x = first_of(scheduler)
+    for number, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(torch.tanh(x), t, x).prev_sample
+        assert (scheduler._given is not None) == (number == 0)
+    assert not scheduler._handed_over
+
+
 def test_a_first_step_that_was_refused_leaves_nothing():
     scheduler = getattr(fused, NAME)(**CONFIGS["unipc"])
     scheduler.set_timesteps(6)

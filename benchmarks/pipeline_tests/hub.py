@@ -146,15 +146,10 @@ def _model(kind: str, **config: Any) -> Callable[[], Any]:
 
 
 def _qwen2_vl() -> Any:
-    text: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 37,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    text |= {"num_key_value_heads": 2, "vocab_size": 152064, "max_window_layers": 2}
+    text: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 37, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 152064, "max_window_layers": 2}
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}}
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 4}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 16, "num_heads": 4, "mlp_ratio": 4}
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
     return transformers.Qwen2VLForConditionalGeneration(config)
 
@@ -270,7 +265,9 @@ _REPOSITORIES: dict[str, Callable[[Path], None]] = {
     f"{_TESTING}/dummy-gemma": _saved(transformers.GemmaConfig, _gemma),
     f"{_TESTING}/tiny-random-Gemma3ForCausalLM": _saved(transformers.Gemma3TextConfig, _gemma),
     f"{_TESTING}/tiny-random-BertModel": _saved(_model("BertModel", vocab_size=1124, **_TEXT), _bert),
-    f"{_TESTING}/tiny-random-LlamaForCausalLM": _saved(_model("LlamaForCausalLM", vocab_size=32000, **_TEXT), _llama),
+    f"{_TESTING}/tiny-random-LlamaForCausalLM": _saved(
+        _model("LlamaForCausalLM", vocab_size=32000, **_TEXT | {"hidden_size": 16}), _llama
+    ),
     f"{_TESTING}/tiny-random-roberta": _saved(_roberta),
     f"{_TESTING}/tiny-random-SiglipVisionModel": _saved(
         _model("SiglipVisionModel", image_size=30, patch_size=2, **_VISION), _siglip_processor

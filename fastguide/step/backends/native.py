@@ -105,7 +105,7 @@ def backend() -> Backend:
 def guided_step_backward(*arguments: Any, **gradients: Any) -> None:
     """Write the gradients of a step's inputs; the arguments are those of the operator of this name.
 
-    On a GPU, torch adds up what the kernel's tiles leave for the weights: in an order that the shape alone decides.
+    What the tiles of a GPU's kernel leave for the weights, torch adds up, on one GPU in the same order each time.
     """
     operator, columns = torch.ops.fastguide.guided_step_backward.default, gradients.get("grad_weights")
     out = StepArguments(*arguments).out

@@ -9,7 +9,7 @@ operations that the pipeline asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,9 +21,20 @@ VECTOR, PRODUCT, NUMBER = range(3)
 """Kinds of a formula: of vectors, there is an element for each of the sample's; of numbers, one a sample."""
 Operand = Any
 """``Traced``, ``Combined`` or ``Formula``; a float; or ``ScaleAsSeen``, a tensor with a number for each sample."""
-Spans: TypeAlias = "tuple[int, ...] | None"
-"""The dimensions that the norms and sums within a formula are over, all the same: none of them for all of a sample;
-``None``: there are none. A number of a token, or of another group of elements, has size 1 in these dimensions."""
+
+
+class Groups(NamedTuple):
+    """The tokens, or other groups of elements, that norms and sums are of. A number of each has size 1 in ``dims``."""
+
+    sizes: torch.Size
+    """The shape of the vector that was summed: in another shape, the same dimensions are of other elements."""
+    dims: tuple[int, ...]
+    """Those of that vector which it was summed over, counted from the first one, in order."""
+
+
+Spans: TypeAlias = "Groups | tuple[()] | None"
+"""What the norms and sums within a formula are over, all the same: groups, or ``()``, whole samples; ``None``: there
+are none."""
 
 
 class Formula(Waiting):

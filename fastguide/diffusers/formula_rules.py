@@ -21,6 +21,8 @@ from .formula import (
     PRODUCT,
     VECTOR,
     Formula,
+    Groups,
+    Spans,
     as_vector,
     have_spans_in_common,
     is_number,
@@ -113,10 +115,14 @@ def _of_one_step(
 ) -> Any:
     """Return a formula; of operands of several steps, its tensor: a state, such as momentum's, would grow at each.
 
-    ``None``: their norms are of different elements.
+    ``None``: their norms are of different elements, or of groups of a vector in another shape.
     """
     if not have_spans_in_common(operands[0], operands[-1]):
         return None
+    if kind != NUMBER:
+        spans = spans_of(operands[0]) or spans_of(operands[-1])
+        if spans and spans.sizes != sizes:
+            return None
     sources = [_source_of(each) for each in operands if isinstance(each, (Traced, Waiting))]
     if kind == PRODUCT or all([each.step == sources[0].step for each in sources]):  # noqa: C419
         return Formula(kind, operation, operands, made_by, sizes, promoted(operands))
@@ -147,11 +153,9 @@ def tensor_beside(value: Any, operand: Any) -> Traced | None:
 def _is_of_groups(number: Any, sizes: torch.Size) -> bool:
     """Tell whether a number of each token, or of another group, multiplies the groups of a vector of this shape."""
     spans = spans_of(number)
-    return bool(spans) and number.sizes == _with_ones(sizes, spans or ())
-
-
-def _with_ones(sizes: torch.Size, spans: tuple[int, ...]) -> torch.Size:
-    return torch.Size([1 if k in spans else size for k, size in enumerate(sizes)])
+    if not spans:
+        return False
+    return sizes_of(number) == torch.Size([1 if k in spans.dims else size for k, size in enumerate(sizes)])
 
 
 def _are_alike(left: Any, right: Any) -> bool:
@@ -269,34 +273,23 @@ def _given(names: Sequence[str], arguments: tuple[Any, ...], keywords: dict[str,
     return given if known and not any(isinstance(value, Waiting) for value in given.values()) else {}
 
 
-def _of_samples(sizes: torch.Size, dim: Any, keepdim: Any) -> torch.Size | None:
-    """Return the shape of a sum over these dimensions; ``None``: they are not all of a sample."""
-    return _summed(sizes, () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim), bool(keepdim))
-
-
-def _of_groups(sizes: torch.Size, dim: Any) -> tuple[torch.Size | None, tuple[int, ...]]:
-    """Return the shape of a sum over some dimensions of each sample, kept, and these, counted from the first one.
-
-    No shape: they are none of a sample's.
-    """
-    dims, count = (dim,) if isinstance(dim, int) else tuple(dim or ()), len(sizes)
-    if 0 in sizes or not all(isinstance(each, int) and -count <= each < count for each in dims):
-        return None, ()
-    spans = tuple(sorted({each % count for each in dims}))
-    if not spans or spans[0] == 0 or len(spans) != len(dims):
-        return None, ()
-    return _with_ones(sizes, spans), spans
+def _summed(sizes: torch.Size, dim: Any, keepdim: Any) -> tuple[torch.Size, Spans] | None:
+    """Return the shape of a sum over these dimensions, and what it is over; ``None``: it is none of each sample's."""
+    return _summed_over(sizes, () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim), bool(keepdim))
 
 
 @functools.lru_cache(maxsize=256)
-def _summed(sizes: torch.Size, dims: tuple[Any, ...], keepdim: bool) -> torch.Size | None:
+def _summed_over(sizes: torch.Size, dims: tuple[Any, ...], keepdim: bool) -> tuple[torch.Size, Spans] | None:
     count = len(sizes)
     if count < 2 or 0 in sizes or not all(isinstance(each, int) and -count <= each < count for each in dims):
         return None
-    summed = {each % count for each in dims or range(count)}
-    if not summed >= set(range(1, count)) or (0 in summed and sizes[0] != 1):
+    summed = sorted({each % count for each in dims or range(count)})
+    if len(summed) != len(dims or sizes) or (0 in summed and sizes[0] != 1):
         return None
-    return torch.Size([1 if k in summed else size for k, size in enumerate(sizes) if keepdim or k not in summed])
+    made = torch.Size([1 if k in summed else size for k, size in enumerate(sizes) if keepdim or k not in summed])
+    if all(k in summed or sizes[k] == 1 for k in range(1, count)):
+        return made, ()
+    return (made, Groups(sizes, tuple(summed))) if keepdim and 0 not in summed else None
 
 
 def _named(name: str, given: dict[str, Any]) -> str:
@@ -337,13 +330,10 @@ def reduction(
             summed = operand
         if summed is not None and known:
             dim, keepdim = given.get("dim"), given.get("keepdim", False)
-            spans: tuple[int, ...] = ()
-            sizes = _of_samples(sizes_of(summed), dim, keepdim)
-            if sizes is None and keepdim is True:
-                sizes, spans = _of_groups(sizes_of(summed), dim)
-            if sizes is not None and spans_of(summed) in (None, spans):
+            found = _summed(sizes_of(summed), dim, keepdim)
+            if found is not None and spans_of(summed) in (None, found[1]):
                 made_by = (lambda tensor: function(tensor, *arguments, **keywords)), summed
-                return Formula(NUMBER, operation, (summed,), made_by, sizes, summed.dtype, spans)
+                return Formula(NUMBER, operation, (summed,), made_by, found[0], summed.dtype, found[1])
         by = _named(short, given)
         return function(plain(operand, by), *plain(arguments, by), **plain(keywords, by))
 
@@ -353,11 +343,11 @@ def reduction(
 def normalized(operand: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None) -> Any:
     """Return ``torch.nn.functional.normalize``: a vector over its norm, or over eps."""
     function, given, least = torch.nn.functional.normalize, as_vector(operand), number_of(eps)
-    sizes = None if given is None or spans_of(given) else _of_samples(sizes_of(given), dim, True)
-    if sizes is None or p != 2 or out is not None or least is None:
+    found = None if given is None or spans_of(given) else _summed(sizes_of(given), dim, True)
+    if found is None or found[1] or p != 2 or out is not None or least is None:
         by = _named("normalize", {"dim": dim})
         return function(plain(operand, by), plain(p), dim, plain(eps), plain(out))
-    eps = as_read(eps)
+    eps, sizes = as_read(eps), found[0]
     norm = Formula(NUMBER, "norm", (given,), (lambda t: t.norm(2, dim, keepdim=True), given), sizes, given.dtype, ())
     length = Formula(NUMBER, "maximum", (norm, least), (torch.clamp_min, norm, least), sizes, given.dtype)
     return Formula(

@@ -77,10 +77,6 @@ class Terms:
         alike = self._terms[1].source is source and source.tensor.shape == (2 * shape[0], *shape[1:])
         return source.tensor if alike else None
 
-    def have_shape(self, shape: torch.Size) -> bool:
-        """Tell whether all terms have that shape, or that of a part of the whole's batch."""
-        return all([term.value().shape == shape for term in self._terms])  # noqa: C419
-
     def tensors_like(self, sample: Tensor) -> tuple[Tensor, ...] | None:
         """Return the terms in the sample's shape; ``None``: they have not as many elements."""
         tensors = [term.value() for term in self._terms]

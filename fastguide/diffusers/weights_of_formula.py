@@ -54,7 +54,8 @@ def taken_apart(output: Formula, sample: Tensor) -> tuple[Tensor | tuple[Tensor,
     fusion = output.seen[0][0].fusion
     if predictions is None or fusion is None or len(read.terms) < 2:
         return None
-    if read.dims is not None and not read.terms.have_shape(sample.shape):
+    spans = output.spans
+    if spans and spans.sizes != sample.shape:
         return None
     made = fusion.guidances.get(read.key)
     if made is None:
@@ -120,7 +121,7 @@ class _Read:
         self.terms = Terms(self._leaves)
         self.entries = [self._entry(*each) for each in zip(self._leaves, self.terms.weights, strict=True)]
         """Of the outputs and sums."""
-        self.dims = output.spans or None
+        self.dims = output.spans.dims if output.spans else None
         self.key = len(self.terms), self.terms.outputs, self.dims, tuple(self.structure), tuple(self.entries)
 
     def check_unchanged(self, output: Formula) -> None:

@@ -81,6 +81,76 @@ def test_a_step_makes_what_a_pipeline_computes(name, halves, dtype):
     assert torch.equal(made.clone(), own)
 
 
+# ---- In a shape of their own ----
+
+
+WHOLE = {
+    "reshape(B, 1, 1, -1)": ((4, 6, 5), lambda x: x.reshape(x.shape[0], 1, 1, -1)),
+    "reshape(B, 1, -1)": ((6, 5), lambda x: x.reshape(x.shape[0], 1, -1)),
+    "flatten(1).unsqueeze(1)": ((6, 5), lambda x: x.flatten(1).unsqueeze(1)),
+    "flatten(2) of one channel": ((1, 6, 5), lambda x: x.flatten(2)),
+    "one token": ((1, 30), lambda x: x),
+}
+OF_GROUPS = {
+    "flatten(2)": ((4, 6, 5), lambda x: x.flatten(2), -1),
+    "reshape(B, C, 1, -1)": ((4, 6, 5), lambda x: x.reshape(x.shape[0], 4, 1, -1), -1),
+    "reshape(B, C / 2, H, 2 * W)": ((4, 6, 5), lambda x: x.reshape(x.shape[0], 2, 6, 10), (1, 3)),
+}
+RATIOS = {
+    "norms": lambda c, m, dim: (
+        torch.linalg.vector_norm(c, dim=dim, keepdim=True) / torch.linalg.vector_norm(m, dim=dim, keepdim=True)
+    ),
+    "deviations": lambda c, m, dim: c.std(dim=dim, keepdim=True) / m.std(dim=dim, keepdim=True),
+    "projection": lambda c, m, dim: (
+        (c * m).sum(dim=dim, keepdim=True) / ((m * m).sum(dim=dim, keepdim=True) + 1e-8)  # as in CFG-Zero*
+    ),
+}
+
+
+def scaled(u, c, view, ratio, dim):
+    """Return the guided prediction times a factor, which a pipeline computes of views of the predictions."""
+    m = u + 4.0 * (c - u)
+    factor = RATIOS[ratio](view(c), view(m), dim)
+    return m * (factor if len(factor.shape) == len(m.shape) else factor[..., None])
+
+
+def made_of_views(shape, view, ratio, dim, halves):
+    u = torch.randn(shape)
+    given = [u, u + 0.3 * torch.randn(shape)]
+    made = scaled(*traced(given, halves), view, ratio, dim)
+    return made, scaled(*given, view, ratio, dim), scaled(*[each.double() for each in given], view, ratio, dim)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_sum_over_all_of_a_sample_that_is_viewed_as_one_group_is_of_the_sample(name, ratio, batch, halves):
+    """Whatever the numbers of its dimensions in that view are among the sample's own."""
+    sizes, view = WHOLE[name]
+    made, own, expected = made_of_views((batch, *sizes), view, ratio, -1, halves)
+    assert type(made) is Formula
+    sample = torch.zeros(own.shape)
+    taken, guidance = resolved(made, sample, None)
+    assert guidance.weights_from.dims is None
+    predictions = taken if isinstance(taken, torch.Tensor) else taken.predictions
+    got = fastguide.guided_step(PREDICTION, 0, sample, predictions, guidance)
+    assert error(got, expected) <= 2 * error(own, expected) + 2e-7
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("name", OF_GROUPS)
+def test_groups_of_a_view_are_none_of_the_sample_s(name, ratio, batch, halves):
+    """They are computed by torch, as the pipeline wrote it."""
+    sizes, view, dim = OF_GROUPS[name]
+    made, own, _ = made_of_views((batch, *sizes), view, ratio, dim, halves)
+    taken, guidance = resolved(made, torch.zeros(own.shape), None)
+    assert guidance is None
+    assert torch.equal(taken, own)
+
+
 @pytest.mark.parametrize(
     "formula",
     [

@@ -369,20 +369,33 @@ def viewed(operand: Formula, name: str, how: tuple[Any, ...]) -> Any:
 
     if operand.is_pending() and operand.kind != PRODUCT:
         made = function(torch.empty(operand.sizes, dtype=operand.dtype, device="meta"))
-        if type(made) is Tensor and made.dtype == operand.dtype and _keeps(operand, name, made.shape):
+        if type(made) is Tensor and made.dtype == operand.dtype and _keeps(operand, name, how, made.shape):
             return same(operand, made.shape, operand.dtype, function)
     return function(operand.computed(name.strip("_")))
 
 
-def _keeps(operand: Formula, name: str, sizes: torch.Size) -> bool:
+def _keeps(operand: Formula, name: str, how: tuple[Any, ...], sizes: torch.Size) -> bool:
     """Tell whether a view of this shape has the same samples, and the same groups if it is of any."""
     if operand.spans:
         return sizes == operand.sizes and name in KEEP_ORDER
     of = sizes_of(operand.of)
     if operand.kind == NUMBER:
-        return sizes.numel() == operand.sizes.numel() and (sizes.numel() == 1 or sizes[:1] == of[:1])
+        if sizes.numel() != operand.sizes.numel():
+            return False
+        if sizes.numel() == 1:
+            return True
+        return sizes[:1] == of[:1] and (name in KEEP_ORDER or _leaves_numbers_in_order(operand, name, how))
     alike = sizes[:1] == of[:1] and sizes.numel() == of.numel() and len(sizes) > 1
     return alike and name in KEEP_ORDER and lies_in_order(operand.of.like())
+
+
+def _leaves_numbers_in_order(operand: Formula, name: str, how: tuple[Any, ...]) -> bool:
+    """Tell whether a view of as many numbers has each at its own sample."""
+    if name == "__getitem__":
+        (index,) = how
+        picked = index if type(index) is tuple else (index,)
+        return all(each is None or each is Ellipsis or type(each) in (int, slice) for each in picked)
+    return operand.sizes.numel() == operand.sizes[0] or name in ("narrow", "select")
 
 
 def cast(operand: Formula, dtype: Any) -> Any:

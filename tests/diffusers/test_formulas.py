@@ -10,7 +10,7 @@ import fastguide
 from fastguide.diffusers import traced as module
 from fastguide.diffusers.formula import Formula
 from fastguide.diffusers.lazy_guidance import Taken, resolved
-from fastguide.diffusers.traced import Fusion
+from fastguide.diffusers.traced import Combined, Fusion
 from tests.support.pipelines import FreePipeline
 from tests.support.scheduler_pair import fused
 
@@ -321,6 +321,33 @@ def test_other_operations_are_computed_and_named(name):
     else:
         assert got == expected
     assert fusion.computed == ({by: 1} if by else {})
+
+
+def a_limit(x):
+    """Return a number for each sample, in the shape of the sample."""
+    return torch.minimum(torch.ones_like(x), 12.0 / torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(
+    ("number", "is_fused"),
+    [
+        (lambda x: x.std((1, 2, 3), keepdim=True)[[1, 0]], False),
+        (lambda x: x.std((1, 2, 3))[torch.tensor([1, 0])].view(2, 1, 1, 1), False),
+        (lambda x: a_limit(x).transpose(0, 1), False),
+        (lambda x: a_limit(x).permute(1, 0, 2, 3), False),
+        (lambda x: x.std((1, 2, 3), keepdim=True).transpose(1, 3)[:, 0, ..., None].movedim(1, 2), True),
+        (lambda x: x.std((1, 2, 3))[:, None, None, None], True),
+    ],
+)
+def test_numbers_of_other_samples_are_computed(number, is_fused, halves):
+    """A pipeline that puts the samples' numbers in another order gets them so."""
+    given = [each.float() for each in outputs(shape=(2, 2, 6, 5))]
+    own, made = (u + 4.0 * (c - u) * number(c) for u, c in (given, traced(given, halves=halves)))
+    assert type(made) is (Formula if is_fused else Combined)
+    if is_fused:
+        assert error(made_by_a_step(made)[0], own.double()) <= 5e-7
+    assert torch.equal(made.clone(), own)
 
 
 @pytest.mark.parametrize("first", [True, False])

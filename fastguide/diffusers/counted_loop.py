@@ -100,10 +100,13 @@ class CountedLoop:
     """Whether a new tensor like its sample is just what ``torch.empty_like`` returns."""
     levels_in: str = "sigmas"
     """The scheduler's name of the table that says where the steps lie."""
+    further_in: tuple[str, ...] = ()
+    """Its names of further tables."""
     sigmas: Tensor = field(init=False)
     timesteps: Tensor = field(init=False)
+    further: tuple[Tensor, ...] = field(init=False)
     config: Any = field(init=False)
-    versions: tuple[int | None, int | None] = field(init=False)
+    versions: tuple[int | None, ...] = field(init=False)
     """These are of ``tables``, whose attributes take longer to read."""
     calls: int = field(init=False)
     """Of the table."""
@@ -111,7 +114,8 @@ class CountedLoop:
     def __post_init__(self) -> None:
         tables = self.tables
         self.sigmas, self.timesteps, self.config = tables.sigmas, tables.timesteps, tables.config
-        self.versions, self.calls = tables.versions, 0 if self.table is None else len(self.table)
+        self.versions, self.further = tables.versions, tables.further
+        self.calls = 0 if self.table is None else len(self.table)
 
     def may_begin_like_an_earlier_one(self, sample: Tensor) -> bool:
         """Tell whether its first step may be like a step of an earlier loop over the same table; prepare for that."""
@@ -129,10 +133,11 @@ class CountedLoop:
         self.like = like
         self.facts = None
         if like is not None and not like.is_rounded and like.table is (self.made.staging or self.table):
-            names, values = (self.levels_in, "timesteps", "_internal_dict"), (self.sigmas, self.timesteps, self.config)
+            tensors = self.sigmas, self.timesteps, *self.further
+            names = self.levels_in, "timesteps", *self.further_in, "_internal_dict"
             self.facts = Facts(
-                kinds_of, like.token, like.guidance_token, like.scale, self.arguments, like.dtype, names, values,
-                values[:2], self.versions,
+                kinds_of, like.token, like.guidance_token, like.scale, self.arguments, like.dtype, names,
+                (*tensors, self.config), tensors, self.versions,
             )  # fmt: skip
 
     def stage(self) -> None:
@@ -169,6 +174,10 @@ class CountedLoop:
             versions: Any = sigmas._version, timesteps._version
         except RuntimeError:  # inference tensors, which count nothing
             versions = version_of(sigmas), version_of(timesteps)
+        if self.further:
+            if not all(own[name] is each for name, each in zip(self.further_in, self.further, strict=True)):
+                return False
+            versions = (*versions, *map(version_of, self.further))
         same: bool = versions == self.versions
         return same
 

@@ -55,6 +55,8 @@ class CountedStep(SchedulerStep):
     """The names of the attributes that rows depend on besides the configuration and diffusers' tables."""
     _levels_in: ClassVar[str] = "sigmas"
     """The name of the table that says where the steps lie."""
+    _further_tables: ClassVar[tuple[str, ...]] = ()
+    """The names of more tables of diffusers' that rows are read from."""
     _sigmas_on_device: ClassVar[bool] = False
     """Whether diffusers leaves ``sigmas`` on the device of the timesteps."""
     _sigmas_fall: ClassVar[bool] = True
@@ -134,7 +136,7 @@ class CountedStep(SchedulerStep):
             if self._sigmas_on_device:
                 self.sigmas = self.sigmas.to(device)
         levels = getattr(self, self._levels_in)
-        versions = version_of(levels), version_of(self.timesteps)
+        versions = tuple(map(version_of, (levels, self.timesteps, *host.further)))
         before = self._host
         if before is not None and before.has_timesteps_of(host):
             host = host._replace(first_steps=before.first_steps)
@@ -328,7 +330,7 @@ def loop_at(
         history = History(made.table, _contiguous_within(sample).to(dtype))
     loop = CountedLoop(
         tables, begin, arguments, scheduler._attributes(), sample.shape, made, made.table, history, index,
-        is_small=needs_no_advice(sample), levels_in=scheduler._levels_in,
+        is_small=needs_no_advice(sample), levels_in=scheduler._levels_in, further_in=scheduler._further_tables,
     )  # fmt: skip
     if copied is not None:
         loop.go_on_from(copied)

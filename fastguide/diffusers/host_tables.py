@@ -19,7 +19,8 @@ class HostTables(NamedTuple):
     sigmas: Tensor
     timesteps: Tensor
     config: Any
-    versions: tuple[int | None, int | None]
+    versions: tuple[int | None, ...]
+    """Of the sigmas, of the timesteps, and of each in ``further``."""
     host_sigmas: Tensor
     """float64."""
     host_timesteps: Tensor
@@ -27,6 +28,11 @@ class HostTables(NamedTuple):
     timestep_values: tuple[float, ...]
     first_steps: dict[int, int]
     """Which step diffusers begins with at a place of the timesteps, where it has been asked."""
+    further: tuple[Tensor, ...] = ()
+    """The tables that the scheduler's ``_further_tables`` name."""
+    host_further: tuple[Tensor, ...] = ()
+    """Of their own dtypes."""
+    further_values: tuple[tuple[float | None, ...], ...] = ()
 
     def sigmas_from(self, begin: int) -> Tensor:
         """Return where the calls from a step on begin, and where the last one ends."""
@@ -64,11 +70,21 @@ def on_host(theirs: Callable[..., None]) -> Any:
 def read_tables(scheduler: Any) -> HostTables:
     """Read the scheduler's tables, which waits for a device that they are on."""
     sigmas, timesteps = getattr(scheduler, scheduler._levels_in), scheduler.timesteps
-    versions = version_of(sigmas), version_of(timesteps)
+    further = tuple([getattr(scheduler, name) for name in scheduler._further_tables])
+    versions = tuple(map(version_of, (sigmas, timesteps, *further)))
     host = sigmas.detach().to("cpu", torch.float64, copy=True), timesteps.detach().to("cpu", copy=True)
     sigma_values, timestep_values = (tuple(tensor.tolist()) for tensor in host)
-    config = scheduler._internal_dict
-    return HostTables(sigmas, timesteps, config, versions, *host, sigma_values, timestep_values, {})
+    host_further = tuple([each.detach().to("cpu", copy=True) for each in further])
+    further_values = tuple(map(_comparable, host_further))
+    return HostTables(
+        sigmas, timesteps, scheduler._internal_dict, versions, *host, sigma_values, timestep_values, {},
+        further, host_further, further_values,
+    )  # fmt: skip
+
+
+def _comparable(table: Tensor) -> tuple[float | None, ...]:
+    """Return the values of a table; ``None`` for NaN, which equals nothing, and which DPM2's have where they end."""
+    return tuple([None if value != value else value for value in table.tolist()])
 
 
 def host_tables(scheduler: Any) -> HostTables:
@@ -85,4 +101,10 @@ def _is_current(host: HostTables, scheduler: Any) -> bool:
     sigmas, timesteps, config, versions = host[:4]
     if own[scheduler._levels_in] is not sigmas or own["timesteps"] is not timesteps:
         return False
-    return own["_internal_dict"] is config and (version_of(sigmas), version_of(timesteps)) == versions
+    if own["_internal_dict"] is not config:
+        return False
+    if not host.further:
+        return (version_of(sigmas), version_of(timesteps)) == versions
+    if not all(own[name] is each for name, each in zip(scheduler._further_tables, host.further, strict=True)):
+        return False
+    return tuple(map(version_of, (sigmas, timesteps, *host.further))) == versions

@@ -70,7 +70,8 @@ def loop_table(
     if kept is None:
         kept = scheduler._kept_tables = {}
     config, state = scheduler._internal_dict, tuple([getattr(scheduler, name) for name in scheduler._state])
-    key = (begin, arguments, device, tables.host_timesteps.dtype, tables.sigma_values, tables.timestep_values)
+    values = tables.sigma_values, tables.timestep_values, tables.further_values
+    key = (begin, arguments, device, tables.host_timesteps.dtype, *values)
     found = kept.get(key)
     if found is None or not (_are_same(found.state, state) and _have_same(found.config, config)):
         kept.pop(key, None)

@@ -44,12 +44,11 @@ class PiflowScheduler(CountedStep, diffusers.PiflowScheduler):  # type: ignore[m
     _sigmas_on_device = True
     _refuses_integers = True
     _not_in_tables = "several predictions in one output of the model"
+    _further_tables = ("_piflow_raw_timesteps",)
     _state = ("n_grid", "eps", "num_policy_substeps")
     n_grid: int
     eps: float
     num_policy_substeps: int
-    _piflow_raw_timesteps: Tensor
-    """On the host, in whatever device the timesteps are."""
     set_timesteps = on_host(diffusers.PiflowScheduler.set_timesteps)
 
     def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
@@ -68,7 +67,7 @@ class PiflowScheduler(CountedStep, diffusers.PiflowScheduler):  # type: ignore[m
         self._step_index = place
 
     def _rollouts(self, tables: HostTables, begin: int) -> list[Rollout]:
-        raw = self._piflow_raw_timesteps.detach().to("cpu")
+        raw = tables.host_further[0]
         return rollouts(
             raw[begin:],
             tables.host_sigmas[begin : len(raw)],

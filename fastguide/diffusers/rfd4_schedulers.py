@@ -33,6 +33,7 @@ class RFD4ProteinaScheduler(CountedStep, diffusers.RFD4ProteinaScheduler):  # ty
 
     _plain_output = RFD4ProteinaSchedulerOutput
     _levels_in = "_times"
+    _further_tables = ("_noise",)
     _sigmas_fall = False
     _not_in_tables = "a mask in each of its steps"
     _times: Tensor
@@ -45,7 +46,11 @@ class RFD4ProteinaScheduler(CountedStep, diffusers.RFD4ProteinaScheduler):  # ty
         return Dtypes(model, both, both)
 
     def _why_not(self) -> str | None:
-        return None if len(self._times) == len(self.timesteps) + 1 else "timesteps that are not set"
+        count = len(self.timesteps)
+        if len(self._times) != count + 1 or len(self._noise) < count:
+            return "timesteps that are not set"
+        between = all(0 < time < 1 for time in host_tables(self).timestep_values)
+        return None if between else "times that are not between 0 and 1"
 
     def _is_stochastic(self, tables: HostTables) -> Tensor:
         """Tell which calls are: not those of times near either end, compared in the timesteps' dtype."""
@@ -54,10 +59,12 @@ class RFD4ProteinaScheduler(CountedStep, diffusers.RFD4ProteinaScheduler):  # ty
         return ~deterministic
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
+        every = slice(begin, len(tables.host_timesteps))
         return proteina_table(
-            tables.sigmas_from(begin),
-            self._noise.detach().to("cpu", torch.float64)[begin:],
-            self._is_stochastic(tables)[begin:],
+            tables.host_timesteps[every].double(),
+            tables.sigmas_from(begin).diff(),
+            tables.host_further[0][every].double(),
+            self._is_stochastic(tables)[every],
             tsr_k=self.config.tsr_k,
             tsr_sigma=self.config.tsr_sigma,
         )
@@ -75,9 +82,11 @@ class RFD4ProteinaScheduler(CountedStep, diffusers.RFD4ProteinaScheduler):  # ty
     ) -> Any:
         """Make one step: diffusers' own, and guidance with it; ``guidance_scale`` as in ``DDIMScheduler.step``."""
         index, result = self._step_index, None
-        is_next = index is not None and index < len(self.timesteps) and isinstance(timestep, Tensor)
-        if is_next and self._is_at(timestep) and not is_dynamo_compiling():
-            result = self._made(model_output, sample, emit_mask, generator, guidance_scale)
+        is_one = isinstance(timestep, Tensor) and timestep.dim() == 0  # diffusers takes no other
+        if is_one and index is not None and index < len(self.timesteps) and not is_dynamo_compiling():
+            usual = timestep.dtype == self.timesteps.dtype  # or diffusers computes in that dtype
+            if usual and self._is_at(timestep):
+                result = self._made(model_output, sample, emit_mask, generator, guidance_scale)
         if result is None:
             output, sample = left(self, model_output, sample, guidance_scale)
             return super().step(output, timestep, sample, emit_mask, generator, return_dict)  # type: ignore[misc]

@@ -108,14 +108,13 @@ class KDPM2DiscreteScheduler(TwoCalls, Sigmas, StepWithoutNoise, diffusers.KDPM2
     _output = lazy_outputs.LazyKDPM2Output
     _sigmas_fall = False
     _predictions = ("epsilon", "v_prediction")
-    _state = ("sigmas_interpol",)
-    sigmas_interpol: Tensor
+    _further_tables = ("sigmas_interpol",)
     set_timesteps = on_host(diffusers.KDPM2DiscreteScheduler.set_timesteps)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         calls = self._calls(tables, begin, 2)
         # diffusers' sigmas are s_0, s_1, s_1, ..., and those halfway have a table of their own, one call later
-        middles = self.sigmas_interpol.detach().to("cpu", torch.float64)[begin + 1 :: 2]
+        middles = tables.host_further[0].double()[begin + 1 :: 2]
         return dpm2_table(with_middles(calls, middles), calls.sigmas[1:-1:2], self._prediction, ancestral=False)
 
 
@@ -125,9 +124,7 @@ class KDPM2AncestralDiscreteScheduler(TwoCalls, Sigmas, StepWithGenerator, diffu
     _output = lazy_outputs.LazyKDPM2AncestralOutput
     _sigmas_fall = False
     _predictions = ("epsilon", "v_prediction")
-    _state = ("sigmas_interpol", "sigmas_down")
-    sigmas_interpol: Tensor
-    sigmas_down: Tensor
+    _further_tables = ("sigmas_interpol", "sigmas_down")
     set_timesteps = on_host(diffusers.KDPM2AncestralDiscreteScheduler.set_timesteps)
 
     def _draws(self) -> Draws:
@@ -135,9 +132,7 @@ class KDPM2AncestralDiscreteScheduler(TwoCalls, Sigmas, StepWithGenerator, diffu
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         calls = self._calls(tables, begin, 2)
-        middles, downs = (
-            values.detach().to("cpu", torch.float64)[begin::2] for values in (self.sigmas_interpol, self.sigmas_down)
-        )
+        middles, downs = (values.double()[begin::2] for values in tables.host_further)
         return dpm2_table(with_middles(calls, middles), downs, self._prediction, ancestral=True)
 
 

@@ -247,3 +247,21 @@ def test_attributes_that_are_changed_by_hand_are_noticed():
             vars(scheduler).update(change)
         got, expected = (loop(each, randn(*SHAPE)) for each in (ours, theirs))
         assert error(got, [x.double() for x in expected]) < 5e-6
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_raw_times_that_are_changed_by_hand_are_noticed(in_place):
+    """Before the second loop over the same steps, and in its middle."""
+    results = []
+    for scheduler in pair(NAME):
+        loop(scheduler, randn(*SHAPE))
+        scheduler.set_timesteps(4)
+        x = randn(*SHAPE)
+        for number, t in enumerate(scheduler.timesteps):
+            if number in (0, 2) and in_place:
+                scheduler._piflow_raw_timesteps.mul_(0.9)
+            elif number in (0, 2):
+                scheduler._piflow_raw_timesteps = scheduler._piflow_raw_timesteps * 0.9
+            x = scheduler.step(velocities(x, t, 10), t, x).prev_sample
+        results.append([x.double()])
+    assert error(*results) < 5e-6

@@ -184,3 +184,57 @@ def test_the_pipeline_makes_the_same(how):
     assert done.counts == {"fused without guidance": 16}
     fused.restore(pipe)
     assert all(map(torch.equal, run(), before))
+
+
+def changed(name, factor, *, in_place):
+    """Return what multiplies one of a scheduler's tables by hand."""
+
+    def change(scheduler):
+        if in_place:
+            getattr(scheduler, name).mul_(factor)
+        else:
+            setattr(scheduler, name, getattr(scheduler, name) * factor)
+
+    return change
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("name", "factor"), [("timesteps", 0.97), ("_times", 0.99), ("_noise", 0.5)])
+def test_tables_that_are_changed_by_hand_are_noticed(name, factor, in_place):
+    """Before the second loop over the same steps, and in its middle."""
+    results, change = [], changed(name, factor, in_place=in_place)
+    for scheduler in pair(NAME, **LOG):
+        loop(scheduler, randn(*SHAPE), generators())
+        scheduler.set_timesteps(40)
+        change(scheduler)
+        x, given = randn(*SHAPE), generators()
+        for k in range(30):
+            if k == 15:
+                change(scheduler)
+            t = scheduler.timesteps[k]
+            x = scheduler.step(torch.tanh(0.5 * x + t) - 0.1 * x, t, x, mask(), given).prev_sample
+        results.append([x.double()])
+    assert error(*results) < 1e-4
+
+
+def test_times_without_a_score_are_left_to_diffusers():
+    """At 0 it holds the sample, and draws nothing."""
+    results = []
+    for scheduler in pair(NAME, **LOG):
+        scheduler.set_timesteps(40)
+        scheduler.timesteps[0] = 0.0
+        x, given = randn(*SHAPE), generators()
+        for t in scheduler.timesteps[:3]:
+            x = scheduler.step(0.3 * x, t, x, mask(), given).prev_sample
+        results.append(x)
+    assert torch.equal(*results)
+
+
+def test_a_timestep_is_one_as_diffusers_takes_it():
+    """Of no dimension, and of a dtype in which it computes."""
+    for scheduler in pair(NAME, **LOG):
+        x = randn(*SHAPE)
+        scheduler.set_timesteps(22)
+        with pytest.raises(ValueError, match="must be the next element of timesteps"):
+            scheduler.step(x, scheduler.timesteps[:1], x, mask())
+        assert scheduler.step(x, scheduler.timesteps[0].double(), x, mask()).prev_sample.dtype == torch.float64

@@ -129,6 +129,8 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
         loop = self._counted
         if loop is None or loop.following != place or old_original is not self._returned_original:
             return False
+        if not loop.is_current(self):  # diffusers goes on from what it is given
+            return False
         if type(old_original) is lazy_outputs.LazyOriginal:
             if old_original.is_edited():
                 return False

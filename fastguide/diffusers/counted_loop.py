@@ -112,10 +112,14 @@ class CountedLoop:
     """Of the table."""
 
     def __post_init__(self) -> None:
-        tables = self.tables
-        self.sigmas, self.timesteps, self.config = tables.sigmas, tables.timesteps, tables.config
-        self.versions, self.further = tables.versions, tables.further
+        self.go_by(self.tables)
         self.calls = 0 if self.table is None else len(self.table)
+
+    def go_by(self, tables: HostTables) -> None:
+        """Go by a scheduler's tables, which say the same as those before."""
+        self.tables, self.sigmas, self.timesteps = tables, tables.sigmas, tables.timesteps
+        self.config, self.versions, self.further = tables.config, tables.versions, tables.further
+        self.facts = None
 
     def may_begin_like_an_earlier_one(self, sample: Tensor) -> bool:
         """Tell whether its first step may be like a step of an earlier loop over the same table; prepare for that."""
@@ -156,6 +160,10 @@ class CountedLoop:
     def is_next(self, index: int | None) -> bool:
         """Tell whether a step is the next one of those that are left."""
         return self.following == index and not self.is_over
+
+    def is_under_way(self, index: int) -> bool:
+        """Tell whether a step is one after its first, and some have been made."""
+        return not self.is_over and self.begin < min(index, self.following)
 
     def is_current(self, scheduler: Any) -> bool:
         """Tell whether the scheduler's tables and configuration are those that the loop began with."""

@@ -28,7 +28,7 @@ from .host_tables import HostTables, host_tables, read_tables
 from .lazy_guidance import Output, PerFrame, resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
-from .loop_tables import loop_table
+from .loop_tables import LoopTable, loop_table
 from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, counted_as, fitted_predictions, refusal_of
 from .timesteps import place_in, place_of, version_of
 
@@ -305,9 +305,13 @@ def loop_at(
         dtype: in which the sample is kept from step to step.
 
     Raises:
-        RuntimeError: the loop under way goes on from earlier steps, and this is not the next one.
+        RuntimeError: the loop under way goes on from earlier steps, and this is not the next one, or its tables or
+            configuration are others.
     """
     loop, tables, copied = scheduler._counted, host_tables(scheduler), scheduler._copied_loop
+    under_way = loop if loop is not None and loop.is_under_way(index) else None
+    if under_way is not None and under_way.tables is not tables and under_way.history is not None:
+        _go_by(scheduler, under_way, tables)
     if loop is not None and loop.tables is tables and not loop.is_over:
         fits = loop.shape == sample.shape and (loop.table is None or loop.table.device == sample.device)
         follows = loop.following == index or (loop.history is None and index >= loop.begin)
@@ -325,7 +329,9 @@ def loop_at(
         copied = None
     begin = index if copied is None else copied.begin
     made = loop_table(scheduler, tables, begin, arguments, sample.device)
-    history = None
+    history, is_theirs = None, under_way is not None and under_way.table is None
+    if made.table is not None and made.table.history_slots and is_theirs:
+        made = LoopTable(made.config, made.state, why_not="a loop that goes on from diffusers' own steps")
     if made.table is not None and made.table.history_slots:
         history = History(made.table, _contiguous_within(sample).to(dtype))
     loop = CountedLoop(
@@ -336,6 +342,21 @@ def loop_at(
         loop.go_on_from(copied)
     scheduler._counted, scheduler._copied_loop = loop, None
     return loop
+
+
+def _go_by(scheduler: CountedStep, loop: CountedLoop, tables: HostTables) -> None:
+    """Let a loop with a history go by tables that have been set since, if they say the same.
+
+    Raises:
+        RuntimeError: they do not, or the configuration does not.
+    """
+    assert loop.table is not None
+    if loop_table(scheduler, tables, loop.begin, loop.arguments, loop.table.device) is not loop.made:
+        raise RuntimeError(
+            "step: expected the tables and the configuration that the loop began with, as it goes on from its earlier "
+            f"steps, got others before step {loop.following}; set_timesteps begins another loop"
+        )
+    loop.go_by(tables)
 
 
 def _named(dtype: torch.dtype) -> str:

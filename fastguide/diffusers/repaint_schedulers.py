@@ -20,7 +20,6 @@ from ..step.memory import DTYPES, dense_within_sample, in_layout_of
 from . import lazy_outputs
 from .guidance_arguments import Scale, combined
 from .lazy_tensor import plain
-from .masks import made_of
 from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, plan, refusal_of, run
 from .tables import UNDEFINED, current_tables, host_alphas, table_of
 from .timesteps import row_of
@@ -116,7 +115,8 @@ class RePaintScheduler(SchedulerStep, diffusers.RePaintScheduler):  # type: igno
         given, dtype = planned.sample, planned.model_dtype
         noise = randn_tensor(tuple(given.shape), generator=generator, device=given.device, dtype=dtype)
         noise, known = in_layout_of(given, noise), in_layout_of(given, original_image.expand(given.shape))
-        inpainting = Inpainting(made_of(mask, given, _painted), known, noise)
+        painted = 1.0 - mask.to(torch.promote_types(mask.dtype, torch.float32))
+        inpainting = Inpainting(in_layout_of(given, painted.expand(given.shape)), known, noise)
         row, table = planned.row, planned.table
         adds = table.adds_noise_anywhere if isinstance(row, Tensor) else table.adds_noise[row]
         return run(planned._replace(inpainting=inpainting), None, noise if adds else None, False, return_dict)
@@ -167,8 +167,3 @@ def _why_not(sample: Tensor, model: torch.dtype, *known: Tensor) -> str | None:
         if each.dim() > sample.dim() or any(other not in (1, size) for size, other in sizes):
             return SHAPES
     return None
-
-
-def _painted(known: Tensor) -> Tensor:
-    """Return where the model paints."""
-    return 1.0 - known

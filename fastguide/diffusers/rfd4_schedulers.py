@@ -14,14 +14,13 @@ from ..solvers import StepTable
 from ..solvers._proteina import proteina_table
 from ..step.guided_step import guided_step
 from ..step.inpainting import Inpainting
-from ..step.memory import empty_like
+from ..step.memory import empty_like, in_layout_of
 from .counted_step import CountedStep, leave, left, loop_at
 from .dtypes import Dtypes
 from .guidance_arguments import Scale, guidance_of
 from .host_tables import HostTables, host_tables, on_host
 from .lazy_guidance import resolved
 from .lazy_tensor import plain
-from .masks import made_of
 from .noise import noise_of
 from .scheduler_step import SHAPES, count_fused, fitted_predictions, refusal_of
 
@@ -119,7 +118,7 @@ class RFD4ProteinaScheduler(CountedStep, diffusers.RFD4ProteinaScheduler):  # ty
             every = None if generators is None else list(generators)
             adds, in_step = loop.table.adds_noise[call], given.dtype == sample.dtype
             noise, source = noise_of(every, given, sample.dtype, adds=adds, in_step=in_step)
-        emits = made_of(emit_mask, given, _of_each_token)
+        emits = in_layout_of(given, emit_mask.to(torch.float32)[..., None].expand(given.shape))
         result = guided_step(
             loop.table,
             call,
@@ -135,8 +134,3 @@ class RFD4ProteinaScheduler(CountedStep, diffusers.RFD4ProteinaScheduler):  # ty
         loop.note(call, result, None, None)
         count_fused(self, guidance, is_last=loop.is_over)
         return result
-
-
-def _of_each_token(mask: Tensor) -> Tensor:
-    """Return a mask of tokens as one of their elements."""
-    return mask[..., None]

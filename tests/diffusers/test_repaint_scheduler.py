@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from fastguide.diffusers import masks, repaint_schedulers
+from fastguide.diffusers import repaint_schedulers
 from tests.support import rare_pipelines
 from tests.support.diffusers_in_float64 import in_float64
 from tests.support.scheduler_pair import SHAPE, diffusers, fused, pair, randn
@@ -165,15 +165,21 @@ def test_a_mask_that_is_written_to_is_read_anew():
     assert error(*results.values()) < 1e-6
 
 
-def test_nothing_is_kept_of_a_mask_that_is_gone():
-    scheduler = fused.RePaintScheduler()
-    scheduler.set_timesteps(20)
-    x, image, mask = inputs()
-    before = len(masks._KEPT)
-    scheduler.step(0.3 * x, 50, x, image, mask)
-    assert len(masks._KEPT) == before + 1
-    del mask
-    assert len(masks._KEPT) == before
+@pytest.mark.parametrize(
+    "change",
+    [lambda mask: mask.numpy().fill(0), lambda mask: mask.data.mul_(0), lambda mask: setattr(mask, "data", 0 * mask)],
+    ids=["numpy", "data", "other data"],
+)
+def test_a_mask_is_what_it_is_at_each_step(change):
+    """However it was written to, and whether torch counts that or not."""
+    results = []
+    for scheduler in pair(NAME):
+        scheduler.set_timesteps(20)
+        x, image, mask = inputs()
+        scheduler.step(0.3 * x, 50, x, image, mask, torch.Generator().manual_seed(1))
+        change(mask)
+        results.append([scheduler.step(0.3 * x, 50, x, image, mask, torch.Generator().manual_seed(1)).prev_sample])
+    assert error(*results) < 1e-6
 
 
 def test_eta_is_what_it_is_at_each_step():

@@ -238,3 +238,19 @@ def test_a_timestep_is_one_as_diffusers_takes_it():
         with pytest.raises(ValueError, match="must be the next element of timesteps"):
             scheduler.step(x, scheduler.timesteps[:1], x, mask())
         assert scheduler.step(x, scheduler.timesteps[0].double(), x, mask()).prev_sample.dtype == torch.float64
+
+
+def test_a_mask_is_what_it_is_at_each_step():
+    """Whether torch counts who writes to it or not."""
+    results = []
+    for scheduler in pair(NAME, **LOG):
+        scheduler.set_timesteps(22)
+        x, emits = randn(*SHAPE), mask()
+        for number, t in enumerate(scheduler.timesteps[:3]):
+            if number == 1:
+                emits.data.logical_not_()
+            if number == 2:
+                emits.numpy().fill(True)
+            x = scheduler.step(0.3 * x, t, x + 1, emits, generators()).prev_sample
+        results.append([x.double()])
+    assert error(*results) < 1e-4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -21,39 +21,52 @@ from . import lazy_outputs
 from .guidance_arguments import Scale, combined
 from .lazy_tensor import plain
 from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, plan, refusal_of, run
-from .tables import UNDEFINED, current_tables, host_alphas, table_of
-from .timesteps import row_of
+from .tables import UNDEFINED, current_tables, host_alphas
+from .timesteps import row_of, version_of
 from .weights_of_formula import Conversion
 
 __all__ = ["RePaintScheduler"]
 
 _MOST = 32
 """Noises that are added in one launch, as many predictions as kernels take on a GPU."""
-_UNDOING = "undoing"
-"""What rows depend on, in the place of an eta, where they lead back to more noise."""
+
+
+class _Undoing(NamedTuple):
+    """The rows that lead back to more noise, as long as the scheduler has these very betas."""
+
+    betas: Tensor
+    version: int | None
+    length: int
+    """Of a step, in timesteps."""
+    rows: StepTable
+    weights: Guidance
+    """Of the noises."""
+    by_device: dict[torch.device, StepTable]
+
+    def is_of(self, betas: Tensor, length: int) -> bool:
+        """Tell whether these are the rows of what a scheduler has now; torch.compile does not trace who writes."""
+        same = self.betas is betas and self.length == length
+        return same and (torch.compiler.is_compiling() or self.version == version_of(betas))
 
 
 class RePaintScheduler(SchedulerStep, diffusers.RePaintScheduler):  # type: ignore[metaclass]
     """``diffusers.RePaintScheduler`` with the fused step."""
 
     _output = lazy_outputs.LazyRePaintOutput
-    _state = ("_internal_dict", "alphas_cumprod", "final_alpha_cumprod", "betas", "num_inference_steps")
+    _state = ("_internal_dict", "alphas_cumprod", "final_alpha_cumprod", "num_inference_steps")
     betas: Tensor
     final_alpha_cumprod: Tensor
     eta: Any
-    _undoing: tuple[StepTable, Guidance] | None = None
-    """The table of rows that lead back to more noise, and their weights."""
+    _undoing: _Undoing | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave these out of copies, as weights may hold what cannot be copied."""
         return {name: value for name, value in super().__getstate__().items() if name != "_undoing"}
 
-    def _transitions(self, eta: float | str) -> StepTable:
-        """Return the rows from every t to t - num_train_timesteps // num_inference_steps, or back by one timestep."""
+    def _transitions(self, eta: float) -> StepTable:
+        """Return the rows from every t to t - num_train_timesteps // num_inference_steps."""
         assert self.num_inference_steps is not None
         count = self.config.num_train_timesteps // self.num_inference_steps
-        if isinstance(eta, str):
-            return undoing_rows(self.betas.detach().to("cpu", torch.float32), count)[0]
         alphas, steps = host_alphas(self), torch.arange(len(self.alphas_cumprod), device="cpu")
         previous = steps - count
         return ddim_table(
@@ -134,17 +147,20 @@ class RePaintScheduler(SchedulerStep, diffusers.RePaintScheduler):  # type: igno
             return super().undo_step(sample, timestep, generator)  # type: ignore[misc, no-any-return]
         how: dict[str, Any] = {"generator": generator, "device": sample.device, "dtype": sample.dtype}
         noises = [in_layout_of(sample, randn_tensor(tuple(sample.shape), **how)) for _ in range(count)]
-        table = table_of(self, current_tables(self), sample.device, (_UNDOING,))
+        table, weights = self._rows_back(sample.device, count)
         if not dense_within_sample(sample.shape, sample.stride()):
             sample, noises = sample.contiguous(), [noise.contiguous() for noise in noises]
-        return guided_step(table, row, sample, noises, self._weights_of(table, count))
+        return guided_step(table, row, sample, noises, weights)
 
-    def _weights_of(self, table: StepTable, count: int) -> Guidance:
-        """Return the weights of the noises that rows lead back by."""
-        if self._undoing is None or self._undoing[0] is not table:
-            weights = undoing_rows(self.betas.detach().to("cpu", torch.float32), count)[1]
-            self._undoing = table, Conversion(weights, None)
-        return self._undoing[1]
+    def _rows_back(self, device: torch.device, count: int) -> tuple[StepTable, Guidance]:
+        """Return the rows that lead back to more noise, and the weights of the noises."""
+        betas, made = self.betas, self._undoing
+        if made is None or not made.is_of(betas, count):
+            rows, weights = undoing_rows(betas.detach().to("cpu", torch.float32), count)
+            made = self._undoing = _Undoing(betas, version_of(betas), count, rows, Conversion(weights, None), {})
+        if device not in made.by_device:
+            made.by_device[device] = made.rows.to(device)
+        return made.by_device[device], made.weights
 
     def _why_not_undone(self, sample: Tensor) -> str | None:
         """Say why adding noise is left to diffusers; ``None``: it is not."""

@@ -182,6 +182,21 @@ def test_a_mask_is_what_it_is_at_each_step(change):
     assert error(*results) < 1e-6
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_betas_that_are_changed_by_hand_are_noticed(in_place):
+    results = []
+    for scheduler in pair(NAME):
+        scheduler.set_timesteps(40)
+        generator, x = torch.Generator().manual_seed(1), randn(*SHAPE)
+        seen = [scheduler.undo_step(x, 700, generator)]
+        if in_place:
+            scheduler.betas.mul_(0.2)
+        else:
+            scheduler.betas = scheduler.betas * 0.2
+        results.append([*seen, scheduler.undo_step(x, 700, generator)])
+    assert error(*results) < 1e-6
+
+
 def test_eta_is_what_it_is_at_each_step():
     ours, theirs = pair(NAME)
     results = {scheduler: [] for scheduler in (ours, theirs)}

@@ -141,7 +141,7 @@ def _copied(value: Any) -> Any:
 
 
 def _have_same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    if first.keys() != dict.keys(second):  # an OrderedDict's own are slower
+    if list(first) != list(dict.keys(second)):  # an OrderedDict's own are slower; values are compared by place
         return False
     return all(map(is_, first.values(), second.values())) or _are_same(first.values(), second.values())
 

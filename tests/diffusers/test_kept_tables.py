@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from tests.support.scheduler_pair import COUNTED, SHAPE, pair, randn, set_steps, steps_of
+from tests.support.scheduler_pair import COUNTED, SHAPE, fused, pair, randn, set_steps, steps_of
 
 
 def made(name):
@@ -143,3 +143,15 @@ def test_a_later_loop_begins_without_a_plan(monkeypatch):
     got = scheduler.step(randn(*SHAPE).bfloat16(), scheduler.timesteps[0], randn(*SHAPE).bfloat16()).prev_sample
     assert got.dtype == torch.bfloat16
     assert scheduler._counted.state.dtype == torch.float32
+
+
+def test_a_configuration_in_another_order_is_compared_by_name():
+    from fastguide.diffusers.loop_tables import _have_same
+
+    config = dict(fused.EulerDiscreteScheduler().config)
+    swapped = {**config, "beta_start": config["beta_end"], "beta_end": config["beta_start"]}
+    names = list(config)
+    first, second = names.index("beta_start"), names.index("beta_end")
+    names[first], names[second] = names[second], names[first]
+    assert not _have_same(config, {name: swapped[name] for name in names})
+    assert _have_same(config, dict(config))

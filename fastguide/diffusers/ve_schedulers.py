@@ -28,6 +28,8 @@ class _Rows(NamedTuple):
 
     sigmas: Tensor
     version: int | None
+    rises: list[bool]
+    """Whether there is less noise before each sigma, and none before the first."""
     by_device: dict[torch.device, StepTable]
 
 
@@ -41,10 +43,16 @@ class ScoreSdeVeScheduler(SchedulerStep, diffusers.ScoreSdeVeScheduler):  # type
         """Leave the rows out of copies: they only save time."""
         return {name: value for name, value in super().__getstate__().items() if name != "_rows"}
 
-    def _table(self, device: torch.device) -> StepTable:
+    def _current_rows(self) -> _Rows:
         rows, sigmas = self._rows, self.discrete_sigmas
         if rows is None or rows.sigmas is not sigmas or rows.version != version_of(sigmas):
-            rows = self._rows = _Rows(sigmas, version_of(sigmas), {})
+            squares = sigmas.detach().to("cpu", torch.float64).square()
+            rises = squares.diff(prepend=squares.new_zeros(1)) >= 0
+            rows = self._rows = _Rows(sigmas, version_of(sigmas), rises.tolist(), {})
+        return rows
+
+    def _table(self, device: torch.device) -> StepTable:
+        rows, sigmas = self._current_rows(), self.discrete_sigmas
         if device not in rows.by_device:
             rows.by_device[device] = score_rows(sigmas.detach().to("cpu", torch.float64)).to(device)
         return rows.by_device[device]
@@ -74,6 +82,8 @@ class ScoreSdeVeScheduler(SchedulerStep, diffusers.ScoreSdeVeScheduler):  # type
         """
         row = self._row(timestep)
         why_not = "a timestep that the host does not know" if row is None else None
+        if row is not None and not self._current_rows().rises[row]:
+            why_not = "sigmas that fall"  # where diffusers takes the root of a negative variance
         output, scale = resolved(model_output, sample, guidance_scale)
         x = plain(sample)
         guidance = guidance_of(output, x, scale, None, 1.0, "epsilon")

@@ -109,6 +109,18 @@ def test_sigmas_that_are_changed_are_noticed():
     assert error(*results) < 1e-6
 
 
+def test_sigmas_that_fall_are_left_to_diffusers():
+    """It takes the root of a negative variance, which is NaN; the noise is drawn all the same."""
+    results, states = [], []
+    for scheduler in map(set_steps, pair(NAME)):
+        generator = torch.Generator().manual_seed(1)
+        scheduler.discrete_sigmas = scheduler.discrete_sigmas.flip(0)
+        results.append(scheduler.step_pred(randn(*SHAPE), scheduler.timesteps[5], randn(*SHAPE), generator))
+        states.append(generator.get_state())
+    assert all(each.isnan().all() for result in results for each in result.values())
+    assert torch.equal(*states)
+
+
 def test_guidance_is_part_of_the_step():
     ours, theirs = map(set_steps, pair(NAME))
     x, t = randn(*SHAPE), ours.timesteps[9]

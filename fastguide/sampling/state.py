@@ -23,8 +23,8 @@ from ..step.cursor_step import CursorStep
 from ..step.memory import empty_like, empty_strided, in_layout_of
 from ..step.momentum import updates_key
 from ..step.operator import StepArguments
-from ..step.thresholds import thresholds_for
-from ..step.weigh import made_in_step, weighed
+from ..step.thresholds import makes_weights_in_step, thresholds_for
+from ..step.weigh import weighed
 from . import conditioning as conditioning
 from .conditioning import NamedConditions, Signature
 from .distributed.dimension import Dimension
@@ -133,7 +133,7 @@ class StateKey(NamedTuple):
             derived=None if guidance.derived is None else guidance.derived.kind,
             weights_from=_what_makes_weights(guidance),
             makes_weights=isinstance(guidance.weights_from, MomentWeights)
-            and made_in_step(request.backend, guidance.weights_from, x),
+            and makes_weights_in_step(request.backend, guidance.weights_from, x, table.thresholds),
             classifier=None if classifier is None else (guidance.form, *map(ByIdentity, classifier.functions)),
             labels=request.labels is not None,
             scales_per_sample=guidance.batch > 1 or slots is not None,

@@ -23,8 +23,8 @@ from .memory import DTYPES, counted_layout, dense_within_sample, empty_like, sam
 from .noise import DeviceGenerator
 from .operator import ELEMENTWISE, NAMES, StepArguments, elementwise
 from .overlaps import check_memory
-from .thresholds import thresholds_for, with_thresholds
-from .weigh import made_in_step, weighed
+from .thresholds import makes_weights_in_step, thresholds_for, with_thresholds
+from .weigh import weighed
 
 Generator: TypeAlias = "torch.Generator | DeviceGenerator"
 
@@ -97,7 +97,7 @@ def validate(
     if before_weights is not None:
         before_weights()
     if guidance.weights_from is not None:
-        arguments = _with_weights_from(backend, arguments, guidance)
+        arguments = _with_weights_from(backend, arguments, guidance, table.thresholds)
     if table.thresholds:
         arguments = with_thresholds(backend, arguments._replace(inverse_thresholds=thresholds_for(sample, dtype)))
     return arguments, generator
@@ -173,12 +173,14 @@ def check_number(backend: Backend, device: torch.device, guidance: Guidance) -> 
         raise ValueError(f"guidance: expected at most {most} predictions on a GPU ({backend.name}), got {count}")
 
 
-def _with_weights_from(backend: Backend, arguments: StepArguments, guidance: Guidance) -> StepArguments:
+def _with_weights_from(
+    backend: Backend, arguments: StepArguments, guidance: Guidance, thresholds: bool
+) -> StepArguments:
     """Add the weights that are made of the predictions, or what a backend makes them with in its step."""
     made_by, sample, dtype = guidance.weights_from, arguments.sample, arguments.rows.dtype
     if isinstance(made_by, MomentWeights):
         program, parameters = made_by.on(sample.device)
-        if not made_in_step(backend, made_by, sample):
+        if not makes_weights_in_step(backend, made_by, sample, thresholds):
             return weighed(arguments, made_by, parameters)
         made, scratch = made_by.place_for(sample, dtype), made_by.scratch_for(sample)
         return arguments._replace(program=program, parameters=parameters, made=made, scratch=scratch)

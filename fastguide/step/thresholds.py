@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..guidance.moment_weights import MomentWeights
 from ..solvers.table import ROW_COLUMNS
 from .backends.registry import Backend
 from .operator import THRESHOLD_WORDS, StepArguments
 from .original import combined, per_sample, unclipped
-from .weigh import position_of, selected, split
+from .weigh import made_in_step, position_of, selected, split
 
 _CLIP, _QUANTILE = ROW_COLUMNS.index("clip"), ROW_COLUMNS.index("quantile")
 
@@ -24,6 +25,12 @@ def thresholds_for(sample: Tensor, dtype: torch.dtype) -> Tensor:
     if sample.device.type == "cpu":
         return torch.empty(batch, 1, dtype=dtype, device="cpu")
     return torch.zeros(batch, THRESHOLD_WORDS, dtype=dtype, device=sample.device)
+
+
+def makes_weights_in_step(backend: Backend, made_by: MomentWeights, sample: Tensor, thresholds: bool) -> bool:
+    """Tell whether a step makes these weights itself: not if its thresholds, of the guided x_0, are found before it."""
+    found_before = thresholds and backend.needs_thresholds
+    return not found_before and made_in_step(backend, made_by, sample)
 
 
 def with_thresholds(backend: Backend, a: StepArguments) -> StepArguments:

@@ -149,12 +149,18 @@ def test_a_program_of_each_sample_and_words_that_lead_nowhere():
 
 
 @interpreted
-def test_a_step_and_a_sampler_take_them(monkeypatch):
-    """As on a GPU: the step's operator makes the weights, and does so again where a step is repeated."""
+@pytest.mark.parametrize("thresholds", [False, True])
+def test_a_step_and_a_sampler_take_them(monkeypatch, thresholds):
+    """As on a GPU: the step's operator makes the weights, and does so again where a step is repeated.
+
+    But where x_0 is divided by a threshold: that is found before the step, of the guided prediction.
+    """
     own = BACKENDS["triton"]._replace(makes_weights=("cpu",))
     monkeypatch.setitem(BACKENDS, "triton", own)
     guidance, plain = of_many(2), of_many(2)
     table = fastguide.ddim(fastguide.NoiseSchedule.linear(), 5)
+    if thresholds:
+        table = table.with_dynamic_thresholding(0.9, sample_max_value=30.0)
     x, uncond, cond = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(1))
     for index in range(4):
         got = guided_step(table, index, x, [uncond, cond], guidance, backend="triton")

@@ -49,12 +49,12 @@ def validate(
     original: Tensor | None,
     out: Tensor | None,
     staged: Tensor | None,
-    before_weights: Callable[[], None] | None = None,
+    before_weights: Callable[[StepArguments], None] | None = None,
 ) -> tuple[StepArguments, Generator | None]:
     """Refuse what is not as ``guided_step`` describes it; return the operator's arguments.
 
     ``optional_inputs``: the fields of ``StepArguments`` from ``gradient`` up to ``noise``. ``before_weights``: called
-    when nothing is refused any more, before anything is made of the predictions.
+    with the arguments when nothing is refused any more, before anything is made of the predictions.
 
     Returns:
         The arguments, without noise that is still to be drawn; and the generator to draw it from, if there is one.
@@ -92,10 +92,11 @@ def validate(
         _check_that_it_can_draw(generator, backend, sample, cursor)
     writes = out is not None or original is not None or staged is not None or history is not None
     explained = staged is not None or history is not None or generator is not None or not backend.checks_overlap
+    explained = explained or before_weights is not None  # which a kernel's refusal would come too late for
     if writes and explained and not torch.compiler.is_compiling():
         check_memory(arguments)
     if before_weights is not None:
-        before_weights()
+        before_weights(arguments)
     if guidance.weights_from is not None:
         arguments = _with_weights_from(backend, arguments, guidance, table.thresholds)
     if table.thresholds:

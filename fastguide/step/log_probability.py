@@ -8,6 +8,7 @@ float32 (float64 if the sample is), and of those in float64, in order.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -125,7 +126,7 @@ def step_with_log_prob(
     guidance: Guidance | None,
     history: History | None,
     reduction: Any,
-    before: Callable[[], None] | None,
+    before: Callable[[StepArguments], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Make the step of a call, and return the next sample and its log-probability, for which that is held fixed.
 
@@ -134,7 +135,7 @@ def step_with_log_prob(
         table, guidance, history: as that got them.
         call: all that it got.
         reduction: over a sample's elements; True is ``"mean"``.
-        before: what is done once the call is checked; such a step is not recorded.
+        before: what is done with the arguments once the call is checked; such a step is not recorded.
     """
     reduction = "mean" if reduction is True else reduction
     check_log_prob(table, call.index, reduction)
@@ -154,10 +155,8 @@ def step_with_log_prob(
     a, generator = checks.validate(
         chosen, table, call.index, call.sample, call.predictions, UNGUIDED if guidance is None else guidance,
         (call.gradient, call.variance), call.noise, call.generator, call.seeds, None, history, call.anchor,
-        call.original, call.out, call.staged, before,
+        call.original, call.out, call.staged, before if call.out is None else functools.partial(_check_apart, before),
     )  # fmt: skip
-    if call.out is not None:
-        _check_apart(a)
     increment = 0
     if generator is not None:
         a, increment = draw(a, generator, chosen.torch_stream, out_is_new=call.out is None)
@@ -195,10 +194,13 @@ def check_log_prob(table: StepTable, index: Any, reduction: Any) -> None:
         )
 
 
-def _check_apart(a: StepArguments) -> None:
+def _check_apart(before: Callable[[StepArguments], None] | None, a: StepArguments) -> None:
+    """Refuse an output in an input's memory, before anything is done."""
     for tensor in inputs(a):
         if tensor is not a.noise and overlaps(a.out, tensor):
             raise ValueError("out: expected memory apart from the inputs with return_log_prob, which are read again")
+    if before is not None:
+        before(a)
 
 
 def _validated(

@@ -15,6 +15,7 @@ from ..solvers.table import StepTable
 from . import checks
 from .cursor import Cursor
 from .memory import empty_strided, same_layout
+from .operator import StepArguments
 
 SHIFT = Guidance(torch.tensor([[[0.0, 1.0, 0.0]]], dtype=torch.float64, device="cpu"), None)
 """The difference of two predictions."""
@@ -75,8 +76,12 @@ class Momentum:
         index: int | Tensor | Cursor,
         predictions: Tensor | Sequence[Tensor],
         backend: str | None,
+        _checked: StepArguments | None = None,
     ) -> None:
-        """Add up the difference of two predictions; ``step``: ``guided_step``, whose arguments the others are."""
+        """Add up the difference of two predictions; ``step``: ``guided_step``, whose arguments the others are.
+
+        ``_checked``: the arguments of the step that is to come.
+        """
         where = rows_at(index.state, index.batch is not None) if isinstance(index, Cursor) else index
         step(self._updates, where, self.values, predictions, SHIFT, out=self.values, backend=backend)
         self._next = index + 1 if isinstance(index, int) else None

@@ -327,7 +327,17 @@ def test_a_momentum_is_of_one_loop():
         step(out=x[:, :2])
     with pytest.raises(ValueError, match="momentum: expected no gradients"):
         step(pair=[x, x.clone().requires_grad_()])
+    wide = torch.cat([x, x])
+    with pytest.raises(ValueError, match="out: expected memory apart from sample"):
+        step(x=wide[:3], out=wide[1:4])
+    with pytest.raises(IndexError, match="index: expected 0 to 5"):
+        step(index=torch.tensor(CALLS))
+    noisy = fastguide.ddim(SCHEDULE, CALLS, eta=1.0)
+    other = Momentum(noisy, guidance, x)
+    with pytest.raises(ValueError, match="out: expected memory apart from the inputs with return_log_prob"):
+        guided_step(noisy, 0, x, pairs[0], guidance, momentum=other, noise=x + 1, out=x, return_log_prob=True)
     assert not sums.values.any()  # nothing that was refused has been added up
+    assert not other.values.any()
     first = step()
     with pytest.raises(ValueError, match="index: expected a call after the last one that this momentum has added up"):
         step()

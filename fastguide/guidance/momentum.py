@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from .spaces import TableSpace
-from .symbols import Space
+from .symbols import Space, unit_of_state
 
 
 class AddedUp(NamedTuple):
     """The sum ``r = d + momentum * r_before`` of differences ``d = c - u``, which such guidance has for its first term.
 
     It is the first because kernels anchor a sum at its first term, and r is small where u and c nearly agree: what r
-    and the differences to it round off is of their own size. The others are c, and u where that has a weight.
+    and the differences to it round off is of their own size. In other spaces than the predictions', it is made small:
+    the term is r over ``unit``. The others are c, and u where that has a weight.
     """
 
     momentum: float
@@ -35,11 +36,16 @@ class AddedUp(NamedTuple):
         """What a loop's buffers depend on; the numbers are in them."""
         return AddedUp(0.0, self.has_uncond)
 
+    @property
+    def unit(self) -> float:
+        """What r is kept as a multiple of."""
+        return unit_of_state(self.space)
+
     def terms(self, sums: Tensor, predictions: Sequence[Tensor]) -> list[Tensor]:
         """Return the terms.
 
         Args:
-            sums: r, of shape (batch, ...).
+            sums: r over ``unit``, of shape (batch, ...).
             predictions: unconditional, conditional; or one tensor of both along the batch.
 
         Raises:
@@ -55,6 +61,8 @@ class AddedUp(NamedTuple):
     def coefficients(self, row: Mapping[str, Tensor], active: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return what r and the difference of the model's predictions are multiplied by at each call, for the next r.
 
+        Both r are over ``unit``.
+
         Args:
             row: a table's columns, each of shape (calls,), float64 on the host.
             active: which calls are guided; at the others r stays as it is. ``None``: all.
@@ -62,6 +70,8 @@ class AddedUp(NamedTuple):
         of_shift = row["x0_scale"] * row["x0_pred"] if self.space == "original" else torch.ones_like(row["x0_pred"])
         if isinstance(self.space, TableSpace):
             of_shift = self.space.prediction[:, 0].expand_as(of_shift)
+        # Where a call's prediction says nothing of x_0, guidance has no weights either.
+        of_shift = torch.where(of_shift.isfinite(), of_shift / self.unit, 0.0)
         of_sum = torch.full_like(of_shift, self.momentum)
         if active is not None:
             of_sum, of_shift = torch.where(active, of_sum, 1.0), torch.where(active, of_shift, 0.0)

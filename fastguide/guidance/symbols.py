@@ -166,6 +166,16 @@ _OF_FLOATS: dict[str, Callable[..., float]] = {
 }
 
 
+def unit_of_state(space: Any) -> float:
+    """Return what a loop's sum of differences is kept as a multiple of, where guidance is in this space.
+
+    The sum is the anchor of the predictions, and its squares are next to theirs in the moments; a difference of x_0 is
+    sigma / alpha times as long as that of the epsilons that the model predicts. So the sum is kept small, by a power of
+    two, which rounds nothing.
+    """
+    return 1.0 if space == "prediction" else 2.0**20
+
+
 class Vectors:
     """What a guidance's function is given: the predictions, and what can be computed of them.
 
@@ -174,7 +184,8 @@ class Vectors:
         space: what the predictions are taken as: ``"prediction"``, what the model predicts; or ``"original"``, the
             x_0 that each of them says, ``x0_scale * (x0_sample * x + x0_pred * p)`` by the step's row; or the names of
             the inputs that multiply x and p.
-        first_is_state: whether the first one is no prediction, but what a loop's earlier steps have left.
+        first_is_state: whether the first one is no prediction, but what a loop's steps have added up: differences of
+            predictions, in this space, over ``unit_of_state``.
     """
 
     def __init__(self, count: int, space: Space | tuple[str, str] = "prediction", first_is_state: bool = False) -> None:
@@ -187,6 +198,7 @@ class Vectors:
         if self._space == "prediction":
             return tuple(own)
         states, own = own[: self._states], own[self._states :]
+        states = [unit_of_state(self._space) * state for state in states]
         return (*states, *(self._sample_part() + self._prediction_part() * prediction for prediction in own))
 
     @property

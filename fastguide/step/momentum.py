@@ -34,7 +34,10 @@ class Momentum:
         sample: the loop's sample, whose shape, layout and device r has. It is float32, or float64 if that is.
 
     Attributes:
-        values: r, of the sample's shape. Where a sample of the batch begins a loop of its own, set it to 0 there.
+        values: r over ``unit``, of the sample's shape. Where a sample of the batch begins a loop of its own, set it to
+            0 there.
+        unit: 1; or 2^20 for guidance with another ``space`` than the prediction, whose r may be many times as long as a
+            prediction, and would round that off.
 
     >>> from fastguide import AdaptiveProjected, NoiseSchedule, ddim, guided_step
     >>> table, guidance, x = ddim(NoiseSchedule.linear(), 5), AdaptiveProjected(7.5, momentum=-0.5), torch.randn(2, 8)
@@ -51,6 +54,8 @@ class Momentum:
         if not isinstance(sample, Tensor) or sample.dim() == 0:
             raise TypeError("sample: expected a tensor of shape (batch, ...)")
         self._table, self._key = table, _checked_key(guidance)
+        assert isinstance(guidance.derived, AddedUp)
+        self.unit = guidance.derived.unit
         self._updates, self._of_terms = updates_of(table, guidance).to(sample.device), (guidance, guidance.of_terms())
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         with torch.inference_mode(False):  # or only inference mode could write it

@@ -105,18 +105,18 @@ def test_norms_of_a_sample_s_parts_are_of_the_sums(backend, dim):
         assert (got - own).norm() <= 1e-12 * own.norm()
 
 
-def algorithm_1(x, pairs, row_of, scale):
+def algorithm_1(x, pairs, row_of, scale, momentum=MOMENTUM, base="cond"):
     """Return each call's guided x_0, by the paper's algorithm: momentum, a limited norm, and a projection, of x_0."""
     sums, found = torch.zeros_like(x), []
     for call, pair in enumerate(pairs):
         x0_of_x, x0_of_p = row_of(call)
         uncond, cond = (x0_of_x * x + x0_of_p * each for each in pair)
-        sums = cond - uncond + MOMENTUM * sums
+        sums = cond - uncond + momentum * sums
         norm = sums.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         limited = sums * (2.0 / norm).clamp(max=1.0)
         unit = cond / cond.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         parallel = (limited * unit).flatten(1).sum(1).view(-1, 1, 1, 1) * unit
-        guided = cond + (scale - 1.0) * (limited - parallel + 0.3 * parallel)
+        guided = (cond if base == "cond" else uncond) + (scale - 1.0) * (limited - parallel + 0.3 * parallel)
         found.append((guided - x0_of_x * x) / x0_of_p)
     return found
 
@@ -137,6 +137,29 @@ def test_in_x_0_it_is_the_paper_s(backend, table):
         torch.testing.assert_close(got, guided_step(table, call, x, expected), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("table", [fastguide.euler(SCHEDULE, CALLS), TABLE, FLOW], ids=["euler", "ddim", "flow"])
+@pytest.mark.parametrize("momentum", [-0.5, 0.5])
+@pytest.mark.parametrize("base", ["uncond", "cond"])
+def test_in_x_0_float32_is_near(base, momentum, table, backend):
+    """The guided predictions, where x_0 is much longer than what the model predicts, and where it is shorter."""
+    row, (x, pairs) = table.coefficients(), drawn(16, distance=0.5)
+    names = ("x0_scale", "x0_sample", "x0_pred")
+    columns = {name: row[name] for name in names} | {"out_pred": torch.ones(CALLS, dtype=torch.float64)}
+    predicting = fastguide.StepTable.from_columns(table.timesteps, columns, name="the prediction")
+    x, pairs = (table.init_noise_sigma * x).float(), [[each.float() for each in pair] for pair in pairs]
+
+    def row_of(call):
+        return (float(row["x0_scale"][call] * row[name][call]) for name in names[1:])
+
+    exact = algorithm_1(x.double(), [[each.double() for each in pair] for pair in pairs], row_of, SCALE, momentum, base)
+    plain = algorithm_1(x, pairs, row_of, SCALE, momentum, base)
+    guidance = projected(momentum, base, SCALE - 1.0, space="original")
+    sums = Momentum(predicting, guidance, x)
+    for call, (expected, torch_s) in enumerate(zip(exact, plain, strict=True)):
+        got = guided_step(predicting, call, x, pairs[call], guidance, momentum=sums, backend=backend)
+        assert (got.double() - expected).norm() <= 2 * (torch_s.double() - expected).norm()
+
+
 def test_of_another_space_sums_are_of_that():
     x, pairs = drawn(2)
     space = space_of(TABLE, "velocity")
@@ -145,7 +168,7 @@ def test_of_another_space_sums_are_of_that():
     for call, (uncond, cond) in enumerate(pairs):
         guided_step(TABLE, call, x, [uncond, cond], guidance, momentum=sums)
         expected = float(space.prediction[call]) * (cond - uncond) + MOMENTUM * expected
-    torch.testing.assert_close(sums.values, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums.unit * sums.values, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("base", "dtype"), [("uncond", torch.float32), ("cond", torch.bfloat16)])

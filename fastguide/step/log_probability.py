@@ -29,7 +29,7 @@ from .call import Call
 from .cursor import Cursor
 from .history import History, entries_of
 from .memory import empty_like, overlaps
-from .momentum import refuse_gradients
+from .momentum import Momentum, momentum_terms, refuse_gradients
 from .noise import draw
 from .operator import StepArguments, inputs, library
 from .weigh import combined_in_blocks, position_of, split, with_sample_as_prediction
@@ -63,6 +63,7 @@ def log_prob_of(
     gradient: Tensor | None = None,
     variance: Tensor | None = None,
     history: History | None = None,
+    momentum: Momentum | None = None,
     anchor: Tensor | None = None,
     reduction: Reduction = "mean",
     backend: str | None = None,
@@ -76,7 +77,8 @@ def log_prob_of(
     Args:
         table, index, sample, predictions, guidance, gradient, variance, anchor, backend: as in ``guided_step``.
         next_sample: what that step returned, of the sample's shape.
-        history: as in ``guided_step``; it is moved on, as the step would.
+        history, momentum: as in ``guided_step``; they are moved on, as the step would. Nothing is differentiable with
+            a momentum.
         reduction: over a sample's elements, ``"mean"`` or ``"sum"``.
 
     Returns:
@@ -97,11 +99,16 @@ def log_prob_of(
     checks.device_of("next_sample", next_sample)
     if next_sample.shape != sample.shape:
         raise ValueError(f"next_sample: expected shape {tuple(sample.shape)}, got {tuple(next_sample.shape)}")
+    before = None
     given = guidance, predictions, sample, gradient, variance, anchor, entries_of(history), next_sample
+    if momentum is not None:
+        if asks_for_gradients(*given):
+            refuse_gradients()
+        guidance, predictions, before = _with_momentum(momentum, table, index, sample, predictions, guidance, backend)
     call = chosen, table, index, sample, predictions, (gradient, variance), history, anchor
     used = UNGUIDED if guidance is None else guidance
-    if not asks_for_gradients(*given):
-        a = _validated(*call, used, next_sample)
+    if momentum is not None or not asks_for_gradients(*given):
+        a = _validated(*call, used, next_sample, before)
         value = _log_prob(chosen, a, reduction, makes_step=False)
         if history is not None:
             history.note(index)
@@ -203,6 +210,27 @@ def _check_apart(before: Callable[[StepArguments], None] | None, a: StepArgument
         before(a)
 
 
+def _with_momentum(
+    momentum: Momentum, table: StepTable, index: Any, sample: Tensor, predictions: Any, guidance: Any, backend: Any
+) -> tuple[Guidance, list[Tensor], Callable[[StepArguments], None]]:
+    """Return guidance of terms, the terms, and what adds them up once the call is checked."""
+    guidance_of_terms, terms = momentum_terms(momentum, table, index, sample, predictions, guidance)
+    return guidance_of_terms, terms, functools.partial(momentum.add, _step_in_place, index, predictions, backend)
+
+
+def _step_in_place(
+    table: StepTable, index: Any, sample: Tensor, predictions: Any, guidance: Guidance, *, out: Tensor, backend: Any
+) -> Tensor:
+    """Do as ``guided_step``, which has log-probabilities too."""
+    chosen = backend_for(backend, sample.device.type)
+    a, _ = checks.validate(
+        chosen, table, index, sample, predictions, guidance, (None, None), None, None, None, None, None, None, None,
+        out, None,
+    )  # fmt: skip
+    chosen.step(*a)
+    return out
+
+
 def _validated(
     chosen: Backend,
     table: StepTable,
@@ -214,11 +242,12 @@ def _validated(
     anchor: Tensor | None,
     guidance: Guidance,
     next_sample: Tensor | None,
+    before: Callable[[StepArguments], None] | None = None,
 ) -> StepArguments:
     """Check a step whose noise is of no account."""
     a, _ = checks.validate(
         chosen, table, index, sample, predictions, guidance, optional, sample, None, None, None, history, anchor, None,
-        next_sample, None,
+        next_sample, None, before,
     )  # fmt: skip
     return a._replace(noise=None)
 

@@ -279,11 +279,24 @@ def test_slots_have_sums_of_their_own():
 
 
 def test_what_is_recorded_one_by_one():
+    """Its log-probabilities are those of the same steps looked at later, whose momentum is moved on likewise."""
     x, table = drawn(10, torch.float32)[0].float(), fastguide.ddim(SCHEDULE, CALLS, eta=1.0)
-    sampler = Sampler(model, table, projected())
+    guidance = projected()
+    sampler = Sampler(model, table, guidance)
     arguments = {"cond": COND, "uncond": UNCOND, "seeds": [1, 2, 3]}
     way = sampler.trajectory(x, log_prob=True, **arguments)
     torch.testing.assert_close(way.sample, sampler(x, **arguments), rtol=1e-5, atol=1e-5)
+    sums = Momentum(table, guidance, x)
+    for call in range(CALLS):
+        t = torch.full((3,), table.host_timesteps[call])
+        pair = [model(way.samples[call], t, y) for y in (UNCOND, COND)]
+        if table.adds_noise[call]:
+            given = table, call, way.samples[call], pair, guidance, way.samples[call + 1]
+            with pytest.raises(ValueError, match="momentum: expected no gradients"):
+                log_prob_of(*given[:3], [each.clone().requires_grad_() for each in pair], *given[4:], momentum=sums)
+            assert torch.equal(log_prob_of(*given, momentum=sums), way.log_probs[call])
+    with pytest.raises(ValueError, match="index: expected a call after the last one"):
+        log_prob_of(*given, momentum=sums)
     with pytest.raises(ValueError, match="momentum: expected no gradients"):
         sampler.differentiable(x, **arguments)
 

@@ -36,6 +36,12 @@ def _term(pointers, stride, sample, first, inside, EVEN: tl.constexpr, PART: tl.
     return values.to(tl.float32)
 
 
+@triton.jit
+def first_of(part, PART: tl.constexpr):
+    """Return a part's first element, in 64 bits: a sample may have more than 2^31."""
+    return part.to(tl.int64) * PART
+
+
 _POSITIONS = ["index", "indices_stride", "cursor_stride", "steps", "parts"]
 
 
@@ -54,7 +60,7 @@ def moments_kernel(
     part = tl.program_id(0) % parts
     _, _, live = _position_of(sample, index, indices, indices_stride, cursor, cursor_stride)
     if live:
-        first = part * PART
+        first = first_of(part, PART)
         inside = tl.arange(0, PART) < size - first
         p0 = _term(tensors[0], strides[0], sample, first, inside, EVEN, PART)
         terms = (p0,)

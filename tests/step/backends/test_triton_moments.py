@@ -19,11 +19,13 @@ from fastguide.step.backends.registry import BACKENDS
 from fastguide.step.operator import StepArguments
 from tests.support.machine_code import instructions, resource_usage
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 interpreted = pytest.mark.skipif(not BACKENDS["triton"].serves("cpu"), reason="Triton does not interpret here")
 
 TABLE = fastguide.ddim(fastguide.NoiseSchedule.linear(), 10)
 STEP = torch.ops.fastguide.guided_step_triton.default
+first_of = pytest.importorskip("fastguide.step.backends.triton_moments_kernel").first_of
 
 
 @as_guidance(predictions=2)
@@ -51,6 +53,11 @@ def of_many(count):
 def with_the_sample(v, scale):
     uncond, cond = v.predictions
     return cond + scale * v.sum(v.sample) / v.numel * (uncond + v.sample)
+
+
+@triton.jit
+def kernel_of_first(part, first, size: tl.constexpr):
+    tl.store(first, first_of(tl.load(part), size))
 
 
 GUIDANCES = {
@@ -178,6 +185,14 @@ def test_a_step_and_a_sampler_take_them(monkeypatch, thresholds):
         for name, each in (("triton", guidance), ("native", plain))
     )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_a_sample_may_have_more_than_2_to_the_31_elements():
+    """Of which the last part's first one is found."""
+    firsts = torch.zeros(1, dtype=torch.int64)
+    kernel_of_first[(1,)](torch.tensor([2**19 + 1], dtype=torch.int32), firsts, PART)
+    assert firsts.item() == (2**19 + 1) * PART > 2**31
 
 
 BAD = {

@@ -83,7 +83,12 @@ def _launch(a: StepArguments) -> None:
     )  # fmt: skip
     instructions, numbers = (a.program.shape[1] - 1 - terms) // 4, a.parameters.shape[-1]
     values = values_tile(len(moment_names(terms)) + len(OTHER_INPUTS) + numbers + instructions)
-    _check_that_it_is_compiled(a, tensors, size, *strides, terms, int(read is not None), values)
+    kind = _kind_of(a, (*tensors, read), size, *strides, terms, int(read is not None), values)
+    if kind not in _compiled and a.sample.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "backend: the Triton kernels that make weights are not compiled for these arguments yet, and cannot be "
+            "during a capture; run the step once before"
+        )
     on_gpu = a.sample.device.type == "cuda"
     with torch.cuda.device(a.sample.device) if on_gpu else contextlib.nullcontext():
         kernels.moments_kernel[(batch * parts, 1, 1)](
@@ -96,6 +101,7 @@ def _launch(a: StepArguments) -> None:
             instructions, _stride_unless_one(a.parameters, 0), _stride_unless_one(a.parameters, 1), numbers,
             terms, read is not None, values, num_warps=SAMPLE_WARPS, **OPTIONS,
         )  # fmt: skip
+    _compiled.add(kind)
 
 
 def check_program(a: StepArguments) -> None:
@@ -138,25 +144,17 @@ def values_tile(values: int) -> int:
     return tile
 
 
-def _check_that_it_is_compiled(a: StepArguments, tensors: tuple[Tensor, ...], *numbers: int) -> None:
-    """Refuse, within a capture, what Triton would have to compile.
+def _kind_of(a: StepArguments, tensors: tuple[Tensor | None, ...], *numbers: int) -> tuple[Any, ...]:
+    """Return what Triton compiles the kernels anew for.
 
-    ``tensors``: the terms; ``numbers``: for whose kinds it compiles anew, and the kernels' constants.
+    ``tensors``: the terms, and the weights as the step reads them; ``numbers``: of the launches, and constants.
     """
-    if a.sample.device.type != "cuda":
-        return
     others = (a.scratch, a.indices, a.cursor, a.rows, a.weights, a.program, a.parameters, a.made)
-    kind = (
+    return (
         a.sample.device, numbers[0] % PART == 0, tuple(number for number in numbers if number <= MOST_VALUES),
         *(None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in (*tensors, *others)),
         *((number == 1, number % 16 == 0, number >= 2**31) for number in numbers),
     )  # fmt: skip
-    if kind not in _compiled and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "backend: the Triton kernels that make weights are not compiled for these arguments yet, and cannot be "
-            "during a capture; run the step once before"
-        )
-    _compiled.add(kind)
 
 
 def _stride_unless_one(tensor: Tensor, dimension: int) -> int:

@@ -14,7 +14,7 @@ import torch
 import fastguide
 from fastguide import PerpNeg, Sampler, ZeroStar, as_guidance, guided_step
 from fastguide.guidance.encoded import PART, scratch_numbers
-from fastguide.step.backends import reference
+from fastguide.step.backends import reference, triton_moments
 from fastguide.step.backends.registry import BACKENDS
 from fastguide.step.operator import StepArguments
 from tests.support.machine_code import instructions, resource_usage
@@ -25,7 +25,8 @@ interpreted = pytest.mark.skipif(not BACKENDS["triton"].serves("cpu"), reason="T
 
 TABLE = fastguide.ddim(fastguide.NoiseSchedule.linear(), 10)
 STEP = torch.ops.fastguide.guided_step_triton.default
-first_of = pytest.importorskip("fastguide.step.backends.triton_moments_kernel").first_of
+triton_moments_kernel = pytest.importorskip("fastguide.step.backends.triton_moments_kernel")
+first_of = triton_moments_kernel.first_of
 
 
 @as_guidance(predictions=2)
@@ -193,6 +194,28 @@ def test_a_sample_may_have_more_than_2_to_the_31_elements():
     firsts = torch.zeros(1, dtype=torch.int64)
     kernel_of_first[(1,)](torch.tensor([2**19 + 1], dtype=torch.int32), firsts, PART)
     assert firsts.item() == (2**19 + 1) * PART > 2**31
+
+
+@interpreted
+def test_what_was_launched_is_what_was_compiled(monkeypatch):
+    """By which a capture knows that it may be made: a compilation that failed is none, and other pointers need one."""
+    monkeypatch.setattr(triton_moments, "_compiled", set())
+
+    def failing(*arguments, **options):
+        raise RuntimeError("a compilation")
+
+    two, three = (arguments_of(GUIDANCES["with the sample"], (batch, PART + 24)) for batch in (2, 3))
+    with monkeypatch.context() as broken:
+        broken.setattr(triton_moments_kernel.weights_kernel, "run", failing)
+        with pytest.raises(RuntimeError, match="a compilation"):
+            STEP(*two)
+    assert not triton_moments._compiled
+    memory = torch.zeros(scratch_numbers(3, 3, PART + 24) + 2, dtype=torch.float64)
+    memory = memory[memory.data_ptr() % 16 // 8 :]  # what is read is a multiple of 8 bytes behind it, even or odd
+    STEP(*two._replace(scratch=memory))
+    (of_two,) = triton_moments._compiled
+    STEP(*three._replace(scratch=memory))
+    assert len(triton_moments._compiled - {of_two}) == 1
 
 
 BAD = {

@@ -59,7 +59,7 @@ class AdaptiveProjected(FromMoments):
         space: what predictions are taken as: ``"prediction"``, what the model predicts, ``"original"``, x_0, or of
             ``space_of``.
 
-    >>> AdaptiveProjected(7.5, norm_threshold=10.0), AdaptiveProjected(7.5, momentum=-0.5, base="cond")
+    >>> AdaptiveProjected(7.5, norm_threshold=10.0), AdaptiveProjected(7.5, momentum=-0.5)
     (AdaptiveProjected(2 predictions), AdaptiveProjected(2 predictions))
     """
 

@@ -301,7 +301,7 @@ class Guidance:
 
     def __repr__(self) -> str:
         form = "" if self.form is None else f", gradient form {self.form!r}"
-        return f"{type(self).__name__}({self.num_predictions} predictions{form})"
+        return f"{type(self).__name__}({self.num_conditions} predictions{form})"
 
 
 def _common(what: str, first: int, second: int) -> int:

@@ -383,6 +383,7 @@ def test_a_momentum_is_of_one_loop():
 
 def test_bad_arguments():
     x = drawn(14)[0]
+    assert repr(projected()) == repr(projected(base="cond")) == "AdaptiveProjected(2 predictions)"  # of the model
     for value in (1.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"momentum: expected a number above -1 and below 1, .*, got {value}"):
             projected(value)

@@ -110,7 +110,7 @@ class Momentum:
             raise ValueError(f"momentum: expected it on {sample.device}, the sample's device, got {values.device}")
         if torch.compiler.is_compiling():  # the count, read there, would stay the first one
             return
-        if isinstance(index, int) and self._next is not None and index < self._next:
+        if type(index) is int and self._next is not None and index < self._next:
             raise ValueError(
                 f"index: expected a call after the last one that this momentum has added up, {self._next} or a later "
                 f"one, or restart() before another loop, got {index}"
@@ -159,6 +159,7 @@ def momentum_terms(
         raise ValueError(f"momentum: expected None, as no momentum is in the guidance {guidance!r}, got {momentum!r}")
     if not isinstance(table, StepTable):
         raise TypeError(f"table: expected a StepTable, got {type(table).__name__}")
+    checks.device_of("sample", sample)
     momentum.check(table, guidance, index, sample)
     given = checks.as_list(predictions)
     terms = guidance.derived.terms(momentum.values, given)

@@ -377,6 +377,10 @@ def test_a_momentum_is_of_one_loop():
     first = step()
     with pytest.raises(ValueError, match="index: expected a call after the last one that this momentum has added up"):
         step()
+    with pytest.raises(TypeError, match="index: expected an int, an int64 tensor or a Cursor, got bool"):
+        step(index=False)
+    with pytest.raises(TypeError, match="sample: expected a tensor, got list"):
+        step(index=1, x=[1])
     sums.restart()
     assert torch.equal(step(guidance=projected()), first)  # the same guidance, made again
 

@@ -39,7 +39,7 @@ class Normalized(FromMoments):
             ``space_of``.
 
     >>> Normalized(4.0), Normalized(4.0, dim=-1, at_most=1.0)
-    (Normalized(2 predictions), Normalized(2 predictions))
+    (Normalized(2 predictions), Normalized(2 predictions, dim=-1))
     """
 
     def __init__(

@@ -301,7 +301,10 @@ class Guidance:
 
     def __repr__(self) -> str:
         form = "" if self.form is None else f", gradient form {self.form!r}"
-        return f"{type(self).__name__}({self.num_conditions} predictions{form})"
+        made_by = self.weights_from
+        dims = made_by.dims if isinstance(made_by, MomentWeights) else None
+        over = "" if dims is None else f", dim={dims[0] if len(dims) == 1 else dims}"
+        return f"{type(self).__name__}({self.num_conditions} predictions{over}{form})"
 
 
 def _common(what: str, first: int, second: int) -> int:

@@ -22,6 +22,7 @@ from fastguide import (
     Classifier,
     ClassifierFree,
     Composed,
+    Normalized,
     Sampler,
     ddim,
     ddpm,
@@ -71,6 +72,9 @@ def what_differs() -> None:
         sampler.table = ddpm(SCHEDULE, 4)
         sampler.guidance = ClassifierFree(3.0 + rank)
         with refused(ValueError, f"guidance: {expected} "):
+            sampled(sampler, **whole)
+        sampler.guidance = Normalized(3.0, dim=(1, -1)[rank])
+        with refused(ValueError, f"guidance: {expected} .*2 predictions, dim=1. on rank 0 and .*2 predictions, dim=-1"):
             sampled(sampler, **whole)
         sampler.guidance = ClassifierFree(3.0)
         sampler.batched = rank == 0

@@ -123,7 +123,7 @@ def _hash_of_guidance(guidance: Guidance) -> int:
         parts: list[str | bytes] = [repr(guidance), _bytes(guidance.weights(_HOST, torch.float64))]
         parts.append(repr(updates_key(guidance)))
         if isinstance(guidance.weights_from, MomentWeights):
-            parts += map(_bytes, guidance.weights_from.on(_HOST))
+            parts += [repr(guidance.weights_from.dims), *map(_bytes, guidance.weights_from.on(_HOST))]
         found = _HASHES[guidance] = hash_of(*parts)
     return found
 

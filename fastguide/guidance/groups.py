@@ -65,6 +65,8 @@ def lie_in_blocks(dims: Sequence[int], sample: Tensor) -> bool:
     for k in spanned:
         block *= sample.shape[k]
     for k in range(1, sample.dim()):  # not sorted: torch.compile may not know the numbers
-        if sample.shape[k] > 1 and (sample.stride(k) < block) != (k in spanned):
-            return False
+        if sample.shape[k] > 1:
+            within = sample.stride(k) < block
+            if (k in spanned and not within) or (k not in spanned and within):  # as symbols, they do not compare
+                return False
     return True

@@ -163,16 +163,19 @@ def test_opcheck():
         )  # fmt: skip
 
 
-def test_a_compiled_step_is_the_step():
-    x, *predictions = torch.randn(3, 2, 9, 16)
-    for guidance in (Normalized(3.0, dim=-1), Normalized(3.0, dim=1)):  # by the kernel, and by torch before it
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dim", [-1, 1, (1, -1)])  # by the kernel; by torch before it; and by the kernel
+def test_a_compiled_step_is_the_step_of_any_shape(dim, dynamic):
+    guidance = Normalized(3.0, dim=dim)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, p: guided_step(TABLE, 3, x, p, guidance), fullgraph=True, backend="eager", dynamic=dynamic
+    )
+    for tokens in (9, 5, 33):  # from the second shape on, sizes may be symbols
+        x, *predictions = torch.randn(3, 2, tokens, 16)
         with torch.no_grad():
             expected = guided_step(TABLE, 3, x, predictions, guidance)
-            compiled = torch.compile(
-                lambda x, p, g=guidance: guided_step(TABLE, 3, x, p, g), fullgraph=True, backend="eager"
-            )
-            for _ in range(2):
-                torch.testing.assert_close(compiled(x, predictions), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(compiled(x, predictions), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_repeated_step_makes_its_weights(monkeypatch):

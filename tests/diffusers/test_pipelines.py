@@ -236,7 +236,7 @@ def test_a_sampler_of_classes_with_a_learned_variance():
 
 def test_what_a_sampler_cannot_be_made_of_is_refused():
     pipe = stable_diffusion("StableDiffusionPipeline", diffusers.KarrasVeScheduler())
-    with pytest.raises(TypeError, match="scheduler: expected one whose loop is a table of steps, got ScoreSdeVe"):
+    with pytest.raises(TypeError, match="scheduler: expected one whose loop is a table of steps, got KarrasVe"):
         fused.sampler_from_pipeline(pipe)
     for kind in (diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler):
         pipe.scheduler = kind(thresholding=True, sample_max_value=0.5)

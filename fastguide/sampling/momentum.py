@@ -12,8 +12,8 @@ from ..guidance.momentum import AddedUp
 from ..solvers.table import ROW_COLUMNS, StepTable
 from ..step.backends.registry import StepFunction
 from ..step.cursor import Cursor
-from ..step.memory import empty_strided, in_layout_of
-from ..step.momentum import SHIFT, rows_at, updates_of
+from ..step.memory import in_layout_of
+from ..step.momentum import SHIFT, rows_at, sums_like, updates_of
 from ..step.operator import StepArguments
 
 
@@ -24,17 +24,14 @@ class MomentumBuffers:
         kind: of the guidance.
         step: a backend's.
         sample: of the run, whose shape, layout and device the sums have.
-        dtype: of the arithmetic.
         cursor: which row each sample is at.
         capacity: number of rows.
     """
 
-    def __init__(
-        self, kind: AddedUp, step: StepFunction, sample: Tensor, dtype: torch.dtype, cursor: Cursor, capacity: int
-    ) -> None:
+    def __init__(self, kind: AddedUp, step: StepFunction, sample: Tensor, cursor: Cursor, capacity: int) -> None:
         self._kind, self._step, self._sample = kind, step, sample
-        strides = (sample[:1].numel(), *sample.stride()[1:])
-        self._sums = empty_strided(tuple(sample.shape), strides, dtype, sample.device).zero_()
+        self._sums = sums_like(sample)
+        dtype = self._sums.dtype
         rows = torch.zeros(capacity + 1, len(ROW_COLUMNS), dtype=dtype, device=sample.device)  # finished: one further
         self._arguments = StepArguments(
             out=self._sums,

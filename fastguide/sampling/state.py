@@ -201,9 +201,7 @@ class SamplerState:
             )
             self.momentum: MomentumBuffers | None = None
             if isinstance(key.derived, AddedUp):
-                self.momentum = MomentumBuffers(
-                    key.derived, key.step, self.sample, self.rows_dtype, self.cursor, key.capacity
-                )
+                self.momentum = MomentumBuffers(key.derived, key.step, self.sample, self.cursor, key.capacity)
             self.model_call = model_call(
                 key.model.function,
                 self.sample,

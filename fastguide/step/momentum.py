@@ -57,10 +57,8 @@ class Momentum:
         assert isinstance(guidance.derived, AddedUp)
         self.unit = guidance.derived.unit
         self._updates, self._of_terms = updates_of(table, guidance).to(sample.device), (guidance, guidance.of_terms())
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         with torch.inference_mode(False):  # or only inference mode could write it
-            strides = (sample[:1].numel(), *sample.stride()[1:])
-            self.values = empty_strided(tuple(sample.shape), strides, dtype, sample.device).zero_()
+            self.values = sums_like(sample)
         self._next: int | None = None
 
     def restart(self) -> Momentum:
@@ -103,7 +101,7 @@ class Momentum:
                 f"momentum: expected one for samples of shape {tuple(sample.shape)} and strides {sample.stride()}, got "
                 f"shape {tuple(values.shape)} and strides {values.stride()}"
             )
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        dtype = _dtype_for(sample)
         if values.dtype != dtype:
             raise TypeError(f"momentum: expected {dtype} for a sample of {sample.dtype}, got {values.dtype}")
         if values.device != sample.device:
@@ -118,6 +116,16 @@ class Momentum:
 
     def __repr__(self) -> str:
         return f"Momentum({tuple(self.values.shape)}, {self.values.dtype}, {self.values.device})"
+
+
+def _dtype_for(sample: Tensor) -> torch.dtype:
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+
+def sums_like(sample: Tensor) -> Tensor:
+    """Return memory for r, zeros of the sample's shape and layout, in the precision of the arithmetic."""
+    strides = (sample[:1].numel(), *sample.stride()[1:])
+    return empty_strided(tuple(sample.shape), strides, _dtype_for(sample), sample.device).zero_()
 
 
 def updates_of(table: StepTable, guidance: Guidance) -> StepTable:

@@ -160,6 +160,23 @@ def test_in_x_0_float32_is_near(base, momentum, table, backend):
         assert (got.double() - expected).norm() <= 2 * (torch_s.double() - expected).norm()
 
 
+def test_a_call_that_says_nothing_of_x_0_is_no_hindrance_to_the_others():
+    x, pairs = drawn(17)
+    columns = {
+        name: torch.ones(CALLS, dtype=torch.float64) for name in ("x0_scale", "x0_sample", "x0_pred", "out_pred")
+    }
+    columns["x0_scale"][0] = torch.inf
+    undefined = "x is all noise there"
+    table = fastguide.StepTable.from_columns(TABLE.timesteps, columns, undefined=undefined, name="from all noise")
+    guidance = projected(base="cond", scale=SCALE - 1.0, space="original")
+    sums = Momentum(table, guidance, x)
+    with pytest.raises(ValueError, match="index: expected a step at which from all noise is defined, got 0"):
+        guided_step(table, 0, x, pairs[0], guidance, momentum=sums)
+    for call, expected in enumerate(algorithm_1(x, pairs[1:], lambda _: (1.0, 1.0), SCALE), start=1):
+        got = guided_step(table, call, x, pairs[call], guidance, momentum=sums)
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
 def test_of_another_space_sums_are_of_that():
     x, pairs = drawn(2)
     space = space_of(TABLE, "velocity")

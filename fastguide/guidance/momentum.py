@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from .spaces import TableSpace
-from .symbols import Space, unit_of_state
+from .symbols import UNIT_OF_STATE, Space
 
 
 class AddedUp(NamedTuple):
     """The sum ``r = d + momentum * r_before`` of differences ``d = c - u``, which such guidance has for its first term.
 
     It is the first because kernels anchor a sum at its first term, and r is small where u and c nearly agree: what r
-    and the differences to it round off is of their own size. In other spaces than the predictions', it is made small:
-    the term is r over ``unit``. The others are c, and u where that has a weight.
+    and the differences to it round off is of their own size. So that it is small in any case, the term is r over
+    ``unit``. The others are c, and u where that has a weight.
     """
 
     momentum: float
@@ -39,7 +39,7 @@ class AddedUp(NamedTuple):
     @property
     def unit(self) -> float:
         """What r is kept as a multiple of."""
-        return unit_of_state(self.space)
+        return UNIT_OF_STATE
 
     def terms(self, sums: Tensor, predictions: Sequence[Tensor]) -> list[Tensor]:
         """Return the terms.

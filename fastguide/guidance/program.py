@@ -114,7 +114,7 @@ def traced(
         parameters: names of those that may differ between steps and samples.
         options: what is the same for all.
         space: what the function gets the predictions as.
-        first_is_state: whether the first one is no prediction, and is given as it is.
+        first_is_state: whether the first one is no prediction, but a sum of differences of such over ``UNIT_OF_STATE``.
 
     Raises:
         TypeError: it returns no vector, or does what a program cannot.

@@ -166,14 +166,12 @@ _OF_FLOATS: dict[str, Callable[..., float]] = {
 }
 
 
-def unit_of_state(space: Any) -> float:
-    """Return what a loop's sum of differences is kept as a multiple of, where guidance is in this space.
+UNIT_OF_STATE = 2.0**20
+"""What a loop's sum of differences is kept as a multiple of.
 
-    The sum is the anchor of the predictions, and its squares are next to theirs in the moments; a difference of x_0 is
-    sigma / alpha times as long as that of the epsilons that the model predicts. So the sum is kept small, by a power of
-    two, which rounds nothing.
-    """
-    return 1.0 if space == "prediction" else 2.0**20
+The sum is the anchor of the predictions, and its squares are next to theirs in the moments; and it may be longer than
+they are: of many calls, or of x_0, a difference of which is sigma / alpha times as long as that of epsilons. So it is
+kept small, by a power of two, which rounds nothing."""
 
 
 class Vectors:
@@ -185,7 +183,7 @@ class Vectors:
             x_0 that each of them says, ``x0_scale * (x0_sample * x + x0_pred * p)`` by the step's row; or the names of
             the inputs that multiply x and p.
         first_is_state: whether the first one is no prediction, but what a loop's steps have added up: differences of
-            predictions, in this space, over ``unit_of_state``.
+            predictions, in this space, over ``UNIT_OF_STATE``.
     """
 
     def __init__(self, count: int, space: Space | tuple[str, str] = "prediction", first_is_state: bool = False) -> None:
@@ -195,10 +193,9 @@ class Vectors:
     def predictions(self) -> tuple[Vector, ...]:
         """The predictions, in the order that the step takes them in: unconditional first."""
         own = [self._term(0), *(self._term(0) + self._term(number) for number in range(1, self._count))]
+        states, own = [UNIT_OF_STATE * state for state in own[: self._states]], own[self._states :]
         if self._space == "prediction":
-            return tuple(own)
-        states, own = own[: self._states], own[self._states :]
-        states = [unit_of_state(self._space) * state for state in states]
+            return (*states, *own)
         return (*states, *(self._sample_part() + self._prediction_part() * prediction for prediction in own))
 
     @property

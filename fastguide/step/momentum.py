@@ -36,8 +36,7 @@ class Momentum:
     Attributes:
         values: r over ``unit``, of the sample's shape. Where a sample of the batch begins a loop of its own, set it to
             0 there.
-        unit: 1; or 2^20 for guidance with another ``space`` than the prediction, whose r may be many times as long as a
-            prediction, and would round that off.
+        unit: 2^20, as r may be many times as long as a prediction, and would round that off.
 
     >>> from fastguide import AdaptiveProjected, NoiseSchedule, ddim, guided_step
     >>> table, guidance, x = ddim(NoiseSchedule.linear(), 5), AdaptiveProjected(7.5, momentum=-0.5), torch.randn(2, 8)

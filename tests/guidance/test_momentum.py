@@ -88,7 +88,7 @@ def test_a_loop_is_diffusers(momentum, base, backend):
         x = guided_step(TABLE, call, x, given, guidance, momentum=sums, backend=backend)
         expected = guided_step(TABLE, call, expected, theirs(guide, call, pair))
         assert (x - expected).norm() <= 1e-12 * expected.norm()
-    assert torch.equal(sums.values, guide.momentum_buffer.running_average)
+    assert torch.equal(sums.unit * sums.values, guide.momentum_buffer.running_average)
 
 
 @pytest.mark.parametrize("dim", [(1,), (-1,)])
@@ -275,6 +275,19 @@ def test_calls_outside_of_an_interval_add_nothing(skip):
     got = sampled(guidance, x, skip_unconditional=skip)
     expected = their_loop(x, guider(start=0.2, stop=0.8))
     assert (got - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("base", ["uncond", "cond"])
+def test_outside_of_an_interval_it_is_the_conditional_prediction(base, backend):
+    """However much has been added up."""
+    x, pairs = drawn(18, torch.float32)
+    guidance = projected(0.9, base).within(PREDICTION, 0.0, 0.5)
+    sums = Momentum(PREDICTION, guidance, x.float())
+    for call, (uncond, cond) in enumerate(pairs):
+        pair = [1e4 * uncond if call < CALLS // 2 else uncond, cond]
+        got = guided_step(PREDICTION, call, x.float(), pair, guidance, momentum=sums, backend=backend)
+    assert sums.unit * sums.values.abs().max() > 1e4
+    torch.testing.assert_close(got, cond, rtol=2e-7, atol=2e-7)
 
 
 def test_slots_have_sums_of_their_own():

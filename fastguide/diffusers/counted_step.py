@@ -32,7 +32,7 @@ from .loop_tables import LoopTable, loop_table
 from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, counted_as, fitted_predictions, refusal_of
 from .timesteps import place_in, place_of, version_of
 
-_UNCOPIED = ("_counted", "_kept_tables")
+_UNCOPIED = ("_counted", "_kept_tables", "_given")
 _FLOAT32 = torch.float32
 
 

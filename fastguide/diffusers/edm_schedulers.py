@@ -73,10 +73,6 @@ class EDMEulerScheduler(EDM, StepWithChurn, diffusers.EDMEulerScheduler):  # typ
     """The rows of steps that are given their x_0, and the tables that they are of."""
     set_timesteps = on_host(diffusers.EDMEulerScheduler.set_timesteps)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave these rows out of copies: they only save time."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_given"}
-
     def _loop_table(self, tables: HostTables, begin: int, *arguments: Any) -> StepTable:
         steps, churned = self._steps(tables, begin), self._churn(tables, begin, arguments)
         return edm_euler_table(steps, churned, self.config.prediction_type, self.config.sigma_data)

@@ -54,6 +54,10 @@ class HandsOver(CountedStep):
             self._given = _counted_writes(sample)
         return done
 
+    def _tables_are_set(self, device: str | torch.device | None) -> None:
+        super()._tables_are_set(device)
+        self._given = None
+
     def _keeps_sample(self, begin: int, index: int) -> bool:
         """Tell whether diffusers keeps the sample of a step as it was given, as it does not correct it."""
         return index == begin

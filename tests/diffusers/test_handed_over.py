@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
 
@@ -104,6 +108,21 @@ def test_a_sample_is_kept_for_one_step():
         x = scheduler.step(torch.tanh(x), t, x).prev_sample
         assert (scheduler._given is not None) == (number == 0)
     assert not scheduler._handed_over
+
+
+def test_a_sample_is_neither_copied_nor_kept_for_another_loop():
+    scheduler = getattr(fused, NAME)(**CONFIGS["unipc"])
+    scheduler.set_timesteps(4)
+    x = first_of(scheduler)
+    scheduler.step(torch.tanh(x), scheduler.timesteps[0], x)
+    given = weakref.ref(x)
+    for each in (copy.copy(scheduler), copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        assert each._given is None
+        assert each._copied_loop is not None
+    assert scheduler._given is not None
+    scheduler.set_timesteps(4)
+    del x
+    assert given() is None
 
 
 def test_a_first_step_that_was_refused_leaves_nothing():

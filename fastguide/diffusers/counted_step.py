@@ -12,6 +12,7 @@ from operator import is_
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
@@ -341,6 +342,8 @@ def loop_at(
     if copied is not None:
         loop.go_on_from(copied)
     scheduler._counted, scheduler._copied_loop = loop, None
+    if loop.table is not None:
+        warn_of_unscaled_inputs(scheduler)
     return loop
 
 
@@ -357,6 +360,15 @@ def _go_by(scheduler: CountedStep, loop: CountedLoop, tables: HostTables) -> Non
             f"steps, got others before step {loop.following}; set_timesteps begins another loop"
         )
     loop.go_by(tables)
+
+
+def warn_of_unscaled_inputs(scheduler: CountedStep) -> None:
+    """Warn where a loop begins and ``scale_model_input`` has never been called, as diffusers does at each step."""
+    if scheduler.__dict__.get("is_scale_input_called") is False:
+        logging.get_logger(type(scheduler).__module__).warning(
+            "step: expected a model output of what scale_model_input returns, as the model takes no samples of this "
+            "scheduler, but that was not called"
+        )
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -19,7 +19,7 @@ from ..solvers.edm_euler import edm_euler_table
 from ..step.guided_step import guided_step
 from ..step.memory import empty_like
 from . import lazy_outputs
-from .counted_step import is_integer, left
+from .counted_step import is_integer, left, warn_of_unscaled_inputs
 from .guidance_arguments import Scale, guidance_of
 from .host_tables import HostTables, host_tables, on_host
 from .lazy_guidance import resolved
@@ -118,12 +118,15 @@ class EDMEulerScheduler(EDM, StepWithChurn, diffusers.EDMEulerScheduler):  # typ
         guidance = guidance_of(original, sample, scale, None, 1.0, "epsilon")
         refusal = "torch.compile" if is_dynamo_compiling() else refusal_of(sample, original, None, None)
         fitted = None if refusal else fitted_predictions(original, sample.contiguous(), guidance, False)
-        if self._step_index is None:
+        begins = self._step_index is None
+        if begins:
             self._init_step_index(timestep)
         index = self._step_index
         if fitted is None or index is None or index >= len(self.timesteps):
             count(self, LEFT + (refusal or SHAPES))
             return None
+        if begins:
+            warn_of_unscaled_inputs(self)
         x = sample.contiguous()
         x = x.double() if torch.float64 in (dtype, original.dtype) else x
         result = guided_step(self._originals(x.device), index, x, fitted[0], guidance, out=empty_like(x, dtype))

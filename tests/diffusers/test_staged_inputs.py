@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -91,3 +93,22 @@ def test_no_operation_of_torch_scales_it(monkeypatch):
     again = ours.scale_model_input(x, ours.timesteps[1])
     assert again is not staged, "what was handed out may have been written to"
     torch.testing.assert_close(again, staged)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler"])
+@pytest.mark.parametrize("given", [False, True])
+def test_inputs_that_are_not_scaled_are_warned_of_once_a_loop(name, given, caplog, monkeypatch):
+    scheduler, theirs = pair(name)
+    logger = logging.getLogger(type(theirs).__module__)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    for scales in (False, True):
+        caplog.clear()
+        scheduler.set_timesteps(4)
+        x = randn(*SHAPE)
+        options = {"pred_original_sample": 0.5 * x} if given and name == "EDMEulerScheduler" else {}
+        for t in scheduler.timesteps[:3]:
+            if scales:
+                scheduler.scale_model_input(x, t)
+            x = scheduler.step(0.1 * x, t, x, return_dict=False, **options)[0]
+        assert ["scale_model_input" in message for message in caplog.messages] == ([] if scales else [True])

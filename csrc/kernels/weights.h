@@ -62,20 +62,20 @@ FASTGUIDE_INLINE void make_weights(const StepArguments& a, const int32_t* progra
   if (a.weighs_sample) weights[a.num_predictions + 1] = T(values[program[1 + a.num_predictions]]);
 }
 
-// The same for several groups of one sample; of the first `count` of them, the weights are written.
+// The same for several groups of one sample, whose weights are not rounded yet; those of the first `count` are written.
 template <typename T, int sets>
 FASTGUIDE_INLINE void make_weights(const StepArguments& a, const int32_t* program, int64_t sample,
-                                   const Position& position, double (*values)[sets], int count, T* weights) {
+                                   const Position& position, double (*values)[sets], int count, double* weights) {
   const int terms = terms_of(a), columns = made_columns(a);
   const int inputs = put_inputs<T>(a, sample, position, [&](int n, double value) {
     for (int k = 0; k < sets; ++k) values[n][k] = value;
   });
   run_program<sets>(program, terms, inputs, values);
-  const T scale = constant_scale<T>(a, sample, position.index);
+  const double scale = constant_scale<T>(a, sample, position.index);
   for (int k = 0; k < count; ++k, weights += columns) {
-    for (int term = 0; term < a.num_predictions; ++term) weights[term] = T(values[program[1 + term]][k]);
+    for (int term = 0; term < a.num_predictions; ++term) weights[term] = values[program[1 + term]][k];
     weights[a.num_predictions] = scale;
-    if (a.weighs_sample) weights[a.num_predictions + 1] = T(values[program[terms]][k]);
+    if (a.weighs_sample) weights[a.num_predictions + 1] = values[program[terms]][k];
   }
 }
 

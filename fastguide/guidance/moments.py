@@ -3,7 +3,7 @@
 The terms are the first prediction, the differences of the others to it, as the step reads them, and the sample, where
 it has a weight too. A difference of predictions is exact in float32 where they nearly agree; from moments of the
 predictions themselves it would come out as the difference of three nearly equal numbers, and lose up to three digits of
-it.
+it. Groups are short, their vectors may nearly cancel, and what is left of them is divided by: theirs are in float64.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def moments_of(
         dims: the dimensions that a group spans, counted from the first one.
     """
     first = predictions[0]
-    exact = torch.float64 if any(each.dtype == torch.float64 for each in predictions) else torch.float32
+    wide = dims is not None or any(each.dtype == torch.float64 for each in predictions)
+    exact = torch.float64 if wide else torch.float32
     base = first.to(exact)
     terms: dict[int, Tensor] = {0: base}
     wanted = {name: [int(part) for part in name.split("_")[1:]] for name in names if name[:4] in ("dot_", "sum_")}

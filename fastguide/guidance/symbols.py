@@ -18,6 +18,9 @@ Number: TypeAlias = "float | Scalar"
 Space: TypeAlias = Literal["prediction", "original"]
 """What a guidance takes predictions as."""
 
+ROUNDING = 2.0**-50
+"""What a vector's square is at least, over those of its terms: a sum of float64 that cancels below is all rounding."""
+
 _SUPPORTED = (
     "sums, differences and multiples of vectors; v.dot, v.sum, v.norm and v.std of them; and +, -, *, /, v.sqrt, "
     "v.exp, v.minimum, v.maximum and v.where of the numbers that these give"
@@ -250,8 +253,14 @@ class Vectors:
         return total
 
     def norm(self, vector: Vector) -> Number:
-        """Return the Euclidean norm of a vector."""
-        return self.sqrt(self.maximum(self.dot(vector, vector), 0.0))
+        """Return the Euclidean norm of a vector; of one whose terms cancel, no less than what their rounding hides."""
+        squares, terms = self.dot(vector, vector), _vector("v.norm", vector)
+        of_terms: Number = 0.0
+        for number in [number for number, weight in enumerate(terms) if weight != 0.0]:
+            moment = Scalar("input", f"dot_{number}_{number}")
+            square = _scalar("mul", _scalar("mul", terms[number], terms[number]), moment)
+            of_terms = _scalar("add", of_terms, square)
+        return self.sqrt(self.maximum(squares, _scalar("mul", ROUNDING, of_terms)))
 
     def std(self, vector: Vector) -> Number:
         """Return the standard deviation of a vector's elements, over ``numel - 1``, as ``torch.std`` does."""

@@ -47,12 +47,13 @@ def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> Ste
     named = dict(zip(made_by.names, selected(parameters, steps, batch).unbind(-1), strict=False))
     dims = None if made_by.dims is None else resolved(made_by.dims, a.sample)
     terms = weights_of(a, predictions, made_by.program, (steps, first), named, dims)
-    made = with_gradient_scale(terms, count, selected(a.weights, steps, batch)[:, -1:]).to(a.weights.dtype)
+    exact = with_gradient_scale(terms, count, selected(a.weights, steps, batch)[:, -1:])
+    made = exact.to(a.weights.dtype)
     made_by.last_weights = made[None].detach()
-    if dims is not None:
+    if dims is not None:  # in float64, as what cancels is divided by its norm
         sizes = [1 if k in dims else size for k, size in enumerate(a.sample.shape)]
-        x, each = a.sample.to(made.dtype), [prediction.to(made.dtype) for prediction in predictions]
-        m = combined([weight.reshape(sizes) for weight in made.unbind(-1)], each, x)
+        x, each = a.sample.double(), [prediction.double() for prediction in predictions]
+        m = combined([weight.reshape(sizes) for weight in exact.unbind(-1)], each, x).to(made.dtype)
         return _of_guided_prediction(a, in_layout_of(a.sample, m), steps)
     if terms.shape[1] > count:
         made, predictions = with_sample_as_prediction(made, count), [*predictions, a.sample]
@@ -64,12 +65,13 @@ def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> Ste
 def combined_in_blocks(a: StepArguments, made: Tensor) -> StepArguments:
     """Return the arguments of a step with the guided prediction, made of each block's weights, and no program.
 
-    ``made``: of shape (batch, blocks, columns); a block is so many elements that lie one after the other.
+    ``made``: of shape (batch, blocks, columns), in the dtype to compute in; a block is so many elements that lie one
+    after the other.
     """
-    blocks, dtype = made.shape[1], a.rows.dtype
+    blocks = made.shape[1]
     predictions = split(a.predictions, a.weights.shape[-1] - 1, a.sample.shape[0])
-    x, *each = [in_blocks(tensor, blocks).to(dtype) for tensor in (a.sample, *predictions)]
-    m = empty_like(a.sample, dtype)
+    x, *each = [in_blocks(tensor, blocks).to(made.dtype) for tensor in (a.sample, *predictions)]
+    m = empty_like(a.sample, a.rows.dtype)
     in_blocks(m, blocks).copy_(combined([weight[..., None] for weight in made.unbind(-1)], each, x))
     return _of_guided_prediction(a, m, position_of(a)[0])
 

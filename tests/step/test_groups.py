@@ -64,10 +64,9 @@ def test_weights_are_the_reference_s(guidance, shape, dtype):
     arguments = grouped(guidance, shape, dtype)
     (out, made), (expected, weights) = run(arguments), run(arguments, reference.guided_step)
     exact = dtype == torch.float64
-    # A short group's vectors may nearly cancel
-    torch.testing.assert_close(made, weights, rtol=1e-9 if exact else 2e-4, atol=1e-12 if exact else 1e-5)
+    torch.testing.assert_close(made, weights, rtol=1e-9 if exact else 2e-6, atol=1e-12 if exact else 1e-6)
     scale = expected.abs().max()
-    torch.testing.assert_close(out / scale, expected / scale, rtol=0, atol=1e-9 if exact else 2e-5)
+    torch.testing.assert_close(out / scale, expected / scale, rtol=0, atol=1e-9 if exact else 1e-6)
 
 
 def test_bits_depend_on_nothing_but_the_group():
@@ -163,15 +162,14 @@ def test_opcheck():
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("dim", [-1, 1, (1, -1)])  # by the kernel; by torch before it; and by the kernel
+@pytest.mark.parametrize(("dim", "dynamic"), [(-1, True), (1, None), (1, True)])  # by the kernel, or torch before it
 def test_a_compiled_step_is_the_step_of_any_shape(dim, dynamic):
     guidance = Normalized(3.0, dim=dim)
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x, p: guided_step(TABLE, 3, x, p, guidance), fullgraph=True, backend="eager", dynamic=dynamic
     )
-    for tokens in (9, 5, 33):  # from the second shape on, sizes may be symbols
+    for tokens in (9, 5):  # from the second shape on, sizes may be symbols
         x, *predictions = torch.randn(3, 2, tokens, 16)
         with torch.no_grad():
             expected = guided_step(TABLE, 3, x, predictions, guidance)

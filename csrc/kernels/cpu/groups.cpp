@@ -1,5 +1,8 @@
 // The guided prediction of a sample whose groups of elements, such as tokens, have weights of their own.
 //
+// Moments and weights are in double, and so is m of a group whose terms nearly cancel: what is left of them is then
+// divided by its norm, and a float would have lost most of its digits.
+//
 // Compiled once for each instruction set; the compiler vectorises the loops. Groups are mostly short and many: their
 // programs are run for several at once. What a group gets depends on no other.
 #include "kernels/cpu/convert.h"
@@ -17,33 +20,49 @@ namespace {
 // Whose weights are made at once: the compiler unrolls a loop over 16 before it vectorises it, and then it does not.
 constexpr int kGroups = 32;
 
-template <typename T>
-FASTGUIDE_INLINE T value_of(T stored) {
-  return stored;
+template <typename T, typename Stored>
+FASTGUIDE_INLINE T value_of(Stored stored) {
+  if constexpr (sizeof(Stored) == sizeof(uint16_t)) return T(from_bfloat16(stored));
+  if constexpr (sizeof(Stored) != sizeof(uint16_t)) return T(stored);
 }
 
-template <typename T>
-FASTGUIDE_INLINE T value_of(uint16_t bfloat16) {
-  return T(from_bfloat16(bfloat16));
+// Whether the terms of m, w_0 p_0 and w_1 (p_1 - p_0), cancel but for less than half of their length. products: of p_0
+// and p_1 - p_0.
+FASTGUIDE_INLINE bool nearly_cancel(double w0, double w1, double p00, double p01, double p11) {
+  const double of_terms = w0 * w0 * p00 + w1 * w1 * p11;
+  return !(4 * (of_terms + 2 * w0 * w1 * p01) >= of_terms);
+}
+
+template <typename T, typename Between, typename Stored>
+FASTGUIDE_INLINE void combine_pair(const PairWeights<Between>& pair, const Stored* p0, const Stored* p1, int64_t size,
+                                   T* m) {
+  FASTGUIDE_INDEPENDENT_ITERATIONS
+  for (int64_t i = 0; i < size; ++i) {
+    m[i] = T(guided_prediction(pair, value_of<Between>(p0[i]), value_of<Between>(p1[i])));
+  }
 }
 
 // Writes m of some groups of two predictions that are stored alike, with nothing beside them.
 template <typename T, typename Stored>
-void combine_pairs(const StepArguments& a, const T* weights, int64_t sample, int64_t first, int count, T* m) {
+void combine_pairs(const StepArguments& a, const double* weights, const double (*products)[kGroups], int64_t sample,
+                   int64_t first, int count, T* m) {
   const int64_t size = a.elements_per_sample / a.groups;
   const auto at = [&](const Input& input) {
     return static_cast<const Stored*>(input.data) + sample * input.batch_stride + first * size;
   };
   const Stored *p0 = at(a.predictions[0]), *p1 = at(a.predictions[1]);
   for (int k = 0; k < count; ++k, p0 += size, p1 += size, m += size, weights += made_columns(a)) {
-    const PairWeights<T> pair{weights[0], weights[1]};
-    FASTGUIDE_INDEPENDENT_ITERATIONS
-    for (int64_t i = 0; i < size; ++i) m[i] = guided_prediction(pair, value_of<T>(p0[i]), value_of<T>(p1[i]));
+    if (nearly_cancel(weights[0], weights[1], products[0][k], products[1][k], products[2][k])) {
+      combine_pair(PairWeights<double>{weights[0], weights[1]}, p0, p1, size, m);
+    } else {
+      combine_pair(PairWeights<T>{T(weights[0]), T(weights[1])}, p0, p1, size, m);
+    }
   }
 }
 
 template <typename T>
-using CombinePairs = void (*)(const StepArguments&, const T*, int64_t, int64_t, int, T*);
+using CombinePairs = void (*)(const StepArguments&, const double*, const double (*)[kGroups], int64_t, int64_t, int,
+                              T*);
 
 // Returns null where predictions are stored otherwise, more than two, or the sample has a weight.
 template <typename T>
@@ -60,17 +79,32 @@ const RunFunctions<T>& runs() {
   if constexpr (sizeof(T) != sizeof(float)) return double_runs();
 }
 
+// The same of any terms, the n-th product of the k-th group being products[n][k].
+bool nearly_cancel(const StepArguments& a, const double* weights, const double (*products)[kGroups], int k) {
+  double w[kMaxTerms], of_terms = 0, between = 0;
+  const int terms = terms_of(a);
+  for (int i = 0; i < terms; ++i) w[i] = weights[i < a.num_predictions ? i : i + 1];
+  for (int i = 0, n = 0; i < terms; ++i) {
+    of_terms += w[i] * w[i] * products[n++][k];
+    for (int j = i + 1; j < terms; ++j) between += w[i] * w[j] * products[n++][k];
+  }
+  return !(4 * (of_terms + 2 * between) >= of_terms);
+}
+
 // Writes m of `count` elements of one group, from the sample's element `begin` on.
-template <typename T>
-void combine_group(const StepArguments& a, const RunFunctions<T>& run, const T* weights, int64_t sample, int64_t begin,
-                   int64_t count, T* m) {
+template <typename T, typename Between>
+void combine_group(const StepArguments& a, const double* made, int64_t sample, int64_t begin, int64_t count, T* m) {
+  const RunFunctions<Between>& run = runs<Between>();
+  Between weights[kMaxTerms + 1], sum[kBlock], scratch[kBlock];
+  for (int n = 0; n < made_columns(a); ++n) weights[n] = Between(made[n]);
   for (int64_t done = 0; done < count; done += kBlock, m += kBlock) {
     const int64_t first = begin + done, here = count - done < kBlock ? count - done : kBlock;
-    run.guided(a, weights, sample, first, here, m);
-    if (!a.weighs_sample) continue;
-    T scratch[kBlock];
-    const T* x = run.load(a.sample, sample, first, here, scratch);
-    run.sum_of_two(weights[a.num_predictions + 1], x, T(1), m, here, m);
+    run.guided(a, weights, sample, first, here, sum);
+    if (a.weighs_sample) {
+      const Between* x = run.load(a.sample, sample, first, here, scratch);
+      run.sum_of_two(weights[a.num_predictions + 1], x, Between(1), sum, here, sum);
+    }
+    for (int64_t i = 0; i < here; ++i) m[i] = T(sum[i]);
   }
 }
 
@@ -89,14 +123,22 @@ void guide(const StepArguments& a, int64_t sample, int64_t first, int64_t count,
     for (int n = 0; n < wanted; ++n) {
       for (int k = 0; k < kGroups; ++k) values[n][k] = moments[k < here ? k : 0][n];
     }
-    T* made = weights + done * columns;
+    double made[kGroups * (kMaxTerms + 1)];
     make_weights<T, kGroups>(a, program, sample, position, values, here, made);
+    for (int n = 0; n < here * columns; ++n) weights[done * columns + n] = T(made[n]);
     if (combine != nullptr) {
-      combine(a, made, sample, first + done, here, m + done * size);
+      combine(a, made, values, sample, first + done, here, m + done * size);
       continue;
     }
     for (int k = 0; k < here; ++k) {
-      combine_group(a, runs<T>(), made + k * columns, sample, (first + done + k) * size, size, m + (done + k) * size);
+      const double* of_group = made + k * columns;
+      const int64_t begin = (first + done + k) * size;
+      T* to = m + (done + k) * size;
+      if (nearly_cancel(a, of_group, values, k)) {
+        combine_group<T, double>(a, of_group, sample, begin, size, to);
+      } else {
+        combine_group<T, T>(a, of_group, sample, begin, size, to);
+      }
     }
   }
 }

@@ -4,6 +4,7 @@
 // Compiled once for each instruction set. All add up in the same lanes and the same order, so that the bits do not
 // depend on how a step is divided among threads; nor on the instruction set, but for the baseline, which has no fused
 // multiply-adds.
+#include <cmath>
 #include <cstring>
 #if defined(__FMA__)
 #include <immintrin.h>
@@ -191,13 +192,15 @@ PartMoments choose_moments(int terms) {
   return kMoments[terms - 2];
 }
 
+PartMoments choose_double_moments(const StepArguments& a) {
+  const int terms = terms_of(a);
+  return a.weighs_sample ? choose_moments<double, double, true>(terms) : choose_moments<double, double, false>(terms);
+}
+
 PartMoments choose_moments(const StepArguments& a) {
   const int terms = terms_of(a);
   if constexpr (kHasDouble) {
-    if (a.double_precision) {
-      return a.weighs_sample ? choose_moments<double, double, true>(terms)
-                             : choose_moments<double, double, false>(terms);
-    }
+    if (a.double_precision) return choose_double_moments(a);
   }
   if (a.weighs_sample) return choose_moments<float, float, true>(terms);
 #if defined(__AVX2__)
@@ -216,7 +219,7 @@ bool are_stored_as(const StepArguments& a, Element element) {
   return a.predictions[0].element == element && a.predictions[1].element == element;
 }
 
-// Adds the lanes up by halves, of a group that is shorter than a part: in float, as there are few.
+// Adds the lanes up by halves: in float, as they are few.
 FASTGUIDE_INLINE double total_of_few(const Register<float>* registers) {
   Several<float, 8> eights[2];
   std::memcpy(eights, registers, sizeof eights);
@@ -227,40 +230,131 @@ FASTGUIDE_INLINE double total_of_few(const Register<float>* registers) {
   return double((four[0] + four[2]) + (four[1] + four[3]));
 }
 
-template <typename Stored>
-FASTGUIDE_INLINE void add_products(const Stored* p0, const Stored* p1,
-                                   Register<float> (&sums)[kPairProducts][kRegisters]) {
-  FASTGUIDE_OVER_TERMS
-  for (int r = 0; r < kRegisters; ++r) {
-    const Register<float> base = register_of(p0 + r * (kLanes<float> / kRegisters));
-    const Register<float> difference = register_of(p1 + r * (kLanes<float> / kRegisters)) - base;
-    add_product<float>(base, base, &sums[0][r]);
-    add_product<float>(base, difference, &sums[1][r]);
-    add_product<float>(difference, difference, &sums[2][r]);
+FASTGUIDE_INLINE double total_of_few(const Register<double>* registers) { return total_of<double>(registers); }
+
+#if defined(__AVX512F__)  // masked with all ones, because g++ 12 warns about the others
+FASTGUIDE_INLINE Register<double> doubles_of(const float* from) {
+  return (Register<double>)_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(from));
+}
+
+FASTGUIDE_INLINE Register<double> doubles_of(const uint16_t* bfloat16) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bfloat16)));
+  return (Register<double>)_mm512_maskz_cvtps_pd(0xFF, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+}
+#elif defined(__AVX2__)
+FASTGUIDE_INLINE Register<double> doubles_of(const float* from) {
+  return (Register<double>)_mm256_cvtps_pd(_mm_loadu_ps(from));
+}
+
+FASTGUIDE_INLINE Register<double> doubles_of(const uint16_t* bfloat16) {
+  const __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bfloat16)));
+  return (Register<double>)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)));
+}
+#else
+FASTGUIDE_INLINE Register<double> doubles_of(const float* from) {
+  Several<float, kRegisterBytes / sizeof(double)> values;
+  std::memcpy(&values, from, sizeof values);
+  return __builtin_convertvector(values, Register<double>);
+}
+#endif
+
+template <typename T, typename Stored>
+FASTGUIDE_INLINE Register<T> loaded(const Stored* from) {
+  if constexpr (sizeof(T) == sizeof(float)) return register_of(from);
+  if constexpr (sizeof(T) != sizeof(float)) return doubles_of(from);
+}
+
+// Adds `count` elements, a multiple of kLanes.
+template <typename T, typename Stored>
+FASTGUIDE_INLINE void add_products(const Stored* p0, const Stored* p1, int64_t count,
+                                   Register<T> (&sums)[kPairProducts][kRegisters]) {
+  constexpr int64_t kEach = kRegisterBytes / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    FASTGUIDE_OVER_TERMS
+    for (int r = 0; r < kRegisters; ++r) {
+      const Register<T> base = loaded<T>(p0 + i + r * kEach), difference = loaded<T>(p1 + i + r * kEach) - base;
+      add_product<T>(base, base, &sums[0][r]);
+      add_product<T>(base, difference, &sums[1][r]);
+      add_product<T>(difference, difference, &sums[2][r]);
+    }
   }
 }
 
-// Writes the products of p_0 and p_1 - p_0 of each of some groups, which are many and short: nothing but these.
+// Writes the products of p_0 and p_1 - p_0 of one group.
+template <typename T, typename Stored>
+FASTGUIDE_INLINE void pair_products(const Stored* p0, const Stored* p1, int64_t size, double* moments) {
+  const int64_t whole = size / kLanes<T> * kLanes<T>;
+  Register<T> sums[kPairProducts][kRegisters] = {};
+  add_products<T>(p0, p1, whole, sums);
+  if (whole < size) {
+    alignas(64) Stored rest[2][kLanes<T>] = {};  // what is added of zeros is zero
+    std::memcpy(rest[0], p0 + whole, size_t(size - whole) * sizeof(Stored));
+    std::memcpy(rest[1], p1 + whole, size_t(size - whole) * sizeof(Stored));
+    add_products<T>(rest[0], rest[1], kLanes<T>, sums);
+  }
+  FASTGUIDE_OVER_TERMS
+  for (int n = 0; n < kPairProducts; ++n) moments[n] = total_of_few(sums[n]);
+}
+
+// Whether every vector over p_0 and p_1 - p_0 is at least half as long as its terms: the cosine of these is below 3/4.
+FASTGUIDE_INLINE bool keep_apart(const double* products) {
+  return 16 * products[1] * products[1] < 9 * products[0] * products[2];
+}
+
+// Writes the products of each of some groups, which are many and short: nothing but these. Added up in float where no
+// vector is much shorter than its terms, and else in double: what nearly cancels is divided by.
 template <typename Stored>
-void pair_products(const StepArguments& a, int64_t sample, int64_t first, int64_t groups, int64_t size,
-                   double* moments) {
+void products_of_pairs(const StepArguments& a, int64_t sample, int64_t first, int64_t groups, int64_t size,
+                       double* moments) {
   const auto at = [&](const Input& input) {
     return static_cast<const Stored*>(input.data) + sample * input.batch_stride + first * size;
   };
   const Stored *p0 = at(a.predictions[0]), *p1 = at(a.predictions[1]);
-  const int64_t whole = size / kLanes<float> * kLanes<float>;
+  const bool in_float = size >= kLanes<float> && size <= kPart;
   for (int64_t k = 0; k < groups; ++k, p0 += size, p1 += size, moments += kMostMoments) {
-    Register<float> sums[kPairProducts][kRegisters] = {};
-    for (int64_t i = 0; i < whole; i += kLanes<float>) add_products(p0 + i, p1 + i, sums);
-    if (whole < size) {
-      alignas(64) Stored rest[2][kLanes<float>] = {};  // what is added of zeros is zero
-      std::memcpy(rest[0], p0 + whole, size_t(size - whole) * sizeof(Stored));
-      std::memcpy(rest[1], p1 + whole, size_t(size - whole) * sizeof(Stored));
-      add_products(rest[0], rest[1], sums);
+    if (in_float) {
+      pair_products<float>(p0, p1, size, moments);
+      if (keep_apart(moments)) continue;
     }
-    FASTGUIDE_OVER_TERMS
-    for (int n = 0; n < kPairProducts; ++n) moments[n] = total_of_few(sums[n]);
+    pair_products<double>(p0, p1, size, moments);
   }
+}
+
+// The same of any terms: whether the cosines of each to all others, and to a constant where sums are read, are below
+// 3/4 together (Gershgorin's bound of the least eigenvalue of their matrix).
+bool keep_apart(const double* moments, int terms, bool with_sums, double numel) {
+  double inverse[kMaxTerms + 1], cosines[kMaxTerms + 1] = {};
+  const double* of_row = moments;
+  for (int i = 0; i < terms; of_row += terms - i, ++i) inverse[i] = 1 / std::sqrt(of_row[0]);
+  inverse[terms] = 1 / std::sqrt(numel);
+  const auto count = [&](int i, int j, double product) {
+    const double cosine = std::fabs(product) * inverse[i] * inverse[j];
+    cosines[i] += cosine;
+    cosines[j] += cosine;
+  };
+  of_row = moments;
+  for (int i = 0; i < terms; of_row += terms - i, ++i) {
+    for (int j = i + 1; j < terms; ++j) count(i, j, of_row[j - i]);
+  }
+  for (int i = 0; i < terms && with_sums; ++i) count(i, terms, of_row[i]);
+  bool apart = true;
+  for (int i = 0; i <= terms; ++i) apart = apart && cosines[i] < 0.75;
+  return apart;
+}
+
+// Writes the moments of one group, added up in float, in parts as a sample's, where these are far from cancelling.
+// Returns false where they are not, or there is nothing to gain.
+bool float_moments(const StepArguments& a, const PartMoments& add, int64_t sample, int64_t begin, int64_t size,
+                   int wanted, double* moments) {
+  if (a.double_precision || size < kLanes<float>) return false;
+  add(a, sample, begin, size < kPart ? size : kPart, wanted, moments);
+  for (int64_t done = kPart; done < size; done += kPart) {
+    double part[kMostMoments];
+    add(a, sample, begin + done, size - done < kPart ? size - done : kPart, wanted, part);
+    for (int n = 0; n < wanted; ++n) moments[n] += part[n];
+  }
+  if (wanted == kPairProducts) return keep_apart(moments);
+  return keep_apart(moments, terms_of(a), wanted == moments_of(terms_of(a)), double(size));
 }
 
 }  // namespace
@@ -272,20 +366,22 @@ void part_moments(const StepArguments& a, int64_t sample, int64_t part, double* 
 
 void group_moments(const StepArguments& a, int64_t sample, int64_t first, int64_t groups, int wanted, double* moments) {
   const int64_t size = a.elements_per_sample / a.groups;
-  if (a.num_predictions == 2 && wanted == kPairProducts && size <= kPart && !a.double_precision) {
-    if (are_stored_as(a, Element::float32)) return pair_products<float>(a, sample, first, groups, size, moments);
+  if (a.num_predictions == 2 && wanted == kPairProducts) {
+    if (are_stored_as(a, Element::float32)) return products_of_pairs<float>(a, sample, first, groups, size, moments);
 #if defined(__AVX2__)
-    if (are_stored_as(a, Element::bfloat16)) return pair_products<uint16_t>(a, sample, first, groups, size, moments);
+    if (are_stored_as(a, Element::bfloat16)) {
+      return products_of_pairs<uint16_t>(a, sample, first, groups, size, moments);
+    }
 #endif
   }
   const PartMoments add = choose_moments(a);
   for (int64_t k = 0; k < groups; ++k, moments += kMostMoments) {
     const int64_t begin = (first + k) * size;
-    add(a, sample, begin, size < kPart ? size : kPart, wanted, moments);
-    for (int64_t done = kPart; done < size; done += kPart) {  // in parts, as a sample
-      double part[kMostMoments];
-      add(a, sample, begin + done, size - done < kPart ? size - done : kPart, wanted, part);
-      for (int n = 0; n < wanted; ++n) moments[n] += part[n];
+    if (float_moments(a, add, sample, begin, size, wanted, moments)) continue;
+    if constexpr (kHasDouble) {
+      choose_double_moments(a)(a, sample, begin, size, wanted, moments);
+    } else {
+      baseline::group_moments(a, sample, first + k, 1, wanted, moments);
     }
   }
 }

@@ -101,7 +101,8 @@ library.impl("guided_step", guided_step, "CompositeExplicitAutograd")
 def _made(a: StepArguments, position: tuple[Tensor, Tensor]) -> Tensor:
     """Return the weights that each sample's program makes of its moments, and write them down.
 
-    They are of shape (batch, columns), or of (batch, groups, columns) where there is room for them of each group.
+    They are of shape (batch, columns), or of (batch, groups, columns), not rounded yet, where there is room for them of
+    each group.
     """
     assert a.program is not None
     assert a.parameters is not None
@@ -118,9 +119,9 @@ def _made(a: StepArguments, position: tuple[Tensor, Tensor]) -> Tensor:
     tables = [weights_of(of, predictions, program, position, parameters, dims) for program in programs]
     weights = tables[0] if len(tables) == 1 else torch.stack([table[k] for k, table in enumerate(tables)])
     scale = selected(a.weights, position[0], batch)[:, -1:]
-    made = with_gradient_scale(weights, count, scale).to(a.rows.dtype)
+    made = with_gradient_scale(weights, count, scale)
     a.made.copy_(made.view(a.made.shape))
-    return made
+    return made.to(a.rows.dtype) if dims is None else made
 
 
 def _with_history(

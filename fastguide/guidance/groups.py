@@ -70,3 +70,12 @@ def lie_in_blocks(dims: Sequence[int], sample: Tensor) -> bool:
             if (k in spanned and not within) or (k not in spanned and within):  # as symbols, they do not compare
                 return False
     return True
+
+
+def sizes_of_groups(dims: Sequence[int], sample: Tensor) -> tuple[list[int], list[int]]:
+    """Return the sizes of the dimensions that groups do not span, as they lie in memory, and where each of them is."""
+    spanned = resolved(dims, sample)
+    others = [k for k in range(1, sample.dim()) if k not in spanned]
+    strides = sample.stride()
+    lying = sorted(others, key=lambda k: (-strides[k], sample.shape[k] > 1))
+    return [sample.shape[k] for k in lying], [lying.index(k) for k in others]

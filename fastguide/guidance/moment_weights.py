@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .encoded import encode, scratch_numbers
-from .groups import number_of_groups
+from .groups import number_of_groups, sizes_of_groups
 from .program import Program, input_of, traced
 from .scales import scale_columns
 from .spaces import TableSpace
@@ -54,13 +54,13 @@ class MomentWeights:
         self._constants = encoded.constants
         self._parameters = self._columns(values)
         self._on_devices: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._made: dict[tuple[torch.device, torch.dtype, int, int], tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         """Where steps write their weights, and that as ``last_weights`` has it."""
         self._scratch: dict[tuple[torch.device, int, int], Tensor] = {}
         self.last_weights: Tensor | None = None
         """What was made last, as the step read it: the sum of all weights, those of all predictions but the first, and
         a classifier's scale, and the sample's own if it has one, on the device; shape (1, batch, columns), or
-        (1, batch, groups, columns)."""
+        (1, batch, ..., columns), with the dimensions whose places are groups."""
 
     @property
     def requires_grad(self) -> bool:
@@ -138,17 +138,28 @@ class MomentWeights:
         Its shape is (batch, columns), or (batch * groups, columns).
         """
         batch, groups = sample.shape[0], number_of_groups(self.dims, sample)
-        key = sample.device, dtype, batch, groups
+        laid_out = None if self.dims is None or sample.is_contiguous() else (sample.shape, sample.stride())
+        key = sample.device, dtype, batch, groups, laid_out
         found = self._made.get(key)
         if found is None:
             place = torch.empty(batch * groups, len(self.program.weights) + 1, dtype=dtype, device=sample.device)
-            found = self._made[key] = place, self.as_last_weights(place, batch)
+            found = self._made[key] = place, self.as_last_weights(place, sample)
         place, self.last_weights = found
         return place
 
-    def as_last_weights(self, made: Tensor, batch: int) -> Tensor:
-        """Return weights of the shape (batch or batch * groups, columns) as ``last_weights`` has them."""
-        return made[None] if self.dims is None else made.view(1, batch, len(made) // max(batch, 1), made.shape[1])
+    def as_last_weights(self, made: Tensor, sample: Tensor) -> Tensor:
+        """Return weights of the shape (batch or batch * groups, columns) as ``last_weights`` has them.
+
+        Kernels write those of groups as they lie in memory.
+        """
+        batch, columns = sample.shape[0], made.shape[1]
+        if self.dims is None:
+            return made[None]
+        groups = len(made) // max(batch, 1)
+        if sample.is_contiguous() or groups < 2:
+            return made.view(1, batch, groups, columns)
+        sizes, places = sizes_of_groups(self.dims, sample)
+        return made.view(1, batch, *sizes, columns).permute(0, 1, *[2 + place for place in places], 2 + len(sizes))
 
     def scratch_for(self, sample: Tensor) -> Tensor | None:
         """Return the memory that a GPU's kernel needs, which is 0 between two steps; ``None`` elsewhere."""

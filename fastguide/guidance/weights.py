@@ -220,10 +220,14 @@ class Guidance:
         """What was made of the predictions last, on the device, for logging; ``None``: nothing, or not from moments.
 
         The sum of all weights, those of all predictions but the first, a classifier's scale, and the sample's own
-        weight if it has one; shape (1, batch, num_predictions + 1 or 2). The next step overwrites it. On a GPU, such
-        guidance is for one stream at a time.
+        weight if it has one; shape (1, batch, num_predictions + 1 or 2), or with ``dim``
+        (1, batch, groups, num_predictions + 1 or 2). The next step overwrites it. On a GPU, such guidance is for one
+        stream at a time.
         """
-        return self.weights_from.last_weights if isinstance(self.weights_from, MomentWeights) else None
+        made_by = self.weights_from
+        if not isinstance(made_by, MomentWeights) or made_by.last_weights is None:
+            return None
+        return made_by.last_weights if made_by.dims is None else made_by.last_weights.flatten(2, -2)
 
     def within(
         self, table: Calls, start: float = 0.0, stop: float = 1.0, *, sigma: tuple[float, float] | None = None

@@ -333,7 +333,7 @@ class SamplerState:
     def _load_samples(self, request: SampleRequest, samples: slice) -> None:
         made_by = request.guidance.weights_from
         if isinstance(made_by, MomentWeights):
-            made_by.last_weights = None if self.made is None else made_by.as_last_weights(self.made, self.batch)
+            made_by.last_weights = None if self.made is None else made_by.as_last_weights(self.made, self.sample)
         self.sample[samples].copy_(request.first)
         self._write_conditions(request.conditions, samples)
         if self.labels is not None and request.labels is not None:

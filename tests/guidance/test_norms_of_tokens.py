@@ -9,7 +9,6 @@ import fastguide
 from fastguide import (
     AdaptiveProjected,
     ClassifierFree,
-    Guidance,
     History,
     Inpainting,
     Normalized,
@@ -227,15 +226,20 @@ def test_the_sample_and_several_predictions(backend):
             torch.testing.assert_close(out.float(), stepped(x.double(), expected).float(), rtol=1e-5, atol=1e-5)
 
 
-def test_weights_may_be_looked_at():
-    x, u, c = drawn((2, 5, 16))
-    guidance = Normalized(4.0, dim=-1)
-    guided_step(TABLE, 4, x, [u, c], guidance)
-    assert guidance.last_weights.shape == (1, 2, 5, 3)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2), (0, 3, 2, 1)])
+def test_weights_may_be_looked_at(order, backend):
+    """In the order of the dimensions, in whichever the sample lies."""
+    x, u, c = (tensor.permute(order) for tensor in drawn((2, 5, 3, 4)))
     m = u + 4 * (c - u)
-    ratio = (norm(c, -1) / norm(m, -1))[..., 0]
-    torch.testing.assert_close(guidance.last_weights[0, ..., 0], ratio)
-    torch.testing.assert_close(guidance.last_weights[0, ..., 1], 4 * ratio)
+    for dim in (1, 2, -1, (1, 2), (1, 2, 3)):
+        guidance = Normalized(4.0, dim=dim)
+        ratio = (norm(c, dim) / norm(m, dim)).flatten(1)
+        for _ in range(3):  # checked, recorded and repeated
+            guided_step(TABLE, 4, x, [u, c], guidance, backend=backend)
+            assert guidance.last_weights.shape == (1, 2, ratio.shape[1], 3)
+            torch.testing.assert_close(guidance.last_weights[0, ..., 0], ratio)
+            torch.testing.assert_close(guidance.last_weights[0, ..., 1], 4 * ratio)
 
 
 @pytest.mark.parametrize("scale", [[3.0, 5.0], torch.rand(10, 1) * 4 + 1], ids=["samples", "steps"])
@@ -335,7 +339,3 @@ def test_samples_without_elements():
     for shape in ((0, 5, 16), (2, 0, 16), (2, 5, 0)):
         x = torch.randn(shape)
         assert guided_step(TABLE, 4, x, [x, x], Normalized(4.0, dim=-1)).shape == shape
-
-
-def test_a_guidance_of_one_s_own_is_still_of_one_kind():
-    assert isinstance(Normalized(2.0, dim=-1), Guidance)

@@ -15,7 +15,6 @@ from ..guidance.groups import number_of_groups
 from ..guidance.low_passes import LowPasses
 from ..guidance.moment_weights import MomentWeights
 from ..guidance.momentum import AddedUp
-from ..guidance.program import Program
 from ..solvers.table import ROW_COLUMNS, StepTable
 from ..step.backends.registry import StepFunction
 from ..step.cursor import CURSOR_COLUMNS, Cursor
@@ -74,7 +73,7 @@ class StateKey(NamedTuple):
     own_predictions: range  # those that this process calls the model for
     guidance_ranks: Dimension | None  # those that share all of them
     derived: LowPasses | AddedUp | None  # what makes further tensors of them
-    weights_from: tuple[Program, tuple[int, ...] | None] | ByIdentity | None
+    weights_from: _Formula | ByIdentity | None
     makes_weights: bool  # whether the step itself makes them, by a program
     classifier: tuple[object, ...] | None
     labels: bool
@@ -168,10 +167,26 @@ def rows_key(guidance: Guidance) -> Hashable:
     return guidance.form, updates_key(guidance)
 
 
-def _what_makes_weights(guidance: Guidance) -> tuple[Program, tuple[int, ...] | None] | ByIdentity | None:
+class _Formula:
+    """What makes weights of moments, as a key, and its name for messages; its parameters are in a buffer."""
+
+    def __init__(self, guidance: Guidance, made_by: MomentWeights) -> None:
+        self._guidance, self._key = guidance, (made_by.program, made_by.dims)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Formula) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"{self._guidance!r} of {len(self._key[0].instructions)} operations"
+
+
+def _what_makes_weights(guidance: Guidance) -> _Formula | ByIdentity | None:
     made_by = guidance.weights_from
     if isinstance(made_by, MomentWeights):
-        return made_by.program, made_by.dims  # whose parameters are in a buffer
+        return _Formula(guidance, made_by)
     return None if made_by is None else ByIdentity(made_by)
 
 

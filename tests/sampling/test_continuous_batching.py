@@ -192,6 +192,20 @@ def test_what_a_request_cannot_be(case):
     assert slots.free == 1
 
 
+def test_another_formula_is_refused_by_its_name():
+    slots = Sampler(model, LONG, fastguide.Normalized(2.0, dim=-1)).slots(3)
+    slots.admit(**request_of(1) | {"guidance": None})
+    slots.admit(**request_of(2) | {"guidance": fastguide.Normalized(3.0, dim=-1)})
+    for guidance, name in (
+        (fastguide.Normalized(2.0, dim=1), r"Normalized\(2 predictions, dim=1\)"),
+        (fastguide.Normalized(2.0, dim=-1, at_most=1.0), r"Normalized\(2 predictions, dim=-1\)"),
+        (fastguide.AdaptiveProjected(2.0), r"AdaptiveProjected\(2 predictions\)"),
+    ):
+        first = r"Normalized\(2 predictions, dim=-1\) of \d+ operations"
+        with pytest.raises(ValueError, match=f"of weights_from {first}, got {name} of .. operations$"):
+            slots.admit(**request_of(3) | {"guidance": guidance})
+
+
 def test_slots_that_cannot_be():
     sampler = Sampler(model, LONG, ClassifierFree(1.0))
     for arguments, message in (

@@ -170,7 +170,7 @@ class PreparedStep {
 constexpr int64_t kChunk = 2048;  // elements whose tensors fit the first-level cache
 
 // A step whose groups of elements have weights of their own: the guided prediction is made of these, of some groups at
-// a time, and the step of that one prediction while it is at hand.
+// a time, and the step of that one prediction while it is at hand. A group is one task, of whatever size.
 template <typename T>
 class GroupedStep {
  public:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 Scale: TypeAlias = "float | Sequence[float] | Tensor"
@@ -54,6 +55,8 @@ def as_scale(name: str, value: Scale) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{name}: expected a tensor of real numbers, got one of {value.dtype}")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(f"{name}: expected no tangent, as steps have no forward-mode derivative")
         scale = value.to(torch.float64 if value.device == _HOST else torch.float32)
     elif not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {type(value).__name__}")

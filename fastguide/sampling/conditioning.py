@@ -90,6 +90,13 @@ def buffers(of: Signature, samples: int, device: torch.device) -> Condition | No
     return {name: part for name, inner in of if (part := buffers(inner, samples, device)) is not None}
 
 
+def tensors(condition: Condition) -> list[Tensor]:
+    """Return the tensors of a condition."""
+    if isinstance(condition, Tensor):
+        return [condition]
+    return [tensor for part in condition.values() for tensor in tensors(part)]
+
+
 def at(condition: Condition, samples: slice) -> Condition:
     """Return the condition of some samples, in the same memory."""
     if isinstance(condition, Tensor):

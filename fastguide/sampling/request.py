@@ -11,6 +11,7 @@ from torch import Tensor
 from ..guidance import Guidance
 from ..guidance.weights import UNGUIDED
 from ..solvers.table import StepTable
+from ..step.autograd import check_that_they_are_plain
 from ..step.backends.registry import Backend, backend_for
 from ..step.checks import check_guidance, check_number, check_sample
 from ..step.inpainting import Inpainting
@@ -102,6 +103,9 @@ def make_request(
             f"it begins later, got {guidance.steps}"
         )
     conditions = conditioning.as_list(cond, uncond, guidance.num_conditions)
+    signature = conditioning.signature(conditions, batch)
+    given = [tensor for _, condition in conditions for tensor in conditioning.tensors(condition)]
+    check_that_they_are_plain([tensor for tensor in (x_T, image, *given) if tensor is not None], "Sampler")
     conditioning.check_labels(labels, guidance, batch)
     return SampleRequest(
         table=table,
@@ -111,7 +115,7 @@ def make_request(
         first=first,
         inpainting=None if mask is None or image is None else Inpainting(mask, image, x_T),
         conditions=conditions,
-        conditions_signature=conditioning.signature(conditions, batch),
+        conditions_signature=signature,
         labels=labels,
         noise=noise_source(table, x_T, generator, seeds, backend),
         backend=backend,

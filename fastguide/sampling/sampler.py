@@ -303,7 +303,8 @@ class Sampler:
     def _refuse_a_mesh(self) -> None:
         if self._ranks is not None:
             raise ValueError(
-                "mesh: expected None with log_prob and in differentiable(), which each rank calls by itself"
+                "mesh: expected None with log_prob and in differentiable(); call them of a Sampler without a mesh, on "
+                "each rank for its own samples"
             )
 
     @torch.no_grad()

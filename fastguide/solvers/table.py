@@ -93,6 +93,7 @@ class StepTable:
     # What the host knows of the rows, so that no step has to ask the device.
     host_timesteps: tuple[float, ...] = field(init=False)
     adds_noise: tuple[bool, ...] = field(init=False)
+    """For each model call, whether its step adds noise; the last one of a stochastic solver mostly adds none."""
     adds_noise_anywhere: bool = field(init=False)
     undefined_rows: frozenset[int] = field(init=False)
     takes_predictions: bool = field(init=False)

@@ -56,23 +56,29 @@ def asks_for_gradients(guidance: Guidance | None, predictions: Any, *others: Ten
     several = predictions if isinstance(predictions, (list, tuple)) else (predictions,)
     tensors = [tensor for tensor in (*several, *others) if isinstance(tensor, Tensor)]
     if not torch.compiler.is_compiling():
-        _check_that_it_is_plain(tensors)
+        check_that_they_are_plain(tensors, "guided_step")
     if not records:
         return False
     asked = any(tensor.requires_grad for tensor in tensors)
     return asked or (isinstance(guidance, Guidance) and guidance.requires_grad)
 
 
-def _check_that_it_is_plain(tensors: list[Tensor]) -> None:
-    """Refuse tensors that are differentiated, or mapped over, in other ways than autograd's."""
+def check_that_they_are_plain(tensors: list[Tensor], whose: str) -> None:
+    """Refuse tensors that are differentiated, or mapped over, in other ways than autograd's.
+
+    ``whose``: the call that they are given to.
+    """
     if _functorch.peek_interpreter_stack() is not None:
         for tensor in tensors:
             if _functorch.is_batchedtensor(tensor) or _functorch.is_gradtrackingtensor(tensor):
-                raise NotImplementedError("guided_step: expected no tensors of torch.func, whose transforms it lacks")
+                raise NotImplementedError(
+                    f"{whose}: expected no tensors of torch.func, whose transforms it lacks; torch.autograd.grad() and "
+                    "backward() have its gradients"
+                )
     if forward_ad._current_level >= 0:
         for tensor in tensors:
             if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError("guided_step: expected no tangents, as it has no forward-mode derivative")
+                raise NotImplementedError(f"{whose}: expected no tangents, as it has no forward-mode derivative")
 
 
 def _check_that_it_records(a: StepArguments, out: Tensor | None) -> None:

@@ -194,10 +194,12 @@ def check_log_prob(table: StepTable, index: Any, reduction: Any) -> None:
     silent = [row for row in known if 0 <= row < len(table) and not table.adds_noise[row]]
     if silent or not table.adds_noise_anywhere:
         other = _STOCHASTIC.get(table.name)
-        hint = f"; its stochastic form is {other}" if other is not None and not table.adds_noise_anywhere else ""
+        hint = f"; its stochastic form is {other}" if other is not None else ""
+        if table.adds_noise_anywhere:
+            hint = "; table.adds_noise says which steps have one"
+        which = f"{table.name}'s step {silent[0]}" if silent else table.name
         raise ValueError(
-            f"table: expected a step that adds noise, as others have no log-probability, got {table.name}'s step "
-            f"{silent[0] if silent else ''}{hint}"
+            f"table: expected a step that adds noise, as others have no log-probability, got {which}{hint}"
         )
 
 

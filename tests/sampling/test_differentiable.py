@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 import fastguide
 from fastguide import AdaptiveProjected, Classifier, ClassifierFree, History, Sampler, log_prob_of
@@ -180,7 +181,7 @@ REFUSED = [
     (lambda: SAMPLER.differentiable(x_T(), last=0, **FREE), "last: expected"),
     (lambda: SAMPLER.differentiable(x_T(), checkpoint=1, **FREE), "checkpoint: expected True or False, got 1"),
     (lambda: WITH_CLASSIFIER.differentiable(x_T()), "guidance: expected no Classifier"),
-    (lambda: SAMPLER.trajectory(x_T(), log_prob=True, **FREE), "got ddim's step"),
+    (lambda: SAMPLER.trajectory(x_T(), log_prob=True, **FREE), "got ddim; its stochastic form is ddim"),
     (lambda: SAMPLER.trajectory(x_T(), log_prob="most", **FREE), "expected 'mean' or 'sum', got 'most'"),
     (lambda: SAMPLER.trajectory(x_T(), log_prob=True, progress=True, **FREE), "progress: expected none with log_prob"),
     (lambda: SAMPLER.trajectory(x_T(), log_prob=True, mask=torch.ones(4), **FREE), "mask: expected none with log_prob"),
@@ -197,3 +198,15 @@ def test_what_records_nothing_is_refused(call, message):
 def test_without_gradients_the_sampler_takes_anything():
     with torch.no_grad():
         assert torch.equal(SAMPLER(LEAF, **FREE), LEARNING(x_T(), **FREE))
+
+
+@pytest.mark.parametrize("call", [SAMPLER, SAMPLER.differentiable, SAMPLER.trajectory], ids=["call", "run", "way"])
+def test_other_derivatives_than_autograd_s_are_refused(call):
+    with forward_ad.dual_level():
+        moving = forward_ad.make_dual(x_T(), x_T())
+        cond = forward_ad.make_dual(FREE["cond"], torch.ones_like(FREE["cond"]))
+        for arguments in ({"x_T": moving, **FREE}, {"x_T": x_T(), **FREE, "cond": cond}):
+            with pytest.raises(NotImplementedError, match="Sampler: expected no tangents"):
+                call(**arguments)
+    with pytest.raises(NotImplementedError, match=r"Sampler: expected no tensors of torch\.func"):
+        torch.func.vmap(lambda x: call(x, **FREE))(x_T()[None])

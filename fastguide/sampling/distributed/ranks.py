@@ -164,7 +164,8 @@ class Ranks:
                 number = difference([[own[1:] for own in ranks] for ranks in numbers], [f.everywhere for f in found])
                 if number is not None:
                     name, text, *_ = found[number]
-                    raise ValueError(f"{name}: expected the same on all ranks, got {self._told(text)}")
+                    told = self._told(text, alike=", and one with other numbers on another rank")
+                    raise ValueError(f"{name}: expected the same on all ranks, got {told}")
             elif raised is not None:
                 raise raised
             return _Agreed(whole, share, cached, borrowed.pop_all())
@@ -183,7 +184,8 @@ class Ranks:
         if self.data.size > 1 and not whole.noise.per_sample:
             raise ValueError(
                 "seeds: expected one for each sample, as the table adds noise and ranks would draw the same for "
-                "different samples, got a generator; a sequence of generators, one for each sample, is taken too"
+                "different samples, got none, or one generator; a sequence of generators, one for each sample, is "
+                "taken too"
             )
 
     def _raise_one(self, raised: Exception | None, numbers: list[list[list[int]]]) -> None:
@@ -192,15 +194,19 @@ class Ranks:
             told = self._told("" if raised is None else f"{type(raised).__name__}: {raised}")
             raise raised or RuntimeError(f"mesh: expected no exception on any rank, got {told}")
 
-    def _told(self, text: str) -> str:
-        """Return the texts of all ranks for a message, each once, with the first rank that has it."""
+    def _told(self, text: str, alike: str = "") -> str:
+        """Return the texts of all ranks for a message, each once, with the first rank that has it.
+
+        ``alike``: what is said besides where all ranks have the same text.
+        """
         texts = [(self.mesh.get_rank(), text)]
         for dimension in (self.guidance, self.data):
             texts = [each for of_rank in dimension.all_gather_objects(texts) for each in of_rank]
         ranks: dict[str, int] = {}
         for rank, each in sorted(texts):
             ranks.setdefault(each, rank)
-        return " and ".join(f"{each} on rank {rank}" for each, rank in ranks.items() if each)
+        told = " and ".join(f"{each} on rank {rank}" for each, rank in ranks.items() if each)
+        return told + alike if len(ranks) == 1 else told
 
     def _all_numbers(self, mine: list[int], what: str) -> list[list[list[int]]]:
         """Return the numbers of all ranks by their coordinates, on the host; a message says what they are."""

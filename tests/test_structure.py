@@ -30,7 +30,13 @@ FLOORS = [  # a package imports packages of lower floors, and has no circle of i
     ["__main__"],
 ]
 FLOOR = {package: height for height, packages in enumerate(FLOORS) for package in packages}
-FOUNDATION = {"_version", "_require_torch", "_counts", "_token"}  # single files, which every floor may use
+FOUNDATION = {
+    "_version",
+    "_require_torch",
+    "_counts",
+    "_plain_tensors",
+    "_token",
+}  # single files, which every floor may use
 
 
 def module_name(path: Path) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+from .._plain_tensors import check_that_they_are_plain
 
 Scale: TypeAlias = "float | Sequence[float] | Tensor"
 
@@ -55,8 +56,8 @@ def as_scale(name: str, value: Scale) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{name}: expected a tensor of real numbers, got one of {value.dtype}")
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-            raise NotImplementedError(f"{name}: expected no tangent, as steps have no forward-mode derivative")
+        if not torch.compiler.is_compiling():
+            check_that_they_are_plain([value], name)
         scale = value.to(torch.float64 if value.device == _HOST else torch.float32)
     elif not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {type(value).__name__}")

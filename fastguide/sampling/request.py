@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._plain_tensors import check_that_they_are_plain
 from ..guidance import Guidance
 from ..guidance.weights import UNGUIDED
 from ..solvers.table import StepTable
-from ..step.autograd import check_that_they_are_plain
 from ..step.backends.registry import Backend, backend_for
 from ..step.checks import check_guidance, check_number, check_sample
 from ..step.inpainting import Inpainting

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd.function import once_differentiable
 
+from .._plain_tensors import check_that_they_are_plain
 from ..guidance import Guidance
 from ..guidance.moment_weights import MomentWeights
 from ..solvers.table import ROW_COLUMNS, StepTable
@@ -61,24 +62,6 @@ def asks_for_gradients(guidance: Guidance | None, predictions: Any, *others: Ten
         return False
     asked = any(tensor.requires_grad for tensor in tensors)
     return asked or (isinstance(guidance, Guidance) and guidance.requires_grad)
-
-
-def check_that_they_are_plain(tensors: list[Tensor], whose: str) -> None:
-    """Refuse tensors that are differentiated, or mapped over, in other ways than autograd's.
-
-    ``whose``: the call that they are given to.
-    """
-    if _functorch.peek_interpreter_stack() is not None:
-        for tensor in tensors:
-            if _functorch.is_batchedtensor(tensor) or _functorch.is_gradtrackingtensor(tensor):
-                raise NotImplementedError(
-                    f"{whose}: expected no tensors of torch.func, whose transforms it lacks; torch.autograd.grad() and "
-                    "backward() have its gradients"
-                )
-    if forward_ad._current_level >= 0:
-        for tensor in tensors:
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError(f"{whose}: expected no tangents, as it has no forward-mode derivative")
 
 
 def _check_that_it_records(a: StepArguments, out: Tensor | None) -> None:

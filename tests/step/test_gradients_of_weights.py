@@ -146,8 +146,10 @@ def test_other_derivatives_are_refused():
     x, p = (t.detach().float() for t in draws(2))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         fastguide.guided_step(DDIM, 2, forward_ad.make_dual(x, p), p)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="guidance_scale: expected no tangent"):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="guidance_scale: expected no tangents"):
         fastguide.ClassifierFree(forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0)))
+    with pytest.raises(NotImplementedError, match=r"guidance_scale: expected no tensors of torch\.func"):
+        torch.func.vmap(lambda scale: fastguide.guided_step(DDIM, 2, x, [p, p], fastguide.ClassifierFree(scale)))(x)
     (grad,) = torch.autograd.grad(step().square().sum(), LEAF, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from operator import is_
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from .halves import OfHalves
 from .lazy_guidance import Taken, resolved
 from .lazy_outputs import LazyOriginal
 from .repeat import predictions_again, versions_of
+
+_OURS = 2
+"""References to an object that a loop alone has, while it is asked how many there are."""
 
 
 def step_again(
@@ -65,23 +69,19 @@ def step_again(
         except RuntimeError:  # an inference tensor, which counts nothing: x_0 cannot wait
             return None
     call, version, result, given = index - loop.begin, loop.version, None, sample
-    is_usual = drawing is None and loop.facts is not None and loop.state is None and made.is_usual[call]
-    if is_usual and not torch.is_inference_mode_enabled():
-        staged = None
-        if made.staging is not None:
-            staged = torch.empty_like(sample) if loop.is_small else empty_like(sample)
-        entries = None if loop.history is None else loop.history.entries
-        result = follow(loop.facts, own, arguments, scale, output, call, sample, version, predictions, entries, staged)
+    if drawing is None and loop.facts is not None and not made.churned[call] and not torch.is_inference_mode_enabled():
+        result = _usual_step_again(own, loop, arguments, output, sample, predictions, scale)
     if result is not None:
         loop.following = scheduler._step_index = index + 1
-        loop.returned, loop.version, loop.staged = result, 0, staged  # a new tensor, which only the kernel has written
-        if loop.history is not None:
-            loop.history.note(call)
+        if call + 1 == loop.calls:
+            loop.end()
     else:
         done = _general_step_again(scheduler, loop, drawing, arguments, output, sample, predictions, scale)
         if done is None:
             return None
         result, given, version = done
+    if loop.is_over:
+        scheduler._ended = loop
     if scheduler._fusion is not None:
         scheduler._fusion.count_step(like.counted_as, is_last=loop.is_over)
     if second is None:
@@ -90,7 +90,15 @@ def step_again(
     original = functools.partial(
         predict_second, second, call, inputs, (version, *seen), predictions, like.guidance, dtype
     )
-    return scheduler._output(result, original) if return_dict else (result, LazyOriginal.of(result, original, dtype))
+    if return_dict:
+        return scheduler._output(result, original)
+    if loop.is_over or not loop.is_small:
+        return result, LazyOriginal.of(result, original, dtype)
+    if loop.like_of_original is not like or loop.original._value is not None or getrefcount(loop.original) > _OURS:
+        loop.original, loop.like_of_original = LazyOriginal.of(result, original, dtype), like
+    else:  # nobody has the last one, and nobody has read it
+        loop.original._predict = original
+    return result, loop.original
 
 
 def _taken_again(output: Any, sample: Tensor, scale: Any) -> tuple[Any, Any, Tensor | list[Tensor] | None]:
@@ -102,6 +110,55 @@ def _taken_again(output: Any, sample: Tensor, scale: Any) -> tuple[Any, Any, Ten
     if type(output) is not Taken:
         output, scale = resolved(output, sample, scale, per_frame=True)
     return output, scale, predictions_again(output)
+
+
+def _usual_step_again(
+    own: dict[str, Any],
+    loop: CountedLoop,
+    arguments: tuple[Any, ...],
+    output: Any,
+    sample: Tensor,
+    predictions: Tensor | list[Tensor],
+    scale: Any,
+) -> Tensor | None:
+    """Make a step of a loop whose facts are known, and that does not round; note it but for the count of steps.
+
+    Args:
+        own: the scheduler's ``__dict__``.
+
+    The others are as in ``_general_step_again``.
+
+    Returns:
+        What the scheduler returns; ``None``: nothing was done.
+    """
+    made, call, state = loop.made, loop.following - loop.begin, loop.state
+    new = torch.empty_like if loop.is_small else empty_like
+    out = staged = None
+    if state is not None and state.dtype != sample.dtype:
+        return None
+    if made.keeps[call]:
+        out, staged = loop.private(sample), new(sample)
+        if out is None:
+            out = new(sample)
+    elif made.staging is not None:
+        staged = new(sample)
+    history = loop.history
+    entries = None if history is None else history.entries
+    result = follow(
+        loop.facts, own, arguments, scale, output, call, sample, loop.version, predictions, entries, out, staged
+    )
+    if result is None:
+        return None
+    if history is not None:
+        history.note(call)
+    if state is not None:
+        loop.spare = state
+    loop.version = 0  # of a new tensor, which only the kernel has written
+    if out is None:
+        loop.state, loop.returned, loop.staged = None, result, staged
+        return result
+    loop.state, loop.returned, loop.staged = result, staged, None
+    return staged
 
 
 def _general_step_again(

@@ -65,6 +65,11 @@ class CopiedLoop(NamedTuple):
         return same and self.entries.device == sample.device
 
 
+def form_of(sample: Tensor) -> tuple[Any, ...]:
+    """Return what a loop's memory depends on, of its first sample; its device is the table's."""
+    return sample.shape, sample.stride(), sample.dtype, sample.device
+
+
 @dataclass(slots=True)
 class CountedLoop:
     """A loop over a scheduler's steps, from its first on."""
@@ -75,7 +80,8 @@ class CountedLoop:
     """Of ``step``, those that rows depend on."""
     attributes: list[Any]
     """The scheduler's, on which they depend as well."""
-    shape: torch.Size
+    sample_form: tuple[Any, ...]
+    """See ``form_of``."""
     made: LoopTable
     table: StepTable | None
     """``None``: the loop is left to diffusers."""
@@ -92,6 +98,10 @@ class CountedLoop:
     """A tensor that nobody else has, for a next ``state``."""
     staged: Tensor | None = None
     """The model's input of ``returned``, where the step has written it."""
+    original: Any = None
+    """The lazy x_0 that the last step has returned in a tuple: torch spends as long on a new one as on its elements."""
+    like_of_original: Like | None = None
+    """What steps are like whose x_0 it may be."""
     like: Like | None = None
     facts: Facts | None = None
     """What makes a further step like the last one in all but its tensors; ``None``: a step needs more than that."""
@@ -102,6 +112,8 @@ class CountedLoop:
     """The scheduler's name of the table that says where the steps lie."""
     further_in: tuple[str, ...] = ()
     """Its names of further tables."""
+    kept_history: History | None = None
+    """That of a loop that is over, for one like it; diffusers' schedulers keep their model outputs as well."""
     sigmas: Tensor = field(init=False)
     timesteps: Tensor = field(init=False)
     further: tuple[Tensor, ...] = field(init=False)
@@ -121,6 +133,44 @@ class CountedLoop:
         self.config, self.versions, self.further = tables.config, tables.versions, tables.further
         self.facts = None
 
+    @property
+    def shape(self) -> torch.Size:
+        """The sample's."""
+        shape: torch.Size = self.sample_form[0]
+        return shape
+
+    def scales_like(self, tables: HostTables, index: int) -> bool:
+        """Tell whether a loop over a scheduler's tables from a step on has the sigmas of this one."""
+        return self.begin == index and self.tables.says_what(tables)
+
+    def is_like(
+        self,
+        tables: HostTables,
+        index: int,
+        arguments: tuple[Any, ...],
+        attributes: list[Any],
+        sample: Tensor,
+        dtype: torch.dtype,
+    ) -> bool:
+        """Tell whether a loop that begins at a step would be this one, which is over, but for what it wrote."""
+        history = self.kept_history
+        return (
+            self.scales_like(tables, index)
+            and (history is None or history.dtype == dtype)
+            and self.arguments == arguments
+            and self.sample_form == form_of(sample)
+            and self.made.is_of(tables.config, tuple(attributes))
+        )
+
+    def begin_again(self, tables: HostTables, attributes: list[Any]) -> None:
+        """Begin the loop anew, over tables that say the same: in the memory that its history has."""
+        if tables is not self.tables:
+            self.go_by(tables)
+        self.attributes, self.following, self.is_over = attributes, self.begin, False
+        self.history, self.kept_history = self.kept_history, None
+        if self.history is not None:
+            self.history.restart()
+
     def may_begin_like_an_earlier_one(self, sample: Tensor) -> bool:
         """Tell whether its first step may be like a step of an earlier loop over the same table; prepare for that."""
         like: Like | None = self.made.like
@@ -134,6 +184,8 @@ class CountedLoop:
 
     def go_on_like(self, like: Like | None) -> None:
         """Let the next step be like one that was made; ``None``: it is planned."""
+        if like is not None and like is self.like and self.facts is not None:
+            return
         self.like = like
         self.facts = None
         if like is not None and not like.is_rounded and like.table is (self.made.staging or self.table):
@@ -221,9 +273,8 @@ class CountedLoop:
             staged: the model's next input.
         """
         self.following = self.begin + call + 1
-        self.is_over = self.table is not None and call + 1 == self.calls
-        if self.is_over:
-            self.returned = self.state = self.spare = self.staged = self.history = None
+        if self.table is not None and call + 1 == self.calls:
+            self.end()
             return result if returned is None else returned
         if self.state is not None:
             self.spare = self.state
@@ -231,6 +282,12 @@ class CountedLoop:
         self.returned = answer = result if returned is None else returned
         self.version, self.staged = version_of(answer) or 0, staged
         return answer
+
+    def end(self) -> None:
+        """Let go of what nothing goes on from after the last step."""
+        self.is_over, self.kept_history = True, self.history
+        self.returned = self.state = self.spare = self.staged = self.history = None
+        self.original = self.like_of_original = None
 
     def copied(self) -> CopiedLoop | None:
         """Return what a copy goes on from; ``None``: a copy begins its own loop."""

@@ -20,7 +20,7 @@ from ..solvers import StepTable
 from ..step.history import History
 from ..step.memory import dense_within_sample, needs_no_advice
 from .counted_again import step_again
-from .counted_loop import CopiedLoop, CountedLoop, Like
+from .counted_loop import CopiedLoop, CountedLoop, Like, form_of
 from .counted_run import run_counted
 from .drawing import Drawing
 from .dtypes import Dtypes, promoted
@@ -33,7 +33,7 @@ from .loop_tables import LoopTable, loop_table
 from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, counted_as, fitted_predictions, refusal_of
 from .timesteps import place_in, place_of, version_of
 
-_UNCOPIED = ("_counted", "_kept_tables", "_given")
+_UNCOPIED = ("_counted", "_ended", "_kept_tables", "_given")
 _FLOAT32 = torch.float32
 
 
@@ -82,6 +82,8 @@ class CountedStep(SchedulerStep):
     """diffusers' ``config``, without the time that this takes."""
     _host: HostTables | None = None
     _counted: CountedLoop | None = None
+    _ended: CountedLoop | None = None
+    """The last loop that came to its end, which a next one may be like."""
     _handed_over: str = ""
     """Why diffusers goes on with the loop, see ``handed_over``; empty: it does not."""
     _copied_loop: CopiedLoop | None = None
@@ -136,12 +138,12 @@ class CountedStep(SchedulerStep):
             self.timesteps = self.timesteps.to(device)
             if self._sigmas_on_device:
                 self.sigmas = self.sigmas.to(device)
-        levels = getattr(self, self._levels_in)
-        versions = tuple(map(version_of, (levels, self.timesteps, *host.further)))
+        host.sigmas, host.timesteps = getattr(self, self._levels_in), self.timesteps
+        host.versions = version_of(host.sigmas), version_of(host.timesteps), *map(version_of, host.further)
         before = self._host
         if before is not None and before.has_timesteps_of(host):
-            host = host._replace(first_steps=before.first_steps)
-        self._host = host._replace(sigmas=levels, timesteps=self.timesteps, versions=versions)
+            host.first_steps = before.first_steps
+        self._host = host
         self._counted = self._copied_loop = None
         self._handed_over = ""
         if self._fusion is not None:
@@ -166,13 +168,15 @@ class CountedStep(SchedulerStep):
             self._step_index = self._begin_index
             return
         host = host_tables(self)
-        told, known = host.host_timesteps, host.first_steps
+        known = host.first_steps
         place = place_in(self.timesteps, timestep) if isinstance(timestep, Tensor) and timestep.numel() == 1 else None
         if place is not None:
             if place not in known:
+                told = host.host_timesteps
                 known[place] = self.index_for_timestep(told[place], told)  # type: ignore[attr-defined]
             self._step_index = known[place]
             return
+        told = host.host_timesteps
         if not isinstance(timestep, Tensor):
             timestep = torch.as_tensor(timestep, dtype=told.dtype if isinstance(timestep, float) else None)
         self._step_index = self.index_for_timestep(timestep.to("cpu"), told)  # type: ignore[attr-defined]
@@ -226,7 +230,7 @@ def counted_step(
             f"step: expected no more than the {loop.following - loop.begin} of this loop, got another one; "
             "set_timesteps begins another loop"
         )
-    if index >= len(scheduler.timesteps):
+    if index >= scheduler.timesteps.numel():
         return None  # diffusers says that there are none
     dtypes = scheduler._dtypes(sample.dtype, output.dtype)
     loop = loop_at(scheduler, index, arguments, sample, dtypes.working)
@@ -292,6 +296,8 @@ def _planned_step(
         like = loop.made.like = Like.of(scale, guidance, used, counted_as(guidance), dtypes)
     loop.go_on_like(like)
     scheduler._step_index = index + 1
+    if loop.is_over:
+        scheduler._ended = loop
     count_fused(scheduler, guidance, is_last=loop.is_over)
     return scheduler._result(result, original, dtypes.original, return_dict)
 
@@ -326,8 +332,12 @@ def loop_at(
                 f"samples of {tuple(sample.shape)} in {_named(dtype)}{'' if same else ' and others'}; set_timesteps "
                 "begins another loop"
             )
-    if copied is not None and not copied.fits(index, arguments, sample):
-        copied = None
+    if copied is not None:
+        copied = copied if copied.fits(index, arguments, sample) else None
+    elif under_way is None:
+        again = _ended_loop_again(scheduler, tables, index, arguments, sample, dtype)
+        if again is not None:
+            return again
     begin = index if copied is None else copied.begin
     made = loop_table(scheduler, tables, begin, arguments, sample.device)
     history, is_theirs = None, under_way is not None and under_way.table is None
@@ -336,7 +346,7 @@ def loop_at(
     if made.table is not None and made.table.history_slots:
         history = History(made.table, _contiguous_within(sample).to(dtype))
     loop = CountedLoop(
-        tables, begin, arguments, scheduler._attributes(), sample.shape, made, made.table, history, index,
+        tables, begin, arguments, scheduler._attributes(), form_of(sample), made, made.table, history, index,
         is_small=needs_no_advice(sample), levels_in=scheduler._levels_in, further_in=scheduler._further_tables,
     )  # fmt: skip
     if copied is not None:
@@ -345,6 +355,24 @@ def loop_at(
     if loop.table is not None:
         warn_of_unscaled_inputs(scheduler)
     return loop
+
+
+def _ended_loop_again(
+    scheduler: CountedStep,
+    tables: HostTables,
+    index: int,
+    arguments: tuple[Any, ...],
+    sample: Tensor,
+    dtype: torch.dtype,
+) -> CountedLoop | None:
+    """Begin the loop anew that has come to its end, if one that begins at a step is like it; otherwise ``None``."""
+    ended = scheduler._ended
+    if ended is None or not ended.is_like(tables, index, arguments, scheduler._attributes(), sample, dtype):
+        return None
+    ended.begin_again(tables, scheduler._attributes())
+    scheduler._counted, scheduler._ended = ended, None
+    warn_of_unscaled_inputs(scheduler)
+    return ended
 
 
 def _go_by(scheduler: CountedStep, loop: CountedLoop, tables: HostTables) -> None:

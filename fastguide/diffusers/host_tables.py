@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from .timesteps import version_of
 
 
-class HostTables(NamedTuple):
+@dataclass(slots=True, eq=False)
+class HostTables:
     """What diffusers' ``set_timesteps`` has made, on the host, as long as the scheduler has these very tensors."""
 
     sigmas: Tensor
@@ -21,11 +23,10 @@ class HostTables(NamedTuple):
     config: Any
     versions: tuple[int | None, ...]
     """Of the sigmas, of the timesteps, and of each in ``further``."""
-    host_sigmas: Tensor
-    """float64."""
-    host_timesteps: Tensor
     sigma_values: tuple[float, ...]
     timestep_values: tuple[float, ...]
+    dtype: torch.dtype
+    """Of the timesteps."""
     first_steps: dict[int, int]
     """Which step diffusers begins with at a place of the timesteps, where it has been asked."""
     further: tuple[Tensor, ...] = ()
@@ -33,6 +34,22 @@ class HostTables(NamedTuple):
     host_further: tuple[Tensor, ...] = ()
     """Of their own dtypes."""
     further_values: tuple[tuple[float | None, ...], ...] = ()
+    _host_sigmas: Tensor | None = None
+    _host_timesteps: Tensor | None = None
+
+    @property
+    def host_sigmas(self) -> Tensor:
+        """The sigmas in float64."""
+        if self._host_sigmas is None:
+            self._host_sigmas = torch.tensor(self.sigma_values, dtype=torch.float64)
+        return self._host_sigmas
+
+    @property
+    def host_timesteps(self) -> Tensor:
+        """The timesteps, in their own dtype."""
+        if self._host_timesteps is None:
+            self._host_timesteps = torch.tensor(self.timestep_values, dtype=self.dtype)
+        return self._host_timesteps
 
     def sigmas_from(self, begin: int) -> Tensor:
         """Return where the calls from a step on begin, and where the last one ends."""
@@ -40,8 +57,16 @@ class HostTables(NamedTuple):
 
     def has_timesteps_of(self, other: HostTables) -> bool:
         """Tell whether another's timesteps are these, by value."""
-        same = self.host_timesteps.dtype == other.host_timesteps.dtype
-        return same and self.timestep_values == other.timestep_values
+        return self.dtype == other.dtype and self.timestep_values == other.timestep_values
+
+    def says_what(self, other: HostTables) -> bool:
+        """Tell whether another has the same tables, by value, and the very configuration."""
+        return self is other or (
+            self.config is other.config
+            and self.sigma_values == other.sigma_values
+            and self.has_timesteps_of(other)
+            and self.further_values == other.further_values
+        )
 
     @property
     def fall(self) -> bool:
@@ -71,14 +96,16 @@ def read_tables(scheduler: Any) -> HostTables:
     """Read the scheduler's tables, which waits for a device that they are on."""
     sigmas, timesteps = getattr(scheduler, scheduler._levels_in), scheduler.timesteps
     further = tuple([getattr(scheduler, name) for name in scheduler._further_tables])
-    versions = tuple(map(version_of, (sigmas, timesteps, *further)))
-    host = sigmas.detach().to("cpu", torch.float64, copy=True), timesteps.detach().to("cpu", copy=True)
-    sigma_values, timestep_values = (tuple(tensor.tolist()) for tensor in host)
+    versions = version_of(sigmas), version_of(timesteps), *map(version_of, further)
+    before: HostTables | None = scheduler._host
+    if before is not None and sigmas is before.sigmas and versions[0] == before.versions[0] is not None:
+        sigma_values = before.sigma_values
+    else:
+        sigma_values = tuple(sigmas.tolist())
     host_further = tuple([each.detach().to("cpu", copy=True) for each in further])
-    further_values = tuple(map(_comparable, host_further))
     return HostTables(
-        sigmas, timesteps, scheduler._internal_dict, versions, *host, sigma_values, timestep_values, {},
-        further, host_further, further_values,
+        sigmas, timesteps, scheduler._internal_dict, versions, sigma_values, tuple(timesteps.tolist()),
+        timesteps.dtype, {}, further, host_further, tuple(map(_comparable, host_further)),
     )  # fmt: skip
 
 
@@ -98,10 +125,10 @@ def host_tables(scheduler: Any) -> HostTables:
 
 def _is_current(host: HostTables, scheduler: Any) -> bool:
     own = scheduler.__dict__
-    sigmas, timesteps, config, versions = host[:4]
+    sigmas, timesteps, versions = host.sigmas, host.timesteps, host.versions
     if own[scheduler._levels_in] is not sigmas or own["timesteps"] is not timesteps:
         return False
-    if own["_internal_dict"] is not config:
+    if own["_internal_dict"] is not host.config:
         return False
     if not host.further:
         return (version_of(sigmas), version_of(timesteps)) == versions

@@ -21,6 +21,8 @@ from .thresholding import thresholded, why_not_thresholded
 _IN_SCALE = ROW_COLUMNS.index("in_scale")
 _MOST = 16
 """Tables that a scheduler keeps."""
+_CONSTANT = bool, int, float, str, type(None)
+"""Types of values that are what they were as long as they are the same objects."""
 
 
 @dataclass
@@ -38,8 +40,6 @@ class LoopTable:
     """At which calls that has a part of the noise, which cannot be drawn again."""
     keeps: tuple[bool, ...] = ()
     """After which calls the sample is kept besides the tensor that is returned, as the next call goes back to it."""
-    is_usual: tuple[bool, ...] = ()
-    """Which calls have neither, and are not the last one."""
     in_scales: tuple[float, ...] = ()
     """What the scheduler divides or multiplies the model's inputs by, call by call; the table does not."""
     scaling: StepTable | None = None
@@ -53,6 +53,18 @@ class LoopTable:
     """Those of the predictions that a model's output holds, call by call, of a scheduler whose outputs hold several."""
     like: Any = None
     """What the last step of an earlier loop and those like it have in common, if there was one: see ``step_again``."""
+    of_config: Any = None
+    """The scheduler's own ``config``, of which this one is a copy."""
+    changeable: tuple[str, ...] = ()
+    """The names of its entries that may change without being replaced."""
+
+    def is_of(self, config: Any, state: tuple[Any, ...]) -> bool:
+        """Tell whether the rows are those of a scheduler's configuration, and of whatever else they depend on."""
+        if config is self.of_config:
+            same = all(_equal(self.config[name], config[name]) for name in self.changeable)
+        else:
+            same = _have_same(self.config, config)
+        return same and _are_same(self.state, state)
 
     def stage(self) -> None:
         """Let steps write the model's next input as well, but those that write a second copy of the sample."""
@@ -71,13 +83,15 @@ def loop_table(
         kept = scheduler._kept_tables = {}
     config, state = scheduler._internal_dict, tuple([getattr(scheduler, name) for name in scheduler._state])
     values = tables.sigma_values, tables.timestep_values, tables.further_values
-    key = (begin, arguments, device, tables.host_timesteps.dtype, *values)
+    key = (begin, arguments, device, tables.dtype, *values)
     found = kept.get(key)
-    if found is None or not (_are_same(found.state, state) and _have_same(found.config, config)):
+    if found is None or not found.is_of(config, state):
         kept.pop(key, None)
         while len(kept) >= _MOST:
             del kept[next(iter(kept))]
         found = kept[key] = _made(scheduler, tables, begin, arguments, device, config, state)
+        found.of_config = config
+        found.changeable = tuple([name for name in config if not isinstance(config[name], _CONSTANT)])
     return found
 
 
@@ -108,9 +122,8 @@ def _made(
     columns = table.coefficients()
     churned, goes_back = (tuple((columns[name] != 0).tolist()) for name in ("x0_noise", "out_anchor"))
     keeps = (*goes_back[1:], False)
-    is_usual = tuple(not (churned[call] or keeps[call]) and call + 1 < len(table) for call in range(len(table)))
     in_scales = tuple(scheduler._in_scales(made))
-    return LoopTable(*depends, table, None, second, churned, keeps, is_usual, in_scales, made)
+    return LoopTable(*depends, table, None, second, churned, keeps, in_scales, made)
 
 
 def _second_table(table: StepTable, second: Mapping[str, Tensor] | None) -> StepTable:

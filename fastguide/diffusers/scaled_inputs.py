@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..solvers import StepTable
-from .counted_step import CountedStep
+from .counted_loop import CountedLoop
+from .counted_step import CountedStep, index_of
+from .host_tables import host_tables
 from .lazy_tensor import plain
 
 
@@ -18,9 +20,11 @@ class ScaledInputs(CountedStep):
     """Whether diffusers divides by ``sqrt(sigma^2 + sigma_data^2)``, and does not multiply by the inverse."""
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """Return what diffusers' own returns, up to the last digit; it is asked itself at a loop's first call."""
+        """Return what diffusers' own returns, up to the last digit; it is asked itself where a loop is a new one."""
         loop = self._counted
         if loop is None or loop.table is None or not (loop.is_next(self._step_index) and loop.is_current(self)):
+            loop = self._ended_loop_again(timestep)
+        if loop is None:
             theirs: Any = super().scale_model_input  # type: ignore[misc]
             scaled: Tensor = theirs(sample, timestep)
             return scaled
@@ -31,9 +35,17 @@ class ScaledInputs(CountedStep):
             if staged is not None and sample._version == loop.version:
                 return staged
             loop.stage()
-        scale = loop.made.in_scales[loop.following - loop.begin]
+        scale = loop.made.in_scales[0 if loop.is_over else loop.following - loop.begin]
         scaled = plain(sample) / scale if self._divides else plain(sample) * scale
         return scaled
+
+    def _ended_loop_again(self, timestep: float | Tensor) -> CountedLoop | None:
+        """Return the loop that has come to its end, if a first call scales its input as that one's did."""
+        ended = self._ended
+        is_another = self._counted is not None and self._counted is not ended
+        if ended is None or is_another or self._copied_loop is not None:
+            return None
+        return ended if ended.scales_like(host_tables(self), index_of(self, timestep)) else None
 
     def _in_scales(self, table: StepTable) -> list[float]:
         assert table.levels is not None

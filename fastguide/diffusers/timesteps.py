@@ -124,4 +124,4 @@ def place_in(timesteps: Tensor, timestep: Tensor) -> int | None:
         return None
     distance = int(timestep.storage_offset() - timesteps.storage_offset())
     place, rest = divmod(distance, timesteps.stride(0) or 1)
-    return place if rest == 0 and 0 <= place < len(timesteps) else None
+    return place if rest == 0 and 0 <= place < timesteps.numel() else None  # len() takes as long as all of the above

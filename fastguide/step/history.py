@@ -61,7 +61,8 @@ class History:
     def restart(self) -> History:
         """Begin a new loop: the next step is the table's first. What autograd has recorded is left behind."""
         self._next = 0
-        self.entries = self.entries.detach()
+        if self.entries.requires_grad:
+            self.entries = self.entries.detach()
         return self
 
     def continued(self, entries: Tensor, index: int) -> History:

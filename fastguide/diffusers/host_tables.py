@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -85,7 +86,8 @@ def on_host(theirs: Callable[..., None]) -> Any:
         device = options.pop("device", None)
         if len(arguments) > place:
             device, arguments = arguments[place], (*arguments[:place], None, *arguments[place + 1 :])
-        with torch.inference_mode(False):  # so that torch counts who writes to the tables
+        counting = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        with counting:  # so that torch counts who writes to the tables
             theirs(self, *arguments, **options)
             self._tables_are_set(device)
 

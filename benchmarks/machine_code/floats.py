@@ -47,7 +47,7 @@ def rounded_up(value: int) -> float:
 
 
 def _read(thread: Thread, i: Instruction, operand: Operand) -> float | None:
-    bits = thread.read(operand._replace(signs=""))
+    bits = thread.read_magnitude(operand)
     if bits is None:
         return None
     value = float_of(bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -132,11 +133,7 @@ def prepare(launch: Launch) -> Prepared:
     tensors, predictions = elements(launch)
     data = (*tensors, *(f"prediction {k}" for k in range(len(predictions))))
     guidance = guidance_of(launch.predictions)
-    table = fastguide.ddim(SCHEDULE, STEPS, clip_sample_range=1.0 if launch.clipped else None)
-    if launch.noise != "none":
-        table = fastguide.ddpm(SCHEDULE, STEPS, clip_sample_range=1.0 if launch.clipped else None)
-    if launch.solver:
-        table = SOLVERS[launch.solver]()
+    table = table_of(launch.solver, launch.noise != "none", launch.clipped)
     tensors |= {
         "rows": table.device_rows("epsilon" if launch.gradient else None, torch.float32),
         "weights": guidance.weights(torch.device("cpu"), torch.float32).contiguous(),
@@ -166,7 +163,7 @@ def _prepare_backward(launch: Launch) -> Prepared:
     came = made["sample"]
     read = {"sample": torch.empty_like(came)} if launch.clipped else {}
     read |= {f"prediction {k}": p for k, p in enumerate(predictions)} if launch.clipped else {}
-    table = fastguide.ddim(SCHEDULE, STEPS, clip_sample_range=1.0 if launch.clipped else None)
+    table = table_of("", False, launch.clipped)
     weights = guidance_of(launch.predictions).weights(torch.device("cpu"), torch.float32).contiguous()
     small = {"rows": table.device_rows(None, torch.float32), "weights": weights}
     values: dict[str, object] = {"out": came, "sample": read.get("sample", came), "index": STEP, **small}
@@ -179,6 +176,14 @@ def _prepare_backward(launch: Launch) -> Prepared:
     data = tuple(tensors)
     recorded = backward.record(None, *arguments, **gradients)
     return Prepared(launch, recorded, arguments_of(*arguments), tensors | small, data)
+
+
+@functools.cache
+def table_of(solver: str, noisy: bool, clipped: bool) -> fastguide.StepTable:
+    """Return the table of a solver's name, or else DDPM's, which draws noise, or DDIM's."""
+    if solver:
+        return SOLVERS[solver]()
+    return (fastguide.ddpm if noisy else fastguide.ddim)(SCHEDULE, STEPS, clip_sample_range=1.0 if clipped else None)
 
 
 def elements(launch: Launch) -> tuple[dict[str, Tensor], list[Tensor]]:

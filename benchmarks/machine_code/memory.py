@@ -21,8 +21,8 @@ def _write(thread: Thread, i: Instruction, destination: Operand, size: int, valu
     if destination.value == ZERO:
         return
     for word in range(max(size // 4, 1)):
-        part = None if value is None else value >> 32 * word & WORD
-        thread.write(destination._replace(value=destination.value + word), part)
+        bits, unknown = (0, WORD) if value is None else (value >> 32 * word & WORD, 0)
+        thread.set_bits(destination.kind, destination.value + word, bits, unknown)
 
 
 @handles("LDC", "ULDC", "LDCU")
@@ -60,7 +60,7 @@ def _store(thread: Thread, i: Instruction) -> None:
     target, source = i.operands
     access = _access(thread, i, target)
     for word in range(max(access.size // 4, 1) if source.value != ZERO else 0):
-        thread.read_bits(source._replace(value=source.value + word))
+        thread.bits(source.kind, source.value + word)
     thread.stores.append(access)
 
 

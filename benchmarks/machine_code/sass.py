@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.machine_code import cuobjdump, demangled
+from tests.support.machine_code import cuobjdump, demangled, disassembly
 
-FEW = 10  # kernels, up to which cuobjdump is faster if they are named
 ZERO = -1  # the number of the registers that are always 0 and of the predicates that are always true
 
 
@@ -121,8 +120,7 @@ def read_kernels(library: Path, architecture: str, kernels: list[str]) -> dict[s
     if missing := set(kernels) - set(mangled):
         raise LookupError(f"{library} was built of other sources: it has no {', '.join(sorted(missing))}")
     chosen = {mangled[kernel]: kernel for kernel in kernels}
-    some = ("-fun", ",".join(chosen)) if len(chosen) <= FEW else ()
-    text = cuobjdump("-sass", "-arch", architecture, *some, library)
+    text = disassembly(library, architecture)
     found = parse(text)
     tables = jump_tables(_elf(library, architecture)) if " BRX" in text else {}
     read = {}

@@ -65,7 +65,7 @@ def addend(thread: Thread, operand: Operand) -> int | None:
     """Return a term of a sum with its sign: -b is the complement and 1, which carries if b is 0."""
     if operand.signs != "-":
         return thread.read(operand)
-    value = thread.read(operand._replace(signs=""))
+    value = thread.read_magnitude(operand)
     return None if value is None else (~value & WORD) + 1
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from .sass import ZERO, Instruction, Operand
 
 WORD = 0xFFFFFFFF
+UNKNOWN = 0, WORD
+REGISTERS = frozenset({"R", "UR"})
 PARAMETERS = {"sm_80": 0x160, "sm_90": 0x210, "sm_100": 0x380, "sm_120": 0x380}
 """Where a kernel's parameters begin in constant bank 0, by architecture. Its block and grid are at 0x0 and 0xc."""
 
@@ -97,16 +99,18 @@ class Thread:
         """Return a register's bits, and which are unknown."""
         if index == ZERO:
             return 0, 0
-        if (kind, index) in self._loaded and self.first_use is None:
+        register = kind, index
+        if self.first_use is None and register in self._loaded:
             self.first_use = self.issued
-        return self._registers.get((kind, index), (0, WORD))
+        return self._registers.get(register, UNKNOWN)
 
     def set_bits(self, kind: str, index: int, bits: int, unknown: int) -> None:
         """Write a register."""
         if index != ZERO:
-            self._registers[kind, index] = bits & WORD & ~unknown, unknown & WORD
-            self._written.append((kind, index))
-            self._loaded.discard((kind, index))
+            register = kind, index
+            self._registers[register] = bits & WORD & ~unknown, unknown & WORD
+            self._written.append(register)
+            self._loaded.discard(register)
 
     def mark_loaded(self, operand: Operand, words: int) -> None:
         """Let registers hold elements: the next instruction that reads one is the first use."""
@@ -129,23 +133,27 @@ class Thread:
 
     def read_bits(self, operand: Operand) -> tuple[int, int]:
         """Return an operand's bits, and which are unknown; its sign is left to the caller."""
-        if operand.kind in ("R", "UR"):
+        if operand.kind in REGISTERS:
             return self.bits(operand.kind, operand.value)
         value = self._unsigned(operand, 4)
         return (0, WORD) if value is None else (value & WORD, 0)
 
     def read(self, operand: Operand) -> int | None:
         """Return an integer of 32 bits, unsigned; None if any bit is unknown."""
-        if operand.kind in ("R", "UR"):
+        value = self.read_magnitude(operand)
+        return value if value is None or not operand.signs else _signed(value, operand.signs) & WORD
+
+    def read_magnitude(self, operand: Operand) -> int | None:
+        """Return the same without the operand's sign, which is left to the caller."""
+        if operand.kind in REGISTERS:
             bits, unknown = self.bits(operand.kind, operand.value)
-            value = None if unknown else bits
-        else:
-            value = self._unsigned(operand, 4)
-        return None if value is None else _signed(value, operand.signs) & WORD
+            return None if unknown else bits
+        value = self._unsigned(operand, 4)
+        return None if value is None else value & WORD
 
     def read_wide(self, operand: Operand) -> int | None:
         """Return an integer of 64 bits, unsigned, of two neighbouring registers, a constant or a number."""
-        if operand.kind in ("R", "UR"):
+        if operand.kind in REGISTERS:
             above = operand.value if operand.value == ZERO else operand.value + 1
             (low, unknown), (high, more) = (self.bits(operand.kind, index) for index in (operand.value, above))
             value = None if unknown or more else low | high << 32
@@ -189,9 +197,9 @@ class Thread:
         """Write two neighbouring registers."""
         if operand.value == ZERO:
             return
+        unknown = WORD if value is None else 0
         for word in range(2):
-            part = None if value is None else value >> 32 * word & WORD
-            self.write(operand._replace(value=operand.value + word), part)
+            self.set_bits(operand.kind, operand.value + word, (value or 0) >> 32 * word & WORD, unknown)
 
     # ---- Predicates ----
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -25,6 +26,12 @@ def cuobjdump(*arguments: str | Path) -> str:
     if command is None:
         pytest.skip("there is no cuobjdump: neither Triton nor a CUDA toolkit that has it is installed")
     return subprocess.run([command, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
+@functools.lru_cache(maxsize=1)  # tens of megabytes
+def disassembly(file: Path, architecture: str) -> str:
+    """Disassemble the kernels of one architecture; what was asked for last is kept."""
+    return cuobjdump("-sass", "-arch", architecture, file)
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -55,7 +62,7 @@ def resource_usage(file: Path) -> list[tuple[str, str, Usage]]:
 
 def instructions(file: Path, architecture: str | None = None) -> dict[str, Counter[str]]:
     """Count each kernel's instructions, by name with suffixes and without operands."""
-    code = cuobjdump(*(("-arch", architecture) if architecture else ()), "-sass", file)
+    code = disassembly(file, architecture) if architecture else cuobjdump("-sass", file)
     counts: dict[str, Counter[str]] = {}
     current: Counter[str] = Counter()
     for line in code.splitlines():

@@ -76,10 +76,9 @@ def history_columns(forms: Sequence[Form], entry: Entry) -> dict[str, Tensor]:
     """
     if len(forms) != len(entry.x0):
         raise ValueError(f"forms: expected {len(entry.x0)}, one for each entry, got {len(forms)}")
-    last_read = {
-        call: max((reader for reader, form in enumerate(forms) if form.entries.get(call)), default=call)
-        for call in range(len(forms))
-    }
+    last_read = {call: call for call in range(len(forms))}
+    for reader, form in enumerate(forms):
+        last_read |= {call: reader for call, factor in form.entries.items() if factor}
     names = ("out_sample", "out_anchor", "out_x0", "out_noise", "hist_x0", "hist_sample")
     columns = {name: torch.zeros(len(forms), dtype=torch.float64, device="cpu") for name in names}
     columns |= {f"out_hist_{slot}": torch.zeros_like(columns["out_x0"]) for slot in range(MAX_SLOTS)}

@@ -40,7 +40,7 @@ def error(table, end, velocity):
     for call, (alpha, sigma) in enumerate(levels):
         epsilon, original = predicted(x, alpha, sigma)
         prediction = epsilon - original if velocity else epsilon
-        x = fastguide.guided_step(table, call, x, prediction, history=history, backend="reference")
+        x = fastguide.guided_step(table, call, x, prediction, history=history)
     return (x - exact(*end)).norm().item()
 
 

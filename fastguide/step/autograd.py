@@ -1,8 +1,7 @@
 """Steps that autograd follows: forward the same kernel, backward another one, and nothing kept that it need not read.
 
 A step is linear but for the clip of x_0, so that its backward pass is weights again (csrc/kernels/cpu/backward.h); the
-clip's mask is computed anew. Weights that a program makes of moments get their gradient from torch's own operations, by
-the formulas of the reference.
+clip's mask is computed anew. Through weights that a program makes of moments, through_moments.py passes gradients on.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ from .history import History
 from .memory import empty_strided, in_layout_of
 from .noise import DeviceGenerator, draw, portable_noise
 from .operator import StepArguments
+from .through_moments import TermGradients, moments_in_parts
 from .weigh import (
     made_in_step,
     position_of,
     selected,
     split,
     weighed,
-    weights_of,
+    weights_of_moments,
     with_gradient_scale,
     with_sample_as_prediction,
 )
@@ -42,6 +42,7 @@ _INPUTS = (*_ELEMENTWISE, "history", "known", "known_noise", "weights", "paramet
 """The fields that get gradients, beside the predictions."""
 _KEPT = ("sample", "rows", "weights", "indices", "gradient", "variance", "noise", "seeds", "mask", "parameters", "made")
 """The fields that a backward pass may read, beside the predictions."""
+_SLOT = ROW_COLUMNS.index("hist_slot")
 _BEFORE = 2
 """Arguments of ``_Step`` before the inputs."""
 
@@ -117,7 +118,8 @@ def recorded_step(
         a = a._replace(weights=guidance.weights_for(a.predictions, a.sample.device, a.rows.dtype))
     if a.weights.requires_grad:
         a = a._replace(weights=selected(a.weights, position_of(a)[0], len(a.sample))[None])
-    plan = _Plan(chosen, a, table.clips, None if a.program is None else guidance)
+    writes = not isinstance(index, int) or bool(table.rows[index, _SLOT] >= 0)
+    plan = _Plan(chosen, a, table.clips, writes, None if a.program is None else guidance)
     inputs = [getattr(a, name) for name in _INPUTS]
     new: Tensor
     new, _, entries = _Step.apply(plan, a.original, *inputs, *a.predictions)  # type: ignore[no-untyped-call]
@@ -141,10 +143,12 @@ def with_own_weights(a: StepArguments) -> StepArguments:
 class _Plan:
     """What the two passes of a step share beside the tensors that autograd keeps; it keeps none itself."""
 
-    def __init__(self, chosen: Backend, a: StepArguments, clips: bool, guidance: Guidance | None) -> None:
+    def __init__(
+        self, chosen: Backend, a: StepArguments, clips: bool, writes_history: bool, guidance: Guidance | None
+    ) -> None:
         self.arguments: StepArguments | None = a
         """Until the step is made."""
-        self.chosen, self.clips = chosen, clips
+        self.chosen, self.clips, self.writes_history = chosen, clips, writes_history
         self.made_by = None if guidance is None else guidance.weights_from
         """Of a step with a program."""
         self.batch, self.shape, self.device = len(a.sample), a.sample.shape, a.sample.device
@@ -175,8 +179,10 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, original: Tensor | None, *inputs: Tensor | None) -> Any:
         a, plan.arguments = plan.arguments, None
         assert a is not None
-        if a.history is not None:
-            a = a._replace(history=a.history.clone())
+        left = None
+        if a.history is not None and plan.writes_history:  # else it stays as it is
+            left = a.history.clone()
+            a = a._replace(history=left)
         place, a = a.made, with_own_weights(a)
         plan.chosen.step(*a)
         if place is not None and a.made is not None:
@@ -198,7 +204,7 @@ class _Step(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if original is not None:
             ctx.mark_dirty(original)
-        return a.out, original, a.history
+        return a.out, original, left
 
     @staticmethod
     @once_differentiable
@@ -284,35 +290,48 @@ def _run_with_program(
 ) -> dict[str, Tensor]:
     """Fill the gradients of a step whose weights are made of moments; return those of its constants."""
     assert a.made is not None
-    made_by, count = plan.made_by, plan.weights
-    assert isinstance(made_by, MomentWeights)
-    places = of_predictions or [plan.new(a.sample.dtype) for _ in range(count)]
-    others, columns = a.predictions, a.made
+    count, columns, others, places = plan.weights, a.made, a.predictions, of_predictions
     of_sample = None
     if columns.shape[1] > count + 1:
-        of_sample = plan.new(a.sample.dtype)
-        columns, others, places = with_sample_as_prediction(columns, count), [*others, a.sample], [*places, of_sample]
+        columns, others = with_sample_as_prediction(columns, count), [*others, a.sample]
+        if places or "sample" in new:
+            of_sample = plan.new(a.sample.dtype)
+            places = [*(places or [plan.new(a.sample.dtype) for _ in range(count)]), of_sample]
     of_columns = _run(plan, a._replace(weights=columns[None], predictions=others), came, new, places, True)
+    assert of_columns is not None
+    if of_sample is not None and "sample" in new:
+        new["sample"].add_(of_sample)
+    del of_sample, places
+    through, of_moments = _through_weights(plan, a, of_columns)
+    terms = TermGradients(of_moments, a.predictions, a.sample)
+    for number, place in enumerate(of_predictions):
+        terms.add(plan.chosen, a.rows.dtype, number, place)
+    if "sample" in new and terms.reads_sample:
+        terms.add(plan.chosen, a.rows.dtype, count, new["sample"])
+    return through
 
+
+def _through_weights(
+    plan: _Plan, a: StepArguments, of_columns: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Return the gradients of what weights are made of: those of constants, and those of moments by name."""
+    made_by, count = plan.made_by, plan.weights
+    assert isinstance(made_by, MomentWeights)
+    assert a.parameters is not None
+    moments = moments_in_parts(a.predictions, made_by.program.inputs, a.sample)
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (a.sample, a.parameters, a.weights, *a.predictions)]  # type: ignore[union-attr]
-        sample, parameters, weights, *predictions = leaves
+        leaves = [tensor.detach().requires_grad_() for tensor in (a.parameters, a.weights, *moments.values())]
+        parameters, weights, *values = leaves
         steps, first, _ = position_of(a)
         named = dict(zip(made_by.names, selected(parameters, steps, plan.batch).unbind(-1), strict=False))
-        terms = weights_of(a._replace(sample=sample), predictions, made_by.program, (steps, first), named)
+        given = dict(zip(moments, values, strict=True))
+        terms = weights_of_moments(a, given, made_by.program, (steps, first), named)
         made = with_gradient_scale(terms, count, selected(weights, steps, plan.batch)[:, -1:])
-        if of_sample is not None:
+        if made.shape[1] > count + 1:
             made = with_sample_as_prediction(made, count)
-        through = torch.autograd.grad(made, leaves, of_columns, allow_unused=True)
-    for place, more in zip(of_predictions, through[3:], strict=False):
-        if more is not None:
-            place.add_(more)
-    if "sample" in new:
-        for grad in (of_sample, through[0]):
-            if grad is not None:
-                new["sample"].add_(grad)
-    named_leaves = zip(("parameters", "weights"), through[1:3], strict=True)
-    return {name: grad for name, grad in named_leaves if grad is not None}
+        of_parameters, of_weights, *of_moments = torch.autograd.grad(made, leaves, of_columns, allow_unused=True)
+    constants = {"parameters": of_parameters, "weights": of_weights}
+    return {n: grad for n, grad in constants.items() if grad is not None}, dict(zip(moments, of_moments, strict=True))
 
 
 def _of_known(plan: _Plan, a: StepArguments, came: Gradients, needed: dict[str, bool]) -> dict[str, Tensor]:

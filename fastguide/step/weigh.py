@@ -6,7 +6,7 @@ and the step has that one prediction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -100,18 +100,30 @@ def weights_of(
         parameters: the program's, by name, each of shape (1,) or (batch,).
         dims: the dimensions of a group of elements that has weights of its own; ``None``: a sample has.
     """
+    given = [prediction.to(a.rows.dtype) for prediction in predictions]
+    moments = moments_of(given, program.inputs, a.sample.to(a.rows.dtype), dims)
+    return weights_of_moments(a, moments, program, position, parameters, dims)
+
+
+def weights_of_moments(
+    a: StepArguments,
+    moments: Mapping[str, Tensor],
+    program: Program,
+    position: tuple[Tensor, Tensor],
+    parameters: dict[str, Tensor],
+    dims: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Do as ``weights_of`` with moments that are there, by name."""
     batch = a.sample.shape[0]
     steps, first = position
     columns = a.rows.index_select(0, steps).double().unbind(-1)
     row = dict(zip(ROW_COLUMNS, columns, strict=True)) | {"step": (steps - first).double()}
-    given = [prediction.to(a.rows.dtype) for prediction in predictions]
-    moments = moments_of(given, program.inputs, a.sample.to(a.rows.dtype), dims)
     others, sizes = row | parameters, [batch]
     if dims is not None:
         others = {name: per_sample(values, a.sample) for name, values in others.items()}
         sizes = [1 if k in dims else size for k, size in enumerate(a.sample.shape)]
     like = torch.zeros(sizes, dtype=torch.float64, device=a.sample.device)
-    weights = torch.stack([like + weight for weight in program.run(moments | others)], -1)
+    weights = torch.stack([like + weight for weight in program.run({**moments, **others})], -1)
     return weights if dims is None else weights.flatten(1, -2)
 
 

@@ -229,6 +229,20 @@ def test_nothing_is_kept_that_is_not_read():
     assert len(kept(fastguide.ddim(SCHEDULE, 6), torch.tensor(3.0, requires_grad=True))) == 3
 
 
+def test_a_history_that_a_call_only_reads_is_not_copied():
+    table, last = TABLES["dpm++ 2m"], 5
+    x, p, entries = draws(3)
+    assert table.coefficients()["hist_slot"][last] < 0
+
+    def run(x, p, entries):
+        history = History(table, x).continued(entries, last)
+        y = fastguide.guided_step(table, last, x, p, history=history)
+        assert history.entries is entries
+        return y
+
+    assert gradcheck(run, (x, p, entries), fast_mode=True)
+
+
 def test_gradients_of_any_layout_and_only_some_inputs(generator):
     """A sum's gradient is one element; predictions without a graph get none; a sample may be channels_last."""
     table = fastguide.ddim(SCHEDULE, 6)

@@ -102,6 +102,19 @@ class EagerRun:
         drawn = portable_noise(seeds, self.first.shape, step=call - begin)  # counted from the first step
         return Drawn(empty_like(self.first.detach()).copy_(drawn))
 
+    def step_of_slots(self, call: int, x: Tensor, drawn: Drawn, *slots: Tensor) -> tuple[Tensor, ...]:
+        """Make a step; return the next sample and the slots, of which only what it has written is new.
+
+        So what is kept of each step is what later ones cannot find elsewhere.
+        """
+        entries = slots[0] if len(slots) == 1 else torch.cat(slots) if slots else self.entries
+        new, left = self.step(call, x, entries, drawn)
+        written = int(self.table.coefficients()["hist_slot"][call])
+        if written < 0:
+            return new, *slots
+        entry = left if len(slots) == 1 else left.unflatten(0, (len(slots), -1))[written].clone()
+        return new, *slots[:written], entry, *slots[written + 1 :]
+
     def step(self, call: int, x: Tensor, entries: Tensor, drawn: Drawn, **options: Any) -> tuple[Any, Tensor]:
         """Call the model and make a step; return what ``guided_step`` does with these options, and the entries."""
         predictions, variance = self._predict(call, x)
@@ -165,7 +178,9 @@ def differentiable(run: EagerRun, last: int | None, checkpoint: bool) -> Tensor:
             with torch.no_grad():
                 x, entries = run.step(call, x, entries, drawn)
         elif checkpoint:
-            x, entries = checkpointed(run.step, call, x, entries, drawn, use_reentrant=False)
+            if call == max(begin, run.calls.start):
+                slots = entries.chunk(run.table.history_slots) if run.table.history_slots else ()
+            x, *slots = checkpointed(run.step_of_slots, call, x, drawn, *slots, use_reentrant=False)
         else:
             x, entries = run.step(call, x, entries, drawn)
     return x.clone() if x is run.first else x

@@ -7,6 +7,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 import fastguide
+from benchmarks.measure.allocations import memory_of
 from fastguide import AdaptiveProjected, Classifier, ClassifierFree, History, Sampler, log_prob_of
 from tests.support.loop_cases import (
     ALL_CASES,
@@ -37,6 +38,21 @@ def test_samples_are_the_sampler_s_own(name):
     got = make().differentiable(x, **with_generator(options))
     assert got.requires_grad
     assert torch.equal(got, expected)
+
+
+def test_a_checkpoint_keeps_a_sample_and_an_entry_of_the_history_for_each_call():
+    """Not all slots for each, and none where a call writes none."""
+    table, x = fastguide.unipc(SCHEDULE, 8, solver_order=3), torch.randn(4, 3, 64, 64).requires_grad_()
+    sampler = Sampler(lambda x, t: 0.1 * x, table)
+    written = int((table.coefficients()["hist_slot"] >= 0).sum())
+    assert table.history_slots == 3
+    assert written < len(table)
+    used = memory_of(lambda: (sampler.differentiable(x),), [x], [torch.randn(x.shape)])
+    tensors = len(table) - 1 + table.history_slots + written  # the first sample is the caller's
+    state = torch.get_rng_state().nbytes  # which torch keeps for each
+    assert used.kept <= tensors * x.nbytes + len(table) * state + 4096
+    used = memory_of(lambda: (sampler.differentiable(x, checkpoint=False),), [x], [torch.randn(x.shape)])
+    assert used.kept < 4096
 
 
 def parameters(model):

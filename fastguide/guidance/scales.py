@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,9 +56,12 @@ def as_scale(name: str, value: Scale) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{name}: expected a tensor of real numbers, got one of {value.dtype}")
-        if not torch.compiler.is_compiling():
+        dtype = torch.float64 if value.device == _HOST else torch.float32
+        if torch.compiler.is_compiling():
+            scale = value.to(dtype)
+        else:
             check_that_they_are_plain([value], name)
-        scale = value.to(torch.float64 if value.device == _HOST else torch.float32)
+            scale = _Watched.apply(value, dtype, name) if value.requires_grad else value.to(dtype)  # type: ignore[no-untyped-call]
     elif not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {type(value).__name__}")
     else:
@@ -74,6 +77,24 @@ def as_scale(name: str, value: Scale) -> float | Tensor:
         bad = next(v for v in scale.flatten().tolist() if not abs(v) <= _LARGEST)
         raise ValueError(f"{name}: expected finite values (in float32), got {bad}")
     return scale.reshape(1, -1) if scale.dim() < 2 else scale
+
+
+class _Watched(torch.autograd.Function):
+    """A copy of a scale, whose gradient is refused once the scale was changed in place: the copy is as it was."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+        ctx.alias, ctx.version, ctx.name = value.detach(), value._version, name
+        return value.to(dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.alias._version != ctx.version:
+            raise RuntimeError(
+                f"{ctx.name}: expected a tensor that is as it was when the guidance was made of it, got one that was "
+                "changed in place since, as optimizers do; make the guidance anew after each change"
+            )
+        return grad.to(ctx.alias.dtype), None, None
 
 
 def as_scale_per_step(name: str, value: Sequence[float] | Tensor) -> Tensor:

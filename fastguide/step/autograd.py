@@ -12,7 +12,6 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd.function import once_differentiable
 
 from .._plain_tensors import check_that_they_are_plain
 from ..guidance import Guidance
@@ -21,6 +20,7 @@ from ..solvers.table import ROW_COLUMNS, StepTable
 from .backends.reference import guided_step_backward
 from .backends.registry import Backend
 from .backward import Gradients, unknown_fields
+from .first_derivatives import refusing_second
 from .history import History
 from .memory import empty_strided, in_layout_of
 from .noise import DeviceGenerator, draw, portable_noise
@@ -207,15 +207,18 @@ class _Step(torch.autograd.Function):
         return a.out, original, left
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *came: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad
+        needs, kept = ctx.needs_input_grad, ctx.saved_tensors
         if all(grad is None for grad in came):
             return (None,) * len(needs)
         plan: _Plan = ctx.plan
-        out, original, left = map(plan.placed, came)
-        gradients = Gradients(out, original, left)
-        return (*[None] * _BEFORE, *_gradients(plan, ctx.saved_tensors, gradients, needs[_BEFORE:]))
+        with torch.no_grad():
+            out, original, left = map(plan.placed, came)
+            gradients = _gradients(plan, kept, Gradients(out, original, left), needs[_BEFORE:])
+        by_name = dict(zip(_KEPT, kept, strict=False))
+        weighs = needs[_BEFORE + _INPUTS.index("weights")] or by_name["made"] is not None
+        only_masks = not weighs and by_name["variance"] is None  # what is kept says where x_0 was clipped, no more
+        return (*[None] * _BEFORE, *refusing_second(gradients, came if only_masks else (*came, *kept), "guided_step"))
 
 
 # ---- Backward ----

@@ -166,7 +166,7 @@ def guided_step(  # type: ignore[misc]
             if out is not None or original is not None or staged is not None:
                 _note_the_write(out, original, staged)
             if history is not None:
-                history.note(index)
+                _note_the_step(history, index)
             return done
     chosen = backend_for(backend, checks.device_of("sample", sample).type)
     known = inpainting if isinstance(inpainting, Inpainting) else ()
@@ -215,7 +215,7 @@ def guided_step(  # type: ignore[misc]
     if increment and isinstance(generator, torch.Generator):
         generator.set_offset(generator.get_offset() + increment)
     if history is not None:
-        history.note(index)
+        _note_the_step(history, index)
     if add is None:
         remember(table, guidance, Call(*call), chosen, arguments)
     return arguments.out
@@ -223,6 +223,12 @@ def guided_step(  # type: ignore[misc]
 
 _validate_without_gradients = torch.no_grad()(checks.validate)
 """Tensors that require a gradient are refused while gradients are enabled, unless they are to be recorded."""
+
+
+def _note_the_step(history: History, index: int | Tensor | Cursor) -> None:
+    if history.entries.requires_grad:  # of an earlier step, which autograd follows
+        _note_the_write(history.entries)
+    history.note(index)
 
 
 def _note_the_write(*tensors: Tensor | None) -> None:

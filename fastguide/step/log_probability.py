@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..guidance import Guidance
 from ..guidance.weights import UNGUIDED
@@ -27,6 +26,7 @@ from .backends.registry import Backend, StepFunction, backend_for
 from .backward import unknown_fields
 from .call import Call
 from .cursor import Cursor
+from .first_derivatives import refusing_second
 from .history import History, entries_of
 from .memory import empty_like, overlaps
 from .momentum import Momentum, momentum_terms, refuse_gradients
@@ -337,14 +337,16 @@ class _LogProb(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         mean, next_sample, deviation = ctx.saved_tensors
-        wide = torch.promote_types(mean.dtype, torch.float32)
-        factor = grad / (ctx.elements * deviation.square())
-        of_mean = factor.to(wide).reshape(-1, *[1] * (mean.dim() - 1)) * (next_sample.to(wide) - mean.to(wide))
-        of_next = -of_mean.to(next_sample.dtype) if ctx.needs_input_grad[1] else None
-        return of_mean.to(mean.dtype), of_next, None, None, None
+        with torch.no_grad():
+            wide = torch.promote_types(mean.dtype, torch.float32)
+            factor = grad / (ctx.elements * deviation.square())
+            of_mean = next_sample.to(wide) - mean.to(wide)
+            of_mean.mul_(factor.to(wide).reshape(-1, *[1] * (mean.dim() - 1)))
+            of_next = -of_mean.to(next_sample.dtype) if ctx.needs_input_grad[1] else None
+        gradients = of_mean.to(mean.dtype), of_next, None, None, None
+        return refusing_second(gradients, (grad, mean, next_sample), "log_prob_of")
 
 
 def _of_learned_variance(a: StepArguments, mean: Tensor, next_sample: Tensor, reduction: Reduction) -> Tensor:

@@ -67,14 +67,21 @@ def _in_huge_pages(new: Tensor) -> Tensor:
 
 def dense_within_sample(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Tell whether the elements of one sample fill one block of memory, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(strides[1:], shape[1:], strict=True)):
+    left, expected = [], 1
+    for size, stride in zip(shape[1:], strides[1:], strict=True):
         if size == 0:
             return True
         if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
+            left.append((stride, size))
+    while left:  # not sorted: torch.compile cannot where sizes are symbols
+        found = -1
+        for place, (stride, _) in enumerate(left):
+            if stride == expected:
+                found = place
+                break
+        if found < 0:
+            return False
+        expected *= left.pop(found)[1]
     return True
 
 

@@ -143,6 +143,27 @@ def test_compile_is_one_graph_for_all_steps(name, compiled_backend, counter, gen
     assert len(counter.graphs) == 1
 
 
+@pytest.mark.parametrize("layout", ["channels last", "transposed"])
+def test_compile_of_any_size_and_layout_is_one_graph(layout, counter, generator):
+    """Sizes and strides are symbols then."""
+    table, guidance = TABLES["ddim"], make_guidance(2, None)
+    place = {
+        "channels last": lambda t: t.to(memory_format=torch.channels_last),
+        "transposed": lambda t: t.transpose(1, 3),
+    }[layout]
+
+    def step(x, uncond, cond):
+        return guided_step(table, 2, x, [uncond, cond], guidance)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for shape in ((2, 5, 8, 6), (4, 7, 10, 12), (9, 2, 7, 11)):  # torch takes sizes for one that are equal at first
+        arguments = [place(torch.randn(shape, generator=generator)) for _ in range(3)]
+        got, expected = compiled(*arguments), step(*arguments)
+        assert got.stride() == expected.stride()
+        assert torch.equal(got, expected)
+    assert len(counter.graphs) == 1
+
+
 @pytest.mark.parametrize("compiled_backend", ["native", "reference"])
 def test_compile_with_seeds_and_staged_inputs_is_one_graph(compiled_backend, counter, generator):
     """Noise from seeds needs no generator, which torch.compile would not take."""

@@ -40,10 +40,15 @@ def moment_names(terms: int) -> tuple[str, ...]:
     return (*products, *(f"sum_{i}" for i in range(terms)))
 
 
+def number_of_moments(terms: int) -> int:
+    """Return how many moments so many terms have."""
+    return terms * (terms + 3) // 2
+
+
 def scratch_numbers(terms: int, batch: int, elements: int) -> int:
     """Return how many numbers of 8 bytes a GPU's kernel needs: ``scratch_words`` of csrc/kernels/gpu/moments.h."""
     parts = -(-elements // PART)
-    return batch * (parts * len(moment_names(terms)) + 1 + terms + 1)
+    return batch * (parts * number_of_moments(terms) + 1 + terms + 1)
 
 
 def encode(program: Program, parameters: Sequence[str]) -> Encoded:

@@ -1,4 +1,4 @@
-"""The Triton backend: an operator of its own with the same schema, of one kernel, or three. NVIDIA and AMD."""
+"""The Triton backend: an operator of its own with the same schema, of one kernel, or two. NVIDIA and AMD."""
 
 from __future__ import annotations
 
@@ -335,15 +335,25 @@ def _flat(arguments: _Arguments) -> tuple[Any, ...]:
 
 
 def kind_of_launch(device: torch.device, arguments: _Arguments) -> tuple[Any, ...]:
-    """Return all that Triton compiles a kernel of its own for."""
+    """Return all that Triton compiles the step's kernel anew for."""
     nested, specialized, others, constants = arguments
-    tensors = [*nested[:4], *nested[4], *nested[5:]]
+    tensors = (*nested[:4], *nested[4], *nested[5:])
+    return kind_of(device, tensors, (*specialized[:4], *specialized[4], *specialized[5:]), others, constants)
+
+
+def kind_of(
+    device: torch.device,
+    tensors: Sequence[Tensor | None],
+    specialized: Sequence[int],
+    others: Sequence[int],
+    constants: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """Return all that Triton compiles a kernel of its own for; of ``others``, it is told not to tell them apart."""
     key: list[Any] = [device, constants]
     key += [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
     if torch.version.hip is not None:  # there, also for tensors whose offsets fit 32 bits
         key += [tensor is not None and tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors]
-    numbers = (*specialized[:4], *specialized[4], *specialized[5:])
-    key += [(n == 1) + 2 * (n % 16 == 0) + 4 * (n >= 2**31) for n in numbers]
+    key += [(n == 1) + 2 * (n % 16 == 0) + 4 * (n >= 2**31) for n in specialized]
     key += [-(2**31) <= n < 2**31 for n in others]
     return tuple(key)
 

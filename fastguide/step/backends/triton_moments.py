@@ -1,4 +1,4 @@
-"""Make a step's weights from moments by two Triton kernels, launched before the step's own."""
+"""Make a step's weights from moments by a Triton kernel that is launched before the step's own."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance.encoded import MOST_TERMS, MOST_VALUES, OTHER_INPUTS, PART, moment_names, scratch_numbers
+from ...guidance.encoded import MOST_TERMS, MOST_VALUES, OTHER_INPUTS, PART, number_of_moments, scratch_numbers
 from ..operator import StepArguments
-from .triton import OPTIONS
+from .triton import OPTIONS, kind_of
 
-PART_WARPS = 8  # 16 elements of a thread, of each term
-SAMPLE_WARPS = 1
-_FEWEST_VALUES = 32
+WARPS = 8  # 16 elements of a thread, of each term
+LANES = 32
 
-_compiled: set[tuple[Any, ...]] = set()
-"""What the kernels were compiled for, on each GPU."""
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""Kernels by what each was compiled for, as those of the step."""
 
 
 def with_made_weights(a: StepArguments) -> StepArguments:
-    """Launch what makes the weights; return the arguments of the step that reads them, and has no program.
+    """Launch the kernel that makes the weights; return the arguments of the step that reads them, and has no program.
 
     ``a``: a step with a program, whose predictions are apart.
     """
     if a.scratch is None:  # interpreted
-        terms, elements = _made(a).shape[1] - 1, a.sample[0].numel()
-        numbers = scratch_numbers(terms, len(a.sample), elements)
+        numbers = scratch_numbers(_made(a).shape[1] - 1, a.sample.shape[0], _size(a))
         a = a._replace(scratch=torch.zeros(numbers, dtype=torch.float64, device=a.sample.device))
     _launch(a)
     return reading_step(a)
@@ -58,55 +56,67 @@ def _weighs_sample(a: StepArguments) -> bool:
 def _read(a: StepArguments) -> Tensor:
     """Return the place of weights in the order in which the step reads them."""
     assert a.scratch is not None
-    made, batch = _made(a), len(a.sample)
-    sums = batch * parts_of(a) * len(moment_names(made.shape[1] - 1))
+    made, batch = _made(a), a.sample.shape[0]
+    sums = batch * parts_of(a) * number_of_moments(made.shape[1] - 1)
     return a.scratch[sums + batch :].view(torch.float32)[: made.numel()].view(made.shape)
 
 
 def parts_of(a: StepArguments) -> int:
     """Return how many parts a sample has."""
-    return -(-a.sample[0].numel() // PART)
+    return -(-_size(a) // PART)
+
+
+def _size(a: StepArguments) -> int:
+    return a.sample.numel() // a.sample.shape[0]
 
 
 def _launch(a: StepArguments) -> None:
-    from . import triton_moments_kernel as kernels
-
     assert a.program is not None
     assert a.parameters is not None
-    batch, size, parts, made = len(a.sample), a.sample[0].numel(), parts_of(a), _made(a)
-    terms, read = made.shape[1] - 1, _read(a) if _weighs_sample(a) else None
-    tensors = tuple(a.predictions) if read is None else (*a.predictions, a.sample)
-    strides = tuple(tensor.stride(0) if batch > 1 else size for tensor in tensors)
-    position = (
-        a.indices, a.cursor, a.index, a.indices.stride(0) if a.indices is not None and a.indices.dim() else 0,
-        0 if a.cursor is None else _stride_unless_one(a.cursor, 0),
+    batch, size, parts, made = a.sample.shape[0], _size(a), parts_of(a), _made(a)
+    weighs_sample, terms = _weighs_sample(a), made.shape[1] - 1
+    tensors = (*a.predictions, a.sample) if weighs_sample else tuple(a.predictions)
+    strides = tuple(tensor.stride(0) if batch > 1 else max(tensor.stride(0), size) for tensor in tensors)
+    others = (a.scratch, a.rows, a.weights, a.program, a.parameters, made, a.indices, a.cursor)
+    instructions, number = (a.program.shape[1] - 1 - terms) // 4, a.parameters.shape[-1]
+    numbers = (
+        a.index, a.indices.stride(0) if a.indices is not None and a.indices.dim() else 0,
+        0 if a.cursor is None else _stride_unless_one(a.cursor, 0), a.rows.shape[0], parts,
+        _stride_unless_one(a.weights, 0), _stride_unless_one(a.weights, 1), _stride_unless_one(a.program, 0),
+        instructions, _stride_unless_one(a.parameters, 0), _stride_unless_one(a.parameters, 1), number,
     )  # fmt: skip
-    instructions, numbers = (a.program.shape[1] - 1 - terms) // 4, a.parameters.shape[-1]
-    values = values_tile(len(moment_names(terms)) + len(OTHER_INPUTS) + numbers + instructions)
-    kind = _kind_of(a, (*tensors, read), size, *strides, terms, int(read is not None), values)
-    if kind not in _compiled and a.sample.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    tiles = tiles_of(number_of_moments(terms) + len(OTHER_INPUTS) + number + instructions)
+    constants = (terms, weighs_sample, size % PART == 0, PART, tiles)
+    device = a.sample.device
+    key = kind_of(device, (*tensors, *others), (*strides, size), numbers, constants)
+    arguments = (tensors, strides, size, *others, *numbers, *constants)
+    apart = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if apart else contextlib.nullcontext():
+        _launch_compiled(key, batch * parts, arguments, device)
+
+
+def _launch_compiled(key: tuple[Any, ...], programs: int, arguments: tuple[Any, ...], device: torch.device) -> None:
+    kernel = _compiled.get(key)
+    if kernel is not None:
+        kernel[programs, 1, 1](*arguments)
+        return
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "backend: the Triton kernels that make weights are not compiled for these arguments yet, and cannot be "
+            "backend: the Triton kernel that makes weights is not compiled for these arguments yet, and cannot be "
             "during a capture; run the step once before"
         )
-    on_gpu = a.sample.device.type == "cuda"
-    with torch.cuda.device(a.sample.device) if on_gpu else contextlib.nullcontext():
-        kernels.moments_kernel[(batch * parts, 1, 1)](
-            tensors, strides, size, a.scratch, *position, parts,
-            terms, read is not None, size % PART == 0, PART, num_warps=PART_WARPS, **OPTIONS,
-        )  # fmt: skip
-        kernels.weights_kernel[(batch, 1, 1)](
-            a.scratch, a.rows, a.weights, a.program, a.parameters, made, read, *position, a.rows.shape[0], size, parts,
-            _stride_unless_one(a.weights, 0), _stride_unless_one(a.weights, 1), _stride_unless_one(a.program, 0),
-            instructions, _stride_unless_one(a.parameters, 0), _stride_unless_one(a.parameters, 1), numbers,
-            terms, read is not None, values, num_warps=SAMPLE_WARPS, **OPTIONS,
-        )  # fmt: skip
-    _compiled.add(kind)
+    _compiled[key] = _compile_and_launch(programs, arguments)
+
+
+def _compile_and_launch(programs: int, arguments: tuple[Any, ...]) -> Any:
+    from . import triton_moments_kernel as kernels
+
+    return kernels.moments_kernel[(programs, 1, 1)](*arguments, num_warps=WARPS, **OPTIONS)
 
 
 def check_program(a: StepArguments) -> None:
     """Refuse what the kernels would read beyond its end, or as something else."""
-    batch, count = len(a.sample), a.weights.shape[-1] - 1
+    batch, count = a.sample.shape[0], a.weights.shape[-1] - 1
     program, parameters, made = a.program, a.parameters, a.made
     if program is None or parameters is None or made is None:
         raise RuntimeError("program: expected program, parameters and made together")
@@ -122,7 +132,7 @@ def check_program(a: StepArguments) -> None:
         raise RuntimeError(f"parameters: expected float64 of three dimensions, contiguous, got {_told(parameters)}")
     if not 2 <= made.shape[1] - 1 <= MOST_TERMS:
         raise RuntimeError(f"program: expected 2 to {MOST_TERMS} terms to make weights of, got {made.shape[1] - 1}")
-    numbers = scratch_numbers(made.shape[1] - 1, batch, a.sample[0].numel())
+    numbers = scratch_numbers(made.shape[1] - 1, batch, _size(a))
     scratch = a.scratch
     if scratch is None and a.sample.device.type != "cpu":
         raise RuntimeError("scratch: expected a tensor with a program on a GPU, got None")
@@ -136,25 +146,9 @@ def _told(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)} and strides {tensor.stride()}"
 
 
-def values_tile(values: int) -> int:
-    """Return the size of the tile that holds a program's values: a power of two."""
-    tile = _FEWEST_VALUES
-    while tile < min(values, MOST_VALUES):
-        tile *= 2
-    return tile
-
-
-def _kind_of(a: StepArguments, tensors: tuple[Tensor | None, ...], *numbers: int) -> tuple[Any, ...]:
-    """Return what Triton compiles the kernels anew for.
-
-    ``tensors``: the terms, and the weights as the step reads them; ``numbers``: of the launches, and constants.
-    """
-    others = (a.scratch, a.indices, a.cursor, a.rows, a.weights, a.program, a.parameters, a.made)
-    return (
-        a.sample.device, numbers[0] % PART == 0, tuple(number for number in numbers if number <= MOST_VALUES),
-        *(None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in (*tensors, *others)),
-        *((number == 1, number % 16 == 0, number >= 2**31) for number in numbers),
-    )  # fmt: skip
+def tiles_of(values: int) -> int:
+    """Return how many tiles hold a program's values: a power of two, as kernels are compiled for each."""
+    return 1 << (-(-min(values, MOST_VALUES) // LANES) - 1).bit_length()
 
 
 def _stride_unless_one(tensor: Tensor, dimension: int) -> int:

@@ -60,6 +60,30 @@ def test_races_in_shared_memory(between, raced):
     assert bool(wrong) == raced
 
 
+@pytest.mark.parametrize(
+    ("what", "raced"),
+    [
+        ("mov.u32 %r4, 7;", False),
+        ("mov.u32 %r4, %r1;", True),
+        ("and.b32 %r4, %r1, 30;", True),  # pairs of lanes do
+    ],
+)
+def test_lanes_that_store_the_same_value_at_a_place_are_one(what, raced):
+    lanes = "setp.gt.u32 %p1, %r1, 31; @%p1 ret; mov.u32 %r3, words;"
+    assert bool(run(f"{FIRST_BLOCK}{lanes}{what} st.shared.u32 [%r3], %r4;")[0]) == raced
+    assert "race" in run(f"{FIRST_BLOCK} mov.u32 %r3, words; {what} st.shared.u32 [%r3], %r4;")[0][0]  # two warps
+
+
+def test_a_branch_by_an_index():
+    body = "T: .branchtargets A, B, C, B; and.b32 %r3, %r1, 3; brx.idx %r3, T; A: mov.u32 %r4, 5; bra D;"
+    body += "B: mov.u32 %r4, 6; bra D; C: mov.u32 %r4, 7; D: st.global.u32 [%rd3], %r4;"
+    assert run(FIRST_BLOCK + body) == ([], [5, 6, 7, 6] * 16)
+    beyond = body.replace("%r1, 3;", "%r1, 4;")
+    assert "branch: to place 4 of 4" in run(FIRST_BLOCK + beyond)[0][0]
+    with pytest.raises(PtxError, match="not known"):
+        run(body.replace("brx.idx %r3, T;", "brx.idx %r3, A;"))
+
+
 def test_a_warp_is_not_a_block():
     """Threads of different warps are ordered by a barrier of the block, and by none of warps."""
     far = SWAP.replace("%r4, 4;", "%r4, 128;")

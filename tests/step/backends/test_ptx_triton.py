@@ -1,4 +1,4 @@
-"""Triton's kernel, interpreted from the PTX that Triton compiles of it: right, and without races.
+"""Triton's kernels, interpreted from the PTX that Triton compiles of them: right, and without races.
 
 A subset of all cases, which ``python -m tests.support.ptx --triton`` runs.
 """
@@ -23,11 +23,21 @@ pytestmark = [
 ]
 
 
-def test_steps_are_right():
-    """In a process that does not interpret: this one does."""
-    command = [sys.executable, "-m", "tests.support.ptx", "--triton", "--few"]
+def output_of(*command):
+    """What a process prints that does not interpret: this one does."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", *command]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"^(\d+) kernels were compiled and run", result.stdout, flags=re.M)[1]) >= 15
-    assert re.search(r": 0 failed$", result.stdout.strip())
+    return result.stdout
+
+
+def test_steps_are_right():
+    output = output_of("tests.support.ptx", "--triton", "--few")
+    assert int(re.search(r"^(\d+) kernels were compiled and run", output, flags=re.M)[1]) >= 15
+    assert re.search(r": 0 failed$", output.strip())
+
+
+def test_weights_are_right():
+    """In any order of the programs, and in any batch."""
+    assert len(re.findall(r"^right: ", output_of("tests.support.ptx.triton_moments"), flags=re.M)) == 3

@@ -24,6 +24,7 @@ UPDATES = {
     "and": lambda old, value: old & value,
     "or": lambda old, value: old | value,
 }
+LANES = 32
 SHARED_SPAN = 1 << 24
 """The places of blocks' shared memory in the trace are so far apart."""
 
@@ -164,12 +165,21 @@ def load_shared(wave: Wave, address: Array, dtype: type, count: int, threads: Th
 def store_shared(wave: Wave, address: Array, dtype: type, values: tuple, threads: Threads) -> None:
     item = np.dtype(dtype).itemsize
     at, block = _shared_places(wave, address, item * len(values), threads), wave.row[threads]
-    _trace_shared(wave, "write", at, item * len(values), threads)
-    for k, value in enumerate(values):
-        value = np.ascontiguousarray(np.broadcast_to(value, len(at))).view(UNSIGNED[item])
+    stored = [np.ascontiguousarray(np.broadcast_to(value, len(at))).view(UNSIGNED[item]) for value in values]
+    writers = _writers(wave.numbers(threads), at, stored)
+    _trace_shared(wave, "write", at[writers], item * len(values), wave.members(threads)[writers])
+    for k, value in enumerate(stored):
         columns = at[:, None] + k * item + np.arange(item)
         wave.shared[block[:, None], columns] = value.view(np.uint8).reshape(len(at), item)
         wave.shared_written[block[:, None], columns] = True
+
+
+def _writers(numbers: Array, at: Array, stored: list[Array]) -> Array:
+    """Leave out lanes of a warp that store what the first one stores at its place: of several, one does."""
+    _, first, group = np.unique(numbers // LANES * SHARED_SPAN + at, return_index=True, return_inverse=True)
+    leader = first[group]
+    same = np.logical_and.reduce([value == value[leader] for value in stored])
+    return ~same | (leader == np.arange(len(at)))
 
 
 def update_shared(wave: Wave, address: Array, value: Array, dtype: type, operation: str, threads: Threads) -> Array:

@@ -67,6 +67,8 @@ def _end(names: Names, instruction: Instruction, following: int) -> list[str]:
     """Write a branch or a return, which end a block."""
     writer = Writer(names, instruction)
     predicate = _predicate(writer)
+    if instruction.root == "brx":
+        return [_end_by_index(names, writer)]
     if instruction.root != "bra":
         return [f"return wave.leave(threads, {predicate}, {following})" if predicate else "return wave.leave(threads)"]
     if instruction.opcode not in ("bra", "bra.uni") or instruction.operands[0] not in names.kernel.labels:
@@ -75,6 +77,20 @@ def _end(names: Names, instruction: Instruction, following: int) -> list[str]:
     if predicate is None:
         return [f"return (({target}, threads),)"]
     return [f"return wave.split(threads, {predicate}, {target}, {following})"]
+
+
+def _end_by_index(names: Names, writer: Writer) -> str:
+    """Write a branch to one of several labels."""
+    kernel, instruction = names.kernel, writer.instruction
+    labels = kernel.targets.get(instruction.operands[1], ("",))
+    if (
+        instruction.opcode not in ("brx.idx", "brx.idx.uni")
+        or instruction.predicate
+        or not {*labels} <= {*kernel.labels}
+    ):
+        raise writer.unknown()
+    targets = tuple(kernel.labels[label] for label in labels)
+    return f"return wave.choose(threads, {writer.read_text(instruction.operands[0], np.uint32)}, {targets})"
 
 
 def _predicate(writer: Writer) -> str | None:

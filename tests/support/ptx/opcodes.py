@@ -103,8 +103,9 @@ def _negate(w: Writer) -> list[str]:
 
 
 def _absolute(w: Writer) -> list[str]:
-    w.only()
-    return w.write(f"np.abs({w.read(1)})")
+    w.only(*["ftz"] * (w.dtype is np.float32))
+    value = f"np.abs({w.read(1)})"
+    return w.write(w.call(arithmetic.flushed, value) if "ftz" in w.modifiers else value)
 
 
 def _invert(w: Writer) -> list[str]:

@@ -17,7 +17,7 @@ DTYPES: dict[str, type[np.generic]] = {
 COLLECTIVE = ("bar", "barrier", "shfl", "vote", "stmatrix", "ldmatrix")
 """Instructions that threads make together: each begins a basic block, at which its threads wait for the others."""
 WARP_COLLECTIVE = ("shfl", "vote", "stmatrix", "ldmatrix")
-ENDS = ("bra", "ret", "exit")
+ENDS = ("bra", "brx", "ret", "exit")
 
 
 class PtxError(Exception):
@@ -57,6 +57,7 @@ class Kernel:
     shared_bytes: int = 0
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)
+    targets: dict[str, tuple[str, ...]] = field(default_factory=dict)  # labels to choose from, by a label of them all
 
 
 class Module:
@@ -102,6 +103,7 @@ class _Parser:
         self.kernel = Kernel(re.search(r"\.entry\s+([\w$]+)", self.head)[1])
         self.scopes: list[dict[str, str]] = []
         self.scoped = 0
+        self.label = ""
 
     def parsed(self) -> Kernel:
         self._parameters()
@@ -119,7 +121,8 @@ class _Parser:
                 del self.scopes[-1:]
             elif found["label"]:
                 self._end_block()
-                self.kernel.labels[found["label"]] = len(self.kernel.blocks) - 1
+                self.label = found["label"]
+                self.kernel.labels[self.label] = len(self.kernel.blocks) - 1
             else:
                 self._statement(" ".join(found["statement"].split()))
         if not self.kernel.blocks[-1] and len(self.kernel.blocks) - 1 not in self.kernel.labels.values():
@@ -146,6 +149,8 @@ class _Parser:
             self._registers(text)
         elif text.startswith(".shared "):
             self._shared(text)
+        elif text.startswith(".branchtargets "):
+            self.kernel.targets[self.label] = split_operands(text.partition(" ")[2])
         elif text and not text.startswith(".pragma "):
             self._instruction(text)
 

@@ -1,6 +1,6 @@
-"""Steps a case by the PTX that Triton compiles of its kernel, for a GPU that is not there.
+"""Steps a case by the PTX that Triton compiles of its kernels, for a GPU that is not there.
 
-The backend's own code makes the launch's arguments, and Triton's specialises and compiles the kernel for them. Only
+The backend's own code makes the launch's arguments, and Triton's specialises and compiles the kernels for them. Only
 in a process in which Triton does not interpret (TRITON_INTERPRET=0).
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastguide.step.backends import triton as backend
+from fastguide.step.backends import triton_moments
 from fastguide.step.operator import StepArguments
 from tests.support.ptx.cases import Case
 from tests.support.ptx.generate import Code, code_of
@@ -48,31 +49,44 @@ class TritonKernels:
         if backend.INTERPRETED:
             raise PtxError("Triton interprets in this process: it compiles nothing")
         driver.set_active(_NoDriver(architecture))
-        backend._compile_and_launch = self._compile
+        backend._compile_and_launch = self._of_step
+        triton_moments._compile_and_launch = self._of_weights
         self._codes: dict[str, tuple[str, Code]] = {}
-        self._prepared: Prepared | None = None
+        self._prepared: list[Prepared] = []
 
     def prepare(self, a: StepArguments, case: Case) -> Prepared:
         """Return the launch that the backend makes."""
+        (prepared,) = self.prepare_all(a)
+        return prepared
+
+    def prepare_all(self, a: StepArguments) -> list[Prepared]:
+        """Return the launches that the backend makes: of the kernel that makes weights, if there is a program."""
+        self._prepared = []
         backend.guided_step(*a)
-        assert self._prepared is not None
         return self._prepared
 
-    def _compile(self, programs: int, arguments: tuple) -> None:
-        from fastguide.step.backends import triton_kernel as kernels
+    def _of_step(self, programs: int, arguments: tuple) -> None:
+        from fastguide.step.backends import triton_kernel
 
-        flat = backend._flat(arguments)
         warps = arguments[-1][-1] * backend.WARPS // backend.BLOCK
-        compiled = kernels.step_kernel.warmup(*flat, grid=(programs, 1, 1), num_warps=warps, **backend.OPTIONS)
+        self._compile(triton_kernel.step_kernel, programs, backend._flat(arguments), warps)
+
+    def _of_weights(self, programs: int, arguments: tuple) -> None:
+        from fastguide.step.backends import triton_moments_kernel
+
+        self._compile(triton_moments_kernel.moments_kernel, programs, arguments, triton_moments.WARPS)
+
+    def _compile(self, kernel: Any, programs: int, arguments: tuple, warps: int) -> None:
+        compiled = kernel.warmup(*arguments, grid=(programs, 1, 1), num_warps=warps, **backend.OPTIONS)
         text = compiled.asm["ptx"]
         if text not in self._codes:
             module = Module(text)
             (name,) = module.sources
             self._codes[text] = f"{name} {len(self._codes)}", code_of(module, name)
         name, code = self._codes[text]
-        values = list(_values(tuple(compiled.src.signature.values()), flat))
+        values = list(_values(tuple(compiled.src.signature.values()), arguments))
         shared = compiled.metadata.shared
-        self._prepared = Prepared(name, code, programs, LANES * warps, _parameters(code, values), shared)
+        self._prepared.append(Prepared(name, code, programs, LANES * warps, _parameters(code, values), shared))
 
 
 def _values(kind: Any, value: Any) -> Any:

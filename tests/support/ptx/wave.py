@@ -148,6 +148,17 @@ class Wave:
         index = self.members(threads)
         return ((target, index[predicate]), (following, index[~predicate]))
 
+    def choose(self, threads: Threads, place: Array, targets: tuple[int, ...]) -> Successors:
+        """Send each thread to one of several blocks, by its place among them."""
+        index, place = self.members(threads), np.broadcast_to(place, self.count(threads))
+        if (place >= len(targets)).any():
+            self.find("branch", f"to place {place.max()} of {len(targets)}")
+            place = np.minimum(place, len(targets) - 1)
+        chosen = np.unique(place)
+        if len(chosen) == 1:
+            return ((targets[chosen[0]], threads),)
+        return tuple((targets[k], index[place == k]) for k in chosen)
+
     def where(self, threads: Threads, predicate: Array) -> Threads | None:
         """Return those with the predicate, if any."""
         if predicate.all():

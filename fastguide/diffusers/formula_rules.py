@@ -34,7 +34,7 @@ from .formula import (
     spans_of,
 )
 from .lazy_tensor import plain
-from .traced import LARGEST, ScaleAsSeen, Source, Traced, Waiting, beside, own_value
+from .traced import LARGEST, ScaleAsSeen, Source, Traced, Waiting, beside, own_value, state_of_outputs
 
 # ---- Arithmetic ----
 
@@ -129,7 +129,7 @@ def _of_one_step(
     function, *of = made_by
     with torch.inference_mode(False):  # so that torch counts who writes to it
         value = function(*map(own_value, of))
-    return value if kind == NUMBER else beside(value, sources[0].fusion)
+    return value if kind == NUMBER else state_of_outputs(value, sources[0].fusion)
 
 
 def tensor_beside(value: Any, operand: Any) -> Traced | None:
@@ -343,12 +343,13 @@ def reduction(
 def normalized(operand: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None) -> Any:
     """Return ``torch.nn.functional.normalize``: a vector over its norm, or over eps."""
     function, given, least = torch.nn.functional.normalize, as_vector(operand), number_of(eps)
-    found = None if given is None or spans_of(given) else _summed(sizes_of(given), dim, True)
-    if found is None or found[1] or p != 2 or out is not None or least is None:
+    found = None if given is None else _summed(sizes_of(given), dim, True)
+    known = found is not None and spans_of(given) in (None, found[1]) and p == 2 and out is None
+    if found is None or least is None or not known:
         by = _named("normalize", {"dim": dim})
         return function(plain(operand, by), plain(p), dim, plain(eps), plain(out))
-    eps, sizes = as_read(eps), found[0]
-    norm = Formula(NUMBER, "norm", (given,), (lambda t: t.norm(2, dim, keepdim=True), given), sizes, given.dtype, ())
+    eps, (sizes, spans) = as_read(eps), found
+    norm = Formula(NUMBER, "norm", (given,), (lambda t: t.norm(2, dim, keepdim=True), given), sizes, given.dtype, spans)
     length = Formula(NUMBER, "maximum", (norm, least), (torch.clamp_min, norm, least), sizes, given.dtype)
     return Formula(
         VECTOR, "div", (given, length), (lambda t: function(t, p, dim, eps), given), sizes_of(given), given.dtype

@@ -137,7 +137,7 @@ def _taken_apart(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[O
     if scale_tensor is not None and leading(scale_tensor) > 1:
         return None
     constants = tuple([constant for _, constant, _ in terms])
-    is_guidance = terms[-1][0].source.is_output or sum(of.source.is_output for of, *_ in terms) > 1
+    is_guidance = terms[-1][0].source.is_output or sum(of.source.is_of_outputs for of, *_ in terms) > 1
     if scale_tensor is None:
         if constants == (1.0,) and variance is None and main.dtype == predictions[0].dtype:
             return predictions[0], None

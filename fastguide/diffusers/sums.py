@@ -25,10 +25,10 @@ from .traced import (
     Seen,
     Term,
     Traced,
-    beside,
     leading,
     own_value,
     seen_by_both,
+    state_of_outputs,
 )
 
 Sum = tuple[tuple[Term, ...], ScaleAsSeen | None, Seen]
@@ -110,7 +110,7 @@ def total(function: Any, first: Any, second: Any, sign: float) -> Any:
         return beyond(function, first, second)
     if left[2][0][0].step != right[2][0][0].step:  # a state, such as momentum's: it would grow at each step
         with torch.inference_mode(False):  # so that torch counts who writes to it
-            return beside(function(own_value(first), own_value(second)), left[2][0][0].fusion)
+            return state_of_outputs(function(own_value(first), own_value(second)), left[2][0][0].fusion)
     terms, seen = _merged(left[0], right[0], sign), seen_by_both(left[2], right[2])
     dtype = first.dtype if first.dtype == second.dtype else torch.promote_types(first.dtype, second.dtype)
     return Combined((function, first, second), terms, scale, dtype, seen)

@@ -78,9 +78,11 @@ class Fusion:
 class Source:
     """One output of a model: the tensor itself, and who else may know of it; or another tensor of the pipeline's."""
 
-    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "is_output", "step", "tensor")
+    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "is_of_outputs", "is_output", "step", "tensor")
 
-    def __init__(self, tensor: Tensor, fusion: Fusion | None, is_output: bool = True) -> None:
+    def __init__(
+        self, tensor: Tensor, fusion: Fusion | None, is_output: bool = True, is_of_outputs: bool = True
+    ) -> None:
         self.tensor = tensor
         self.fusion = fusion
         """``None``: of a guider, which is asked anew each time."""
@@ -88,6 +90,8 @@ class Source:
         self.is_linear = dtype.is_floating_point and not tensor.requires_grad
         """Whether combinations of it may wait."""
         self.is_output = is_output
+        self.is_of_outputs = is_of_outputs
+        """Whether it is one, or a state that was made of those of earlier steps, such as momentum's."""
         self.escaped = not is_output
         """Whether others than traced tensors have it, or a view of it."""
         self.step = 0 if fusion is None else fusion.steps
@@ -154,6 +158,11 @@ class Traced(LazyTensor):
 
 def beside(tensor: Tensor, fusion: Fusion | None) -> Traced:
     """Return another tensor of a pipeline's, such as its latents, that is added to outputs."""
+    return Traced(Source(tensor, fusion, is_output=False, is_of_outputs=False), tensor)
+
+
+def state_of_outputs(tensor: Tensor, fusion: Fusion | None) -> Traced:
+    """Return a tensor that a pipeline made of outputs of several steps."""
     return Traced(Source(tensor, fusion, is_output=False), tensor)
 
 

@@ -14,6 +14,7 @@ import torch
 from tests.support import family_pipelines as unets
 from tests.support import family_transformers as transformers
 from tests.support import guided_pipelines as guided
+from tests.support import guided_sound as sound
 from tests.support import rare_pipelines as rare
 from tests.support import transformer_pipelines
 from tests.support.family_pipelines import result
@@ -89,6 +90,8 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "Kandinsky 6, distilled, with sound": (rare.kandinsky_6_with_sound, {ALONE: 14}),
 }
 FAMILIES |= {  # with a stand-in for the model
+    "ACE-Step": (sound.ace_step, {GUIDED: 7}),  # projected in each channel, with momentum
+    "ACE-Step, guided in an interval": (sound.ace_step_in_an_interval, {GUIDED: 5, ALONE: 2}),
     "HunyuanImage": (guided.hunyuan_image, {GUIDED: 7}),  # projected, with momentum
     "HunyuanVideo 1.5": (guided.hunyuan_video_15, {GUIDED: 7}),  # rescaled, by diffusers' guider
     "HunyuanVideo 1.5, Zero*": (guided.hunyuan_video_15_zero_star, {GUIDED: 7}),

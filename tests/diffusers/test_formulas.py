@@ -289,9 +289,10 @@ COMPUTED = {
     "over the batch": (lambda u, c: (c - u).std(), "std"),
     "another norm": (lambda u, c: (c - u).norm(p=1, dim=(1, 2, 3), keepdim=True), "norm over dim 1, 2, 3"),
     "biased": (lambda u, c: (c - u).std((1, 2, 3), correction=0, keepdim=True), "std over dim 1, 2, 3"),
-    "normalized over a dimension": (
-        lambda u, c: torch.nn.functional.normalize(c - u, dim=1), "normalize over dim 1",
+    "normalized by another norm": (
+        lambda u, c: torch.nn.functional.normalize(c - u, p=1, dim=1), "normalize over dim 1",
     ),
+    "normalized over the batch": (lambda u, c: torch.nn.functional.normalize(c - u, dim=0), "normalize over dim 0"),
     "a product": (lambda u, c: ((c - u) * u).abs(), "abs"),
     "a number that decides": (lambda u, c: bool(((c - u).norm(2, (1, 2, 3), keepdim=True) > 1).all()), "gt"),
     "numbers without the samples' shape": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.guiders import guider_utils
+from diffusers.guiders import adaptive_projected_guidance, guider_utils
 
 import fastguide
 from fastguide.diffusers import traced as module
@@ -56,6 +56,9 @@ FORMULAS = {
         norms_of(3, lambda c, m: c / m)(u, c) * torch.tensor([0.5, 2.0], dtype=u.dtype).view(2, 1, 1, 1)
     ),
     "projected by rows": projected_by_rows,
+    "projected by pixels, normalized": lambda u, c: (  # ACE-Step's, of times
+        adaptive_projected_guidance.normalized_guidance(c, u, 6.0, None, 0.2, 2.5, True, norm_dim=(1,))
+    ),
 }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from .formula import Formula
 from .halves import FIRST, SECOND
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
-from .sums import as_sum, general
-from .traced import Combined, Traced, traced
+from .sums import Sum, as_sum, general
+from .traced import Combined, Source, Traced, seen_by_both, traced
 
 _new = object.__new__
 
@@ -118,15 +118,54 @@ def _may_be_joined(main: Combined | Doubled, rest: Traced) -> bool:
 
 
 def stacked(tensors: Any, dim: int = 0) -> Any:
-    """Return ``torch.stack``: of one tensor, it has one term for each of the tensor's."""
-    if isinstance(tensors, (list, tuple)) and len(tensors) == 1:
-        tensors = [general(tensors[0])]
-        found = as_sum(tensors[0])
-        if found is not None and (found[1] is None or found[1].tensor.dim() == 0):
-            terms = tuple([(Traced(of.source, of.value().unsqueeze(dim)), *how) for of, *how in found[0]])
-            made_by = (lambda tensor: torch.stack([tensor], dim)), tensors[0]
-            return Combined(made_by, terms, found[1], tensors[0].dtype, found[2])  # type: ignore[arg-type]
+    """Return ``torch.stack``: of one sum, or of sums with the same coefficients, it is a sum of stacked terms.
+
+    The second is what a pipeline guided one sample after the other, as Z-Image's does with a list of outputs.
+    """
+    if isinstance(tensors, (list, tuple)) and tensors:
+        tensors = [general(tensor) for tensor in tensors]
+        sums = [as_sum(tensor) for tensor in tensors]
+        if _are_alike(sums) and all([tensor.dtype == tensors[0].dtype for tensor in tensors]):  # noqa: C419
+            first, *others = sums
+            seen = first[2]
+            for each in others:
+                seen = seen_by_both(seen, each[2])
+            columns = zip(*[each[0] for each in sums], strict=True)
+            terms = tuple([(_stacked_term([of for of, *_ in column], dim), *column[0][1:]) for column in columns])
+            made_by = (lambda *tensors: torch.stack(tensors, dim)), *tensors
+            return Combined(made_by, terms, first[1], tensors[0].dtype, seen)
     return torch.stack([plain(tensor, "stack") for tensor in tensors], dim)
+
+
+def _are_alike(sums: Sequence[Sum | None]) -> TypeGuard[Sequence[Sum]]:
+    """Tell whether sums have the same coefficients, and terms of the same pipeline, step, shape, dtype and device."""
+    first = sums[0]
+    if first is None or (first[1] is not None and (first[1].tensor.dim() > 0 or len(sums) > 1)):
+        return False
+    for each in sums[1:]:
+        if each is None or each[1] is not None or [term[1:] for term in each[0]] != [term[1:] for term in first[0]]:
+            return False
+        for (left, *_), (right, *_) in zip(each[0], first[0], strict=True):
+            if _kind_of(left) != _kind_of(right):
+                return False
+    return True
+
+
+def _kind_of(term: Traced) -> tuple[Any, ...]:
+    source, value = term.source, term.value()
+    return source.fusion, source.step, source.is_output, value.shape, value.dtype, value.device
+
+
+def _stacked_term(terms: Sequence[Traced], dim: Any) -> Traced:
+    """Return a term of several samples: of one sample, a view; of more, a copy."""
+    source = terms[0].source
+    if len(terms) == 1:
+        return Traced(source, terms[0].value().unsqueeze(dim))
+    with torch.inference_mode(False):  # so that torch counts who writes to it: nobody does
+        copied = torch.stack([term.value() for term in terms], dim)
+    made = Source(copied, source.fusion, source.is_output, source.is_of_outputs)
+    made.step = source.step
+    return Traced(made, copied)
 
 
 def cloned(operand: Any, **how: Any) -> Any:

@@ -145,19 +145,26 @@ def pixart_sigma_perturbed():
     return pipe, {**given, "pag_scale": 2.0}
 
 
-def z_image(normalization=False):
+def z_image(normalization=False, images=1, **call):
+    """Make Z-Image: its model returns a list, of one prediction for each image."""
     transformer = model_of(
         "ZImageTransformer2DModel", in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
         cap_feat_dim=8, axes_dims=[8, 4, 4], axes_lens=[64, 16, 16],
     )  # fmt: skip
     pipe = pipeline_of("ZImagePipeline", transformer, flow(shift=3.0))
-    positive, negative = embeddings((5, 8), (5, 8))
-    given = {"prompt_embeds": [positive[0]], "negative_prompt_embeds": [negative[0]]}
-    return pipe, {**given, "height": 32, "width": 32, "guidance_scale": 5.0, "cfg_normalization": normalization}
+    prompts = [one[0] for one in embeddings(*[(5, 8)] * (2 * images))]
+    given = {"prompt_embeds": prompts[:images], "negative_prompt_embeds": prompts[images:]}
+    call = {"guidance_scale": 5.0, "cfg_normalization": normalization, **call}
+    return pipe, {**given, "height": 32, "width": 32, **call}
 
 
 def z_image_normalized():
     return z_image(normalization=True)
+
+
+def z_images_truncated():
+    """Make Z-Image that guides the first steps alone."""
+    return z_image(images=2, cfg_truncation=0.3)
 
 
 def lumina():

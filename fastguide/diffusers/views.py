@@ -98,7 +98,10 @@ def _shares(part: Any, whole: Tensor) -> bool:
 
 
 def joined(tensors: Any, dim: int = 0) -> Any:
-    """Return ``torch.cat``: in the channels, of guidance and what the model returned besides; or of it, twice."""
+    """Return ``torch.cat``: in the channels, of guidance and what the model returned besides; or of it, twice.
+
+    Outputs that are joined, such as UniDiffuser's of pictures and texts, are an output.
+    """
     if isinstance(tensors, (list, tuple)) and len(tensors) == 2:
         main, rest = general(tensors[0]), tensors[1]
         if dim == 0 and type(main) is Combined and tensors[1] is tensors[0] and main.is_pending():
@@ -108,7 +111,20 @@ def joined(tensors: Any, dim: int = 0) -> Any:
                 return Doubled(main.main)
             if _may_be_joined(main, rest):
                 return Joined(main, rest)
+    if isinstance(tensors, (list, tuple)) and _are_outputs(tensors):
+        return traced(torch.cat([tensor.value() for tensor in tensors], dim), tensors[0].source.fusion)
     return torch.cat([plain(tensor, "cat") for tensor in tensors], dim)
+
+
+def _are_outputs(tensors: Sequence[Any]) -> bool:
+    """Tell whether all are outputs of the same pipeline."""
+    if not tensors or type(tensors[0]) is not Traced:
+        return False
+    fusion = tensors[0].source.fusion
+    return all([  # noqa: C419
+        type(each) is Traced and each.source.is_output and each.source.may_wait() and each.source.fusion is fusion
+        for each in tensors
+    ])  # fmt: skip
 
 
 def _may_be_joined(main: Combined | Doubled, rest: Traced) -> bool:
@@ -163,9 +179,7 @@ def _stacked_term(terms: Sequence[Traced], dim: Any) -> Traced:
         return Traced(source, terms[0].value().unsqueeze(dim))
     with torch.inference_mode(False):  # so that torch counts who writes to it: nobody does
         copied = torch.stack([term.value() for term in terms], dim)
-    made = Source(copied, source.fusion, source.is_output, source.is_of_outputs)
-    made.step = source.step
-    return Traced(made, copied)
+    return Traced(Source(copied, source.fusion, source.is_output, source.is_of_outputs), copied)
 
 
 def cloned(operand: Any, **how: Any) -> Any:

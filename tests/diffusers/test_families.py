@@ -15,6 +15,7 @@ from tests.support import family_pipelines as unets
 from tests.support import family_transformers as transformers
 from tests.support import guided_pipelines as guided
 from tests.support import guided_sound as sound
+from tests.support import joint_pipelines as joint
 from tests.support import rare_pipelines as rare
 from tests.support import transformer_pipelines
 from tests.support.family_pipelines import result
@@ -98,6 +99,8 @@ FAMILIES |= {  # with a stand-in for the model
     "HunyuanVideo 1.5, Zero*": (guided.hunyuan_video_15_zero_star, {GUIDED: 7}),
     "LongCat-Image": (guided.longcat_image, {GUIDED: 7}),  # with the norm of each token, in bounds
     "Motif-Video": (guided.motif_video, {GUIDED: 7}),  # projected
+    "UniDiffuser": (joint.uni_diffuser, {GUIDED: 7}),  # joins what its model returns
+    "UniDiffuser, of a text": (joint.uni_diffuser_of_a_text, {GUIDED: 7}),
     "LTX-2": (guided.ltx_2, {GUIDED: 14}),  # rescaled in x_0, of pictures and sound
     "LTX-2, four predictions": (guided.ltx_2_of_four, {GUIDED: 14}),
     "Cosmos 1": (rare.cosmos, {ALONE: 7, GUIDED: 7}),  # has its scheduler make x_0, and guides that

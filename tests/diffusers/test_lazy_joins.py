@@ -153,3 +153,40 @@ def test_other_joins_are_computed(by):
         return uncond + 2.0 * (cond - uncond)
 
     assert torch.equal(by(half(traced(output))), by(half(output)))
+
+
+# ---- Outputs that are joined ----
+
+
+def of_two_outputs(first, second, also):
+    """Return guidance of what a model says of pictures and texts, in one tensor, as UniDiffuser's pipeline does."""
+    cond, uncond = (torch.concat([a.reshape(2, -1), *also, b.reshape(2, -1)], dim=-1) for a, b in (first, second))
+    return 3.0 * cond + (1.0 - 3.0) * uncond
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_outputs_that_are_joined_are_an_output(inference):
+    with torch.inference_mode(inference):
+        given = [(randn(2, 3, 4, 4, seed=k).clone(), randn(2, 5, seed=9 + k).clone()) for k in (1, 2)]
+        fusion = Fusion()
+        made = of_two_outputs(*[[traced_for(each, fusion) for each in pair] for pair in given], ())
+        assert type(made) is Combined
+        expected = of_two_outputs(*given, ())
+        torch.testing.assert_close(step_of(made, torch.zeros(expected.shape)).float(), expected)
+        given[0][0].mul_(2.0)  # of which the pipeline has a copy
+        assert torch.equal(made.computed(), expected)
+
+
+@pytest.mark.parametrize("what", ["a tensor", "another pipeline's", "a sum", "an integer"])
+def test_outputs_that_are_joined_with_something_else_are_computed(what):
+    given = [(randn(2, 3, 4, 4, seed=k), randn(2, 5, seed=9 + k)) for k in (1, 2)]
+    also = torch.ones(2, 4, dtype=torch.int64 if what == "an integer" else torch.float32)
+    fusion = Fusion()
+    first, second = ([traced_for(each, fusion) for each in pair] for pair in given)
+    lazy = {
+        "a tensor": also, "another pipeline's": traced_for(also, Fusion()), "an integer": traced_for(also, fusion),
+        "a sum": 2.0 * traced_for(also, fusion) / 2.0,
+    }[what]  # fmt: skip
+    made = of_two_outputs(first, second, (lazy,))
+    assert type(made) is torch.Tensor
+    assert torch.equal(made, of_two_outputs(*given, (also,)))

@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
 NAME = "fastguide_device_code"
 FLAGS = (
-    "-std=c++17 -O2 -g0 -ffp-contract=off -fno-strict-aliasing -fPIC -shared -fvisibility=hidden "
+    "-std=c++17 -Og -g0 -ffp-contract=off -fno-strict-aliasing -fPIC -shared -fvisibility=hidden "
     "-Wall -Wextra -Werror=switch"
 )
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/maths/element.h

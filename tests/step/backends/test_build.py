@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import CODE, copied_package, run_python
+from tests.support.processes import CODE, copied_package, run_python_with_torch
 
 ROOT = Path(__file__).resolve().parents[3]
 COMPILER = next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
@@ -82,7 +82,7 @@ def test_editable_install_without_a_compiler_replaces_what_was_there(tmp_path):
     call_backend(f"build_editable({str(tmp_path)!r})", checkout, PATH=str(Path(sys.executable).parent), CXX="")
     assert not (checkout / "fastguide" / "_native.so").exists()
     assert "no C++ compiler was found" in (checkout / "fastguide" / "_native.txt").read_text()
-    assert "not built: no C++ compiler" in run_python(CODE, PYTHONPATH=str(checkout)).stdout
+    assert "not built: no C++ compiler" in run_python_with_torch(CODE, PYTHONPATH=str(checkout)).stdout
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_without_cuda_code_a_gpu_s_sample_is_refused_with_the_reasons(built, tmp
         "_defaults.pop('cuda', None)\n"
         "default_backend('cuda')"
     )
-    result = run_python(code, PYTHONPATH=str(tmp_path / "copy"))
+    result = run_python_with_torch(code, PYTHONPATH=str(tmp_path / "copy"))
     assert result.stdout.endswith("none: FASTGUIDE_CUDA was 0\n")
     assert "ValueError: backend: no backend can run on a GPU here (native: C++" in result.stderr
     assert "triton: not installed: pip install triton); pass backend='reference'" in result.stderr

@@ -15,7 +15,7 @@ from fastguide.__main__ import info
 from fastguide.step.backends import native
 from fastguide.step.backends.registry import BACKENDS, default_backend
 from tests.support.cases import TABLES
-from tests.support.processes import CODE, copied_package, run_python
+from tests.support.processes import CODE, copied_package, run_python_with_torch
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_compiler = pytest.mark.skipif(
@@ -67,15 +67,18 @@ def test_capability_is_bounded_by_the_processor_and_kept():
 
 def test_capability_variable_bounds_and_is_announced():
     code = "from fastguide.__main__ import info; print(info())"
-    out = run_python(code, FASTGUIDE_CPU_CAPABILITY="baseline").stdout
+    out = run_python_with_torch(code, FASTGUIDE_CPU_CAPABILITY="baseline").stdout
     assert "instruction set baseline (bounded by FASTGUIDE_CPU_CAPABILITY=baseline)" in out
-    assert "FASTGUIDE_CPU_CAPABILITY: expected one of" in run_python(code, FASTGUIDE_CPU_CAPABILITY="fast").stderr
+    assert (
+        "FASTGUIDE_CPU_CAPABILITY: expected one of"
+        in run_python_with_torch(code, FASTGUIDE_CPU_CAPABILITY="fast").stderr
+    )
 
 
 def test_without_the_library_the_reference_works_and_info_says_why(tmp_path):
     copied_package(tmp_path)
     (tmp_path / "fastguide" / "_native.txt").write_text("no C++ compiler was found at install\n")
-    result = run_python(CODE, PYTHONPATH=str(tmp_path))
+    result = run_python_with_torch(CODE, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert str(tmp_path) in result.stdout
     assert "native     serves nothing here: not built: no C++ compiler was found at install" in result.stdout
@@ -134,7 +137,7 @@ def test_a_library_that_cannot_be_loaded_is_an_error_once_it_is_used(tmp_path, w
             pytest.skip("there is no gcc")
         loads_and_needs(tmp_path, "torch_of_tomorrow" if what == "a newer torch's" else "abort")
     there = "not there" if what == "nothing" else "there, but cannot be loaded"
-    result = run_python(BROKEN, PYTHONPATH=str(tmp_path))
+    result = run_python_with_torch(BROKEN, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert f"UserWarning: fastguide: the native backend is {there}: " in result.stderr
     lines = result.stdout.splitlines()
@@ -170,7 +173,7 @@ def test_what_the_loader_says_is_explained(error, meaning):
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])
 def test_a_torch_below_the_floor_is_named(version):
     code = f"import torch; torch.__version__ = {version!r}; import fastguide"
-    result = run_python(code, PYTHONPATH=str(ROOT))
+    result = run_python_with_torch(code, PYTHONPATH=str(ROOT))
     assert result.returncode != 0
     said = f"expected torch 2.10 or newer, got {version}: pip install 'torch>=2.10'"
     assert result.stderr.strip().endswith(said)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def folder(tmp_path_factory):
     return folder
 
 
+@cache
+def counts_of(cubin):
+    (counts,) = instructions(cubin).values()
+    return counts
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_cuda_code(folder, architecture, name):
@@ -47,7 +54,7 @@ def test_cuda_code(folder, architecture, name):
     ((_, _, used),) = resource_usage(cubin)
     assert used.registers <= MAX_REGISTERS
     assert used.stack == used.local == 0
-    (counts,) = instructions(cubin).values()
+    counts = counts_of(cubin)
     assert not any(i.startswith(("LDL", "STL")) for i in counts)
     loads, stores = CASES[name]
     assert sum(n for i, n in counts.items() if re.match(r"LDG\.E(\.\w+)*\.128", i)) >= loads
@@ -86,7 +93,7 @@ def test_products_and_sums_are_joined_where_the_formula_says(folder, name):
     """Or a step's bits would depend on its variant, and the portable stream's on the device."""
     least = 8 * JOINED[name]
     for architecture in (80, 90, 100, 120):
-        (counts,) = instructions(folder / f"{name}.{architecture}.cubin").values()
+        counts = counts_of(folder / f"{name}.{architecture}.cubin")
         joined = sum(n * (2 if i.startswith("FFMA2") else 1) for i, n in counts.items() if i.startswith("FFMA"))
         assert least <= joined <= least + ROOTS.get(name, 0), architecture
     for architecture in ("gfx90a", "gfx942"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +29,20 @@ ON_GPU = [pytest.param(f"{name} on the gpu", marks=pytest.mark.gpu) for name in 
 
 MOST_INTERPRETED = 12_000
 """Elements of a shape up to which Triton interprets it: larger ones are for the CPU's threads, and minutes of tiles."""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Search no garbage in the modules and tests that are collected: they are a million objects, and all stay."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let the end of the process find them: extensions tell of what is left."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

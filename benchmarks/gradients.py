@@ -1,18 +1,18 @@
 """Time the backward pass of a step, and a step with its log-probability, as ratios within one run.
 
-    python -m benchmarks.gradients [--seconds 4] [--json benchmarks/results/bench-cpu-gradients.json]
+    python -m benchmarks.gradients [--seconds 4] [--only memory] [--json benchmarks/results/bench-cpu-gradients.json]
 
 Contenders take turns in changing order. The backward pass is timed beside ``copy_`` of the bytes that it moves between
 tensors that are there; beside filling as many new tensors as there are gradients, by copies of what is read; and beside
-autograd through the same formula in torch, whose memory is measured too. A busy machine makes all of them slower, but
-not alike: the load is noted.
+autograd through the same formula in torch. A busy machine makes all of them slower, but not alike: the load is noted.
+Memory is counted, allocation by allocation, whatever else the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +24,10 @@ from torch import Tensor
 from fastguide import ClassifierFree, FlowSchedule, StepTable, ddim, ddpm, flow_match_sde, guided_step
 from fastguide.step.memory import empty_like
 
+from .measure import gradient_memory
+from .measure.allocations import Memory
 from .measure.timing import describe, in_turns
-from .report import machine
+from .report import machine, pages, targets
 from .report.results import save
 from .workloads import SCHEDULE
 
@@ -40,8 +42,8 @@ Row = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
 
 
-def backward_calls(shape: tuple[int, ...], clip: float | None) -> tuple[Calls, dict[str, Callable[[], object]]]:
-    """Return the backward passes and copies, and the forward passes with them, whose memory is measured."""
+def backward_calls(shape: tuple[int, ...], clip: float | None) -> Calls:
+    """Return the backward passes and copies."""
     table = ddim(SCHEDULE, 50, clip_sample_range=clip)
     x, uncond, cond = (torch.randn(shape).requires_grad_() for _ in range(3))
     came, inputs = torch.randn(shape), [x, uncond, cond]
@@ -62,17 +64,10 @@ def backward_calls(shape: tuple[int, ...], clip: float | None) -> tuple[Calls, d
             y = forward()
         return lambda: torch.autograd.grad(y, inputs, came, retain_graph=True)
 
-    def both(forward: Callable[[], Tensor]) -> Callable[[], object]:
-        def run() -> object:
-            with torch.enable_grad():
-                return torch.autograd.grad(forward(), inputs, came)
-
-        return run
-
     read = [came] if clip is None else [came, x.detach(), uncond.detach(), cond.detach()]
     calls = {OURS: back(ours), PLAIN: back(plain), COPY: copies(read, 3), COPY_NEW: lambda: new_copies(read, 3)}
     calls[KERNEL] = kernel(table, read)
-    return calls, {OURS: both(ours), PLAIN: both(plain)}
+    return calls
 
 
 def kernel(table: StepTable, read: list[Tensor]) -> Callable[[], object]:
@@ -113,16 +108,27 @@ def backward(device: torch.device, seconds: float) -> Iterator[Row]:
         for clip in (None, 1.0):
             title = f"backward of ddim, {'clipped, ' if clip else ''}{shape}, float32"
             what = {"suite": "gradients", "workload": title}
-            calls, whole = backward_calls(shape, clip)
-            yield from _rows(what, calls, device, seconds)
-            del calls
-            if shape == SHAPES[-1]:
-                peaks = {name: peak_bytes(call) for name, call in whole.items()}
-                returned = 4 * math.prod(shape) * torch.float32.itemsize  # the output and three gradients
-                for name, peak in peaks.items():
-                    row = {"contender": f"{name}: memory of both passes", "status": "ok", "peak_bytes": peak}
-                    row["beyond_what_is_returned"] = peak - returned
-                    yield what | row | {"fastguide_s_memory_over_this": peaks[OURS] / peak}
+            yield from _rows(what, backward_calls(shape, clip), device, seconds)
+
+
+def memory(device: torch.device, seconds: float) -> Iterator[Row]:
+    """Yield the rows of both passes' memory; it is counted, and takes the seconds that it takes."""
+    for name, step in gradient_memory.steps().items():
+        title = gradient_memory.step_title(name)
+        yield from _memory_rows({"suite": "gradients", "workload": title}, gradient_memory.recorded_step(step).memory())
+    for name, run in gradient_memory.runs().items():
+        title = gradient_memory.run_title(name)
+        yield from _memory_rows({"suite": "gradients", "workload": title}, gradient_memory.recorded_run(run).memory())
+
+
+def _memory_rows(what: Row, found: dict[str, Memory]) -> Iterator[Row]:
+    ours = next(iter(found.values()))._asdict()
+    for name, used in found.items():
+        row: Row = {"contender": name, "status": "ok"}
+        for part, size in used._asdict().items():
+            row |= {f"{part}_bytes": size}
+            row |= {f"{part}_of_fastguide_over_this": ours[part] / size} if size else {}
+        yield what | row
 
 
 def log_probability(device: torch.device, seconds: float) -> Iterator[Row]:
@@ -160,19 +166,7 @@ def _rows(what: Row, calls: Calls, device: torch.device, seconds: float) -> Iter
         yield row | {"fastguide_s_time_over_this": ratio, "the_same_of_the_fastest_tenths": fastest}
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Return by how much a call raises the process' memory at most, on Linux."""
-    call()
-    status = Path("/proc/self/status")
-
-    def read(name: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is there
-    before = read("VmRSS")
-    call()
-    return read("VmHWM") - before
+PARTS = {"backward": backward, "memory": memory, "log_probability": log_probability}
 
 
 def main() -> None:
@@ -180,16 +174,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each workload")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts alone")
     parser.add_argument("--json", type=Path, help="where to save the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device, begin, rows = torch.device("cpu"), time.perf_counter(), []
     about = machine.machine(device) | {"load before": f"{os.getloadavg()[0]:.1f}"}
-    for part in (backward, log_probability):
-        for row in part(device, options.seconds):
+    for part in options.only:
+        for row in PARTS[part](device, options.seconds):
             rows.append(row)
             numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, (int, float)))
             print(f"{row['workload']}: {row['contender']}: {numbers or row.get('reason')}", flush=True)
+    if "memory" in options.only:
+        rows += targets.judged(rows, device.type, targets.memory_targets())
+        print(pages.terminal([row for row in rows if row["suite"] == "targets"], sys.stdout.isatty()))
     if options.json is not None:
         results = {"machine": about, "seconds": time.perf_counter() - begin, "interrupted": False, "rows": rows}
         save(results, options.json)

@@ -33,26 +33,20 @@ class Memory(NamedTuple):
     kept: int
     """Between the passes, beside the outputs."""
     kept_of_the_caller_s: int
-    """Of tensors that were there before, and cannot be freed between the passes."""
+    """Of the inputs, which cannot be freed between the passes."""
     own: int
     """At most, beside the outputs and the gradients."""
     peak: int
     """At most, in all."""
 
 
-def memory_of(
-    forward: Callable[[], Sequence[Tensor]],
-    inputs: Sequence[Tensor],
-    came: Sequence[Tensor],
-    given: Sequence[Tensor] | None = None,
-) -> Memory:
+def memory_of(forward: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor], came: Sequence[Tensor]) -> Memory:
     """Return what is allocated by ``forward`` and by the backward pass of its outputs.
 
     Args:
         forward: called with gradients enabled; returns the outputs.
         inputs: what gets gradients.
         came: the gradients of the outputs.
-        given: the caller's tensors, of which some may be kept; ``None``: the inputs.
     """
     _both(forward, inputs, came)  # tables and weights are made once
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -61,12 +55,13 @@ def memory_of(
     last = _made_last(events, {tensor.untyped_storage().data_ptr() for tensor in results})
     total = own = peak = most = kept = 0
     for _, size, made in events:
-        if size == _MARK:
+        if abs(size) == _MARK:
             kept = own
+            continue
         total += size
         own += 0 if made in last else size
         peak, most = max(peak, total), max(most, own)
-    return Memory(kept, _kept_of(inputs if given is None else given, forward), most, peak)
+    return Memory(kept, _kept_of(inputs, forward), most, peak)
 
 
 def _made_last(events: Sequence[_Event], addresses: set[int]) -> set[int]:
@@ -105,9 +100,9 @@ def _allocations(nodes: Sequence[Any]) -> Iterator[_Event]:
         yield _Event(address, size if made >= 0 else 0, made)  # of what was there before: nothing
 
 
-def _kept_of(given: Sequence[Tensor], forward: Callable[[], Sequence[Tensor]]) -> int:
-    """Return the bytes of given tensors that autograd keeps."""
-    ours = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in given}
+def _kept_of(inputs: Sequence[Tensor], forward: Callable[[], Sequence[Tensor]]) -> int:
+    """Return the bytes of inputs that autograd keeps."""
+    ours = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in inputs}
     seen: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:

@@ -33,11 +33,22 @@ from .allocations import Memory, memory_of
 CALL, SCALE = 10, 7.5
 SHAPE = (64, 3, 256, 256)
 RUN_SHAPE, RUN_CALLS = (4, 4, 64, 64), 20
+STEP, RUN = "memory of a step", f"memory of {RUN_CALLS} calls"
 OURS, PLAIN = "fastguide", "autograd of the formula in torch"
 
 Row = dict[str, Any]
 Coefficients = dict[str, float]
 Combination = Callable[[Tensor, Tensor], Tensor]
+
+
+def step_title(name: str) -> str:
+    """Return the name of a step's workload."""
+    return f"{STEP}, {name}, {SHAPE}"
+
+
+def run_title(name: str) -> str:
+    """Return the name of a run's workload."""
+    return f"{RUN}, {name}, {RUN_SHAPE}"
 
 
 # ---- The formulas in torch ----
@@ -132,8 +143,23 @@ def steps() -> dict[str, Step]:
     }
 
 
-def of_step(step: Step, shape: tuple[int, ...]) -> dict[str, Memory]:
-    """Return the memory of a step that is recorded, of ours and the formula's."""
+Forward = Callable[[], tuple[Tensor, ...]]
+
+
+class Recorded(NamedTuple):
+    """What contenders compute, what gets gradients, and those that come in."""
+
+    contenders: dict[str, Forward]
+    inputs: list[Tensor]
+    came: list[Tensor]
+
+    def memory(self) -> dict[str, Memory]:
+        """Return the memory of each contender."""
+        return {name: memory_of(forward, self.inputs, self.came) for name, forward in self.contenders.items()}
+
+
+def recorded_step(step: Step, shape: tuple[int, ...] = SHAPE) -> Recorded:
+    """Return a step that is recorded, ours and the formula's."""
     table, slots, batch = step.table, step.table.history_slots, shape[0]
     x, first, shift, came = (torch.randn(shape) for _ in range(4))
     uncond, cond = (tensor.to(step.dtype) for tensor in (first, first + 0.3 * shift))
@@ -158,14 +184,13 @@ def of_step(step: Step, shape: tuple[int, ...]) -> dict[str, Memory]:
             left[int(row["hist_slot"])] = row["hist_x0"] * x0 + row["hist_sample"] * x if row["hist_sample"] else x0
         return (new, torch.cat(left) if slots > 1 else left[0]) if slots else (new,)
 
-    of_outputs = [came, later] if slots else [came]
-    return {OURS: memory_of(ours, inputs, of_outputs), PLAIN: memory_of(plain, inputs, of_outputs)}
+    return Recorded({OURS: ours, PLAIN: plain}, inputs, [came, later] if slots else [came])
 
 
 # ---- Runs ----
 
 
-class Run(NamedTuple):
+class Loop(NamedTuple):
     """A run of a sampler that is recorded, and the same loop by its formula."""
 
     table: StepTable
@@ -173,7 +198,7 @@ class Run(NamedTuple):
     parameters: list[Tensor]
 
 
-def runs() -> dict[str, Run]:
+def runs() -> dict[str, Loop]:
     """Return the runs by name."""
     clipped, multistep = ddim(SCHEDULE, RUN_CALLS, clip_sample_range=1.0), dpm_solver(SCHEDULE, RUN_CALLS)
     net = torch.nn.Sequential(
@@ -189,17 +214,17 @@ def runs() -> dict[str, Run]:
         return factor * x + label.reshape(-1, 1, 1, 1)
 
     return {
-        "ddim, clipped, a model of two convolutions": Run(clipped, convolutions, list(net.parameters())),
-        "dpm++ 2m, a model of two convolutions": Run(multistep, convolutions, list(net.parameters())),
-        "ddim, clipped, a model of one multiplication": Run(clipped, multiplication, [factor]),
-        "dpm++ 2m, a model of one multiplication": Run(multistep, multiplication, [factor]),
+        "ddim, clipped, a model of two convolutions": Loop(clipped, convolutions, list(net.parameters())),
+        "dpm++ 2m, a model of two convolutions": Loop(multistep, convolutions, list(net.parameters())),
+        "ddim, clipped, a model of one multiplication": Loop(clipped, multiplication, [factor]),
+        "dpm++ 2m, a model of one multiplication": Loop(multistep, multiplication, [factor]),
     }
 
 
-def of_run(run: Run) -> dict[str, Memory]:
-    """Return the memory of a whole run, of ours and of loops by the formula, with and without checkpoints."""
-    table, batch = run.table, RUN_SHAPE[0]
-    x_T, came = torch.randn(RUN_SHAPE).requires_grad_(), torch.randn(RUN_SHAPE)
+def recorded_run(run: Loop, shape: tuple[int, ...] = RUN_SHAPE) -> Recorded:
+    """Return a whole run, ours and loops by the formula, with and without checkpoints."""
+    table, batch = run.table, shape[0]
+    x_T, came = torch.randn(shape).requires_grad_(), torch.randn(shape)
     cond, uncond = torch.ones(batch), torch.zeros(batch)
     both = torch.cat([uncond, cond])
     sampler = Sampler(run.model, table, ClassifierFree(SCALE))
@@ -214,7 +239,7 @@ def of_run(run: Run) -> dict[str, Memory]:
         return new, *left
 
     def loop(checkpointed: bool) -> tuple[Tensor, ...]:
-        state: tuple[Tensor, ...] = (x_T, *[torch.zeros(RUN_SHAPE) for _ in range(table.history_slots)])
+        state: tuple[Tensor, ...] = (x_T, *[torch.zeros(shape) for _ in range(table.history_slots)])
         for call in range(len(table)):
             state = checkpoint(step, call, *state, use_reentrant=False) if checkpointed else step(call, *state)
         return state[:1]
@@ -222,11 +247,10 @@ def of_run(run: Run) -> dict[str, Memory]:
     def ours(checkpointed: bool) -> tuple[Tensor, ...]:
         return (sampler.differentiable(x_T, checkpoint=checkpointed, cond=cond, uncond=uncond),)
 
-    inputs = [x_T, *run.parameters]
-    contenders: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+    contenders: dict[str, Forward] = {
         f"{OURS}, checkpoint=True": partial(ours, True),
         f"{OURS}, checkpoint=False": partial(ours, False),
         PLAIN: partial(loop, False),
         f"{PLAIN}, with checkpoints": partial(loop, True),
     }
-    return {name: memory_of(forward, inputs, [came]) for name, forward in contenders.items()}
+    return Recorded(contenders, [x_T, *run.parameters], [came])

@@ -28,6 +28,7 @@ from .measure import gradient_memory
 from .measure.allocations import Memory
 from .measure.timing import describe, in_turns
 from .report import machine, pages, targets
+from .report.memory_targets import memory_targets
 from .report.results import save
 from .workloads import SCHEDULE
 
@@ -186,7 +187,7 @@ def main() -> None:
             numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, (int, float)))
             print(f"{row['workload']}: {row['contender']}: {numbers or row.get('reason')}", flush=True)
     if "memory" in options.only:
-        rows += targets.judged(rows, device.type, targets.memory_targets())
+        rows += targets.judged(rows, device.type, memory_targets())
         print(pages.terminal([row for row in rows if row["suite"] == "targets"], sys.stdout.isatty()))
     if options.json is not None:
         results = {"machine": about, "seconds": time.perf_counter() - begin, "interrupted": False, "rows": rows}

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..contenders.registry import COMPILED, is_ours
-from ..measure import gradient_memory, moments
+from ..measure import moments
 from ..measure.pipelines import title as pipeline_title
 from ..measure.solvers import DOUBLED, DROP_IN, large_title, small_title
 
@@ -204,18 +204,6 @@ def unet_loop(run: Run, rival: str) -> Measured:
     return run.times_faster("tiny UNet, 50 steps", "Sampler, a graph of a step", rival)
 
 
-def most_memory(run: Run, part: str, begins: str, within: str = "") -> Measured:
-    """Return the largest part of fastguide's memory over that of autograd in torch, of workloads of such titles."""
-    found = []
-    for row in run.rows:
-        workload = row.get("workload", "")
-        if workload.startswith(begins) and within in workload and row.get("contender") == gradient_memory.PLAIN:
-            found.append(Measured(float(row[f"{part}_of_fastguide_over_this"]), workload))
-    if not found:
-        raise _MissingError(f"{gradient_memory.PLAIN!r} of {begins!r}")
-    return max(found)
-
-
 class Target(NamedTuple):
     """A promise, the function that measures it, the bound, and whether the value may be at most or at least that."""
 
@@ -391,29 +379,6 @@ def _gpu_targets() -> list[Target]:
             "a tiny UNet's loop of 50 steps: times faster than diffusers, compiled model",
             lambda run: unet_loop(run, "diffusers, compiled model"),
             at_least=1.3,
-        ),
-    ]
-
-
-def memory_targets() -> list[Target]:
-    """Return the targets of ``python -m benchmarks.gradients``: of recorded steps and runs, over autograd in torch."""
-    return [
-        Target(
-            "a recorded step: memory of its own, beside the next sample and the gradients, over autograd's, at most",
-            lambda run: most_memory(run, "own", gradient_memory.STEP),
-            at_most=1 / 3,
-        ),
-        Target(
-            "the same, all of it",
-            lambda run: most_memory(run, "peak", gradient_memory.STEP),
-            at_most=1 / 3,
-            cause="the next sample and the gradients that were asked for are most of both",
-            known_to=0.87,
-        ),
-        Target(
-            "a recorded run of a model of two convolutions, with checkpoints: memory over a plain loop's",
-            lambda run: most_memory(run, "peak", gradient_memory.RUN, "two convolutions"),
-            at_most=1 / 3,
         ),
     ]
 

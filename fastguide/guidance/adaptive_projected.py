@@ -43,7 +43,7 @@ class AdaptiveProjected(FromMoments):
 
     With ``momentum``, r is ``c - u + momentum * r_before``, before it is shortened: what the calls of a loop add up,
     from 0 at its first one on, wherever in the table that is (algorithm 1). ``Sampler`` keeps it; a step of one's own
-    is given a ``Momentum``. It is float32, or float64 if the sample is, and is not differentiated.
+    is given a ``Momentum``. It is float32, or float64 if the sample is.
 
     Args:
         guidance_scale: what ``ClassifierFree`` takes.

@@ -17,7 +17,7 @@ from ..step.history import History
 from ..step.inpainting import Inpainting
 from ..step.log_probability import Reduction
 from ..step.memory import empty_like
-from ..step.momentum import Momentum, refuse_gradients
+from ..step.momentum import Momentum
 from ..step.noise import portable_noise
 from . import conditioning as conditioning
 from .model_call import ModelCall, ModelOptions
@@ -31,6 +31,15 @@ class Drawn(NamedTuple):
 
     noise: Tensor | None = None
     seeds: Tensor | None = None
+
+
+class Earlier(NamedTuple):
+    """What earlier calls have left for later ones."""
+
+    entries: Tensor
+    """The history's."""
+    sums: Tensor | None
+    """What guidance with momentum has added up."""
 
 
 class EagerRun:
@@ -85,9 +94,9 @@ class EagerRun:
         return whole
 
     @property
-    def entries(self) -> Tensor:
-        """The history's, before the first step."""
-        return self._history.entries
+    def earlier(self) -> Earlier:
+        """What there is before the first step."""
+        return Earlier(self._history.entries, None if self._momentum is None else self._momentum.values)
 
     def draw(self, call: int) -> Drawn:
         """Draw the noise of a call's step, in the order of the calls."""
@@ -102,40 +111,42 @@ class EagerRun:
         drawn = portable_noise(seeds, self.first.shape, step=call - begin)  # counted from the first step
         return Drawn(empty_like(self.first.detach()).copy_(drawn))
 
-    def step_of_slots(self, call: int, x: Tensor, drawn: Drawn, *slots: Tensor) -> tuple[Tensor, ...]:
-        """Make a step; return the next sample and the slots, of which only what it has written is new.
+    def step_of_slots(
+        self, call: int, x: Tensor, drawn: Drawn, sums: Tensor | None, *slots: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Make a step; return the next sample, the sums, and the slots, of which only what it has written is new.
 
         So what is kept of each step is what later ones cannot find elsewhere.
         """
-        entries = slots[0] if len(slots) == 1 else torch.cat(slots) if slots else self.entries
-        new, left = self.step(call, x, entries, drawn)
+        entries = slots[0] if len(slots) == 1 else torch.cat(slots) if slots else self._history.entries
+        new, (left, sums) = self.step(call, x, Earlier(entries, sums), drawn)
         written = int(self.table.coefficients()["hist_slot"][call])
         if written < 0:
-            return new, *slots
+            return new, sums, *slots
         entry = left if len(slots) == 1 else left.unflatten(0, (len(slots), -1))[written].clone()
-        return new, *slots[:written], entry, *slots[written + 1 :]
+        return new, sums, *slots[:written], entry, *slots[written + 1 :]
 
-    def step(self, call: int, x: Tensor, entries: Tensor, drawn: Drawn, **options: Any) -> tuple[Any, Tensor]:
-        """Call the model and make a step; return what ``guided_step`` does with these options, and the entries."""
+    def step(self, call: int, x: Tensor, earlier: Earlier, drawn: Drawn, **options: Any) -> tuple[Any, Earlier]:
+        """Call the model and make a step; return what ``guided_step`` does with these options, and what is left."""
         predictions, variance = self._predict(call, x)
         guidance, gradient = self.guidance, None
         if guidance.classifier is not None:
             timestep = torch.full((len(x),), int(self.table.host_timesteps[call]), device=x.device)
             gradient = guidance.classifier.gradient(x, timestep, self._request.labels)
-        momentum = None
+        momentum, (entries, sums) = None, earlier
         if self._request.skips_uncond[call]:
             guidance = _without_unconditional(guidance, x)
-        elif self._momentum is None:
+        elif self._momentum is None or sums is None:
             predictions = guidance.terms(predictions)
         else:
-            momentum = self._momentum
+            momentum = self._momentum.continued(sums, call)
         history = self._history.continued(entries, call)
         result = guided_step(
             self.table, call, x, predictions, guidance, gradient=gradient, variance=variance, noise=drawn.noise,
             seeds=drawn.seeds, inpainting=self._inpainting, history=history, momentum=momentum,
             backend=self._options.backend, **options,
         )  # fmt: skip
-        return result, history.entries
+        return result, Earlier(history.entries, sums if momentum is None else momentum.values)
 
     def _predict(self, call: int, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
         options, copies = self._options, self.guidance.num_conditions
@@ -166,29 +177,28 @@ def differentiable(run: EagerRun, last: int | None, checkpoint: bool) -> Tensor:
     """Return x_0, whose last steps autograd has recorded; ``Sampler.differentiable`` describes the arguments."""
     if run.guidance.classifier is not None:
         raise ValueError("guidance: expected no Classifier, whose gradient would be taken for a constant, got one")
-    if isinstance(run.guidance.derived, AddedUp):
-        refuse_gradients()
     if last is not None and last > len(run.calls):
         raise ValueError(f"last: expected at most the run's {len(run.calls)} calls, got {last}")
     begin = run.calls.stop - (len(run.calls) if last is None else last)
-    x, entries = run.first, run.entries
+    x, earlier = run.first, run.earlier
     for call in run.calls:
         drawn = run.draw(call)
         if call < begin:
             with torch.no_grad():
-                x, entries = run.step(call, x, entries, drawn)
+                x, earlier = run.step(call, x, earlier, drawn)
         elif checkpoint:
             if call == max(begin, run.calls.start):
-                slots = entries.chunk(run.table.history_slots) if run.table.history_slots else ()
-            x, *slots = checkpointed(run.step_of_slots, call, x, drawn, *slots, use_reentrant=False)
+                slots = earlier.entries.chunk(run.table.history_slots) if run.table.history_slots else ()
+                sums = earlier.sums
+            x, sums, *slots = checkpointed(run.step_of_slots, call, x, drawn, sums, *slots, use_reentrant=False)
         else:
-            x, entries = run.step(call, x, entries, drawn)
+            x, earlier = run.step(call, x, earlier, drawn)
     return x.clone() if x is run.first else x
 
 
 def with_log_probs(run: EagerRun, samples: bool, originals: bool, reduction: Reduction) -> PolicyTrajectory:
     """Return what was on the way, with the log-probability of each step; call it without gradients."""
-    x, entries, adds_noise = run.first, run.entries, run.table.adds_noise
+    x, earlier, adds_noise = run.first, run.earlier, run.table.adds_noise
     way = x.new_empty(len(run.calls) + 1, *x.shape) if samples else None
     predicted = x.new_empty(len(run.calls), *x.shape) if originals else None
     log_probs = torch.zeros(len(run.calls), len(x), dtype=torch.float64, device=x.device)
@@ -199,9 +209,9 @@ def with_log_probs(run: EagerRun, samples: bool, originals: bool, reduction: Red
         drawn = run.draw(call)
         if adds_noise[call]:
             options = {"original": original, "return_log_prob": reduction}
-            (x, log_probs[number]), entries = run.step(call, x, entries, drawn, **options)
+            (x, log_probs[number]), earlier = run.step(call, x, earlier, drawn, **options)
         else:
-            x, entries = run.step(call, x, entries, drawn, original=original)
+            x, earlier = run.step(call, x, earlier, drawn, original=original)
         if predicted is not None and original is not None:
             predicted[number] = original
     if way is not None:

@@ -21,7 +21,7 @@ from .cursor import Cursor
 from .history import History, entries_of, history_follows
 from .inpainting import Inpainting
 from .log_probability import Reduction, step_with_log_prob
-from .momentum import Momentum, momentum_terms, refuse_gradients
+from .momentum import Momentum, momentum_terms
 from .noise import DeviceGenerator, draw
 from .overlaps import check_memory
 from .repeat import kinds_of, remember, repeat, token_of
@@ -113,7 +113,7 @@ def guided_step(  # type: ignore[misc]
             the loop's own, which the step reads and writes. With an index on the host, its steps are checked to follow
             each other.
         momentum: what the loop's steps add up, for guidance with momentum: a ``Momentum`` of the loop's own, which the
-            step moves on. No gradients are recorded then.
+            step moves on.
         anchor: what the last step wrote, where the caller has changed the sample since: solvers that go back to the
             sample of an earlier call then go back to that. ``None``: the sample itself.
         original: where to write the predicted (clipped) original sample x_0 as well: a tensor of the sample's shape
@@ -149,6 +149,20 @@ def guided_step(  # type: ignore[misc]
     if momentum is not None:
         given = predictions
         guidance, predictions = momentum_terms(momentum, table, index, sample, given, guidance)
+        inputs = gradient, variance, noise, anchor, entries_of(history), *_known_part(inpainting)
+        if asks_for_gradients(guidance, predictions, sample, *inputs):
+            options: dict[str, Any] = {
+                "gradient": gradient, "variance": variance, "noise": noise, "generator": generator, "seeds": seeds,
+                "inpainting": inpainting, "history": history, "anchor": anchor, "original": original, "out": out,
+                "staged": staged, "backend": backend, "return_log_prob": return_log_prob,
+            }  # fmt: skip
+            terms = predictions
+
+            def make(sums: Tensor) -> Any:
+                return guided_step(table, index, sample, [sums, *terms[1:]], guidance, **options)
+
+            recorded: Tensor | tuple[Tensor, Tensor] = momentum.add_recorded(guided_step, index, given, backend, make)
+            return recorded
         add = functools.partial(momentum.add, guided_step, index, given, backend)
     call = (
         index, sample, predictions, token_of(guidance), gradient, variance, noise, generator, seeds, inpainting,
@@ -169,11 +183,9 @@ def guided_step(  # type: ignore[misc]
                 _note_the_step(history, index)
             return done
     chosen = backend_for(backend, checks.device_of("sample", sample).type)
-    known = inpainting if isinstance(inpainting, Inpainting) else ()
-    records = asks_for_gradients(guidance, predictions, sample, gradient, variance, noise, anchor, call[10], *known)
+    inputs = gradient, variance, noise, anchor, call[10], *_known_part(inpainting)
+    records = asks_for_gradients(guidance, predictions, sample, *inputs)
     used = UNGUIDED if guidance is None else guidance
-    if records and add is not None:
-        refuse_gradients()
     if records and isinstance(used, Guidance):
         used = to_be_recorded(used, chosen, sample)
     arguments, generator = (_validate_without_gradients if records else checks.validate)(
@@ -223,6 +235,10 @@ def guided_step(  # type: ignore[misc]
 
 _validate_without_gradients = torch.no_grad()(checks.validate)
 """Tensors that require a gradient are refused while gradients are enabled, unless they are to be recorded."""
+
+
+def _known_part(inpainting: Any) -> tuple[Tensor, ...]:
+    return inpainting if isinstance(inpainting, Inpainting) else ()
 
 
 def _note_the_step(history: History, index: int | Tensor | Cursor) -> None:

@@ -29,7 +29,7 @@ from .cursor import Cursor
 from .first_derivatives import refusing_second
 from .history import History, entries_of
 from .memory import empty_like, overlaps
-from .momentum import Momentum, momentum_terms, refuse_gradients
+from .momentum import Momentum, momentum_terms
 from .noise import draw
 from .operator import StepArguments, inputs, library
 from .weigh import combined_in_blocks, position_of, split, with_sample_as_prediction
@@ -77,8 +77,7 @@ def log_prob_of(
     Args:
         table, index, sample, predictions, guidance, gradient, variance, anchor, backend: as in ``guided_step``.
         next_sample: what that step returned, of the sample's shape.
-        history, momentum: as in ``guided_step``; they are moved on, as the step would. Nothing is differentiable with
-            a momentum.
+        history, momentum: as in ``guided_step``; they are moved on, as the step would.
         reduction: over a sample's elements, ``"mean"`` or ``"sum"``.
 
     Returns:
@@ -96,14 +95,19 @@ def log_prob_of(
     """
     check_log_prob(table, index, reduction)
     chosen = backend_for(backend, checks.device_of("sample", sample).type)
-    checks.device_of("next_sample", next_sample)
-    if next_sample.shape != sample.shape:
-        raise ValueError(f"next_sample: expected shape {tuple(sample.shape)}, got {tuple(next_sample.shape)}")
+    checks.check_operand("next_sample", next_sample, sample, False)
     before = None
     given = guidance, predictions, sample, gradient, variance, anchor, entries_of(history), next_sample
     if momentum is not None:
-        if asks_for_gradients(*given):
-            refuse_gradients()
+        if asks_for_gradients(*given, momentum.values):
+            of_terms, terms = momentum_terms(momentum, table, index, sample, predictions, guidance)
+            options: dict[str, Any] = {"gradient": gradient, "variance": variance, "history": history, "anchor": anchor}
+            options |= {"reduction": reduction, "backend": backend}
+            call_of = functools.partial(log_prob_of, table, index, sample)
+            return momentum.add_recorded(
+                _new_step, index, predictions, backend,
+                lambda sums: call_of([sums, *terms[1:]], of_terms, next_sample, **options),
+            )  # fmt: skip
         guidance, predictions, before = _with_momentum(momentum, table, index, sample, predictions, guidance, backend)
     call = chosen, table, index, sample, predictions, (gradient, variance), history, anchor
     used = UNGUIDED if guidance is None else guidance
@@ -151,8 +155,6 @@ def step_with_log_prob(
     call = call._replace(guidance=guidance, history=history)
     of_mean = call.gradient, call.variance, call.anchor, entries_of(history)
     if asks_for_gradients(guidance, call.predictions, call.sample, call.noise, *of_mean):
-        if before is not None:
-            refuse_gradients()
         last = None if history is None else copy(history)
         new = step(table, *call[:4], **dict(zip(Call._fields[4:], call[4:], strict=True)))
         options = {name: getattr(call, name) for name in ("gradient", "variance", "anchor", "backend")}
@@ -231,6 +233,19 @@ def _step_in_place(
     )  # fmt: skip
     chosen.step(*a)
     return out
+
+
+def _new_step(
+    table: StepTable, index: Any, sample: Tensor, predictions: Any, guidance: Guidance, *, backend: Any
+) -> Tensor:
+    """Do as ``guided_step`` where gradients are recorded."""
+    chosen = backend_for(backend, sample.device.type)
+    with torch.no_grad():
+        a, _ = checks.validate(
+            chosen, table, index, sample, predictions, guidance, (None, None), None, None, None, None, None, None, None,
+            None, None,
+        )  # fmt: skip
+    return recorded_step(chosen, table, guidance, a, None, index, None, None)
 
 
 def _validated(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NoReturn
+from copy import copy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .cursor import Cursor
 from .memory import empty_strided, same_layout
 from .operator import StepArguments
 
+_Made = TypeVar("_Made")
 SHIFT = Guidance(torch.tensor([[[0.0, 1.0, 0.0]]], dtype=torch.float64, device="cpu"), None)
 """The difference of two predictions."""
 
@@ -61,10 +63,18 @@ class Momentum:
         self._next: int | None = None
 
     def restart(self) -> Momentum:
-        """Begin a new loop: nothing has been added up."""
+        """Begin a new loop: nothing has been added up. What autograd has recorded is left behind."""
         self._next = None
+        if self.values.requires_grad:
+            self.values = sums_like(self.values)
         self.values.zero_()
         return self
+
+    def continued(self, values: Tensor, index: int) -> Momentum:
+        """Return one that goes on from these values with the call of this index, which may write to them."""
+        other = copy(self)
+        other.values, other._next = values, index
+        return other
 
     def guidance_of_terms(self, guidance: Guidance) -> Guidance:
         """Return guidance of the terms, the same one each time for the same guidance."""
@@ -87,6 +97,26 @@ class Momentum:
         where = rows_at(index.state, index.batch is not None) if isinstance(index, Cursor) else index
         step(self._updates, where, self.values, predictions, SHIFT, out=self.values, backend=backend)
         self._next = index + 1 if isinstance(index, int) else None
+
+    def add_recorded(
+        self,
+        step: Callable[..., Tensor],
+        index: int | Tensor | Cursor,
+        predictions: Tensor | Sequence[Tensor],
+        backend: str | None,
+        make: Callable[[Tensor], _Made],
+    ) -> _Made:
+        """Do as ``add``, to a new tensor, so that autograd can record it; return what ``make`` makes of that.
+
+        Where either raises, nothing has been added up.
+        """
+        if isinstance(index, int):
+            checks.check_row(self._table, index)
+        where = rows_at(index.state, index.batch is not None) if isinstance(index, Cursor) else index
+        values = step(self._updates, where, self.values, predictions, SHIFT, backend=backend)
+        made = make(values)
+        self.values, self._next = values, index + 1 if isinstance(index, int) else None
+        return made
 
     def check(self, table: StepTable, guidance: Guidance, index: int | Tensor | Cursor, sample: Tensor) -> None:
         """Refuse a step of another table, guidance, sample or call."""
@@ -174,14 +204,6 @@ def momentum_terms(
     for k, prediction in enumerate(given):
         checks.check_operand("predictions" if stacked else f"predictions[{k}]", prediction, sample, False, stacked)
     return momentum.guidance_of_terms(guidance), terms
-
-
-def refuse_gradients() -> NoReturn:
-    """Refuse to record a step with momentum."""
-    raise ValueError(
-        "momentum: expected no gradients to be asked of guidance with momentum, as what earlier steps have added up is "
-        "not recorded; use torch.no_grad(), or guidance without momentum"
-    )
 
 
 def _checked_key(guidance: Any) -> Hashable:

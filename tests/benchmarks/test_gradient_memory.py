@@ -9,6 +9,7 @@ from benchmarks import gradients
 from benchmarks.measure import gradient_memory
 from benchmarks.measure.allocations import Memory, memory_of
 from benchmarks.report import targets
+from benchmarks.report.memory_targets import memory_targets
 
 
 def test_every_byte_is_counted_once():
@@ -55,7 +56,7 @@ def test_the_largest_ratio_is_judged():
     for title, own in ((f"{gradient_memory.STEP}, a", 10), (f"{gradient_memory.STEP}, b", 40)):
         found = {gradient_memory.OURS: Memory(0, 0, own, 80), gradient_memory.PLAIN: Memory(0, 0, 100, 100)}
         rows += gradients._memory_rows({"suite": "gradients", "workload": title}, found)
-    own, peak, run = targets.judged(rows, "cpu", targets.memory_targets())
+    own, peak, run = targets.judged(rows, "cpu", memory_targets())
     assert (own["status"], own["measured"], own["slowest"]) == ("missed", 0.4, f"{gradient_memory.STEP}, b")
     assert (peak["status"], peak["measured"]) == ("missed", 0.8)
     assert peak["reason"].startswith("the next sample and the gradients")

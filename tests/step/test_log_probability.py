@@ -217,6 +217,11 @@ REFUSED = [
     (lambda: with_log_prob(TABLES["ddpm"]), "noise: this step adds noise"),
     (lambda: log_prob_of(TABLES["ddpm"], 2, X, X, None, X[:1]), "next_sample: expected shape"),
     (
+        lambda: log_prob_of(TABLES["ddpm"], 2, X, X, None, X.mT.contiguous().mT),
+        "next_sample: expected the sample's layout",
+    ),
+    (lambda: log_prob_of(TABLES["ddpm"], 2, X, X, None, X.long()), "next_sample: expected float32, bfloat16"),
+    (
         lambda: with_log_prob(TABLES["ddpm"], Cursor().start(TABLES["ddpm"]), **NOISE),
         "index: expected an int .* Cursor",
     ),

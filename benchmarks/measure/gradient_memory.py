@@ -19,6 +19,7 @@ from fastguide import (
     ClassifierFree,
     Guidance,
     History,
+    Normalized,
     Sampler,
     StepTable,
     Tangential,
@@ -91,6 +92,14 @@ def tangential(uncond: Tensor, cond: Tensor) -> Tensor:
     return damped + SCALE * (cond - damped)
 
 
+def normalized(uncond: Tensor, cond: Tensor) -> Tensor:
+    """Return ``u + s * (c - u)``, each place's channels as long as those of c."""
+    m = classifier_free(uncond, cond)
+    length, own = (torch.linalg.vector_norm(values, dim=1, keepdim=True) for values in (cond, m))
+    guided: Tensor = length / own * m
+    return guided
+
+
 def original(row: Coefficients, x: Tensor, m: Tensor) -> Tensor:
     """Return x_0, clipped if the row says so."""
     x0 = row["x0_scale"] * (row["x0_sample"] * x + row["x0_pred"] * m)
@@ -136,6 +145,7 @@ def steps() -> dict[str, Step]:
         "dpm++ 2m, with a history": Step(dpm_solver(SCHEDULE, 50), free, classifier_free),
         "ddim, rescaled": Step(plain, ClassifierFree(SCALE, guidance_rescale=0.7), rescaled),
         "ddim, projected": Step(plain, AdaptiveProjected(SCALE, norm_threshold=15.0), projected),
+        "ddim, normalized over channels": Step(plain, Normalized(SCALE, dim=1), normalized),
         "ddim, tangential": Step(plain, Tangential(SCALE), tangential),
         "ddim, projected, bfloat16 predictions": Step(
             plain, AdaptiveProjected(SCALE, norm_threshold=15.0), projected, torch.bfloat16

@@ -25,6 +25,7 @@ from .history import History
 from .memory import empty_strided, in_layout_of
 from .noise import DeviceGenerator, draw, portable_noise
 from .operator import StepArguments
+from .through_groups import weighed_by_groups
 from .through_moments import TermGradients, moments_in_parts
 from .weigh import (
     made_in_step,
@@ -113,7 +114,8 @@ def recorded_step(
         a, increment = draw(a, generator, in_kernel, out_is_new=False)
     made_by = None if guidance is None or a.program is not None else guidance.weights_from
     if isinstance(made_by, MomentWeights):
-        a = weighed(a, made_by, made_by.on(a.sample.device)[1])
+        make = weighed if made_by.dims is None else weighed_by_groups
+        a = make(a, made_by, made_by.on(a.sample.device)[1])
     elif guidance is not None and made_by is not None:
         a = a._replace(weights=guidance.weights_for(a.predictions, a.sample.device, a.rows.dtype))
     if a.weights.requires_grad:

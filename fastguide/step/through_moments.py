@@ -25,6 +25,14 @@ _AT_ONCE = {"cpu": 2**18}
 _AT_ONCE_ELSEWHERE = 2**24
 
 
+def parts_of(sample: Tensor, share: int = 1) -> list[slice]:
+    """Return which samples are looked at together: of so many elements, or of that over ``share``."""
+    batch = len(sample)
+    size = sample.numel() // max(batch, 1)
+    step = max(_AT_ONCE.get(sample.device.type, _AT_ONCE_ELSEWHERE) // (share * max(size, 1)), 1)
+    return [slice(begin, begin + step) for begin in range(0, batch, step)]
+
+
 def moments_in_parts(predictions: Sequence[Tensor], names: Collection[str], sample: Tensor) -> dict[str, Tensor]:
     """Return ``moments_of`` these tensors, some samples at a time: what they need beside the tensors is of some.
 
@@ -32,12 +40,9 @@ def moments_in_parts(predictions: Sequence[Tensor], names: Collection[str], samp
         predictions, names, sample: as that takes them, in any dtypes; they are computed in float32, or in float64 if
             one is.
     """
-    batch = len(sample)
-    size = sample.numel() // max(batch, 1)
-    step = max(_AT_ONCE.get(sample.device.type, _AT_ONCE_ELSEWHERE) // max(size, 1), 1)
-    if step >= batch:
+    some = parts_of(sample)
+    if len(some) < 2:
         return moments_of(predictions, names, sample)
-    some = [slice(begin, begin + step) for begin in range(0, batch, step)]
     parts = [moments_of([prediction[s] for prediction in predictions], names, sample[s]) for s in some]
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "numel"}
     return parts[0] | joined

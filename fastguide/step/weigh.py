@@ -40,26 +40,44 @@ def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> Ste
         made_by: has the program, and keeps what was made.
         parameters: its parameters and constants, of shape (calls or 1, batch or 1, numbers).
     """
-    batch = a.sample.shape[0]
     count = a.weights.shape[-1] - 1
-    predictions = split(a.predictions, count, batch)
-    steps, first, _ = position_of(a)
-    named = dict(zip(made_by.names, selected(parameters, steps, batch).unbind(-1), strict=False))
-    dims = None if made_by.dims is None else resolved(made_by.dims, a.sample)
-    terms = weights_of(a, predictions, made_by.program, (steps, first), named, dims)
-    exact = with_gradient_scale(terms, count, selected(a.weights, steps, batch)[:, -1:])
+    if made_by.dims is not None:
+        m, exact = guided_by_groups(a, made_by, parameters)
+        made_by.last_weights = exact.to(a.weights.dtype)[None].detach()
+        return of_guided_prediction(a, in_layout_of(a.sample, m.to(a.weights.dtype)))
+    predictions, exact = _exact_weights(a, made_by, parameters)
     made = exact.to(a.weights.dtype)
     made_by.last_weights = made[None].detach()
-    if dims is not None:  # in float64, as what cancels is divided by its norm
-        sizes = [1 if k in dims else size for k, size in enumerate(a.sample.shape)]
-        x, each = a.sample.double(), [prediction.double() for prediction in predictions]
-        m = combined([weight.reshape(sizes) for weight in exact.unbind(-1)], each, x).to(made.dtype)
-        return _of_guided_prediction(a, in_layout_of(a.sample, m), steps)
-    if terms.shape[1] > count:
+    if made.shape[1] > count + 1:
         made, predictions = with_sample_as_prediction(made, count), [*predictions, a.sample]
     return a._replace(
         predictions=predictions, weights=made[None], program=None, parameters=None, made=None, scratch=None
     )
+
+
+def guided_by_groups(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the guided prediction, of weights that each group has, and these: float64 of (batch, groups, columns).
+
+    Both are in float64, as what cancels is divided by its norm. The arguments are those of ``weighed``.
+    """
+    assert made_by.dims is not None
+    dims = resolved(made_by.dims, a.sample)
+    predictions, exact = _exact_weights(a, made_by, parameters, dims)
+    sizes = [1 if k in dims else size for k, size in enumerate(a.sample.shape)]
+    x, each = a.sample.double(), [prediction.double() for prediction in predictions]
+    return combined([weight.reshape(sizes) for weight in exact.unbind(-1)], each, x), exact
+
+
+def _exact_weights(
+    a: StepArguments, made_by: MomentWeights, parameters: Tensor, dims: tuple[int, ...] | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Return the predictions, one for each weight, and the weights with the gradient's scale, in float64."""
+    batch, count = a.sample.shape[0], a.weights.shape[-1] - 1
+    predictions = split(a.predictions, count, batch)
+    steps, first, _ = position_of(a)
+    named = dict(zip(made_by.names, selected(parameters, steps, batch).unbind(-1), strict=False))
+    terms = weights_of(a, predictions, made_by.program, (steps, first), named, dims)
+    return predictions, with_gradient_scale(terms, count, selected(a.weights, steps, batch)[:, -1:])
 
 
 def combined_in_blocks(a: StepArguments, made: Tensor) -> StepArguments:
@@ -73,11 +91,12 @@ def combined_in_blocks(a: StepArguments, made: Tensor) -> StepArguments:
     x, *each = [in_blocks(tensor, blocks).to(made.dtype) for tensor in (a.sample, *predictions)]
     m = empty_like(a.sample, a.rows.dtype)
     in_blocks(m, blocks).copy_(combined([weight[..., None] for weight in made.unbind(-1)], each, x))
-    return _of_guided_prediction(a, m, position_of(a)[0])
+    return of_guided_prediction(a, m)
 
 
-def _of_guided_prediction(a: StepArguments, m: Tensor, steps: Tensor) -> StepArguments:
-    scale = selected(a.weights, steps, a.sample.shape[0])[:, -1:]
+def of_guided_prediction(a: StepArguments, m: Tensor) -> StepArguments:
+    """Return the arguments of a step with the guided prediction that was made, and no program."""
+    scale = selected(a.weights, position_of(a)[0], a.sample.shape[0])[:, -1:]
     weights = torch.cat([torch.ones_like(scale), scale], -1)[None]
     return a._replace(predictions=[m], weights=weights, program=None, parameters=None, made=None, scratch=None)
 

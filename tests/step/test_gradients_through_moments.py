@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import gradcheck
 
 import fastguide
 from benchmarks.measure import gradient_memory as formulas
 from benchmarks.measure.allocations import memory_of
-from fastguide import AdaptiveProjected, ClassifierFree, Normalized, Tangential
+from fastguide import AdaptiveProjected, Classifier, ClassifierFree, Normalized, Tangential
 from fastguide.step import through_moments
 from tests.step.test_gradients import BOTH, SCHEDULE
 
@@ -18,6 +19,7 @@ KINDS = {
     "rescaled": (lambda: ClassifierFree(SCALE, guidance_rescale=0.7), formulas.rescaled),
     "projected": (lambda: AdaptiveProjected(SCALE, norm_threshold=15.0), formulas.projected),
     "tangential": (lambda: Tangential(SCALE), formulas.tangential),
+    "normalized": (lambda: Normalized(SCALE, dim=1), formulas.normalized),
 }
 
 
@@ -58,12 +60,12 @@ def test_as_exact_as_torch_s_own(name, predicted, backend, generator):
         assert (g.double() - truth).abs().max() <= 2 * (single.double() - truth).abs().max() + rounding
 
 
-@pytest.mark.parametrize("make", [*(make for make, _ in KINDS.values()), lambda: Normalized(SCALE)])
-def test_no_tensor_of_the_step_s_size_is_made(make, generator, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "normalized"])
+def test_no_tensor_of_the_step_s_size_is_made(name, generator, monkeypatch):
     """A part of a sample's elements at a time; the gradients are the same as of all at once."""
     x, uncond, cond, came = inputs(generator, (16, 3, 16, 16))
     leaves = [tensor.requires_grad_() for tensor in (x, uncond, cond)]
-    guidance = make()
+    guidance = KINDS[name][0]()
 
     def forward():
         return (fastguide.guided_step(TABLE, CALL, x, [uncond, cond], guidance),)
@@ -87,3 +89,39 @@ def test_a_scale_alone_is_learned_without_the_predictions_gradients(generator):
 
     used = memory_of(forward, [scale], [came])
     assert used.peak < 3.5 * came.nbytes  # the next sample, and what the moments need
+
+
+@pytest.mark.parametrize("samples", [8, 1])
+def test_groups_are_looked_at_some_samples_at_a_time(samples, generator, monkeypatch):
+    """With scales of each step, and of each sample or all, at rows of their own; a classifier's is learned as well."""
+    x, uncond, cond, came = inputs(generator, (8, 3, 8, 8))
+    g, index = torch.randn(x.shape, generator=generator), torch.tensor([2, 3, 1, 0, 2, 2, 4, 1])
+    scale = (3 + torch.rand(6, samples, generator=generator)).requires_grad_()
+    of_classifier = torch.rand(8, generator=generator).requires_grad_()
+    leaves = [tensor.requires_grad_() for tensor in (x, uncond, cond)]
+
+    def forward():
+        guidance = Normalized(scale, dim=1) + Classifier(None, of_classifier)
+        return (fastguide.guided_step(TABLE, index, x, [uncond, cond], guidance, gradient=g),)
+
+    expected = torch.autograd.grad(forward(), [*leaves, scale, of_classifier], came)
+    whole = memory_of(forward, leaves, [came])
+    monkeypatch.setitem(through_moments._AT_ONCE, "cpu", 1)
+    for ours, theirs in zip(
+        torch.autograd.grad(forward(), [*leaves, scale, of_classifier], came), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert not expected[3][5].any()  # no sample is there
+    parts = memory_of(forward, leaves, [came])
+    assert parts.own < whole.own / 2
+
+
+def test_groups_pass_gradients_on_at_rows_of_their_own(generator):
+    x, uncond, cond, _ = (t.double() for t in inputs(generator, (2, 3, 2, 2)))
+    scale, index = 2 + torch.rand(6, 2, dtype=torch.float64, generator=generator), torch.tensor([4, 2])
+
+    def run(x, scale, stacked):
+        return fastguide.guided_step(TABLE, index, x, stacked, Normalized(scale, dim=1))
+
+    leaves = [tensor.requires_grad_() for tensor in (x, scale, torch.cat([uncond, cond]))]
+    assert gradcheck(run, leaves, fast_mode=True)

@@ -1,0 +1,107 @@
+"""Record the guided prediction of weights that each group of a sample's elements has, some samples at a time.
+
+torch's own operations make it, in float64: what they need beside the inputs is some samples', in either pass, and the
+backward pass makes it anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..guidance.moment_weights import MomentWeights
+from .first_derivatives import refusing_second
+from .memory import empty_like
+from .operator import StepArguments
+from .through_moments import parts_of
+from .weigh import guided_by_groups, of_guided_prediction, split
+
+_SHARE = 8
+"""A backward pass needs 30 tensors of as many elements, in float64."""
+
+
+def weighed_by_groups(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> StepArguments:
+    """Do as ``weighed``, for weights of groups, where gradients are recorded."""
+    predictions = split(a.predictions, a.weights.shape[-1] - 1, len(a.sample))
+    plain = a._replace(weights=a.weights.detach(), gradient=None, variance=None, noise=None, anchor=None, history=None)
+    m = _GuidedByGroups.apply(plain, made_by, a.sample, parameters, *predictions)  # type: ignore[no-untyped-call]
+    return of_guided_prediction(a, m)
+
+
+class _GuidedByGroups(torch.autograd.Function):
+    """The guided prediction in the precision of the arithmetic; its inputs are the sample, parameters, predictions."""
+
+    @staticmethod
+    def forward(ctx: Any, a: StepArguments, made_by: MomentWeights, *inputs: Tensor) -> Tensor:
+        made = empty_like(a.sample, a.rows.dtype)
+        weights = []
+        for part in parts_of(a.sample, _SHARE):
+            m, exact = _guided(a, made_by, part, *_of_part(inputs, part))
+            made[part].copy_(m)
+            weights.append(exact.to(a.weights.dtype))
+        if weights:
+            made_by.last_weights = torch.cat(weights)[None]
+        ctx.save_for_backward(a.rows, a.weights, a.indices, *inputs)
+        ctx.made_by, ctx.index = made_by, a.index
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        rows, weights, indices, *inputs = ctx.saved_tensors
+        sample, needs = inputs[0], ctx.needs_input_grad[2:]
+        a = StepArguments(sample, None, None, sample, [], rows, weights, ctx.index, indices, None, None, None)
+        with torch.no_grad():
+            gradients = [
+                (torch.zeros_like(tensor) if k == 1 else empty_like(sample, tensor.dtype)) if needed else None
+                for k, (tensor, needed) in enumerate(zip(inputs, needs, strict=True))
+            ]
+            for part in parts_of(sample, _SHARE):
+                _add_part(a, ctx.made_by, part, inputs, gradients, grad[part])
+        return None, None, *refusing_second(gradients, (grad, *inputs), "guided_step")
+
+
+def _add_part(
+    a: StepArguments,
+    made_by: MomentWeights,
+    part: slice,
+    inputs: list[Tensor],
+    gradients: list[Tensor | None],
+    grad: Tensor,
+) -> None:
+    """Fill the gradients of some samples; parameters may be shared with others."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in _of_part(inputs, part)]
+        m, _ = _guided(a, made_by, part, *leaves)
+        found = torch.autograd.grad(m, leaves, grad.double(), allow_unused=True)
+    for k, (whole, some) in enumerate(zip(gradients, found, strict=True)):
+        if whole is None:
+            continue
+        if k == 1:
+            place = whole[:, part] if whole.shape[1] > 1 else whole
+            place.add_(0.0 if some is None else some)
+        elif some is None:
+            whole[part].zero_()
+        else:
+            whole[part].copy_(some)
+
+
+def _of_part(inputs: Any, part: slice) -> list[Tensor]:
+    """Return the inputs of some samples."""
+    sample, parameters, *predictions = inputs
+    return [
+        sample[part],
+        parameters[:, part] if parameters.shape[1] > 1 else parameters,
+        *(prediction[part] for prediction in predictions),
+    ]
+
+
+def _guided(
+    a: StepArguments, made_by: MomentWeights, part: slice, sample: Tensor, parameters: Tensor, *predictions: Tensor
+) -> tuple[Tensor, Tensor]:
+    each = a.indices is not None and a.indices.dim() == 1 and len(a.indices) > 1
+    indices = a.indices[part] if each and a.indices is not None else a.indices
+    weights = a.weights[:, part] if a.weights.shape[1] > 1 else a.weights
+    of_part = a._replace(sample=sample, predictions=list(predictions), indices=indices, weights=weights)
+    return guided_by_groups(of_part, made_by, parameters)

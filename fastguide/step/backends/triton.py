@@ -102,7 +102,7 @@ def _version() -> str:
 
 
 _SCALARS = ("index", "philox_threads")
-_OF_PROGRAMS = ("program", "parameters", "made", "scratch")  # for the kernels before the step's
+_OF_PROGRAMS = ("program", "parameters", "made", "scratch")  # for the kernel before the step's
 _TENSORS = tuple(place for place, name in enumerate(StepArguments._fields) if name not in (*_SCALARS, *_OF_PROGRAMS))
 _WITH_STRIDES = tuple(
     place
@@ -116,27 +116,22 @@ def guided_step(*arguments: Any) -> None:
     a = StepArguments(*arguments)
     if a.sample.numel() > 0:
         _check(a)
-        a = _with_made_weights(_each_apart(a))
+        a = _each_apart(a)
+        if a.program is not None:
+            making = _makes_weights(a)
+            making(a.index, a.indices, a.cursor, a.sample, a.predictions)
+            a = making.step(a)
         shape = _Shape.of(a)
         state = a.philox if a.philox is not None and a.philox.numel() == 3 else None
         tensors = a._replace(philox=state)
         _launch(shape.programs, shape.arguments(a.index, tuple(tensors[k] for k in _TENSORS)), a.sample.device)
 
 
-def _with_made_weights(a: StepArguments) -> StepArguments:
-    """Launch what makes the weights of a step, if it has a program for that."""
-    if a.program is None:
-        return a
-    from .triton_moments import with_made_weights
+def _makes_weights(a: StepArguments) -> Any:
+    """Return what launches the kernel that makes the weights of a step with a program."""
+    from .triton_moments import MakesWeights
 
-    return with_made_weights(a)
-
-
-def _reading_step(a: StepArguments) -> StepArguments:
-    """Return the arguments of the step that reads what the kernels before it have made."""
-    from .triton_moments import reading_step
-
-    return reading_step(a)
+    return MakesWeights(a)
 
 
 def _each_apart(a: StepArguments) -> StepArguments:
@@ -199,9 +194,10 @@ class Relaunch:
 
     def __init__(self, a: StepArguments) -> None:
         """Remember a step that was made."""
-        self._makes_weights = a.program is not None
-        self._shape = _Shape.of(_reading_step(_each_apart(a)) if self._makes_weights else _each_apart(a))
-        self._constants = a.rows, a.weights, a.cursor, a.timestep, a.program, a.parameters, a.made, a.scratch
+        a = _each_apart(a)
+        self._making = None if a.program is None else _makes_weights(a)
+        self._shape = _Shape.of(a if self._making is None else self._making.step(a))
+        self._constants = a.rows, a.weights, a.cursor, a.timestep
         self._count, self._batch, self._device = a.weights.shape[-1] - 1, a.sample.shape[0], a.sample.device
         self._kernel: Any = None
 
@@ -212,24 +208,17 @@ class Relaunch:
         original: Tensor | None, _out: Any, staged: Tensor | None, _backend: Any,
     ) -> None:  # fmt: skip
         """Launch it: the output, the noise, and what ``guided_step`` got."""
-        rows, weights, cursor, timestep, *of_program = self._constants
+        rows, weights, cursor, timestep = self._constants
         each = _apart([predictions] if type(predictions) is Tensor else predictions, self._count, self._batch)
-        indices = index if type(index) is Tensor else None
-        if self._makes_weights:
-            named: dict[str, Any] = dict(zip(_OF_PROGRAMS, of_program, strict=True))
-            made = _with_made_weights(
-                StepArguments(
-                    out, None, None, sample, list(each), rows, weights, index if type(index) is int else 0, indices,
-                    None, None, None, cursor=cursor, **named,
-                )
-            )  # fmt: skip
-            weights, each = made.weights, tuple(made.predictions)
+        row, indices = (index, None) if type(index) is int else (0, index if type(index) is Tensor else None)
+        if self._making is not None:
+            weights, each = self._making(row, indices, cursor, sample, each)
         tensors = (
             out, original, staged, sample, each, rows, weights, indices, gradient, variance, noise, seeds, None, cursor,
             timestep, *(inpainting or (None, None, None)), anchor, history, None,
         )  # fmt: skip
         shape = self._shape
-        arguments = shape.arguments(index if type(index) is int else 0, tensors)
+        arguments = shape.arguments(row, tensors)
         if self._kernel is not None and self._device.index == torch.cuda.current_device():
             self._kernel[shape.programs, 1, 1](*_flat(arguments))
             return

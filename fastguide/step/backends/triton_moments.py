@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,93 +20,83 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 """Kernels by what each was compiled for, as those of the step."""
 
 
-def with_made_weights(a: StepArguments) -> StepArguments:
-    """Launch the kernel that makes the weights; return the arguments of the step that reads them, and has no program.
+class MakesWeights:
+    """Launches the kernel that makes a step's weights; again, for other tensors of the same layouts and alignments."""
 
-    ``a``: a step with a program, whose predictions are apart.
-    """
-    if a.scratch is None:  # interpreted
-        numbers = scratch_numbers(_made(a).shape[1] - 1, a.sample.shape[0], _size(a))
-        a = a._replace(scratch=torch.zeros(numbers, dtype=torch.float64, device=a.sample.device))
-    _launch(a)
-    return reading_step(a)
+    def __init__(self, a: StepArguments) -> None:
+        """Remember all of a step with a program, whose predictions are apart, but its sample and predictions."""
+        made, program, parameters = a.made, a.program, a.parameters
+        assert made is not None
+        assert program is not None
+        assert parameters is not None
+        batch, terms, size = a.sample.shape[0], made.shape[1] - 1, a.sample.numel() // a.sample.shape[0]
+        parts, number, instructions = -(-size // PART), parameters.shape[-1], (program.shape[1] - 1 - terms) // 4
+        scratch = a.scratch
+        if scratch is None:  # interpreted
+            numbers = scratch_numbers(terms, batch, size)
+            scratch = torch.zeros(numbers, dtype=torch.float64, device=a.sample.device)
+        self._weighs_sample = terms > len(a.predictions)
+        self._strides = tuple(
+            tensor.stride(0) if batch > 1 else max(tensor.stride(0), size)
+            for tensor in self._terms(a.sample, a.predictions)
+        )
+        self._size, self._programs, self._device = size, batch * parts, a.sample.device
+        self._tensors = scratch, a.rows, a.weights, program, parameters, made
+        self._numbers = (
+            a.indices.stride(0) if a.indices is not None and a.indices.dim() else 0,
+            0 if a.cursor is None else _stride_unless_one(a.cursor, 0), a.rows.shape[0], parts,
+            _stride_unless_one(a.weights, 0), _stride_unless_one(a.weights, 1), _stride_unless_one(program, 0),
+            instructions, _stride_unless_one(parameters, 0), _stride_unless_one(parameters, 1), number,
+        )  # fmt: skip
+        tiles = tiles_of(number_of_moments(terms) + len(OTHER_INPUTS) + number + instructions)
+        self._constants = terms, self._weighs_sample, size % PART == 0, PART, tiles
+        self._weights = made[None]
+        if self._weighs_sample:  # then they lie where csrc/kernels/gpu/moments.h has them
+            behind = scratch[batch * (parts * number_of_moments(terms) + 1) :].view(torch.float32)
+            self._weights = behind[: made.numel()].view(1, *made.shape)
+        self._kernel: Any = None
 
+    def __call__(
+        self, index: int, indices: Tensor | None, cursor: Tensor | None, sample: Tensor, predictions: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Launch it; return the weights and predictions of the step: if the sample has a weight, it is one more."""
+        terms = self._terms(sample, predictions)
+        tensors, numbers = (*self._tensors, indices, cursor), (index, *self._numbers)
+        arguments = (terms, self._strides, self._size, *tensors, *numbers, *self._constants)
+        device = self._device
+        here = device.type != "cuda" or device.index == torch.cuda.current_device()
+        if here and self._kernel is not None:
+            self._kernel[self._programs, 1, 1](*arguments)
+        else:
+            key = kind_of(device, (*terms, *tensors), (*self._strides, self._size), numbers, self._constants)
+            with contextlib.nullcontext() if here else torch.cuda.device(device):
+                self._kernel = _launch_compiled(key, self._programs, arguments, device)
+        return self._weights, terms
 
-def reading_step(a: StepArguments) -> StepArguments:
-    """Return the arguments of the step behind the launches: where the sample has a weight, it is one more prediction.
+    def step(self, a: StepArguments) -> StepArguments:
+        """Return the arguments of the step that reads the weights, and has no program."""
+        terms: Any = self._terms(a.sample, a.predictions)
+        return a._replace(
+            weights=self._weights, predictions=terms, program=None, parameters=None, made=None, scratch=None
+        )
 
-    Such weights are where csrc/kernels/gpu/moments.h has them: behind the sums and counters in the kernels' memory.
-    """
-    weights, predictions = _made(a), tuple(a.predictions)
-    if _weighs_sample(a):
-        weights, predictions = _read(a), (*predictions, a.sample)
-    return a._replace(
-        weights=weights[None], predictions=predictions, program=None, parameters=None, made=None, scratch=None  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-def _made(a: StepArguments) -> Tensor:
-    assert a.made is not None
-    return a.made
-
-
-def _weighs_sample(a: StepArguments) -> bool:
-    return _made(a).shape[1] - 1 > len(a.predictions)
-
-
-def _read(a: StepArguments) -> Tensor:
-    """Return the place of weights in the order in which the step reads them."""
-    assert a.scratch is not None
-    made, batch = _made(a), a.sample.shape[0]
-    sums = batch * parts_of(a) * number_of_moments(made.shape[1] - 1)
-    return a.scratch[sums + batch :].view(torch.float32)[: made.numel()].view(made.shape)
-
-
-def parts_of(a: StepArguments) -> int:
-    """Return how many parts a sample has."""
-    return -(-_size(a) // PART)
-
-
-def _size(a: StepArguments) -> int:
-    return a.sample.numel() // a.sample.shape[0]
-
-
-def _launch(a: StepArguments) -> None:
-    assert a.program is not None
-    assert a.parameters is not None
-    batch, size, parts, made = a.sample.shape[0], _size(a), parts_of(a), _made(a)
-    weighs_sample, terms = _weighs_sample(a), made.shape[1] - 1
-    tensors = (*a.predictions, a.sample) if weighs_sample else tuple(a.predictions)
-    strides = tuple(tensor.stride(0) if batch > 1 else max(tensor.stride(0), size) for tensor in tensors)
-    others = (a.scratch, a.rows, a.weights, a.program, a.parameters, made, a.indices, a.cursor)
-    instructions, number = (a.program.shape[1] - 1 - terms) // 4, a.parameters.shape[-1]
-    numbers = (
-        a.index, a.indices.stride(0) if a.indices is not None and a.indices.dim() else 0,
-        0 if a.cursor is None else _stride_unless_one(a.cursor, 0), a.rows.shape[0], parts,
-        _stride_unless_one(a.weights, 0), _stride_unless_one(a.weights, 1), _stride_unless_one(a.program, 0),
-        instructions, _stride_unless_one(a.parameters, 0), _stride_unless_one(a.parameters, 1), number,
-    )  # fmt: skip
-    tiles = tiles_of(number_of_moments(terms) + len(OTHER_INPUTS) + number + instructions)
-    constants = (terms, weighs_sample, size % PART == 0, PART, tiles)
-    device = a.sample.device
-    key = kind_of(device, (*tensors, *others), (*strides, size), numbers, constants)
-    arguments = (tensors, strides, size, *others, *numbers, *constants)
-    apart = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if apart else contextlib.nullcontext():
-        _launch_compiled(key, batch * parts, arguments, device)
+    def _terms(self, sample: Tensor, predictions: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (*predictions, sample) if self._weighs_sample else tuple(predictions)
 
 
-def _launch_compiled(key: tuple[Any, ...], programs: int, arguments: tuple[Any, ...], device: torch.device) -> None:
+def _launch_compiled(key: tuple[Any, ...], programs: int, arguments: tuple[Any, ...], device: torch.device) -> Any:
+    """Launch the kernel that was compiled for such arguments, or compile it; return it, if it is no interpreter's."""
     kernel = _compiled.get(key)
     if kernel is not None:
         kernel[programs, 1, 1](*arguments)
-        return
+        return kernel
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend: the Triton kernel that makes weights is not compiled for these arguments yet, and cannot be "
             "during a capture; run the step once before"
         )
-    _compiled[key] = _compile_and_launch(programs, arguments)
+    kernel = _compiled[key] = _compile_and_launch(programs, arguments)
+    return kernel
 
 
 def _compile_and_launch(programs: int, arguments: tuple[Any, ...]) -> Any:
@@ -132,7 +123,7 @@ def check_program(a: StepArguments) -> None:
         raise RuntimeError(f"parameters: expected float64 of three dimensions, contiguous, got {_told(parameters)}")
     if not 2 <= made.shape[1] - 1 <= MOST_TERMS:
         raise RuntimeError(f"program: expected 2 to {MOST_TERMS} terms to make weights of, got {made.shape[1] - 1}")
-    numbers = scratch_numbers(made.shape[1] - 1, batch, _size(a))
+    numbers = scratch_numbers(made.shape[1] - 1, batch, a.sample.numel() // batch)
     scratch = a.scratch
     if scratch is None and a.sample.device.type != "cpu":
         raise RuntimeError("scratch: expected a tensor with a program on a GPU, got None")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastguide
-from fastguide import PerpNeg, Sampler, ZeroStar, as_guidance, guided_step
+from fastguide import AdaptiveProjected, Momentum, PerpNeg, Sampler, ZeroStar, as_guidance, guided_step
 from fastguide.guidance.encoded import PART, scratch_numbers
 from fastguide.step.backends import reference, triton_moments
 from fastguide.step.backends import triton as triton_step
@@ -187,6 +187,28 @@ def test_a_step_and_a_sampler_take_them(monkeypatch, thresholds):
         for name, each in (("triton", guidance), ("native", plain))
     )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("momentum", [False, True])
+def test_a_loop_s_steps_are_repeated(monkeypatch, momentum):
+    """Of a sample that has a weight, and of momentum: each step reads what its own kernel has made."""
+    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(makes_weights=("cpu",)))
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 3, 5, 7, generator=generator).contiguous(memory_format=torch.channels_last)
+    found = {}
+    for backend in ("triton", "reference"):
+        guidance = AdaptiveProjected(4.0, norm_threshold=3.0, momentum=-0.5) if momentum else with_the_sample(0.1)
+        adding = {"momentum": Momentum(TABLE, guidance, x)} if momentum else {}
+        generator.manual_seed(4)
+        sample, samples = x, []
+        for index in range(5):
+            first, shift = torch.randn(2, *x.shape, generator=generator).bfloat16()
+            predictions = [p.contiguous(memory_format=torch.channels_last) for p in (first, first + 0.5 * shift)]
+            sample = guided_step(TABLE, index, sample, predictions, guidance, backend=backend, **adding)
+            samples.append(sample)
+        found[backend] = torch.stack(samples)
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=1e-4, atol=1e-4)
 
 
 @interpreted

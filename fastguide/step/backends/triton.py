@@ -250,6 +250,12 @@ def _check(a: StepArguments) -> None:
             raise RuntimeError(f"{name}: expected a tensor with memory, got one that was freed")
     if a.rows.shape[1] != len(ROW_COLUMNS) or not a.rows.is_contiguous():
         raise RuntimeError(f"rows: expected shape (steps, {len(ROW_COLUMNS)}), contiguous, got {tuple(a.rows.shape)}")
+    steps, batch, weights = a.rows.shape[0], a.sample.shape[0], a.weights
+    if weights.shape[0] not in (1, steps) or weights.shape[1] not in (1, batch) or weights.stride(2) != 1:
+        raise RuntimeError(
+            f"weights: expected shape ({steps} or 1, {batch} or 1, columns), dense columns, got {tuple(weights.shape)} "
+            f"with strides {weights.stride()}"
+        )
 
 
 class _Noise(NamedTuple):

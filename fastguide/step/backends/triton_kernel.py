@@ -126,8 +126,8 @@ def _next_sample(r, values, guided, x0, g, v, z, NOISE: tl.constexpr):
 
 @triton.jit
 def _with_history(
-    r, result, x0, values, anchor, anchor_stride, history, history_stride, slots, batch, sample, first, inside,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    r, in_table, result, x0, values, anchor, anchor_stride, history, history_stride, slots, batch, sample, first,
+    inside, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add the anchor and what earlier calls left, where the row has a factor; leave something for later ones."""
     if anchor is not None:
@@ -145,6 +145,7 @@ def _with_history(
         if (slot >= 0.0) & (slot < slots):
             hist_sample, left = tl.load(r + HIST_SAMPLE), tl.load(r + HIST_X0) * x0
             left = tl.where(hist_sample != 0.0, tl.fma(hist_sample, values, left), left)
+            left = tl.where(in_table, left, float("nan"))
             to = _place(history, history_stride, slot.to(tl.int32) * batch + sample, first, BLOCK)
             _store(to, left, inside, EVEN)
     return result
@@ -200,8 +201,8 @@ def _step_tile(
         v = _load(_place(variance, variance_stride, sample, first, BLOCK), inside, EVEN)
     result = _next_sample(r, values, guided, x0, g, v, z, NOISE)
     result = _with_history(
-        r, result, x0, values, anchor, anchor_stride, history, history_stride, slots, batch, sample, first, inside,
-        EVEN, BLOCK,
+        r, in_table, result, x0, values, anchor, anchor_stride, history, history_stride, slots, batch, sample, first,
+        inside, EVEN, BLOCK,
     )  # fmt: skip
     if mask is not None:
         k = _load(_place(known, known_stride, sample, first, BLOCK), inside, EVEN)

@@ -119,11 +119,22 @@ def check_program(a: StepArguments) -> None:
         or made.shape not in ((batch, count + 1), (batch, count + 2))
     ):
         raise RuntimeError(f"made: expected float32 of shape ({batch}, {count + 1} or one more), got {_told(made)}")
-    if parameters.dtype != torch.float64 or parameters.dim() != 3 or not parameters.is_contiguous():
-        raise RuntimeError(f"parameters: expected float64 of three dimensions, contiguous, got {_told(parameters)}")
-    if not 2 <= made.shape[1] - 1 <= MOST_TERMS:
-        raise RuntimeError(f"program: expected 2 to {MOST_TERMS} terms to make weights of, got {made.shape[1] - 1}")
-    numbers = scratch_numbers(made.shape[1] - 1, batch, a.sample.numel() // batch)
+    steps = a.rows.shape[0]
+    if (
+        parameters.dtype != torch.float64
+        or parameters.dim() != 3
+        or parameters.shape[0] not in (1, steps)
+        or parameters.shape[1] not in (1, batch)
+        or not parameters.is_contiguous()
+    ):
+        expected = f"float64 of shape ({steps} or 1, {batch} or 1, numbers), contiguous"
+        raise RuntimeError(f"parameters: expected {expected}, got {_told(parameters)}")
+    terms = made.shape[1] - 1
+    if not 2 <= terms <= MOST_TERMS:
+        raise RuntimeError(f"program: expected 2 to {MOST_TERMS} terms to make weights of, got {terms}")
+    if program.shape[1] <= terms:
+        raise RuntimeError(f"program: expected at least {1 + terms} words for {terms} terms, got {program.shape[1]}")
+    numbers = scratch_numbers(terms, batch, a.sample.numel() // batch)
     scratch = a.scratch
     if scratch is None and a.sample.device.type != "cpu":
         raise RuntimeError("scratch: expected a tensor with a program on a GPU, got None")

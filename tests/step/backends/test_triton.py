@@ -11,8 +11,11 @@ import types
 import pytest
 import torch
 
+import fastguide
+from fastguide.solvers.table import MAX_SLOTS, ROW_COLUMNS
 from fastguide.step.backends import triton
 from fastguide.step.noise import TorchGrid
+from fastguide.step.operator import StepArguments
 from tests.support import triton_interpreter
 from tests.support.pure_noise import TABLE
 from tests.support.torch_randn import literal_normals
@@ -91,11 +94,26 @@ def test_an_index_outside_of_the_table_makes_its_sample_nan():
 
 
 @interpreted
+def test_such_a_sample_leaves_no_number_for_later_steps():
+    """As CUDA's kernel; a row that leaves nothing in a slot leaves it as it was."""
+    table = fastguide.dpm_solver(fastguide.NoiseSchedule.linear(), 5)
+    x, history = torch.ones(3, 10), torch.zeros(3 * MAX_SLOTS, 10)
+    fields = dict.fromkeys(StepArguments._fields) | {"index": 0, "philox_threads": 0, "out": torch.empty_like(x)}
+    fields |= {"sample": x, "predictions": [x], "history": history, "indices": torch.tensor([0, len(table), -1])}
+    op(*StepArguments(**fields | {"rows": table.device_rows(None, torch.float32), "weights": WEIGHTS}))
+    slot = int(table.rows[0, ROW_COLUMNS.index("hist_slot")])
+    left = history.view(MAX_SLOTS, 3, 10)
+    assert left.isnan().all(2).tolist() == [[False, k == slot, k == slot] for k in range(MAX_SLOTS)]
+
+
+@interpreted
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
         (0, torch.empty(2, 3, dtype=torch.float64), "expected no float64 tensors in Triton"),
         (5, torch.zeros(4, 3), r"rows: expected shape \(steps, 26\), contiguous, got \(4, 3\)"),
+        (6, torch.zeros(1, 2, 2).mT, r"weights: .* dense columns, got \(1, 2, 2\) with strides \(4, 1, 2\)"),
+        (6, torch.zeros(1, 3, 2), r"weights: expected shape \(\d+ or 1, 2 or 1, columns\), .* got \(1, 3, 2\)"),
     ],
 )
 def test_direct_calls_are_refused(place, value, message):

@@ -279,7 +279,15 @@ BAD = {
     "made": (lambda a: {"made": a.made[:, :1]}, r"made: expected float32 of shape \(2, 3 or one more\)"),
     "made's dtype": (lambda a: {"made": a.made.double()}, "made: expected float32"),
     "program": (lambda a: {"program": a.program.long()}, r"program: expected int32 of shape \(1 or 2, words\)"),
-    "parameters": (lambda a: {"parameters": a.parameters.float()}, "parameters: expected float64 of three dimensions"),
+    "parameters": (
+        lambda a: {"parameters": a.parameters.float()},
+        r"parameters: expected float64 of shape \(10 or 1, ",
+    ),
+    "parameters of other samples": (
+        lambda a: {"parameters": a.parameters.expand(1, 3, -1).contiguous()},
+        "2 or 1, numb",
+    ),
+    "a program that ends early": (lambda a: {"program": a.program[:, :2].contiguous()}, "at least 3 words for 2 terms"),
     "one alone": (lambda a: {"made": None}, "program: expected program, parameters and made together"),
     "scratch": (lambda a: {"scratch": torch.zeros(3, dtype=torch.float64)}, "scratch: expected float64, contiguous"),
 }

@@ -71,7 +71,8 @@ class Prepared:
 
     def constants(self, architecture: str) -> Constants:
         """Return the launch's constant bank."""
-        return Constants(architecture, *self.recorded[1:])
+        recorded = self.recorded
+        return Constants(architecture, recorded.blocks, recorded.threads, recorded.parameters)
 
     def bytes(self) -> int:
         """Count what the step reads and writes: each element of each tensor once, of a history what its row names."""

@@ -38,6 +38,7 @@ FASTGUIDE_INLINE int put_inputs(const StepArguments& a, int64_t sample, const Po
   put(inputs++, double(row.x0_sample));
   put(inputs++, double(row.x0_pred));
   const double* parameters = a.parameters + index * a.parameters_step_stride + sample * a.parameters_batch_stride;
+  FASTGUIDE_ROLL
   for (int k = 0; k < a.num_parameters; ++k) put(inputs++, parameters[k]);
   return inputs;
 }
@@ -57,6 +58,7 @@ FASTGUIDE_INLINE void make_weights(const StepArguments& a, const int32_t* progra
   const int terms = terms_of(a);
   const int inputs = put_inputs<T>(a, sample, position, [&](int n, double value) { values[n] = value; });
   run_program(program, terms, inputs, values);
+  FASTGUIDE_ROLL
   for (int k = 0; k < a.num_predictions; ++k) weights[k] = T(values[program[1 + k]]);
   weights[a.num_predictions] = constant_scale<T>(a, sample, position.index);
   if (a.weighs_sample) weights[a.num_predictions + 1] = T(values[program[1 + a.num_predictions]]);

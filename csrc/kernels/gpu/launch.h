@@ -9,8 +9,8 @@
 namespace fastguide {
 namespace cuda {
 
-// Launches a step, and before it what makes its weights if it has a program, on a stream (a cudaStream_t) of a
-// device, and does not wait for it; returns an error's text, or null.
+// Launches a step on a stream (a cudaStream_t) of a device, and does not wait for it; returns an error's text, or null.
+// What makes the weights of a step that has a program is a launch before it, or a part of it: kernels/gpu/joined.h.
 const char* launch_step(const StepArguments& arguments, int device, void* stream);
 
 // Launches a step's backward pass in the same way. What its tiles add to the gradients of weights goes to

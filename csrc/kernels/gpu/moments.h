@@ -16,8 +16,12 @@ constexpr int kMaxWords = 1 + kMaxTerms + kInstructionWords * kMaxValues;
 struct MomentsLaunch {
   StepArguments a;  // its predictions are null: they are the next member
   Input terms[kMaxTerms];
-  bool aligned;  // every sample of every term begins at a multiple of 16 bytes
+  bool aligned;     // every sample of every term begins at a multiple of 16 bytes
+  uint32_t blocks;  // of a sample
+  bool joined;      // whether the launch makes the step too, which is the next member: see joined.h
+  Launch step;
 };
+static_assert(sizeof(MomentsLaunch) <= 4096, "a kernel's parameters have no more bytes");
 
 // The kernel's memory: sums of each part of each sample, in double; a counter of each sample's blocks, 0 between two
 // launches; and the step's weights, where they are in another order than `made`.
@@ -39,6 +43,7 @@ FASTGUIDE_INLINE MomentsLaunch make_moments_launch(const StepArguments& a) {
   MomentsLaunch launch{};
   launch.a = a;
   launch.a.predictions = nullptr;
+  launch.blocks = uint32_t(parts_of(a));
   launch.aligned = true;
   for (int k = 0; k < terms_of(a); ++k) {
     const Input& term = k < a.num_predictions ? a.predictions[k] : a.sample;

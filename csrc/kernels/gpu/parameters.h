@@ -73,9 +73,11 @@ struct Variant {
   static constexpr bool history = extras_ == Extras::history || extras_ == Extras::any;
   static constexpr bool original = original_, staged = staged_;
   static constexpr bool looks_for_outputs = extras_ != Extras::none;
+  static constexpr bool looks_for_noise = false;  // unless it is given
   static constexpr Noise noise = noise_;
   static constexpr bool draws = noise == Noise::torch_stream || noise == Noise::portable;
   static constexpr int vectors = most_vectors(predictions, extras_);
+  static constexpr int width = kVector;  // of a vector
 };
 
 FASTGUIDE_INLINE Extras extras_of(const StepArguments& a) {

@@ -2,18 +2,21 @@
 #include <cuda_runtime.h>
 
 #include "kernels/gpu/backward.h"
-#include "kernels/gpu/count.h"
+#include "kernels/gpu/joined.h"
 #include "kernels/gpu/launch.h"
 #include "kernels/gpu/make_launch.h"
 #include "kernels/gpu/moments.h"
 #include "kernels/gpu/parameters.h"
+#include "kernels/gpu/readers.h"
 #include "kernels/gpu/tiles.h"
 
 namespace fastguide {
 namespace cuda {
 
-// Launches what makes a step's weights: moments.cu.
-cudaError_t launch_moments(const StepArguments& a, cudaStream_t stream);
+// Launches what makes a step's weights, and in a joined launch the step; and how many blocks of a sample can wait for
+// each other on a device: moments.cu.
+cudaError_t launch_moments(const MomentsLaunch& launch, cudaStream_t stream);
+int most_blocks_of_sample(int device);
 // Launches what finds the thresholds of a step whose weights are made: thresholds.cu.
 cudaError_t launch_thresholds(const StepArguments& a, cudaStream_t stream);
 // Launches the backward pass: backward.cu.
@@ -22,49 +25,6 @@ cudaError_t launch_backward(const BackwardLaunch& launch, cudaStream_t stream);
 namespace {
 
 constexpr int kBlocks = 4;  // the least number on a multiprocessor: at most 128 registers a thread
-
-// The stream with its seed and offset, which may be on the device.
-__device__ TorchStream read_torch_stream(const StepArguments& a) {
-  TorchStream stream = a.torch_stream;
-  if (stream.state == nullptr) return stream;
-  stream.seed = uint64_t(stream.state[0]);
-  stream.offset = uint64_t(stream.state[1]);
-  return stream;
-}
-
-// A step advances the cursor and torch's stream on the device, for the next step.
-//
-// Every block increments `readers` after it has read them. The block that reads last advances them. The atomic is
-// issued early, so that its latency overlaps the computation.
-__device__ int64_t* readers_of(const StepArguments& a) {
-  if (a.cursor != nullptr) return a.cursor + kCursorReaders;
-  return a.torch_stream.state != nullptr ? a.torch_stream.state + 2 : nullptr;
-}
-
-// Returns to the first thread whether this block is the last one that reads; the others get false. `position` and
-// `offset` are what a thread has read: the barrier waits until they are there.
-__device__ bool reads_last(const StepArguments& a, const Position& position, uint64_t offset) {
-  int64_t* readers = readers_of(a);
-  if (readers == nullptr) return false;
-  __syncthreads_or(int(uint64_t(position.index) + uint64_t(position.first) + uint64_t(position.end) + offset));
-  if (threadIdx.x != 0) return false;
-  return count_released(reinterpret_cast<unsigned*>(readers)) == gridDim.x - 1;
-}
-
-// `last` is what reads_last returned. The position and the stream are read again: no register holds them till then.
-__device__ void advance_if(bool last, const StepArguments& a) {
-  int64_t* readers = readers_of(a);
-  if (readers == nullptr) return;
-  if (last) __threadfence();            // orders all counts before the writes
-  if (!__syncthreads_or(last)) return;  // the whole block goes on
-  const Position position = position_of(a, 0);
-  const TorchStream stream = read_torch_stream(a);
-  __syncthreads();  // each thread has read them
-  if (a.cursor != nullptr) advance(a, position, threadIdx.x, blockDim.x);
-  if (threadIdx.x != 0) return;
-  if (stream.state != nullptr && draws_from(a, position)) stream.state[1] = int64_t(stream.offset + stream.increment);
-  *readers = 0;
-}
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kBlocks) step_kernel(const __grid_constant__ Launch launch) {
@@ -206,21 +166,23 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return text_of(error);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  Input predictions[kMaxTerms];
-  StepArguments step = arguments;
   const bool prepares = arguments.program != nullptr || arguments.inverse_thresholds != nullptr;
   if (prepares && arguments.batch * parts_of(arguments) > kMaxTiles)
     return "more samples than one launch has blocks for";
+  Input predictions[kMaxTerms];
+  const StepArguments step = arguments.program != nullptr ? with_made_weights(arguments, predictions) : arguments;
+  Launch launch = make_launch(step);
   if (arguments.program != nullptr) {
-    error = launch_moments(arguments, on);
-    if (error != cudaSuccess) return text_of(error);
-    step = with_made_weights(arguments, predictions);
+    const bool joined =
+        can_join(arguments, launch) &&
+        (parts_of(arguments) == 1 || blocks_of_sample(arguments) <= uint32_t(most_blocks_of_sample(device)));
+    error = launch_moments(joined ? make_joined_launch(arguments, launch) : make_moments_launch(arguments), on);
+    if (error != cudaSuccess || joined) return text_of(error);
   }
   if (step.inverse_thresholds != nullptr) {
     error = launch_thresholds(step, on);
     if (error != cudaSuccess) return text_of(error);
   }
-  Launch launch = make_launch(step);
   void* parameters[] = {&launch};
   if (launch.tiles > kMaxTiles) return "more samples than one launch has blocks for";
   const dim3 blocks(static_cast<unsigned>(launch.tiles));

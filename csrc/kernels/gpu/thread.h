@@ -25,13 +25,17 @@ struct SampleRow {
   uint32_t step;  // counted from the sample's first one, for the portable noise
 };
 
+// weights: the sample's; null: they are among the arguments.
 template <typename V>
-FASTGUIDE_INLINE SampleRow row_of(const Launch& launch, int64_t sample, const Position& position) {
+FASTGUIDE_INLINE SampleRow row_of(const Launch& launch, int64_t sample, const Position& position,
+                                  const float* weights = nullptr) {
   const StepArguments& a = launch.a;
   const bool inside = in_table(a, position);  // checked here because the host does not read device indices
   const int64_t row = inside ? position.index : 0;
   SampleRow r;
-  r.weights = static_cast<const float*>(a.weights) + row * a.weights_step_stride + sample * a.weights_batch_stride;
+  r.weights = weights != nullptr ? weights
+                                 : static_cast<const float*>(a.weights) + row * a.weights_step_stride +
+                                       sample * a.weights_batch_stride;
   const int count = V::predictions > 0 ? V::predictions : a.num_predictions;
   r.c = with_gradient_scale(row_at<float>(a, row), gradient_scale(r.weights, count));
   if (a.inverse_thresholds != nullptr) {
@@ -88,13 +92,11 @@ FASTGUIDE_INLINE void draw_channels(const StepArguments& a, uint64_t seed, uint3
   }
 }
 
-// Draws a vector of the portable stream, which is the values of two Philox calls: vector_start makes it so.
-FASTGUIDE_INLINE void draw_vector(const StepArguments& a, uint32_t step, int64_t sample, int64_t place,
-                                  float (&z)[kVector]) {
-  const uint64_t seed = uint64_t(a.seeds[sample * a.seeds_stride]);
-  if (a.channels != 1) return draw_channels(a, seed, step, place, z);
+// Draws a vector, or half of one, of the portable stream that is the values of whole Philox calls.
+template <int n>
+FASTGUIDE_INLINE void draw_calls(uint64_t seed, uint32_t step, int64_t place, float (&z)[n]) {
   FASTGUIDE_UNROLL
-  for (int i = 0; i < kVector; i += 4) {
+  for (int i = 0; i < n; i += 4) {
     const Normal4 normal = portable_normal(seed, step, uint64_t(place + i) / 4);
     z[i] = normal.first;
     z[i + 1] = normal.second;
@@ -103,7 +105,21 @@ FASTGUIDE_INLINE void draw_vector(const StepArguments& a, uint32_t step, int64_t
   }
 }
 
+// Draws any vector of the portable stream: vector_start makes it one of two Philox calls, unless there are channels.
+FASTGUIDE_INLINE void draw_vector(const StepArguments& a, uint32_t step, int64_t sample, int64_t place,
+                                  float (&z)[kVector]) {
+  const uint64_t seed = uint64_t(a.seeds[sample * a.seeds_stride]);
+  if (a.channels != 1) return draw_channels(a, seed, step, place, z);
+  draw_calls(seed, step, place, z);
+}
+
 // ---- The step ----
+
+// Whether a kernel that looks for noise adds any: where the kernel does that is compiled for such a step. That of any
+// extras leaves out what has a factor of 0.
+FASTGUIDE_INLINE bool adds_noise(const StepArguments& a, const Row<float>& c) {
+  return extras_of(a) == Extras::any ? c.out_noise != 0.0f : a.noise_kind != Noise::none;
+}
 
 // The element's x0 before it is clipped, and its next sample. An absent gradient is left out rather than 0, because 0
 // times an infinite variance is NaN. For an absent variance, row_of has set the row's factors to 0.
@@ -117,6 +133,8 @@ template <typename V>
 FASTGUIDE_INLINE float next_of(const StepArguments& a, const Row<float>& c, float x0, float x, float m, float g,
                                float v, float z) {
   constexpr bool has_noise = V::noise != Noise::none;
+  if (V::looks_for_noise && !adds_noise(a, c))
+    return next_sample<float, true, false, false, false>(c, x0, x, m, g, v, z);
   if constexpr (!V::extras) return next_sample<float, true, false, false, has_noise>(c, x0, x, m, g, v, z);
   if (a.gradient.data == nullptr) return next_sample<float, true, false, true, has_noise>(c, x0, x, m, g, v, z);
   return next_sample<float, true, true, true, has_noise>(c, x0, x, m, g, v, z);
@@ -185,26 +203,26 @@ FASTGUIDE_INLINE float single_with_history(const StepArguments& a, const Row<flo
   return next;
 }
 
-FASTGUIDE_INLINE void vector_with_history(const StepArguments& a, const Row<float>& c, float (&next)[kVector],
-                                          const float (&x0)[kVector], const float (&x)[kVector], int64_t sample,
-                                          int64_t place) {
-  float values[kVector];
+template <int n>
+FASTGUIDE_INLINE void vector_with_history(const StepArguments& a, const Row<float>& c, float (&next)[n],
+                                          const float (&x0)[n], const float (&x)[n], int64_t sample, int64_t place) {
+  float values[n];
   if (a.anchor.data != nullptr && c.out_anchor != 0.0f) {
-    unpack(load_raw(a.anchor, sample, place), a.anchor.element, values);
+    unpack(load_raw<n>(a.anchor, sample, place), a.anchor.element, values);
     FASTGUIDE_UNROLL
-    for (int i = 0; i < kVector; ++i) next[i] = fused(c.out_anchor, values[i], next[i]);
+    for (int i = 0; i < n; ++i) next[i] = fused(c.out_anchor, values[i], next[i]);
   }
   FASTGUIDE_UNROLL
   for (int slot = 0; slot < kMaxSlots; ++slot) {
     const float factor = history_factor(c, slot);
     if (slot >= a.history_slots || factor == 0.0f) continue;
-    unpack(load_raw(slot_of(a, slot), sample, place), Element::float32, values);
+    unpack(load_raw<n>(slot_of(a, slot), sample, place), Element::float32, values);
     FASTGUIDE_UNROLL
-    for (int i = 0; i < kVector; ++i) next[i] = fused(factor, values[i], next[i]);
+    for (int i = 0; i < n; ++i) next[i] = fused(factor, values[i], next[i]);
   }
   if (!writes_history(c, a.history_slots)) return;
   FASTGUIDE_UNROLL
-  for (int i = 0; i < kVector; ++i) values[i] = history_entry(c, x0[i], x[i]);
+  for (int i = 0; i < n; ++i) values[i] = history_entry(c, x0[i], x[i]);
   store_vector(values, written_slot_of(a, int(c.hist_slot)), sample, place);
 }
 
@@ -246,85 +264,87 @@ template <typename V>
 FASTGUIDE_INLINE RawInputs load_inputs(const Launch& launch, int64_t sample, int64_t place) {
   const StepArguments& a = launch.a;
   RawInputs raw;
-  raw.sample = load_raw(a.sample, sample, place);
-  if (V::predictions > 0 || a.num_predictions > 0) raw.first = load_raw(launch.predictions[0], sample, place);
-  if constexpr (V::predictions == 2) raw.second = load_raw(launch.predictions[1], sample, place);
-  if (V::extras && a.gradient.data != nullptr) raw.gradient = load_raw(a.gradient, sample, place);
-  if (V::extras && a.variance.data != nullptr) raw.variance = load_raw(a.variance, sample, place);
-  if (V::noise == Noise::given && a.noise.data != nullptr) raw.noise = load_raw(a.noise, sample, place);
+  raw.sample = load_raw<V::width>(a.sample, sample, place);
+  if (V::predictions > 0 || a.num_predictions > 0) raw.first = load_raw<V::width>(launch.predictions[0], sample, place);
+  if constexpr (V::predictions == 2) raw.second = load_raw<V::width>(launch.predictions[1], sample, place);
+  if (V::extras && a.gradient.data != nullptr) raw.gradient = load_raw<V::width>(a.gradient, sample, place);
+  if (V::extras && a.variance.data != nullptr) raw.variance = load_raw<V::width>(a.variance, sample, place);
+  if (V::noise == Noise::given && a.noise.data != nullptr) raw.noise = load_raw<V::width>(a.noise, sample, place);
   return raw;
 }
 
-template <typename V>
-FASTGUIDE_INLINE void combine_vector(const Launch& launch, const SampleRow& r, const RawInputs& raw, int64_t sample,
-                                     int64_t place, float (&m)[kVector]) {
-  float p0[kVector] = {}, p[kVector];
+// AnyRow is SampleRow, or what has its members in a block's memory: no register then holds what is not used yet.
+template <typename V, typename AnyRow>
+FASTGUIDE_INLINE void combine_vector(const Launch& launch, const AnyRow& r, const RawInputs& raw, int64_t sample,
+                                     int64_t place, float (&m)[V::width]) {
+  float p0[V::width] = {}, p[V::width];
   if (V::predictions > 0 || launch.a.num_predictions > 0) unpack(raw.first, launch.predictions[0].element, p0);
   if constexpr (V::predictions == 2) {
     unpack(raw.second, launch.predictions[1].element, p);
     FASTGUIDE_UNROLL
-    for (int i = 0; i < kVector; ++i) m[i] = guided_prediction(r.pair, p0[i], p[i]);
+    for (int i = 0; i < V::width; ++i) m[i] = guided_prediction(r.pair, p0[i], p[i]);
   } else {
     FASTGUIDE_UNROLL
-    for (int i = 0; i < kVector; ++i) m[i] = r.weights[0] * p0[i];
+    for (int i = 0; i < V::width; ++i) m[i] = r.weights[0] * p0[i];
     if constexpr (V::predictions == 0) {
       for (int k = 1; k < launch.a.num_predictions; ++k) {
-        unpack(load_raw(launch.predictions[k], sample, place), launch.predictions[k].element, p);
+        unpack(load_raw<V::width>(launch.predictions[k], sample, place), launch.predictions[k].element, p);
         const float weight = r.weights[k];
         FASTGUIDE_UNROLL
-        for (int i = 0; i < kVector; ++i) m[i] = fused(weight, p[i] - p0[i], m[i]);
+        for (int i = 0; i < V::width; ++i) m[i] = fused(weight, p[i] - p0[i], m[i]);
       }
     }
   }
 }
 
 // These are loaded late because a mask is rare: no register holds them while the step is computed.
-FASTGUIDE_INLINE void blend_vector(const StepArguments& a, const Row<float>& c, float (&x)[kVector], int64_t sample,
+template <int n>
+FASTGUIDE_INLINE void blend_vector(const StepArguments& a, const Row<float>& c, float (&x)[n], int64_t sample,
                                    int64_t place) {
-  const Raw raw_mask = load_raw(a.mask, sample, place), raw_known = load_raw(a.known, sample, place);
-  const Raw raw_z = load_raw(a.known_noise, sample, place);
-  float mask[kVector], known[kVector], z[kVector];
+  const Raw raw_mask = load_raw<n>(a.mask, sample, place), raw_known = load_raw<n>(a.known, sample, place);
+  const Raw raw_z = load_raw<n>(a.known_noise, sample, place);
+  float mask[n], known[n], z[n];
   unpack(raw_mask, a.mask.element, mask);
   unpack(raw_known, a.known.element, known);
   unpack(raw_z, a.known_noise.element, z);
   FASTGUIDE_UNROLL
-  for (int i = 0; i < kVector; ++i) x[i] = with_known(c, x[i], mask[i], known[i], z[i]);
+  for (int i = 0; i < n; ++i) x[i] = with_known(c, x[i], mask[i], known[i], z[i]);
 }
 
 // z is the noise, unless it is given.
-template <typename V>
-FASTGUIDE_INLINE void step_vector(const Launch& launch, const SampleRow& r, const RawInputs& raw, float (&z)[kVector],
+template <typename V, typename AnyRow>
+FASTGUIDE_INLINE void step_vector(const Launch& launch, const AnyRow& r, const RawInputs& raw, float (&z)[V::width],
                                   int64_t sample, int64_t place) {
   const StepArguments& a = launch.a;
-  float x[kVector], m[kVector], g[kVector] = {}, v[kVector] = {};
+  float x[V::width], m[V::width], g[V::width] = {}, v[V::width] = {};
   unpack(raw.sample, a.sample.element, x);
   combine_vector<V>(launch, r, raw, sample, place, m);
   if (V::extras && a.gradient.data != nullptr) unpack(raw.gradient, a.gradient.element, g);
   if (V::extras && a.variance.data != nullptr) unpack(raw.variance, a.variance.element, v);
   if (V::noise == Noise::given && a.noise.data != nullptr) unpack(raw.noise, a.noise.element, z);
-  float x0[kVector];
+  float x0[V::width];
   FASTGUIDE_UNROLL
-  for (int i = 0; i < kVector; ++i) x0[i] = original_of<V>(a, r.c, x[i], m[i], g[i]);
+  for (int i = 0; i < V::width; ++i) x0[i] = original_of<V>(a, r.c, x[i], m[i], g[i]);
   if (r.c.clip < INFINITY) {
     FASTGUIDE_UNROLL
-    for (int i = 0; i < kVector; ++i) x0[i] = clipped(x0[i], r.c.clip);
+    for (int i = 0; i < V::width; ++i) x0[i] = clipped(x0[i], r.c.clip);
   }
-  float next[kVector];
+  float next[V::width];
   FASTGUIDE_UNROLL
-  for (int i = 0; i < kVector; ++i) next[i] = next_of<V>(a, r.c, x0[i], x[i], m[i], g[i], v[i], z[i]);
+  for (int i = 0; i < V::width; ++i) next[i] = next_of<V>(a, r.c, x0[i], x[i], m[i], g[i], v[i], z[i]);
   if constexpr (V::history) vector_with_history(a, r.c, next, x0, x, sample, place);
   if (V::extras && a.mask.data != nullptr) blend_vector(a, r.c, next, sample, place);
   store_vector(next, a.out, sample, place);
   if (V::original && (!V::looks_for_outputs || a.original.data != nullptr)) {
     if (V::noise != Noise::none && r.c.x0_noise != 0.0f) {
       FASTGUIDE_UNROLL
-      for (int i = 0; i < kVector; ++i) x0[i] = fused(r.c.x0_noise, z[i], x0[i]);
+      for (int i = 0; i < V::width; ++i) x0[i] = fused(r.c.x0_noise, z[i], x0[i]);
     }
     store_vector(x0, a.original, sample, place);
   }
   if (V::staged && (!V::looks_for_outputs || a.staged.data != nullptr)) {
     FASTGUIDE_UNROLL
-    for (int i = 0; i < kVector; ++i) next[i] *= r.c.in_scale;
+    for (int i = 0; i < V::width; ++i) next[i] *= r.c.in_scale;
     FASTGUIDE_ROLL
     for (int k = 0; k < a.staged_copies; ++k) store_vector(next, a.staged, k * a.batch + sample, place);
   }

@@ -18,12 +18,17 @@
 namespace fastguide {
 
 constexpr int kVector = 8;  // elements: 16 bytes of a 16-bit dtype, twice 16 bytes of float32
+constexpr int kHalfVector = kVector / 2;
 
 struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
 
-struct Raw {  // the bits of kVector elements; those of 16 bits are in low only
+struct alignas(8) Bytes8 {
+  uint32_t words[2];
+};
+
+struct Raw {  // the bits of a vector, or half of one; those of 16-bit elements, and of half a vector, are in low only
   Bytes16 low, high;
 };
 
@@ -44,6 +49,24 @@ FASTGUIDE_INLINE void store16(char* to, const Bytes16& bytes) {
   *reinterpret_cast<Bytes16*>(to) = bytes;
 #else
   std::memcpy(to, &bytes, sizeof bytes);
+#endif
+}
+
+FASTGUIDE_INLINE void load8(const char* from, Bytes16& into) {
+#if defined(__CUDA_ARCH__)
+  const Bytes8 bytes = *reinterpret_cast<const Bytes8*>(from);
+  into.words[0] = bytes.words[0];
+  into.words[1] = bytes.words[1];
+#else
+  std::memcpy(&into, from, sizeof(Bytes8));
+#endif
+}
+
+FASTGUIDE_INLINE void store8(char* to, const Bytes16& bytes) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<Bytes8*>(to) = {bytes.words[0], bytes.words[1]};
+#else
+  std::memcpy(to, &bytes, sizeof(Bytes8));
 #endif
 }
 
@@ -71,27 +94,36 @@ FASTGUIDE_INLINE char* address(const Output& output, int64_t sample, int64_t pla
          (sample * output.batch_stride + place) * (1 << element_size_bits(output.element));
 }
 
-// Only loads: those of all tensors are issued before the first value is used.
+// Only loads: those of all tensors are issued before the first value is used. n: kVector or kHalfVector, here and
+// below.
+template <int n = kVector>
 FASTGUIDE_INLINE Raw load_raw(const Input& input, int64_t sample, int64_t place) {
   const char* from = address(input, sample, place);
   Raw raw;
-  raw.low = load16(from);
-  if (kVector << element_size_bits(input.element) > 16) raw.high = load16(from + 16);
+  const int bytes = n << element_size_bits(input.element);
+  if (n < kVector && bytes < 16) {
+    load8(from, raw.low);
+  } else {
+    raw.low = load16(from);
+  }
+  if (n == kVector && bytes > 16) raw.high = load16(from + 16);
   return raw;
 }
 
-FASTGUIDE_INLINE void unpack(const Raw& raw, Element element, float (&values)[kVector]) {
+template <int n>
+FASTGUIDE_INLINE void unpack(const Raw& raw, Element element, float (&values)[n]) {
+  static_assert(n == kVector || n == kHalfVector);
   switch (element) {
     case Element::float32:
       FASTGUIDE_UNROLL
       for (int i = 0; i < 4; ++i) {
         values[i] = float_of(raw.low.words[i]);
-        values[i + 4] = float_of(raw.high.words[i]);
+        if constexpr (n == kVector) values[i + 4] = float_of(raw.high.words[i]);
       }
       return;
     case Element::bfloat16:
       FASTGUIDE_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < n / 2; ++i) {
         values[2 * i] = float_of(raw.low.words[i] << 16);
         values[2 * i + 1] = float_of(raw.low.words[i] & 0xFFFF0000u);
       }
@@ -99,7 +131,7 @@ FASTGUIDE_INLINE void unpack(const Raw& raw, Element element, float (&values)[kV
     case Element::float16:
     case Element::float64:
       FASTGUIDE_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < n / 2; ++i) {
         values[2 * i] = from_float16(uint16_t(raw.low.words[i]));
         values[2 * i + 1] = from_float16(uint16_t(raw.low.words[i] >> 16));
       }
@@ -108,8 +140,8 @@ FASTGUIDE_INLINE void unpack(const Raw& raw, Element element, float (&values)[kV
   FASTGUIDE_UNREACHABLE();
 }
 
-FASTGUIDE_INLINE void store_vector(const float (&values)[kVector], const Output& output, int64_t sample,
-                                   int64_t place) {
+template <int n>
+FASTGUIDE_INLINE void store_vector(const float (&values)[n], const Output& output, int64_t sample, int64_t place) {
   char* to = address(output, sample, place);
   Bytes16 bytes;
   switch (output.element) {
@@ -117,24 +149,26 @@ FASTGUIDE_INLINE void store_vector(const float (&values)[kVector], const Output&
       FASTGUIDE_UNROLL
       for (int i = 0; i < 4; ++i) bytes.words[i] = bits_of(values[i]);
       store16(to, bytes);
-      FASTGUIDE_UNROLL
-      for (int i = 0; i < 4; ++i) bytes.words[i] = bits_of(values[i + 4]);
-      store16(to + 16, bytes);
+      if constexpr (n == kVector) {
+        FASTGUIDE_UNROLL
+        for (int i = 0; i < 4; ++i) bytes.words[i] = bits_of(values[i + 4]);
+        store16(to + 16, bytes);
+      }
       return;
     case Element::bfloat16:
       FASTGUIDE_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < n / 2; ++i) {
         bytes.words[i] = to_bfloat16(values[2 * i]) | uint32_t(to_bfloat16(values[2 * i + 1])) << 16;
       }
-      store16(to, bytes);
+      n == kVector ? store16(to, bytes) : store8(to, bytes);
       return;
     case Element::float16:
     case Element::float64:
       FASTGUIDE_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < n / 2; ++i) {
         bytes.words[i] = to_float16(values[2 * i]) | uint32_t(to_float16(values[2 * i + 1])) << 16;
       }
-      store16(to, bytes);
+      n == kVector ? store16(to, bytes) : store8(to, bytes);
       return;
   }
   FASTGUIDE_UNREACHABLE();

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.ptx.parse import PtxError
 from tests.support.ptx.tiny import run
 
 OTHERS = """
@@ -126,3 +127,45 @@ def test_what_is_learned_from_one_count_is_passed_on_by_another(fence, raced):
     second = f"B: atom.global.add.u32 %r4, [%rd1], 1; {fence} atom.global.add.u32 %r4, [%rd1+4], 1; ret;"
     third = "C: atom.global.add.u32 %r4, [%rd1+4], 1; membar.gl; ld.global.u32 %r5, [%rd1+8];"
     assert bool(run(one + first + second + third, blocks=3)[0]) == raced
+
+
+CLUSTER_BARRIER = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+
+
+@pytest.mark.parametrize(
+    ("between", "cluster", "raced"),
+    [
+        (CLUSTER_BARRIER, 2, False),
+        ("barrier.cluster.arrive; barrier.cluster.wait;", 2, False),
+        (CLUSTER_BARRIER, 1, True),  # which then is one of each block
+        ("bar.sync 0;", 2, True),
+        ("membar.gl;", 2, True),
+    ],
+)
+def test_a_barrier_of_a_cluster_orders_its_blocks(between, cluster, raced):
+    """Thread 0 of each block writes, and thread 1 reads what the other block wrote."""
+    body = f"{OTHERS} setp.ne.s32 %p1, %r1, 0; @%p1 bra A; st.global.u32 [%rd4+8], 7; A: {between}"
+    body += "setp.ne.s32 %p2, %r1, 1; @%p2 ret; ld.global.u32 %r5, [%rd5+8];"
+    for classes in (1, 3):
+        wrong, _ = run(body, classes=classes, cluster=cluster)
+        assert any("race" in text for text in wrong) == raced
+        assert bool(wrong) == raced
+
+
+def test_a_cluster_does_not_wait_for_what_has_exited():
+    assert run(f"setp.eq.s32 %p1, %r2, 1; @%p1 ret; {CLUSTER_BARRIER}", cluster=2)[0] == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "barrier.cluster.arrive;",
+        "barrier.cluster.wait;",
+        "barrier.cluster.arrive; mov.u32 %r3, 1; barrier.cluster.wait;",
+        "barrier.cluster.arrive.relaxed; barrier.cluster.wait;",
+        "@%p1 barrier.cluster.arrive; barrier.cluster.wait;",
+    ],
+)
+def test_halves_of_a_cluster_s_barrier_are_refused(body):
+    with pytest.raises(PtxError):
+        run(body)

@@ -213,12 +213,14 @@ def guided_step(*arguments: object, order: int = 1) -> int:
 
 
 class Recorded(NamedTuple):
-    """A launch of a GPU kernel: its name as in machine_code.py, its grid, and the bytes of its parameters."""
+    """A launch of a GPU kernel: its name as in machine_code.py, its grid, the bytes of its parameters, its clusters."""
 
     kernel: str
     blocks: int
     threads: int
     parameters: bytes
+    cluster: int = 1
+    """The blocks of one."""
 
 
 def record(plain: dict) -> Recorded:
@@ -227,7 +229,10 @@ def record(plain: dict) -> Recorded:
 
 
 def record_all(plain: dict) -> list[Recorded]:
-    """Return all launches that a step makes: before its own, that of what makes its weights, if it has a program."""
+    """Return all launches that a step makes: before its own, that of what makes its weights, unless one makes both.
+
+    ``plain`` may name a ``device`` of cuda_runtime.h, and ``most_parts`` of a sample for which one launch makes both.
+    """
     return [as_recorded(launch) for launch in module().record(plain)]
 
 

@@ -69,7 +69,43 @@ static cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mo
   return cudaSuccess;
 }
 
-static cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+static int current_device = 0;
+static cudaError_t cudaSetDevice(int device) {
+  current_device = device;
+  return cudaSuccess;
+}
+
+// Devices 1 and 2 have clusters, and run the code that has them; 2 has no room for any.
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = current_device == 0 ? 80 : 90;
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+static cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
+  *clusters = current_device == 2 ? 0 : 1;
+  return cudaSuccess;
+}
+static cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* kernel, void** parameters);
+
 static const char* cudaGetErrorString(cudaError_t) { return "another error"; }
 static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 threads, void** parameters, size_t shared,
                                     cudaStream_t stream);

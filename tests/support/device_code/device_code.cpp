@@ -19,9 +19,11 @@
 #include <vector>
 
 static void check_access(const void* address);
-static int64_t few_tiles;  // see make_launch.h
+static int64_t few_tiles;   // see make_launch.h
+static int64_t most_parts;  // see joined.h
 #define FASTGUIDE_CHECK_ALIGNED(address) check_access(address)
 #define FASTGUIDE_FEW_TILES few_tiles
+#define FASTGUIDE_MOST_PARTS most_parts
 #define FASTGUIDE_HAS_FMA  // fmaf is exact, if slow: the results are those of a GPU
 #include "kernels/gpu/backward.cu"
 #include "kernels/gpu/moments.cu"
@@ -142,6 +144,7 @@ static Arguments arguments_of(const py::dict& d) {
   a.torch_stream.threads = number<uint32_t>(d, "threads", 0);
   a.channels = number<int64_t>(d, "channels", 1);
   few_tiles = number<int64_t>(d, "few_tiles", 1024);
+  most_parts = number<int64_t>(d, "most_parts", kMostBlocks);
   a.noise_kind = a.noise.data != nullptr       ? Noise::given
                  : a.seeds != nullptr          ? Noise::portable
                  : a.torch_stream.threads != 0 ? Noise::torch_stream
@@ -164,6 +167,7 @@ struct Recorded {   // a launch that was not run
   uint64_t offset;  // of the kernel's code in this library
   unsigned blocks, threads;
   std::string parameters;
+  unsigned cluster;  // the blocks of one
 };
 static std::vector<Recorded> recorded;
 static bool records = false;
@@ -186,9 +190,10 @@ static Recorded recorded_of(const void* kernel, dim3 blocks, dim3 threads, const
   if (dladdr(&recorded, &library) == 0) throw std::runtime_error("no library holds this code");
   const uint64_t base = reinterpret_cast<uint64_t>(library.dli_fbase);
   return {reinterpret_cast<uint64_t>(kernel) - base, blocks.x, threads.x,
-          with_launch(kernel, threads, parameters, [](const auto& launch) {
-            return std::string(reinterpret_cast<const char*>(&launch), sizeof launch);
-          })};
+          with_launch(
+              kernel, threads, parameters,
+              [](const auto& launch) { return std::string(reinterpret_cast<const char*>(&launch), sizeof launch); }),
+          1};
 }
 
 static std::mt19937_64 order;
@@ -233,6 +238,16 @@ static cudaError_t cudaLaunchKernel(const void* kernel, dim3 blocks, dim3 thread
   return cudaSuccess;
 }
 
+// Blocks run one after the other here, and cannot wait for each other: a launch of clusters is recorded, but not run.
+static cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* kernel, void** parameters) {
+  const unsigned cluster = how->numAttrs == 0 ? 1 : how->attrs[0].val.clusterDim.x;
+  if (cluster > 1 && !records) throw std::runtime_error("clusters are not run on the host");
+  const cudaError_t error =
+      cudaLaunchKernel(kernel, how->gridDim, how->blockDim, parameters, how->dynamicSmemBytes, how->stream);
+  if (error == cudaSuccess && records) recorded.back().cluster = cluster;
+  return error;
+}
+
 // Runs the step, with blocks and threads in an order drawn from a seed; returns the number of 16-byte accesses.
 static uint64_t launch(const py::dict& d, uint64_t order_seed, std::optional<std::vector<unsigned>> blocks) {
   const Arguments arguments = arguments_of(d);
@@ -254,15 +269,15 @@ static py::list recorded_by(const F& f) {
   if (error != nullptr) throw std::runtime_error(error);
   py::list launches;
   for (const Recorded& each : recorded) {
-    launches.append(py::make_tuple(each.offset, each.blocks, each.threads, py::bytes(each.parameters)));
+    launches.append(py::make_tuple(each.offset, each.blocks, each.threads, py::bytes(each.parameters), each.cluster));
   }
   return launches;
 }
 
-// The same of a step.
+// The same of a step, on a device of cuda_runtime.h.
 static py::list record(const py::dict& d) {
   const Arguments arguments = arguments_of(d);
-  return recorded_by([&] { return cuda::launch_step(arguments.a, 0, nullptr); });
+  return recorded_by([&] { return cuda::launch_step(arguments.a, number<int>(d, "device", 0), nullptr); });
 }
 
 #include "backward.h"

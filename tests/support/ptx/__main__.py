@@ -37,18 +37,18 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compiled_ptx(architecture: int) -> str:
-    """Compile the kernels as setup.py does, to PTX."""
+def compiled_ptx(architecture: int, file: str = "step") -> str:
+    """Compile the kernels of a file as setup.py does, to PTX."""
     flags = re.search(r'^CUDA_FLAGS = "([^"]+)"', (ROOT / "setup.py").read_text(), flags=re.M)[1].split()
     flags = [flag for flag in flags if not flag.startswith(("-Xcompiler", "--threads"))]  # of objects
     home = os.environ.get("CUDA_HOME")
     nvcc = str(Path(home) / "bin" / "nvcc") if home else "nvcc"
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "step.ptx"
-        source = ROOT / "csrc" / "kernels" / "gpu" / "step.cu"
+        compiled = Path(folder) / f"{file}.ptx"
+        source = ROOT / "csrc" / "kernels" / "gpu" / f"{file}.cu"
         command = [nvcc, *flags, f"-I{ROOT / 'csrc'}", "-ptx", f"-arch=compute_{architecture}", str(source)]
-        subprocess.run([*command, "-o", str(file)], check=True)
-        return file.read_text()
+        subprocess.run([*command, "-o", str(compiled)], check=True)
+        return compiled.read_text()
 
 
 def why_not(chosen: argparse.Namespace) -> str | None:

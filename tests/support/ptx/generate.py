@@ -24,7 +24,7 @@ class Code:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.waits = [_waits(block) for block in kernel.blocks]
-        """For whom a block's threads wait before it: "block", "warp", or "" for nobody."""
+        """For whom a block's threads wait before it: "cluster", "block", "warp", or "" for nobody."""
         self.sizes = [len(block) for block in kernel.blocks]
         """How many instructions the blocks have."""
         self._names = Names(kernel, {"np": np, EVERY_THREAD: slice(None)})
@@ -48,6 +48,8 @@ def code_of(module: Module, name: str) -> Code:
 def _waits(block: list[Instruction]) -> str:
     if not block or block[0].root not in COLLECTIVE:
         return ""
+    if block[0].opcode.startswith("barrier.cluster."):
+        return "cluster"
     return "warp" if block[0].root in WARP_COLLECTIVE or block[0].opcode == "bar.warp.sync" else "block"
 
 

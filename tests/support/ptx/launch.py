@@ -21,14 +21,25 @@ class Launch:
     """A launch that is to be run once."""
 
     def __init__(
-        self, memory: Memory, code: Code, blocks: int, threads: int, parameters: bytes, shared_bytes: int = 0
+        self,
+        memory: Memory,
+        code: Code,
+        blocks: int,
+        threads: int,
+        parameters: bytes,
+        shared_bytes: int = 0,
+        cluster: int = 1,
     ) -> None:
         kernel = code.kernel
         if len(parameters) != kernel.parameter_bytes:
             raise PtxError(f"{len(parameters)} bytes of parameters; {kernel.name} has {kernel.parameter_bytes}")
         if threads % LANES or threads > (kernel.max_threads or threads):
             raise PtxError(f"{threads} threads a block; {kernel.name} is for {kernel.max_threads}")
+        if blocks % cluster:
+            raise PtxError(f"{blocks} blocks in clusters of {cluster}")
         self.memory, self.code, self.blocks, self.threads = memory, code, blocks, threads
+        self.units = {"cluster": cluster * threads, "block": threads, "warp": LANES}
+        """The number of threads that wait for each other at a barrier of each kind."""
         self.parameters = np.frombuffer(parameters, np.uint8)
         self.shared_bytes = max(kernel.shared_bytes, shared_bytes)
         self.random = np.random.default_rng(blocks)

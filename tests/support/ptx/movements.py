@@ -145,6 +145,8 @@ def _fence(w: Writer) -> list[str]:
 
 def _barrier(w: Writer) -> list[str]:
     kinds = [modifier for modifier in w.modifiers if modifier != "aligned"]
+    if kinds in (["cluster", "wait"], ["cluster", "wait", "acquire"]) and not w.operands:
+        return [f"wave.order('cluster', {w.threads})"]
     if w.instruction.opcode == "bar.warp.sync":
         if w.operands not in (("-1",), ("0xffffffff",), ("4294967295",)):
             raise w.unknown()

@@ -35,8 +35,8 @@ class Point(NamedTuple):
 class Ordering:
     """The order of a launch's accesses."""
 
-    def __init__(self, trace: Trace, threads: int) -> None:
-        self._units = {"block": threads, "warp": LANES}
+    def __init__(self, trace: Trace, units: dict[str, int]) -> None:
+        self._units = units
         self._ways_in: dict[int, list[Point]] = defaultdict(list)
         self._ways_out: dict[int, list[Point]] = defaultdict(list)
         self._fences: dict[int, list[int]] = defaultdict(list)

@@ -102,6 +102,7 @@ class _Parser:
         self.head, _, self.body = source.partition("{")
         self.kernel = Kernel(re.search(r"\.entry\s+([\w$]+)", self.head)[1])
         self.scopes: list[dict[str, str]] = []
+        self.arrived = False  # whether the wait at a cluster's barrier is due, which stands for both
         self.scoped = 0
         self.label = ""
 
@@ -181,6 +182,15 @@ class _Parser:
         opcode, _, operands = text[predicate.end() if predicate else 0 :].partition(" ")
         depends, negated = (predicate[2], bool(predicate[1])) if predicate else (None, False)
         instruction = Instruction(opcode, split_operands(operands), depends, negated, text)
+        if self.arrived != opcode.startswith("barrier.cluster.wait"):
+            raise PtxError(
+                f"{self.kernel.name}: expected a wait behind each arrival at a cluster's barrier, got {text}"
+            )
+        self.arrived = opcode.startswith("barrier.cluster.arrive")
+        if self.arrived:
+            if depends is not None or "relaxed" in opcode:
+                raise PtxError(f"{self.kernel.name}: {text}")
+            return
         if instruction.root in COLLECTIVE:
             self._end_block()
         self.kernel.blocks[-1].append(instruction)

@@ -17,16 +17,19 @@ _KINDS |= dict.fromkeys((name for name in Gradients._fields[3:]), WRITE)
 
 
 class Placed:
-    """Place tensors, when called with the name and the tensor; launch kernels over what was placed."""
+    """Place tensors, when called with the name and the tensor; launch kernels over what was placed.
 
-    def __init__(self) -> None:
-        self.memory = Memory()
+    ``kinds``: what else is allowed, by the names of arguments.
+    """
+
+    def __init__(self, **kinds: int) -> None:
+        self.memory, self._kinds = Memory(), _KINDS | kinds
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """Return the tensor's copy in the interpreter's memory."""
         size = tensor.numel() * tensor.element_size()
         begin = self.memory.allocate(size, name)
-        self.memory.allow(begin, size, _KINDS.get(name, READ | INITIALISED))
+        self.memory.allow(begin, size, self._kinds.get(name, READ | INITIALISED))
         view = torch.from_numpy(self.memory.bytes[begin : begin + size]).view(tensor.dtype).view(tensor.shape)
         view.copy_(tensor)
         return view
@@ -34,6 +37,8 @@ class Placed:
     def launch(self, library, recorded, waves=None) -> list[str]:
         """Run a recorded launch; return what was found, races included."""
         code = library.code(recorded.kernel)
-        launch = Launch(self.memory, code, recorded.blocks, recorded.threads, recorded.parameters)
+        launch = Launch(
+            self.memory, code, recorded.blocks, recorded.threads, recorded.parameters, cluster=recorded.cluster
+        )
         launch.run(waves)
         return launch.findings + races(launch)

@@ -24,7 +24,7 @@ def races(launch: Launch, limit: int = 5) -> list[str]:
 
     def ordering() -> Ordering:
         if not orderings:
-            orderings.append(Ordering(trace, launch.threads))
+            orderings.append(Ordering(trace, launch.units))
         return orderings[0]
 
     def shared_name(place: int) -> str:

@@ -22,10 +22,10 @@ class Access(NamedTuple):
 
 
 class Order(NamedTuple):
-    """A barrier of blocks, one of warps, a fence, or a shuffle, of these threads."""
+    """A barrier of clusters, of blocks, or of warps, a fence, or a shuffle, of these threads."""
 
     sequence: int
-    kind: str  # block, warp, fence, shuffle
+    kind: str  # cluster, block, warp, fence, shuffle
     threads: Array
 
 

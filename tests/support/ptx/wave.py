@@ -1,7 +1,7 @@
 """The threads that run side by side: their registers, and which of them run which block next.
 
 Threads that have diverged meet again because those at the earliest block go first. At a barrier, a shuffle or a vote
-they wait until their block or warp is there.
+they wait until their cluster, block or warp is there. A wave has whole clusters, whose blocks follow one another.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Wave:
                 if not self.waiting:
                     return
                 if not self._release():
-                    self.find("deadlock", "threads wait for others of their block or warp that never come")
+                    self.find("deadlock", "threads wait for others of their cluster, block or warp that never come")
                     return
                 continue
             number = min(self.ready)
@@ -101,11 +101,11 @@ class Wave:
             self._make_ready(successor, group)
 
     def _release(self) -> bool:
-        """Run the block of those whose block or warp is there completely; return whether there were any."""
+        """Run the block of those whose cluster, block or warp is there completely; return whether there were any."""
         for number in sorted(self.waiting):
             index = self.members(self._joined(self.waiting[number]))
-            warp = self.launch.code.waits[number] == "warp"
-            unit = LANES if warp else self.launch.threads
+            kind = self.launch.code.waits[number]
+            warp, unit = kind == "warp", self.launch.units[kind]
             here = self.exited.copy()
             here[index] = True
             complete = np.repeat(here.reshape(-1, unit).all(1), unit)[index]

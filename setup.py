@@ -45,7 +45,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     INSTRUCTION_SETS["avx512"] += " -fno-unswitch-loops -DFASTGUIDE_WITHOUT_DOUBLE"
 
-CUDA_FILES = ("step", "moments", "thresholds", "backward")
+CUDA_FILES = ("step", "moments", "groups", "thresholds", "backward")
+CODE_FOR = {"groups": ("80", "90")}  # a wheel has a limit: others compile the PTX of this at its first launch
 CUDA_ARCHITECTURES = "8.0+PTX;9.0;10.0;12.0"  # the PTX serves every other GPU from 8.0 on
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wswitch,-Werror=switch --threads=2"
 
@@ -225,6 +226,22 @@ def compression(nvcc: Path) -> str:
     return "--compress-mode=size" if release and int(release[1]) >= 13 else "-Xfatbin=-compress-all"
 
 
+def generated(file: str, architectures: list[tuple[str, bool]]) -> list[str]:
+    """Return the options for what a file is compiled for: machine code, but where PTX serves, and PTX."""
+
+    def number(name: str) -> int:
+        return int(name.rstrip("af"))
+
+    served = [number(name) for name, ptx in architectures if ptx]
+    code = [
+        name
+        for name, _ in architectures
+        if name in CODE_FOR.get(file, (name,)) or not any(least <= number(name) for least in served)
+    ]
+    options = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in code]
+    return options + [f"-gencode=arch=compute_{name},code=compute_{name}" for name, ptx in architectures if ptx]
+
+
 def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
     """Write the build file: what ninja compiles, and how."""
     torch_root = find_torch()
@@ -272,8 +289,6 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
             ]
     libraries = f"{keep}-ltorch"
     if nvcc is not None:
-        generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name, _ in architectures]
-        generate += [f"-gencode=arch=compute_{name},code=compute_{name}" for name, ptx in architectures if ptx]
         objects += [f"{name}_gpu.o" for name in CUDA_FILES]
         lines += [
             f"nvcc = {quote(nvcc)} -ccbin {quote(program_of(compiler))}",
@@ -286,7 +301,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
                 for name in CUDA_FILES
                 for line in (
                     f"build {name}_gpu.o: compile_cuda {escape(source / 'kernels' / 'gpu' / f'{name}.cu')}",
-                    f"  extra = {' '.join([*generate, compression(nvcc)])}",
+                    f"  extra = {' '.join([*generated(name, architectures), compression(nvcc)])}",
                 )
             ),
         ]

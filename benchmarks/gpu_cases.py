@@ -26,6 +26,7 @@ SHAPES = [
 
 def cases(backend: str, device: str) -> int:
     """Run all cases with a backend; returns their number."""
+    of_groups = [fastguide.Normalized(3.0, dim=-1), fastguide.AdaptiveProjected(3.0, norm_threshold=1.0, norm_dim=-1)]
     guidances = [None, fastguide.ClassifierFree(3.0), fastguide.Composed([2.0, -1.0]) + fastguide.Classifier(None, 1.0)]
     ran = 0
     for table in (fastguide.ddim(SCHEDULE, 10), fastguide.ddpm(SCHEDULE, 10, variance_type="learned_range")):
@@ -36,6 +37,9 @@ def cases(backend: str, device: str) -> int:
                     step(table, shape, dtype, guidance, backend, device)
                     gradients(table, shape, dtype, guidance, backend, device)
                     ran += 2
+                for guidance in of_groups:
+                    step(table, shape, dtype, guidance, backend, device)
+                    ran += 1
     return ran
 
 

@@ -2,6 +2,7 @@
 #include "binding/capability.h"
 #include "binding/record.h"
 #include "kernels/arguments.h"
+#include "kernels/gpu/groups.h"
 #include "kernels/thresholds.h"
 #include "maths/program.h"
 #include "maths/step.h"
@@ -49,6 +50,9 @@ FASTGUIDE_EXPORT const char* fastguide_operations() {
 // The most terms and values of a program.
 FASTGUIDE_EXPORT int fastguide_program_terms() { return fastguide::kMaxTerms; }
 FASTGUIDE_EXPORT int fastguide_program_values() { return fastguide::kMaxValues; }
+
+// The most elements of a group whose weights a step makes on a GPU.
+FASTGUIDE_EXPORT int fastguide_group_elements() { return static_cast<int>(fastguide::kMostOfGroup); }
 
 // The words of a sample's threshold on a GPU.
 FASTGUIDE_EXPORT int fastguide_threshold_words() { return fastguide::kThresholdWords; }

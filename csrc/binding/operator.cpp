@@ -19,6 +19,7 @@
 #include "binding/tensors.h"
 #include "kernels/arguments.h"
 #include "kernels/cursor.h"
+#include "kernels/gpu/groups.h"
 #include "kernels/gpu/moments.h"
 #include "kernels/thresholds.h"
 #include "kernels/weights.h"
@@ -250,11 +251,11 @@ void read_program(const Tensor& program, const Layout& layout, StepArguments* a)
   }
 }
 
-// Reads a GPU's memory for sums, which is 0 between two steps.
+// Reads a GPU's memory for sums, which is 0 between two steps, or for the guided prediction of groups.
 void read_scratch(const Operands& operands, const Layout& layout, StepArguments* a) {
   STD_TORCH_CHECK(operands.scratch.has_value(), "scratch: expected a tensor with a program on a GPU");
   check_device("scratch", *operands.scratch, layout);
-  const int64_t words = scratch_words(*a);
+  const int64_t words = a->groups > 1 ? group_scratch_words(*a) : scratch_words(*a);
   STD_TORCH_CHECK(operands.scratch->scalar_type() == ScalarType::Double && operands.scratch->is_contiguous() &&
                       operands.scratch->numel() >= words,
                   "scratch: expected float64, contiguous, of at least ", words, " numbers");
@@ -287,9 +288,10 @@ void read_moments(const Operands& operands, const Layout& layout, StepArguments*
                       (made.sizes()[1] == columns || made.sizes()[1] == columns + 1) && made.is_contiguous(),
                   "made: expected the dtype of rows, shape (", layout.batch,
                   " or times what divides a sample's elements, ", columns, " or one more), contiguous");
-  STD_TORCH_CHECK(layout.is_cpu || a->groups == 1, "made: expected shape (", layout.batch,
-                  ", columns) on a GPU, whose kernel makes the weights of whole samples");
   a->weighs_sample = made.sizes()[1] > columns;
+  STD_TORCH_CHECK(layout.is_cpu || a->groups == 1 || groups_fit(*a), "made: expected shape (", layout.batch,
+                  ", columns) on a GPU, or times so many groups of at most ", kMostOfGroup,
+                  " elements, with two predictions and no weight of the sample's own");
   a->made = made.mutable_data_ptr();
   read_program(*operands.program, layout, a);
   if (!layout.is_cpu) read_scratch(operands, layout, a);

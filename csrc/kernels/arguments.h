@@ -115,7 +115,7 @@ struct StepArguments {
   const double* parameters;               // (steps or 1, batch or 1, num_parameters)
   int num_parameters;
   int64_t parameters_step_stride, parameters_batch_stride;
-  double* scratch;     // a GPU's, see kernels/gpu/moments.h; 0 between two steps
+  double* scratch;     // a GPU's, see kernels/gpu/moments.h and groups.h
   void* made;          // gets the weights: (batch * groups, made_columns)
   bool weighs_sample;  // whether the last of a sample's weights is the sample's own
   // With a program: into how many equal blocks a sample's elements are divided, each of which has moments and weights

@@ -32,7 +32,11 @@ FASTGUIDE_INLINE int put_inputs(const StepArguments& a, int64_t sample, const Po
   const int64_t index = position.index;
   const Row<T>& row = row_at<T>(a, index);
   int inputs = moments_of(terms_of(a));
+#if defined(__CUDA_ARCH__)  // a launch's samples are groups, if there are any
+  put(inputs++, double(a.elements_per_sample));
+#else
   put(inputs++, double(a.elements_per_sample / a.groups));
+#endif
   put(inputs++, double(index - position.first));
   put(inputs++, double(row.x0_scale));
   put(inputs++, double(row.x0_sample));

@@ -51,6 +51,11 @@ def scratch_numbers(terms: int, batch: int, elements: int) -> int:
     return batch * (parts * number_of_moments(terms) + 1 + terms + 1)
 
 
+def group_scratch_numbers(batch: int, elements: int) -> int:
+    """Return the same where groups have weights: ``group_scratch_words`` of csrc/kernels/gpu/groups.h."""
+    return batch + (batch * elements + 1) // 2
+
+
 def encode(program: Program, parameters: Sequence[str]) -> Encoded:
     """Write a program down.
 

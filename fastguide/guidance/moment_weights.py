@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoded import encode, scratch_numbers
+from .encoded import encode, group_scratch_numbers, scratch_numbers
 from .groups import number_of_groups, sizes_of_groups
 from .program import Program, input_of, traced
 from .scales import scale_columns
@@ -56,11 +56,16 @@ class MomentWeights:
         self._on_devices: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._made: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         """Where steps write their weights, and that as ``last_weights`` has it."""
-        self._scratch: dict[tuple[torch.device, int, int], Tensor] = {}
+        self._scratch: dict[tuple[torch.device, int, int, bool], Tensor] = {}
         self.last_weights: Tensor | None = None
         """What was made last, as the step read it: the sum of all weights, those of all predictions but the first, and
         a classifier's scale, and the sample's own if it has one, on the device; shape (1, batch, columns), or
         (1, batch, ..., columns), with the dimensions whose places are groups."""
+
+    @property
+    def of_two_norms(self) -> bool:
+        """Whether norms and inner products of two predictions are all that the weights are made of, and theirs."""
+        return len(self.program.weights) == 2 and not any(name.startswith("sum_") for name in self.program.inputs)
 
     @property
     def requires_grad(self) -> bool:
@@ -162,15 +167,23 @@ class MomentWeights:
         return made.view(1, batch, *sizes, columns).permute(0, 1, *[2 + place for place in places], 2 + len(sizes))
 
     def scratch_for(self, sample: Tensor) -> Tensor | None:
-        """Return the memory that a GPU's kernel needs, which is 0 between two steps; ``None`` elsewhere."""
+        """Return the memory that a GPU's kernel needs, which is 0 between two steps; ``None`` elsewhere.
+
+        Where groups have weights of their own, it has room for the guided prediction, and holds nothing between steps.
+        """
         if sample.device.type == "cpu" or sample.shape[0] == 0:
             return None
-        batch, elements = sample.shape[0], sample[0].numel()
-        scratch = self._scratch.get((sample.device, batch, elements))
+        batch, elements, groups = sample.shape[0], sample[0].numel(), number_of_groups(self.dims, sample)
+        key = sample.device, batch, elements, groups > 1
+        scratch = self._scratch.get(key)
         if scratch is None:
-            numbers = scratch_numbers(len(self.program.weights), batch, elements)
+            if groups > 1:
+                self._scratch.clear()  # of other shapes: it is as large as a sample
+                numbers = group_scratch_numbers(batch, elements)
+            else:
+                numbers = scratch_numbers(len(self.program.weights), batch, elements)
             scratch = torch.zeros(numbers, dtype=torch.float64, device=sample.device)
-            self._scratch[sample.device, batch, elements] = scratch
+            self._scratch[key] = scratch
         return scratch
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..guidance.groups import lie_in_blocks, resolved
+from ..guidance.groups import lie_in_blocks, number_of_groups, resolved
 from ..guidance.moment_weights import MomentWeights
 from ..guidance.moments import moments_of
 from ..guidance.program import Program
@@ -27,7 +27,12 @@ def made_in_step(backend: Backend, made_by: MomentWeights, sample: Tensor) -> bo
     device, dims = sample.device.type, made_by.dims
     if device not in backend.makes_weights or dims is None:
         return device in backend.makes_weights
-    return device == "cpu" and sample.numel() > 0 and lie_in_blocks(dims, sample)
+    if sample.numel() == 0 or not lie_in_blocks(dims, sample):
+        return False
+    if device == "cpu":
+        return True
+    elements = sample.numel() // (sample.shape[0] * number_of_groups(dims, sample))
+    return made_by.of_two_norms and elements <= backend.group_elements
 
 
 def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> StepArguments:

@@ -164,6 +164,24 @@ def test_a_step_is_one_launch_and_waits_for_nothing(gpu_backend, noise):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 1024, 64), (1, 77, 100), (3, 9, 4096), (2, 50, 3)], ids=str)
+def test_norms_of_tokens_are_one_launch_before_the_step(shape, dtype):
+    table, i, _ = on_gpu(shape=shape, dtype=dtype)
+    guidance = fastguide.Normalized(3.0, dim=-1)
+
+    def run(backend="native"):
+        return guided_step(table, 3, i.sample, i.predictions, guidance, noise=i.noise, backend=backend)
+
+    if not BACKENDS["native"].serves("cuda"):
+        pytest.skip(f"native: {BACKENDS['native'].status}")
+    assert len(kernels_of(run)) == 2
+    got, weights = run(), guidance.last_weights.clone()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, run("reference"), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(weights, guidance.last_weights, rtol=2e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("noise", ["given", "torch's on the device", "portable"])
 def test_a_captured_step_is_right_at_every_replay(gpu_backend, noise):
     """Index, scale, seed and inputs are rewritten; the graph stays."""

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/gpu/backward.h"
+#include "kernels/gpu/groups.h"
 #include "kernels/gpu/joined.h"
 #include "kernels/gpu/launch.h"
 #include "kernels/gpu/make_launch.h"
@@ -17,6 +18,8 @@ namespace cuda {
 // each other on a device: moments.cu.
 cudaError_t launch_moments(const MomentsLaunch& launch, cudaStream_t stream);
 int most_blocks_of_sample(int device);
+// Launches what makes the guided prediction of a step whose groups of elements have weights of their own: groups.cu.
+cudaError_t launch_groups(const GroupsLaunch& launch, cudaStream_t stream);
 // Launches what finds the thresholds of a step whose weights are made: thresholds.cu.
 cudaError_t launch_thresholds(const StepArguments& a, cudaStream_t stream);
 // Launches the backward pass: backward.cu.
@@ -165,6 +168,14 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
   // This library has its own copy of the CUDA runtime, which does not know the device that torch has set.
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return text_of(error);
+  if (arguments.program != nullptr && arguments.groups > 1) {
+    const GroupsLaunch groups = make_groups_launch(arguments);
+    if (groups.blocks > kMaxTiles) return "more groups than one launch has blocks for";
+    Input guided;
+    error = launch_groups(groups, static_cast<cudaStream_t>(stream));
+    if (error != cudaSuccess) return text_of(error);
+    return launch_step(with_guided_prediction(arguments, &guided), device, stream);
+  }
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const bool prepares = arguments.program != nullptr || arguments.inverse_thresholds != nullptr;
   if (prepares && arguments.batch * parts_of(arguments) > kMaxTiles)

@@ -26,6 +26,9 @@ class Backend(NamedTuple):
     """Whether its kernel on a GPU draws torch's own noise."""
     makes_weights: tuple[str, ...] = ()
     """Types of devices on which its step makes weights from moments; elsewhere they are made before it."""
+    group_elements: int = 0
+    """The most elements of a group that has weights of its own, if a step on a GPU makes them of the norms of two
+    predictions; 0: they are made before it."""
     needs_thresholds: bool = False
     """Whether a step gets the thresholds of x_0, rather than finds them."""
     checks_overlap: bool = False

@@ -13,6 +13,7 @@ from tests.support.machine_code import cuobjdump, instructions, resource_usage
 pytestmark = pytest.mark.xdist_group("machine code")  # one process reads each library once
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+OF_GROUPS = ("sm_80", "sm_90")  # setup.py's CODE_FOR: other GPUs compile the PTX
 GIVEN, DRAWN = 1, (2, 3)  # kinds of noise: csrc/kernels/arguments.h
 OTHERS = 2  # extras from there on: csrc/kernels/gpu/parameters.h
 MAX_REGISTERS = 128  # four blocks of 128 threads a multiprocessor, at the least
@@ -39,7 +40,7 @@ def kernels(architecture):
 
 
 def of(kind, architecture):
-    """The kernels of moments, of thresholds, or of the way back."""
+    """The kernels of moments, of groups, of thresholds, or of the way back."""
     return {name: counts for name, counts in every_kernel(architecture).items() if name.startswith(kind)}
 
 
@@ -63,7 +64,9 @@ def test_there_is_code_for_every_architecture_and_ptx_for_the_others():
 
 def test_registers_and_local_memory():
     usage = resource_usage(native.LIBRARY)
-    assert len(usage) == len(ARCHITECTURES) * len(every_kernel("sm_90"))
+    of_few = len(of("groups_kernel", "sm_90"))
+    assert of_few == 1
+    assert len(usage) == len(ARCHITECTURES) * (len(every_kernel("sm_90")) - of_few) + len(OF_GROUPS) * of_few
     for architecture, name, used in usage:
         assert used.registers <= MAX_REGISTERS, (architecture, name, used)
         assert used.stack == used.local == 0, (architecture, name, used)
@@ -113,6 +116,16 @@ def test_the_blocks_of_a_sample_wait_for_each_other_where_there_are_clusters(arc
     clusters = 0 if architecture == "sm_80" else 1
     assert sum(n for i, n in counts.items() if i.startswith("UCGABAR_ARV")) == clusters
     assert sum(n for i, n in counts.items() if i.startswith("UCGABAR_WAIT")) == clusters
+
+
+@pytest.mark.parametrize("architecture", OF_GROUPS)
+def test_what_guides_groups_is_one_kernel_that_reads_16_bytes_at_a_time(architecture):
+    """One place reads two predictions, for both passes; products of eight elements are added up in double."""
+    (counts,) = of("groups_kernel", architecture).values()
+    assert not any(i.startswith(("LDL", "STL")) for i in counts)
+    assert sum(n for i, n in counts.items() if re.match(r"LDG\.E(\.\w+)*\.128", i)) >= 2 * 2
+    assert sum(n for i, n in counts.items() if re.match(r"STG\.E(\.\w+)*\.128", i)) >= 2
+    assert sum(n for i, n in counts.items() if i.startswith("DFMA")) >= 8 * (3 + 1)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -185,6 +185,7 @@ def _program_of(a: SimpleNamespace, predictions: int) -> dict:
         "made": a.made.data_ptr(),
         "weighs_sample": a.made.shape[1] > predictions + 1,
         "scratch": a.scratch.data_ptr(),
+        "groups": max(len(a.made) // max(len(a.out), 1), 1),
     }
 
 

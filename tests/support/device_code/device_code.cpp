@@ -26,6 +26,7 @@ static int64_t most_parts;  // see joined.h
 #define FASTGUIDE_MOST_PARTS most_parts
 #define FASTGUIDE_HAS_FMA  // fmaf is exact, if slow: the results are those of a GPU
 #include "kernels/gpu/backward.cu"
+#include "kernels/gpu/groups.cu"
 #include "kernels/gpu/moments.cu"
 #include "kernels/gpu/step.cu"
 #include "kernels/gpu/thresholds.cu"
@@ -126,6 +127,7 @@ static Arguments arguments_of(const py::dict& d) {
   a.made = pointer<void>(d, "made");
   a.weighs_sample = number<bool>(d, "weighs_sample", false);
   a.scratch = pointer<double>(d, "scratch");
+  a.groups = number<int64_t>(d, "groups", 1);
   a.inverse_thresholds = pointer<void>(d, "inverse_thresholds");
   a.inverse_thresholds_stride = number<int64_t>(d, "inverse_thresholds_stride", 0);
   a.index = number<int64_t>(d, "index", 0);
@@ -159,6 +161,9 @@ static void allow_all(const Arguments& arguments) {
   for_each_input(a, a.predictions, [&](Argument, const Input& input) { allow(input, a.batch, a.elements_per_sample); });
   for_each_output(
       a, [&](Argument, const Output& output, int copies) { allow(output, a.batch * copies, a.elements_per_sample); });
+  if (a.groups > 1) {
+    allow(Output{a.scratch, a.elements_per_sample, Element::float32}, a.batch, a.elements_per_sample);
+  }
 }
 
 // ---- The launch ----
@@ -172,13 +177,17 @@ struct Recorded {   // a launch that was not run
 static std::vector<Recorded> recorded;
 static bool records = false;
 
-// The kinds of kernels have other parameters, and are told apart by their threads; but the backward pass is one kernel.
+// The kinds of kernels have other parameters, and are told apart by their threads; but groups, and the backward pass,
+// are one kernel each.
 static_assert(kMomentThreads != kThreads && kThresholdThreads != kThreads && kThresholdThreads != kMomentThreads);
 
 template <typename F>
 static auto with_launch(const void* kernel, dim3 threads, const void* parameters, const F& f) {
   if (kernel == reinterpret_cast<const void*>(cuda::backward_kernel)) {
     return f(*static_cast<const BackwardLaunch*>(parameters));
+  }
+  if (kernel == reinterpret_cast<const void*>(cuda::groups_kernel)) {
+    return f(*static_cast<const GroupsLaunch*>(parameters));
   }
   if (threads.x == kMomentThreads) return f(*static_cast<const MomentsLaunch*>(parameters));
   if (threads.x == kThresholdThreads) return f(*static_cast<const ThresholdsLaunch*>(parameters));

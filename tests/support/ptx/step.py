@@ -26,7 +26,7 @@ from tests.support.ptx.parse import Module, PtxError
 from tests.support.ptx.placement import Placement
 from tests.support.ptx.races import races
 
-OTHERS = ("moments_kernel", "thresholds_kernel", "backward_kernel")
+OTHERS = ("moments_kernel", "groups_kernel", "thresholds_kernel", "backward_kernel")
 
 
 class Prepared(NamedTuple):

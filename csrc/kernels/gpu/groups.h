@@ -1,0 +1,98 @@
+// The parameters of the kernel that guides groups of elements, the memory that it needs, and what the step behind it
+// gets.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/arguments.h"
+#include "kernels/gpu/parameters.h"
+#include "kernels/gpu/vector.h"
+#include "kernels/weights.h"
+#include "maths/program.h"
+
+namespace fastguide {
+
+constexpr int kPairProducts = 3;  // of p_0 and p_1 - p_0: what norms and inner products are made of
+constexpr int kGroupThreads = 128;
+constexpr int kGroupBlocks = 5;  // the least number on a multiprocessor: at most 96 registers a thread
+// The most elements of a group. A block has the largest groups, and its threads share their elements out.
+constexpr int64_t kMostOfGroup = 16384;
+// A warp or less has a group of at most so many elements, so that several are in flight.
+constexpr int64_t kMostOfWarp = 2048;
+constexpr int kLeastLaneBits = 2;  // of a group: fewer lanes would need more values than a block has
+// What a block's groups compute their weights with: 32 groups of programs as the ones in fastguide/guidance.
+constexpr int kGroupValues = 1408;
+
+struct GroupsLaunch {
+  StepArguments a;  // as if a group were a sample; its predictions are null: they are the next member
+  Input predictions[2];
+  float* guided;  // the guided prediction, one sample behind the other
+  int64_t guided_stride;
+  float* weights;  // (batch, 2): the step's weight of the guided prediction, which is 1, and the gradient's scale
+  int64_t groups_of_sample;
+  int lane_bits;   // the binary logarithm of a group's threads
+  int groups;      // of a block
+  int values;      // of a group, an odd number: neighbours then begin in other banks of the shared memory
+  Divisor chunks;  // of a sample: a block has one of them
+  int64_t blocks;  // the launch is refused if they are more than kMaxTiles
+};
+
+// In words of 8 bytes. Of groups, no number is kept from one step to the next.
+FASTGUIDE_INLINE int64_t group_scratch_words(const StepArguments& a) {
+  return a.batch + (a.batch * a.elements_per_sample + 1) / 2;
+}
+
+FASTGUIDE_INLINE float* weights_of_guided(const StepArguments& a) {
+  return reinterpret_cast<float*>(a.scratch + (a.batch * a.elements_per_sample + 1) / 2);
+}
+
+FASTGUIDE_INLINE int lane_bits_of(int64_t size) {
+  if (size > kMostOfWarp) return 7;  // a block
+  int bits = kLeastLaneBits;
+  while (bits < 5 && int64_t(kVector) << bits < size) ++bits;
+  return bits;
+}
+
+// Whether the kernel takes these.
+FASTGUIDE_INLINE bool groups_fit(const StepArguments& a) {
+  return terms_of(a) == 2 && !a.weighs_sample && a.elements_per_sample / a.groups <= kMostOfGroup;
+}
+
+FASTGUIDE_INLINE GroupsLaunch make_groups_launch(const StepArguments& a) {
+  GroupsLaunch launch{};
+  launch.a = a;
+  launch.a.predictions = nullptr;
+  launch.a.elements_per_sample = a.elements_per_sample / a.groups;
+  launch.a.groups = 1;
+  for (int k = 0; k < 2; ++k) launch.predictions[k] = a.predictions[k];
+  launch.guided = reinterpret_cast<float*>(a.scratch);
+  launch.guided_stride = a.elements_per_sample;
+  launch.weights = weights_of_guided(a);
+  launch.groups_of_sample = a.groups;
+  launch.lane_bits = lane_bits_of(launch.a.elements_per_sample);
+  const int64_t instructions = (a.program_words - 1 - 2) / kInstructionWords;
+  const int64_t values = moments_of(2) + kOtherInputs + a.num_parameters + instructions;
+  launch.values = int(values < kMaxValues ? values : kMaxValues) | 1;
+  const int of_threads = kGroupThreads >> launch.lane_bits, of_values = kGroupValues / launch.values;
+  launch.groups = of_threads < of_values ? of_threads : of_values;
+  const int64_t chunks = (a.groups + launch.groups - 1) / launch.groups;
+  launch.blocks = a.batch * chunks;
+  launch.chunks = divisor_of(uint32_t(chunks));
+  return launch;
+}
+
+// The step of the guided prediction, and nothing else. `prediction`: room for it.
+FASTGUIDE_INLINE StepArguments with_guided_prediction(const StepArguments& a, Input* prediction) {
+  StepArguments step = a;
+  step.program = nullptr;
+  step.weighs_sample = false;
+  step.weights = weights_of_guided(a);
+  step.weights_step_stride = 0;
+  step.weights_batch_stride = 2;
+  *prediction = {a.scratch, a.elements_per_sample, Element::float32};
+  step.predictions = prediction;
+  step.num_predictions = 1;
+  return step;
+}
+
+}  // namespace fastguide

@@ -39,15 +39,20 @@ SEEN_THROUGH: frozenset[str] = frozenset(
     (
         *(
             f"{change} {when}"
-            for change in ("cast", "slice", "split", "negate", "shape", "sum", "multiple")
+            for change in ("cast", "slice", "split", "negate", "shape", "sum", "multiple", "masked")
             for when in ("before", "after")
+        ),
+        *(  # of what is made by its norms, which is made ahead of the step then
+            f"{change} after {form}"
+            for change in ("slice", "split", "shape", "masked")
+            for form in ("rescaling", "norms")
         ),
         *("conditional first", "not in halves", "halves of two calls"),
         f"{X0_OF_A_STEP} before",  # of EDM's Euler, whose x_0 is traced
         "another output before",  # of unCLIP's priors, whose only output has another name
     )
 )
-"""Changes of a prediction, before guidance or after it, that the tracer does not compute: see ``Guidance.changes``."""
+"""Changes of a prediction, before guidance or after it, that end no tracing: see ``Guidance.changes``."""
 
 TRACED_MODELS: tuple[str, ...] = tracing._MODELS
 """The attributes of a pipeline whose outputs are traced."""
@@ -122,7 +127,7 @@ def _particular(nodes: Sequence[Node]) -> str | None:
 
 
 def _after_rescaling(output: Node) -> Iterator[str]:
-    """Yield what is done to a rescaled prediction that its step cannot do, whose deviations are of the whole."""
+    """Yield what is done to a rescaled prediction, whose deviations are of the whole, that its step cannot do."""
     rescaled = next(node for node in output.walk() if _FUNCTIONS.get(node.detail) == "rescaled")
     inside = {id(node) for node in rescaled.walk()}
     changes = dict.fromkeys(_change(node) for node in output.walk() if id(node) not in inside)

@@ -24,13 +24,14 @@ from .counted_loop import CopiedLoop, CountedLoop, Like, form_of
 from .counted_run import run_counted
 from .drawing import Drawing
 from .dtypes import Dtypes, promoted
+from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, combined, guidance_of, is_by_value
 from .host_tables import HostTables, host_tables, read_tables
 from .lazy_guidance import Output, PerFrame, resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
 from .loop_tables import LoopTable, loop_table
-from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, counted_as, fitted_predictions, refusal_of
+from .scheduler_step import LEFT, SchedulerStep, count, count_fused, counted_as
 from .timesteps import place_in, place_of, version_of
 
 _UNCOPIED = ("_counted", "_ended", "_kept_tables", "_given")

@@ -20,6 +20,7 @@ from ..step.guided_step import guided_step
 from ..step.memory import empty_like
 from . import lazy_outputs
 from .counted_step import is_integer, left, warn_of_unscaled_inputs
+from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, guidance_of
 from .host_tables import HostTables, host_tables, on_host
 from .lazy_guidance import resolved
@@ -27,7 +28,7 @@ from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
 from .noise import Generators
 from .scaled_inputs import ScaledInputs
-from .scheduler_step import LEFT, SHAPES, count, count_fused, fitted_predictions, refusal_of
+from .scheduler_step import LEFT, count, count_fused
 from .step_signatures import Draws, StepWithChurn, StepWithGenerator
 from .traced import Fusion, traced
 

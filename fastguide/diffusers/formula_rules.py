@@ -363,7 +363,7 @@ KEEP_ORDER = frozenset(("flatten", "reshape", "squeeze", "unflatten", "unsqueeze
 
 
 def viewed(operand: Formula, name: str, how: tuple[Any, ...]) -> Any:
-    """Return a formula in another shape: of vectors, each sample's elements in their order."""
+    """Return a formula in another shape: of vectors, each sample's elements in their order; ``None``: it is none."""
 
     def function(tensor: Tensor) -> Any:
         return getattr(tensor, name)(*how)
@@ -372,7 +372,7 @@ def viewed(operand: Formula, name: str, how: tuple[Any, ...]) -> Any:
         made = function(torch.empty(operand.sizes, dtype=operand.dtype, device="meta"))
         if type(made) is Tensor and made.dtype == operand.dtype and _keeps(operand, name, how, made.shape):
             return same(operand, made.shape, operand.dtype, function)
-    return function(operand.computed(name.strip("_")))
+    return None
 
 
 def _keeps(operand: Formula, name: str, how: tuple[Any, ...], sizes: torch.Size) -> bool:

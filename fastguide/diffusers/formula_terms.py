@@ -49,11 +49,11 @@ class Terms:
         self.number: dict[Any, int] = {}
         self._terms: list[Traced] = []
         self.outputs = 0
-        """How many of them are models' outputs, or were made of such."""
+        """How many of them are models' outputs, or were made of such; guidance counts as two."""
         for key, term in ordered:
             self.number[key] = len(self._terms)
             self._terms.append(term)
-            self.outputs += term.source.is_of_outputs
+            self.outputs += term.source.outputs()
 
     def __len__(self) -> int:
         return len(self._terms)

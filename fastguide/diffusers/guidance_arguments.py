@@ -16,7 +16,7 @@ from ..schedules.predictions import GradientForm
 from .lazy_guidance import Output, Taken, Weights, resolved
 from .lazy_tensor import plain
 from .traced import EXACT
-from .weights_of_formula import Conversion
+from .weights_of_formula import Ahead, Conversion
 
 Scale = float | Sequence[float] | Tensor
 
@@ -93,7 +93,7 @@ def _guidance_for(guidance_scale: Any, gradient_scale: Any, gradient_form: Gradi
 def _weighted(weights: Weights) -> Guidance:
     """Make the guidance of a pipeline's own coefficients; in column 0 is their sum, which is 1 but for rounding."""
     constants, factors, scale, is_guidance = weights
-    make = Guidance if is_guidance else Conversion
+    make = (Guidance if len(constants) > 1 else Ahead) if is_guidance else Conversion
     total = sum(constants)
     constants = (1.0 if abs(total - 1) <= EXACT else total, *constants[1:])
     if scale is None:

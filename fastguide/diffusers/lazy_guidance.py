@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from ..guidance import Guidance
-from . import torch_rules as torch_rules  # the rules, which are set by its import
 from .channel_weights import of_channels
 from .formula import VECTOR, Formula
 from .guided import Guided
 from .halves import OfHalves
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
-from .traced import EXACT, Combined, Scale, Term, leading
-from .weights_of_formula import taken_apart
+from .traced import EXACT, Combined, Scale, Term, Traced, leading
+from .weights_of_formula import taken_apart as formula_taken_apart
 
 
 class Taken(NamedTuple):
@@ -77,20 +76,9 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
         if guidance_scale is None and output.is_whole() and whole.shape == (2 * shape[0], *shape[1:]):
             return whole, output.scale
         output = output.combined()
-    if type(output) is Guided and guidance_scale is None and output.is_pending() and output.shape == sample.shape:
-        output.check_unchanged()
-        return Taken(output.predictions, None, output.dtype), output.guidance
-    if guidance_scale is None and type(output) in (Combined, Doubled, Joined) and output.is_pending():
-        taken = _taken_apart(output, sample)
-        if taken is not None and (per_frame or type(taken[1]) is not PerFrame):
-            return taken
-    if guidance_scale is None and type(output) is Formula and _is_vector_of(output, sample):
-        made = taken_apart(output, sample)
-        if made is not None:
-            predictions, guidance = made
-            if isinstance(predictions, Tensor):
-                return predictions, guidance
-            return Taken(predictions, None, output.dtype), guidance
+    taken = taken_apart(output, sample) if guidance_scale is None else None
+    if taken is not None and (per_frame or type(taken[1]) is not PerFrame):
+        return taken
     output = plain(output, "the step, which does not take it apart")
     if not isinstance(output, Tensor):
         hint = "; its .sample is one" if isinstance(getattr(output, "sample", None), Tensor) else ""
@@ -99,11 +87,38 @@ def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: boo
     return output, guidance_scale
 
 
-def _is_vector_of(output: Formula, sample: Tensor) -> bool:
-    return output.is_pending() and output.kind == VECTOR and output.sizes == sample.shape
+def taken_apart(output: Any, sample: Tensor) -> tuple[Output, Any] | None:
+    """Return the predictions of what waits for a step, and what weighs them; ``None``: it is computed otherwise.
+
+    Args:
+        output: of a pipeline or guider.
+        sample: has the shape that each prediction is to have.
+
+    Returns:
+        As ``resolved``; a scale may be ``PerFrame``.
+
+    Raises:
+        RuntimeError: it was written to after guidance had been taken from it.
+    """
+    kind = type(output)
+    if kind is Guided and output.is_pending() and output.shape == sample.shape:
+        output.check_unchanged()
+        return Taken(output.predictions, None, output.dtype), output.guidance
+    if kind in (Combined, Doubled, Joined) and output.is_pending():
+        return _terms_of(output, sample)
+    if kind is Traced and output.source.guides and output.shape == sample.shape:
+        return Taken((output.value(),), None, output.dtype), Weights((1.0,))
+    if kind is Formula and output.is_pending() and output.kind == VECTOR and output.sizes == sample.shape:
+        made = formula_taken_apart(output, sample)
+        if made is not None:
+            predictions, guidance = made
+            if isinstance(predictions, Tensor):
+                return predictions, guidance
+            return Taken(predictions, None, output.dtype), guidance
+    return None
 
 
-def _taken_apart(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[Output, Any] | None:
+def _terms_of(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[Output, Any] | None:
     """Return the predictions of a combination, and what weighs them; ``None``: they are not of the sample's shape."""
     output.check_unchanged()
     channels = of_channels(output, sample) if type(output) is Joined else None
@@ -137,9 +152,10 @@ def _taken_apart(output: Combined | Doubled | Joined, sample: Tensor) -> tuple[O
     if scale_tensor is not None and leading(scale_tensor) > 1:
         return None
     constants = tuple([constant for _, constant, _ in terms])
-    is_guidance = terms[-1][0].source.is_output or sum(of.source.is_of_outputs for of, *_ in terms) > 1
+    is_guidance = len(terms) > 1 and terms[-1][0].source.is_output
+    is_guidance = is_guidance or sum([of.source.outputs() for of, *_ in terms]) > 1
     if scale_tensor is None:
-        if constants == (1.0,) and variance is None and main.dtype == predictions[0].dtype:
+        if constants == (1.0,) and variance is None and main.dtype == predictions[0].dtype and not is_guidance:
             return predictions[0], None
         return taken, Weights(constants, is_guidance=is_guidance)
     return taken, Weights(constants, tuple([factor for _, _, factor in terms]), scale_tensor, is_guidance)

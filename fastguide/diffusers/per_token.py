@@ -18,10 +18,11 @@ from ..solvers import StepTable
 from ..step.guided_step import guided_step
 from .counted_run import inputs_of
 from .counted_step import is_integer
+from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, guidance_of
 from .lazy_guidance import resolved
 from .lazy_tensor import plain
-from .scheduler_step import LEFT, SHAPES, count, count_fused, fitted_predictions, refusal_of
+from .scheduler_step import LEFT, count, count_fused
 
 LATER = 1e-6
 """By how much a sigma has to be below that of a token for the token's step to lead there."""

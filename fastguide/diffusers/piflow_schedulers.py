@@ -23,11 +23,12 @@ from .counted_loop import CountedLoop
 from .counted_run import places
 from .counted_step import CountedStep, index_of, is_integer, leave, loop_at
 from .dtypes import Dtypes, of_the_sample
+from .fitted import SHAPES, refusal_of
 from .guidance_arguments import Scale, combined, guidance_of
 from .host_tables import HostTables, host_tables, on_host
 from .lazy_guidance import resolved
 from .lazy_tensor import plain
-from .scheduler_step import SHAPES, count_fused, refusal_of
+from .scheduler_step import count_fused
 from .timesteps import place_of
 from .weights_of_formula import Conversion
 

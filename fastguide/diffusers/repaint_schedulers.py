@@ -18,9 +18,10 @@ from ..step.guided_step import guided_step
 from ..step.inpainting import Inpainting
 from ..step.memory import DTYPES, dense_within_sample, in_layout_of
 from . import lazy_outputs
+from .fitted import SHAPES, refusal_of
 from .guidance_arguments import Scale, combined
 from .lazy_tensor import plain
-from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, plan, refusal_of, run
+from .scheduler_step import LEFT, SchedulerStep, count, plan, run
 from .tables import UNDEFINED, current_tables, host_alphas
 from .timesteps import row_of, version_of
 from .weights_of_formula import Conversion

@@ -17,12 +17,13 @@ from ..step.inpainting import Inpainting
 from ..step.memory import empty_like, in_layout_of
 from .counted_step import CountedStep, leave, left, loop_at
 from .dtypes import Dtypes
+from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, guidance_of
 from .host_tables import HostTables, host_tables, on_host
 from .lazy_guidance import resolved
 from .lazy_tensor import plain
 from .noise import noise_of
-from .scheduler_step import SHAPES, count_fused, fitted_predictions, refusal_of
+from .scheduler_step import count_fused
 
 __all__ = ["RFD4ProteinaScheduler"]
 

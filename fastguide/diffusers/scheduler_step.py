@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..guidance import Guidance
@@ -14,11 +13,13 @@ from ..schedules.predictions import GradientForm
 from ..solvers import StepTable
 from ..step.guided_step import guided_step
 from ..step.inpainting import Inpainting
-from ..step.memory import DTYPES, dense_within_sample, empty_like, in_layout_of, same_layout
+from ..step.memory import dense_within_sample, empty_like, in_layout_of
 from ..step.noise import DeviceGenerator
 from ..step.repeat import token_of
+from . import torch_rules as torch_rules  # the rules, which are set by its import
+from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, guidance_of, is_by_value
-from .lazy_guidance import Output, Taken, resolved
+from .lazy_guidance import resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
 from .noise import Generators, noise_of
@@ -26,7 +27,7 @@ from .saved_as import SavedAsDiffusers
 from .tables import TableCache, current_tables, is_defined, prepare_tables, table_of
 from .timesteps import HostTimesteps, move_timesteps, row_of
 from .traced import Fusion
-from .weights_of_formula import Conversion
+from .weights_of_formula import Ahead, Conversion
 
 
 class SchedulerStep(metaclass=SavedAsDiffusers):
@@ -217,7 +218,7 @@ def count_fused(scheduler: SchedulerStep, guidance: Guidance | None, *, is_last:
 def counted_as(guidance: Guidance | None) -> str:
     """Return what ``Acceleration.counts`` calls a fused step with this guidance."""
     guided = guidance is not None and (guidance.num_predictions > 1 or guidance.classifier is not None)
-    guided = guided and not isinstance(guidance, Conversion)
+    guided = (guided and not isinstance(guidance, Conversion)) or isinstance(guidance, Ahead)
     return "fused with guidance" if guided else "fused without guidance"
 
 
@@ -235,80 +236,6 @@ def count(scheduler: SchedulerStep, what: str) -> None:
 
 LEFT = "left to diffusers: "
 """What a count of such steps begins with; the reason follows."""
-SHAPES = "shapes that broadcast, or do not fit"
-
-
-def refusal_of(sample: Tensor, output: Output, gradient: Tensor | None, noise: Tensor | None) -> str | None:
-    """Return why the kernel does not take these tensors as they are; ``None``: it does."""
-    if _is_transformed():
-        return "torch.func or forward-mode differentiation"
-    if sample.dim() == 0:
-        return SHAPES
-    shape, device, grad = sample.shape, sample.device, torch.is_grad_enabled()
-    tensors = [sample, output] if isinstance(output, Tensor) else [sample, *output.predictions]
-    if isinstance(output, Taken) and output.variance is not None:
-        tensors.append(output.variance)
-    for elementwise in (gradient, noise):
-        if elementwise is not None:
-            tensors.append(elementwise)
-            if not isinstance(elementwise, Tensor) or elementwise.shape != shape:
-                return SHAPES
-    for tensor in tensors:
-        if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and device.type != "cpu"):
-            return f"tensors of {tensor.dtype}"
-        if tensor.device != device:
-            return "tensors of two devices"
-        if grad and tensor.requires_grad:
-            return "autograd"
-    # diffusers' result is of the noise's dtype as well
-    wide = noise is not None and noise.dtype == torch.float64 and sample.dtype != torch.float64
-    return "noise of torch.float64 for another sample" if wide else None
-
-
-def _is_transformed() -> bool:
-    """Tell whether torch.func or forward-mode differentiation sees more in a tensor than its values."""
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def fitted_predictions(
-    output: Output, sample: Tensor, guidance: Guidance | None, learned_variance: bool
-) -> tuple[Tensor | list[Tensor], Tensor | None] | None:
-    """Return the predictions and the learned variance in the sample's layout; ``None`` if the shapes do not fit.
-
-    The output has the sample's shape as often as guidance weighs it, or that with twice the channels; the second half
-    is the learned variance, and is left out where none is expected.
-    """
-    shape = sample.shape
-    if isinstance(output, Tensor) and output.shape[1:] == shape[1:] and not learned_variance:
-        if guidance is None and output.shape != shape:
-            return None
-        if same_layout(output, sample):
-            return output, None
-        return [in_layout_of(sample, part) for part in _parts(output, guidance)], None
-    if isinstance(output, Taken):
-        fits = learned_variance == (output.variance is not None)
-        if not fits or any(part.shape != shape for part in output.predictions):
-            return None
-        parts = [in_layout_of(sample, part) for part in output.predictions]
-        return parts, None if output.variance is None else in_layout_of(sample, output.variance)
-    channels = shape[1] if len(shape) > 1 else 0
-    doubled = channels > 0 and output.shape[1:] == (2 * channels, *shape[2:])
-    if not (doubled and (learned_variance or guidance is not None)) or (
-        guidance is None and output.shape[0] != shape[0]
-    ):
-        return None
-    parts = list(_parts(output, guidance))
-    variance = in_layout_of(sample, parts[-1][:, channels:]) if learned_variance else None
-    return [in_layout_of(sample, part[:, :channels]) for part in parts], variance
-
-
-def _parts(output: Tensor, guidance: Guidance | None) -> Sequence[Tensor]:
-    """Return the predictions, each of the sample's batch."""
-    parts_in_all = 1 if guidance is None else guidance.num_predictions
-    parts: Sequence[Tensor] = output.unflatten(0, (parts_in_all, output.shape[0] // parts_in_all)).unbind(0)
-    return parts
 
 
 def run(planned: Plan, generator: Generators, noise: Tensor | None, draws: bool, return_dict: bool) -> Any:

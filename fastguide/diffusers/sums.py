@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import formula_rules as rules
+from .at_once import masked
 from .formula import PRODUCT, Formula
 from .halves import OfHalves
 from .joined import Joined
@@ -90,6 +91,8 @@ def beyond(function: Any, first: Any, second: Any) -> Any:
     """Return what an operator makes of operands that it makes no combination of: a formula, or a tensor."""
     name = _NAMES[function]
     made = rules.combined(name, function, first, second)
+    if made is None and name == "mul":
+        made = masked(function, first, second)
     return function(plain(first, name), plain(second, name)) if made is None else made
 
 
@@ -167,7 +170,7 @@ def product(function: Any, first: Any, second: Any, invert: bool = False) -> Any
         if type(other) is Tensor:
             first, second = rules.as_read(first), rules.as_read(second)
         return Combined((function, first, second), scaled, scale, operand.dtype, seen)
-    if number is None and not invert and scale is None and _is_scale(other, operand):
+    if number is None and not invert and scale is None and _is_scale(other, operand, terms):
         scaled = tuple([(of, 0.0, constant) for of, constant, _ in terms])
         as_seen = ScaleAsSeen.of(other)
         first, second = (first, as_seen.tensor) if operand is first else (as_seen.tensor, second)
@@ -185,8 +188,11 @@ def _cancels(scale: ScaleAsSeen, divisor: Any, terms: tuple[Term, ...]) -> bool:
     return not scale.is_changed() and scale.is_same(ScaleAsSeen.of(divisor))
 
 
-def _is_scale(scale: Any, operand: Any) -> bool:
-    """Tell whether a tensor is one number, or one for each sample or frame, that leaves an operand's dtype as it is."""
+def _is_scale(scale: Any, operand: Any, terms: tuple[Term, ...]) -> bool:
+    """Tell whether a tensor is one number, or one for each sample, that leaves an operand's dtype as it is.
+
+    Of a difference, it may be one for each frame as well: it is a scale of guidance there, and not a mask.
+    """
     if type(scale) is not Tensor or scale.requires_grad or not scale.is_floating_point():
         return False
     like, lead = operand.like(), 0
@@ -194,6 +200,8 @@ def _is_scale(scale: Any, operand: Any) -> bool:
         if scale.dim() != like.dim() or scale.dtype != operand.dtype:
             return False
         lead = leading(scale)
+        if lead > 1 and not (len(terms) == 2 and terms[0][1] + terms[1][1] == 0.0):
+            return False
     fits = scale.shape[:lead] == like.shape[:lead]
     return fits and (scale.device == like.device or scale.dim() == 0)
 
@@ -202,7 +210,8 @@ def interpolated(first: Any, second: Any, weight: Any) -> Any:
     """Return ``torch.lerp``."""
     first, second = general(first), general(second)
     left, right = as_sum(first), as_sum(second)
-    if left is not None and right is not None and first.dtype == second.dtype:
+    by_samples = rules.number_of(weight) is not None or (left is not None and _is_scale(weight, first, ()))
+    if left is not None and right is not None and first.dtype == second.dtype and by_samples:
         scaled = product(operator.mul, weight, total(operator.sub, second, first, -1.0))
         made = total(operator.add, first, scaled, 1.0)
         if type(scaled) is type(made) is Combined:

@@ -78,7 +78,10 @@ class Fusion:
 class Source:
     """One output of a model: the tensor itself, and who else may know of it; or another tensor of the pipeline's."""
 
-    __slots__ = ("combined", "dtype", "escaped", "fusion", "is_linear", "is_of_outputs", "is_output", "step", "tensor")
+    __slots__ = (
+        *("combined", "dtype", "escaped", "fusion", "guides", "is_linear", "is_of_outputs", "is_output", "step"),
+        "tensor",
+    )
 
     def __init__(
         self, tensor: Tensor, fusion: Fusion | None, is_output: bool = True, is_of_outputs: bool = True
@@ -92,12 +95,18 @@ class Source:
         self.is_output = is_output
         self.is_of_outputs = is_of_outputs
         """Whether it is one, or a state that was made of those of earlier steps, such as momentum's."""
+        self.guides = False
+        """Whether it is made of guidance, which was computed ahead of the step."""
         self.escaped = not is_output
         """Whether others than traced tensors have it, or a view of it."""
         self.step = 0 if fusion is None else fusion.steps
         """How many steps there had been."""
         self.combined: list[weakref.ref[Any]] | None = None
         """What was combined of it, if it is not counted who writes to it."""
+
+    def outputs(self) -> int:
+        """Return how many models' outputs it counts as: guidance as two, and a state of outputs as one."""
+        return self.is_of_outputs + self.guides
 
     @property
     def uncounted(self) -> bool:

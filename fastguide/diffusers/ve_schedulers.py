@@ -13,11 +13,12 @@ from ..solvers import StepTable
 from ..solvers._variance_exploding import score_rows
 from ..step.guided_step import guided_step
 from ..step.memory import dense_within_sample, empty_like
+from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, combined, guidance_of
 from .lazy_guidance import resolved
 from .lazy_tensor import plain
 from .noise import Generators, noise_of
-from .scheduler_step import LEFT, SHAPES, SchedulerStep, count, count_fused, fitted_predictions, refusal_of
+from .scheduler_step import LEFT, SchedulerStep, count, count_fused
 from .timesteps import version_of
 
 __all__ = ["ScoreSdeVeScheduler"]

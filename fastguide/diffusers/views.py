@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import formula_rules as rules
-from .formula import Formula
+from .at_once import at_once
+from .formula import Formula, as_vector
 from .halves import FIRST, SECOND
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
@@ -59,7 +60,9 @@ def view(operand: Any, name: str, how: tuple[Any, ...]) -> Any:
     """Return a view of an operand, as one of each of its terms."""
     how = plain(how)
     if type(operand) is Formula:
-        return rules.viewed(operand, name, how)
+        made = rules.viewed(operand, name, how)
+        if made is not None:
+            return made
     parts = parts_of(lambda tensor: (getattr(tensor, name)(*how),), operand, name.strip("_"))
     return parts[0]
 
@@ -67,6 +70,9 @@ def view(operand: Any, name: str, how: tuple[Any, ...]) -> Any:
 def parts_of(function: Callable[[Tensor], Any], operand: Any, by: str) -> Any:
     """Return parts of an operand, which a function of tensors makes: of each of its terms, if they are views."""
     operand = general(operand)
+    if type(operand) is Formula and as_vector(operand) is not None:
+        ahead = at_once(operand)
+        operand = operand if ahead is None else ahead
     found = as_sum(operand)
     if found is None or (found[1] is not None and found[1].tensor.dim() > 0):
         return function(plain(operand, by))

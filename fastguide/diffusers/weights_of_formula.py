@@ -32,6 +32,10 @@ class Conversion(Guidance):
     """The weights of one model's output and of tensors that were added to it: nothing that guides."""
 
 
+class Ahead(Guidance):
+    """The weight of guidance that was made ahead of the step."""
+
+
 class _Made(NamedTuple):
     """What was made of one structure."""
 

@@ -136,6 +136,9 @@ READ_AND_RUN = {  # what is between the model and the step; form, calls, changes
         f"{TWO}; mask = (latents > 0).float(); c, u = c * (1 - mask), u * (1 - mask); pred = u + s * (c - u)",
         U_FORM, CALLS, ("masked before",),
     ),
+    "masked after": (
+        f"{TWO}; mask = (latents > 0).float(); pred = (u + s * (c - u)) * (1 - mask)", U_FORM, CALLS, ("masked after",),
+    ),
     "arithmetic before": (
         f"{TWO}; c, u = c ** 3, u ** 3; pred = u + s * (c - u)", U_FORM, CALLS, ("arithmetic before",),
     ),
@@ -150,6 +153,10 @@ READ_AND_RUN = {  # what is between the model and the step; form, calls, changes
     "rescaled, a part": (
         f"{HALVES}; pred = rescale_noise_cfg(u + s * (c - u), c, 0.7)[:, :4]", "rescaled", "",
         ("slice after rescaling",),
+    ),
+    "rescaled, masked": (
+        f"{HALVES}; mask = (latents > 0).float(); pred = rescale_noise_cfg(u + s * (c - u), c, 0.7) * (1 - mask)",
+        "rescaled", "", ("masked after rescaling",),
     ),
     "shape after": (
         f"{HALVES}; pred = (u + s * (c - u)).flatten(1).reshape(latents.shape)", U_FORM, BATCH, ("shape after",),

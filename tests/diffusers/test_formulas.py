@@ -283,6 +283,11 @@ def test_a_state_of_a_formula_is_computed_at_each_step(formula):
 
 # ---- What is computed ----
 
+
+def of_five(u, c):
+    return rescaled(u, c) + LATENTS.float() + 2 * LATENTS.float() + 3 * LATENTS.float()
+
+
 COMPUTED = {
     "a norm of tokens, whose dimension is gone": (lambda u, c: u.norm(dim=-1), ""),
     "of guidance": (lambda u, c: (c - u).norm(dim=-1), "norm over dim -1"),
@@ -298,13 +303,13 @@ COMPUTED = {
     "numbers without the samples' shape": (
         lambda u, c: (c - u).norm(2, (1, 2, 3)) * u.flatten(1)[:, :2], "mul",
     ),
-    "a factor for each element": (lambda u, c: rescaled(u, c) * LATENTS.float(), "mul"),
+    "a mask of too many terms": (lambda u, c: of_five(u, c) * LATENTS.float(), "mul"),
     "a number and a factor for each element": (
         lambda u, c: (c - u).norm(2, (1, 2, 3), keepdim=True) * LATENTS.float(), "mul",
     ),
     "a sum with what broadcasts": (lambda u, c: rescaled(u, c) + LATENTS.float()[:1], "add"),
     "divided into": (lambda u, c: (c - u).norm(2, (1, 2, 3), keepdim=True) / (c - u), "div"),
-    "a part of a formula": (lambda u, c: rescaled(u, c)[:, :2] * 1.0, "getitem"),
+    "a part of too many terms": (lambda u, c: of_five(u, c)[:, :2] * 1.0, "getitem"),
     "a power": (lambda u, c: (c - u) ** 3, "pow"),
 }  # fmt: skip
 

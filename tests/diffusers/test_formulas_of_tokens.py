@@ -162,7 +162,6 @@ def test_groups_of_a_view_are_none_of_the_sample_s(name, ratio, batch, halves):
         lambda u, c: guider_utils.rescale_noise_cfg(c * u.norm(dim=-1, keepdim=True), c, 0.5),
         lambda u, c: c * u.norm(dim=0, keepdim=True),  # of the batch
         lambda u, c: c * u.norm(dim=2)[..., None, :],
-        lambda u, c: (c * u.norm(dim=-1, keepdim=True)).transpose(2, 3).transpose(2, 3),
     ],
 )
 def test_norms_that_a_step_cannot_take_are_computed(formula):
@@ -177,13 +176,27 @@ def test_norms_that_a_step_cannot_take_are_computed(formula):
 
 
 def test_norms_of_tokens_are_of_the_sample_s_own_dimensions():
-    """What a pipeline has in another shape there is computed; so is a factor for each token in yet another shape."""
+    """What a pipeline has in another shape there is made before the step."""
     single = [each.float() for each in outputs()]
     made = norms_of(-1, lambda c, m: c / m)(*[each.view(2, 64, 12) for each in traced(single)])
     taken, guidance = resolved(made, torch.zeros(2, 64, 12), None)
     assert guidance.weights_from.dims == (2,)
     assert len(taken.predictions) == 2
-    made = norms_of(-1, lambda c, m: c / m)(*traced(single)).flatten(2)
-    taken, guidance = resolved(made, torch.zeros(2, 4, 192), None)
-    assert guidance is None
-    assert torch.equal(taken, norms_of(-1, lambda c, m: c / m)(*single).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("view", "shape"),
+    [(lambda m: m.flatten(2), (2, 4, 192)), (lambda m: m.transpose(2, 3), (2, 4, 12, 16)), (lambda m: m[:, 1:], None)],
+)
+def test_norms_of_tokens_in_another_shape_are_made_before_the_step(view, shape):
+    given = outputs()
+    single, formula = [each.float() for each in given], norms_of(-1, lambda c, m: c / m)
+    made, own, expected = (view(formula(*of)) for of in (traced(single), single, given))
+    assert type(made) is module.Traced
+    assert made.source.guides
+    sample = torch.zeros(shape or (2, 3, 16, 12))
+    taken, guidance = resolved(made * 1.0, sample, None)
+    assert guidance is not None
+    got = taken.predictions[0]
+    assert got.dtype == torch.float32
+    assert error(got, expected) <= 2 * error(own, expected) + 2e-7

@@ -79,7 +79,7 @@ def test_guidance_is_deferred(name):
 
 COMPUTED = {
     "half of it": lambda u, c: u + 2.0 * (c - u)[:1],
-    "a scale for each element": lambda u, c: torch.ones(5) * (c - u),
+    "a scale that broadcasts": lambda u, c: torch.ones(2, 1, 1, 1) * (c - u),
     "divided by what may be anything": lambda u, c: (u + 2.0 * (c - u)) / torch.full((5,), 3.0),
     "rescaled": lambda u, c: (lambda g: 0.7 * (g * (c.std() / g.std())) + 0.3 * g)(u + 2.0 * (c - u)),
     "cast to numbers that are whole": lambda u, c: (u + 2.0 * (c - u)).to(torch.int64),

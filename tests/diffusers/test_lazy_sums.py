@@ -140,7 +140,7 @@ def test_a_sum_in_inference_mode(name):
 
 COMPUTED = {
     "from nothing": lambda x, u, c, sigma: 0 - c,
-    "a mask": lambda x, u, c, sigma: x + c * torch.ones(5),
+    "a mask that broadcasts": lambda x, u, c, sigma: x + c * torch.ones(2, 1, 1, 5),
     "another shape": lambda x, u, c, sigma: x[:1] - c,
     "a number": lambda x, u, c, sigma: c + 1.0,
     "a parameter": lambda x, u, c, sigma: x.clone().requires_grad_() - c,

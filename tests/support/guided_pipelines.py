@@ -33,7 +33,7 @@ class StandIn(Part):
     def __init__(self, channels, dim=1, **config):
         super().__init__({"in_channels": channels, **config})
         self.channels, self.dim = channels, dim
-        self.rope = SimpleNamespace(prepare_video_coords=lambda batch, *_, **__: torch.zeros(batch, 1))
+        self.rope = SimpleNamespace(prepare_video_coords=lambda batch, *_, **__: torch.zeros(batch, 3, 1, 2))
         self.audio_rope = SimpleNamespace(prepare_audio_coords=lambda batch, *_: torch.zeros(batch, 1))
 
     def cache_context(self, name):
@@ -123,10 +123,8 @@ def motif_video():
     return pipe, {**given, "height": 32, "width": 32, "num_frames": 5}
 
 
-def ltx_2(**also):
+def ltx_2(kind="LTX2Pipeline", **also):
     """Make LTX-2, which rescales in the space of originals; ``also``: further predictions."""
-    from diffusers.pipelines.ltx2 import pipeline_ltx2
-
     transformer = StandIn(8, dim=2, patch_size=1, patch_size_t=1)
     parts = nothing("text_encoder", "tokenizer", "vocoder")
     latents = {"latents_mean": torch.zeros(1), "latents_std": torch.ones(1)}
@@ -134,7 +132,7 @@ def ltx_2(**also):
     config = {"mel_bins": 16, "latent_channels": 8, "sample_rate": 16000, "mel_hop_length": 160}
     audio = Part(config, mel_compression_ratio=4, temporal_compression_ratio=4, **latents)
     connectors = Part(forward=lambda embeds, mask, padding_side: (embeds, embeds, mask))
-    pipe = pipeline_ltx2.LTX2Pipeline(
+    pipe = getattr(diffusers, kind)(
         scheduler=flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05), transformer=transformer,
         connectors=connectors, vae=vae, audio_vae=audio, **parts,
     )  # fmt: skip

@@ -35,8 +35,9 @@ class Acceleration:
     left_alone: dict[str, str]
     """Parts that stay as they were, each with the reason."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Steps made since, by what was done: ``"fused with guidance"``, ``"fused without guidance"`` (the pipeline had
-    none, or computed it by itself), and ``"left to diffusers: "`` with the reason. Not counted: compiled steps."""
+    """Steps made since, by what was done: ``"fused with guidance"``, in the step or in a launch before it,
+    ``"fused without guidance"`` (the pipeline had none, or computed it by itself), and ``"left to diffusers: "`` with
+    the reason. Not counted: compiled steps."""
     computed: Counter[str] = field(default_factory=Counter)
     """Operations that are not traced, for which guidance was computed before the step since, such as ``"norm over dim
     -1"``; one a run, as the rest of the run is not traced then."""
@@ -72,9 +73,10 @@ def accelerate(pipe: Any) -> Acceleration:
     The scheduler becomes fastguide's of the same name, with the state that it has. The models' outputs are traced:
     where the pipeline gives the scheduler a sum of them, such as ``uncond + guidance_scale * (cond - uncond)``, also
     one that is rescaled to a deviation or norm of each sample, or goes on to a sum with the latents, the step does all
-    of it, in float32; whatever else the pipeline computes is computed as before, and named in ``computed``. Nothing is
-    traced with gradients, or where a model is called by other code than the pipeline's methods. A model that is
-    compiled in place, by ``model.compile()``, has to be before.
+    of it, in float32. Guidance that is masked before the step is made in a launch of its own. Whatever else the
+    pipeline computes is computed as before, and named in ``computed``. Nothing is traced with gradients, or where a
+    model is called by other code than the pipeline's methods. A model that is compiled in place, by
+    ``model.compile()``, has to be before.
 
     Pipelines within the pipeline are accelerated with it: the prior and the decoder of a combined one.
 

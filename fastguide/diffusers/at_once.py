@@ -88,6 +88,8 @@ def _launched(vector: Any) -> tuple[Tensor, bool] | None:
         return None
     if not dense_within_sample(sample.shape, sample.stride()):
         sample = sample.contiguous()
+    if vector.dtype == torch.float64:
+        sample = sample.double()
     fitted = fitted_predictions(output, sample, guidance, False)
     if fitted is None:
         return None

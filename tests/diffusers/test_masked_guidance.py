@@ -161,6 +161,16 @@ def test_guidance_that_is_cast_is_masked_in_that_dtype():
     torch.testing.assert_close(made.value(), guided(own.u.float(), own.c.float()) * mask)
 
 
+def test_a_sum_with_latents_in_float64_is_masked_in_that_dtype():
+    given, own = Inputs(11, torch.float32), Inputs(11, torch.float32)
+    x, fusion = torch.randn(SHAPE, dtype=torch.float64), Fusion()
+    u, c = module.traced(given.u, fusion), module.traced(given.c, fusion)
+    made = guided(u + x, c + x) * given.mask
+    expected = guided(own.u.double() + x, own.c.double() + x) * given.mask
+    assert made.dtype == torch.float64
+    assert error(made.value(), expected) <= 1e-14
+
+
 def test_what_is_masked_of_an_earlier_step_is_a_state():
     """It is added up at once: a sum that waits would grow at each step."""
     given, fusion = Inputs(10, torch.float32), Fusion()

@@ -48,6 +48,7 @@ SEEN_THROUGH: frozenset[str] = frozenset(
             for form in ("rescaling", "norms")
         ),
         *("conditional first", "not in halves", "halves of two calls"),
+        "zeros_like before",  # of Cosmos 3, in the place of a prediction whose mask leaves nothing
         f"{X0_OF_A_STEP} before",  # of EDM's Euler, whose x_0 is traced
         "another output before",  # of unCLIP's priors, whose only output has another name
     )

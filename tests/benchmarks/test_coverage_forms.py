@@ -136,6 +136,12 @@ READ_AND_RUN = {  # what is between the model and the step; form, calls, changes
         f"{TWO}; mask = (latents > 0).float(); c, u = c * (1 - mask), u * (1 - mask); pred = u + s * (c - u)",
         U_FORM, CALLS, ("masked before",),
     ),
+    "masked, or nothing": (
+        f"{TWO}; mask = (latents > 0).float()\n"
+        "            c = c * mask if mask.sum() > 0 else torch.zeros_like(c)\n"
+        "            u = u * mask if mask.sum() > 0 else torch.zeros_like(u); pred = u + s * (c - u)",
+        U_FORM, CALLS, ("masked before", "zeros_like before"),
+    ),
     "masked after": (
         f"{TWO}; mask = (latents > 0).float(); pred = (u + s * (c - u)) * (1 - mask)", U_FORM, CALLS, ("masked after",),
     ),

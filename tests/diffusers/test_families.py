@@ -90,6 +90,7 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "DeepFloyd IF, upscaling": (unets.deepfloyd_if_upscaling, {GUIDED: 7}),
     "Kandinsky 6, distilled": (rare.kandinsky_6, {ALONE: 7}),  # is not guided
     "Kandinsky 6, distilled, with sound": (rare.kandinsky_6_with_sound, {ALONE: 14}),
+    "Kandinsky 6, guided": (rare.kandinsky_6_guided, {GUIDED: 14}),  # grids of velocities
 }
 FAMILIES |= {  # with a stand-in for the model
     "ACE-Step": (sound.ace_step, {GUIDED: 7}),  # projected in each channel, with momentum
@@ -166,7 +167,7 @@ def test_inference_mode_makes_the_same(name):
 
 WITHOUT_A_SCALE = {"consistency model", "HunyuanImage", "HunyuanVideo 1.5", "HunyuanVideo 1.5, Zero*", "Motif-Video"}
 """In the call: their guiders have it."""
-WITHOUT_A_SCALE |= {name for name in FAMILIES if name.startswith("Kandinsky 6") or name.endswith("not guided")}
+WITHOUT_A_SCALE |= {name for name in FAMILIES if "distilled" in name or name.endswith("not guided")}
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - WITHOUT_A_SCALE))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastguide.diffusers import piflow_schedulers
+from fastguide.diffusers.traced import Fusion, traced
 from tests.support.diffusers_in_float64 import in_float64
 from tests.support.scheduler_pair import diffusers, fused, pair, randn
 
@@ -169,7 +170,57 @@ def test_a_copy_in_the_middle_of_a_loop_goes_on_as_the_loop_does(how):
     assert torch.equal(*results)
 
 
-def test_guidance_is_computed_before_the_rollout():
+GUIDANCE = {
+    "u + s(c - u)": lambda u, c, p: u + 4.0 * (c - u),
+    "of three": lambda u, c, p: u + 4.0 * (c - u) + 0.5 * (c - p),
+    "negated": lambda u, c, p: -(0.5 * c),
+}
+
+
+def guided_loop(scheduler, formula, outputs, x, given=lambda output: output):
+    """Return the samples of a loop that is guided by ``formula`` of outputs, which are those of each step."""
+    scheduler.set_timesteps(len(outputs))
+    seen = []
+    for t, of in zip(scheduler.timesteps, outputs, strict=True):
+        x = scheduler.step(formula(*map(given, of)), t, x).prev_sample
+        seen.append(x.double())
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_guidance_is_a_part_of_the_rollout(name, dtype):
+    """So that it is one sum of all velocities, and no farther from float64 than diffusers' own."""
+    (ours, theirs), x, formula = pair(NAME), randn(*SHAPE).to(dtype), GUIDANCE[name]
+    outputs = [[velocities(k * x, torch.tensor(t), 10) for k in (1.0, 0.9, 0.8)] for t in (900.0, 600.0, 300.0)]
+    with in_float64(diffusers.PiflowScheduler):
+        exact = guided_loop(diffusers.PiflowScheduler(), formula, outputs, x.double(), lambda output: output.double())
+    expected = guided_loop(theirs, formula, outputs, x)
+    ours._fusion = fusion = Fusion()
+    made = guided_loop(ours, formula, outputs, x, lambda output: traced(output, fusion))
+    assert error(made, exact) <= error(expected, exact) + 2e-7
+    assert fusion.counts == {f"fused with{'out' if name == 'negated' else ''} guidance": 3}
+    assert not fusion.computed
+
+
+@pytest.mark.parametrize(("grid", "is_fused"), [(10, True), (16, True), (17, False)])
+def test_guidance_of_more_velocities_than_kernels_take_is_computed_before(grid, is_fused, monkeypatch):
+    ours, theirs = pair(NAME, n_grid=grid)
+    counts, step = [], piflow_schedulers.guided_step
+    monkeypatch.setattr(piflow_schedulers, "guided_step", lambda *a, **k: counts.append(len(a[3])) or step(*a, **k))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(4)
+    t, x = ours.timesteps[1], randn(*SHAPE)
+    uncond, cond = velocities(0.9 * x, t, grid), velocities(x, t, grid)
+    for scale in (3.0, 5.0, 3.0):
+        for scheduler in (ours, theirs):
+            scheduler._step_index = None
+        got = ours.step(torch.cat([uncond, cond]), t, x, guidance_scale=scale).prev_sample
+        assert error([got], [theirs.step(uncond + scale * (cond - uncond), t, x).prev_sample.double()]) < 2e-6
+    assert counts == [2 * grid if is_fused else grid] * 3
+
+
+def test_a_scale_for_each_sample_is_computed_before_the_rollout():
     ours, theirs = pair(NAME)
     scale = torch.tensor([2.0, 5.0])
     for scheduler in (ours, theirs):

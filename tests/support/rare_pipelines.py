@@ -12,7 +12,7 @@ from tests.support.scheduler_pair import diffusers
 from tests.support.transformer_pipelines import nothing
 
 
-def kandinsky_6(with_sound=False):
+def kandinsky_6(with_sound=False, **also):
     """Make Kandinsky 6, distilled: its model predicts three velocities for each of its latents' channels."""
     transformer = model_of(
         "Kandinsky6Transformer3DModel", in_visual_dim=4, out_visual_dim=12, in_audio_dim=4, out_audio_dim=12,
@@ -27,11 +27,17 @@ def kandinsky_6(with_sound=False):
     )  # fmt: skip
     given = named("prompt_embeds", (5, 8)) | {"pooled_prompt_embeds": embeddings((8,))[0]}
     sizes = {"height": 32, "width": 32, "num_frames": 5, "frame_rate": 8.0}
-    return pipe, {**given, **sizes, "guidance_scale": 1.0, "sample_audio": with_sound}
+    return pipe, {**given, **sizes, "guidance_scale": 1.0, "sample_audio": with_sound, **also}
 
 
 def kandinsky_6_with_sound():
     return kandinsky_6(with_sound=True)
+
+
+def kandinsky_6_guided():
+    """Make that with sound, guided: its model's outputs hold three velocities each."""
+    given = named("negative_prompt_embeds", (5, 8)) | {"negative_pooled_prompt_embeds": embeddings((8,))[0]}
+    return kandinsky_6(with_sound=True, guidance_scale=5.0, **{name: -0.5 * each for name, each in given.items()})
 
 
 def repaint(**call):

@@ -24,7 +24,7 @@ FUSED_FORMS: dict[str, bool] = {
     "scale per frame": True,  # by schedulers that count their steps, and keep nothing of earlier ones
     "rescaled": True,  # to each sample's standard deviation of c; most pipelines do so only on demand
     "norm rescaled": True,  # to the norm of c, of each token or row
-    "adaptive projected": False,  # of each channel, in a pipeline itself
+    "adaptive projected": True,  # of each channel, in a pipeline itself
     "perturbed attention": True,
     "several conditions": True,  # a sum of more than two predictions
     "more conditions": False,  # what is none, or of as many as there are edits
@@ -51,6 +51,7 @@ SEEN_THROUGH: frozenset[str] = frozenset(
         "zeros_like before",  # of Cosmos 3, in the place of a prediction whose mask leaves nothing
         f"{X0_OF_A_STEP} before",  # of EDM's Euler, whose x_0 is traced
         "another output before",  # of unCLIP's priors, whose only output has another name
+        "one by one before",  # of a tuple of outputs
     )
 )
 """Changes of a prediction, before guidance or after it, that end no tracing: see ``Guidance.changes``."""
@@ -155,7 +156,9 @@ def _of_more_than_two(nodes: Sequence[Node], methods: Iterable[str]) -> str:
     return "several conditions" if all(_is_linear(node) for node in nodes) else "more conditions"
 
 
-_LINEAR = frozenset(("Add", "Sub", "cast", "slice", "split", "shape", "negate", "part", *_TRANSPARENT))
+_LINEAR = frozenset(
+    ("Add", "Sub", "another output", "cast", "negate", "part", "shape", "slice", "split", *_TRANSPARENT)
+)
 
 
 def _is_linear(node: Node) -> bool:

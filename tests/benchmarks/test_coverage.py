@@ -135,7 +135,7 @@ def test_shares_are_counted():
     rows = [
         row(True, U_FORM),
         row(True, "none"),
-        row(True, "adaptive projected"),
+        row(True, "more conditions"),
         row(True, C_FORM, ("arithmetic before",)),
         row(False, "embedded"),
         row(False, "lerp", deprecated=True),
@@ -252,6 +252,7 @@ BY_HAND = {  # what somebody saw who read the pipeline: form, calls, changes
     "StableDiffusionXLPipeline": (U_FORM, BATCH, []),
     "StableVideoDiffusionPipeline": ("scale per frame", "", []),
     "TextToVideoSDPipeline": (U_FORM, BATCH, ["shape after"]),
+    "UniDiffuserPipeline": ("several conditions", "", []),
     "VersatileDiffusionTextToImagePipeline": (U_FORM, BATCH, []),
     "WanPipeline": (U_FORM, CALLS, []),
     "ZImagePipeline": (

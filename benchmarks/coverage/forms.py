@@ -52,6 +52,7 @@ SEEN_THROUGH: frozenset[str] = frozenset(
         f"{X0_OF_A_STEP} before",  # of EDM's Euler, whose x_0 is traced
         "another output before",  # of unCLIP's priors, whose only output has another name
         "one by one before",  # of a tuple of outputs
+        "batch_step_no_noise, not step",  # of parallel schedulers: steps of several timesteps, one a sample
     )
 )
 """Changes of a prediction, before guidance or after it, that end no tracing: see ``Guidance.changes``."""

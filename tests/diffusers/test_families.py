@@ -35,6 +35,7 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "Stable Diffusion 3, from an image": (transformers.stable_diffusion_3_from_image, {GUIDED: 6}),
     "Stable Diffusion 3, a layer less": (transformers.stable_diffusion_3_skipping_layers, {GUIDED: 7}),
     "Stable Diffusion, inpainting": (unets.inpainting, {GUIDED: 5}),
+    "Stable Diffusion, steps in parallel": (unets.in_parallel, {GUIDED: 7}),
     "SDXL": (unets.stable_diffusion_xl, {GUIDED: 7}),
     "SDXL, rescaled": (unets.stable_diffusion_xl_rescaled, {GUIDED: 7}),
     "SDXL, from an image": (unets.stable_diffusion_xl_from_image, {GUIDED: 5}),

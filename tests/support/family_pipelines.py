@@ -91,6 +91,12 @@ def instruct_pix2pix():
     return pipe, {**prompts(), "image": picture(), "guidance_scale": 5.0, "image_guidance_scale": 1.5}
 
 
+def in_parallel():
+    """Make ParaDiGMS, whose loop makes a window of steps at once, until they agree."""
+    pipe = _stable_diffusion("StableDiffusionParadigmsPipeline", diffusers.DDPMParallelScheduler(**LATENT_BETAS))
+    return pipe, {**prompts(), "guidance_scale": 5.0, "parallel": 3, "tolerance": 0.1}
+
+
 def perturbed_attention(adaptive=0.0):
     scheduler = diffusers.DPMSolverMultistepScheduler(**LATENT_BETAS, steps_offset=1)
     pipe = _stable_diffusion("StableDiffusionPAGPipeline", scheduler, pag_applied_layers=["mid"])

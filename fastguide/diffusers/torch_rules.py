@@ -41,6 +41,19 @@ def _typed_as(operand: Any, other: Any) -> Any:
     return _moved(operand, other.device, other.dtype)
 
 
+def _of_the_kind(name: str) -> Callable[..., Any]:
+    """Return the rule of a function that asks for no values, but for a shape, dtype and device, as ``zeros_like``."""
+
+    def rule(operand: Any, *arguments: Any, **keywords: Any) -> Any:
+        if not isinstance(operand, LazyTensor):  # what fills it is lazy
+            return getattr(torch, name)(operand, *plain(arguments, name), **plain(keywords, name))
+        if keywords.get("dtype") is None:
+            keywords["dtype"] = operand.dtype
+        return getattr(torch, name)(operand.like(), *plain(arguments, name), **plain(keywords, name))
+
+    return rule
+
+
 def _add(first: Any, second: Any) -> Any:
     made = guided(first, second) if type(second) is OfHalves else guided(second, first)
     if made is not None:
@@ -121,6 +134,8 @@ _RULES: dict[tuple[str, ...], Callable[..., Any]] = {
     ),
     ("sum",): formula_rules.reduction("sum", "sum", ("dim", "keepdim"), {"dtype": (None,)}, PRODUCT),
 }
+_OF_THE_KIND = "empty_like", "full_like", "rand_like", "randn_like", "zeros_like"
+_RULES |= {(name,): _of_the_kind(name) for name in _OF_THE_KIND}
 _VIEWS = (
     *("__getitem__", "flatten", "movedim", "narrow", "permute", "reshape", "select", "squeeze", "transpose"),
     *("unflatten", "unsqueeze", "view"),
@@ -143,7 +158,7 @@ _OPERATORS = (
 """Which Python calls without keywords."""
 
 
-_ANY_KEYWORDS = frozenset(("clamp", "clip", "clone", "norm", "ones_like", "std", "sum", "to"))
+_ANY_KEYWORDS = frozenset(("clamp", "clip", "clone", "norm", "ones_like", "std", "sum", "to", *_OF_THE_KIND))
 """Whose rules see to their keywords."""
 
 

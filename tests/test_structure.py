@@ -154,7 +154,7 @@ def test_no_fast_math_anywhere():
 
 def test_every_file_says_its_job_in_its_first_lines():
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
-        assert ast.get_docstring(ast.parse(path.read_text())), path
+        assert re.match(r'"""[^\s"]', path.read_text()), path
     for path in CPP_FILES:
         assert path.read_text().startswith("// "), path
 
@@ -197,16 +197,14 @@ def test_what_type_checkers_read_of_guided_step_is_what_it_takes():
 
 def test_import_needs_torch_only():
     """No optional package is imported by the library itself."""
+    packages = ("diffusers", "sklearn", "matplotlib", "tqdm", "triton")
     code = (
-        "import sys, fastguide; "
-        "print([m for m in ('diffusers', 'sklearn', 'matplotlib', 'tqdm', 'triton') if m in sys.modules])"
+        "import sys, torch\n"
+        f"for _ in range(2):\n    print([m for m in {packages} if m in sys.modules])\n    import fastguide"
     )
-    before = "import sys, torch; print([m for m in ('tqdm', 'triton') if m in sys.modules])"
-    run = [
-        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-        for c in (code, before)
-    ]
-    assert run[0] == run[1]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    before, after = run.stdout.splitlines()
+    assert before == after
 
 
 def test_native_library_needs_no_build_of_python_and_no_unstable_torch():

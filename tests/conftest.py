@@ -36,13 +36,17 @@ def pytest_collection() -> Iterator[None]:
     """Search no garbage in the modules and tests that are collected: they are a million objects, and all stay."""
     gc.disable()
     yield
-    gc.freeze()
     gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    """Let the end of the process find them: extensions tell of what is left."""
-    gc.unfreeze()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal tests out in packets where groups of them stay together, with ``--dist loadgroup``."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from tests.support.packets import PacketScheduling  # needs xdist
+
+    return PacketScheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

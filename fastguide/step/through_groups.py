@@ -36,13 +36,10 @@ class _GuidedByGroups(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: StepArguments, made_by: MomentWeights, *inputs: Tensor) -> Tensor:
         made = empty_like(a.sample, a.rows.dtype)
-        weights = []
         for part in parts_of(a.sample, _SHARE):
             m, exact = _guided(a, made_by, part, *_of_part(inputs, part))
             made[part].copy_(m)
-            weights.append(exact.to(a.weights.dtype))
-        if weights:
-            made_by.last_weights = torch.cat(weights)[None]
+            _place_for(made_by, exact, a)[part].copy_(exact)
         ctx.save_for_backward(a.rows, a.weights, a.indices, *inputs)
         ctx.made_by, ctx.index = made_by, a.index
         return made
@@ -53,12 +50,9 @@ class _GuidedByGroups(torch.autograd.Function):
         sample, needs = inputs[0], ctx.needs_input_grad[2:]
         a = StepArguments(sample, None, None, sample, [], rows, weights, ctx.index, indices, None, None, None)
         with torch.no_grad():
-            gradients = [
-                (torch.zeros_like(tensor) if k == 1 else empty_like(sample, tensor.dtype)) if needed else None
-                for k, (tensor, needed) in enumerate(zip(inputs, needs, strict=True))
-            ]
+            gradients: list[Tensor | None] = [None] * len(inputs)
             for part in parts_of(sample, _SHARE):
-                _add_part(a, ctx.made_by, part, inputs, gradients, grad[part])
+                _add_part(a, ctx.made_by, part, inputs, needs, gradients, grad[part])
         return None, None, *refusing_second(gradients, (grad, *inputs), "guided_step")
 
 
@@ -67,24 +61,34 @@ def _add_part(
     made_by: MomentWeights,
     part: slice,
     inputs: list[Tensor],
+    needs: tuple[bool, ...],
     gradients: list[Tensor | None],
     grad: Tensor,
 ) -> None:
-    """Fill the gradients of some samples; parameters may be shared with others."""
+    """Fill the gradients of some samples, or of the parameters, which are shared with others."""
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in _of_part(inputs, part)]
         m, _ = _guided(a, made_by, part, *leaves)
         found = torch.autograd.grad(m, leaves, grad.double(), allow_unused=True)
-    for k, (whole, some) in enumerate(zip(gradients, found, strict=True)):
-        if whole is None:
+    for k, (tensor, some) in enumerate(zip(inputs, found, strict=True)):
+        if some is None or not needs[k]:  # in every part, such as a sample that has no weight
             continue
+        whole = gradients[k]
+        if whole is None:
+            whole = gradients[k] = torch.zeros_like(tensor) if k == 1 else empty_like(a.sample, tensor.dtype)
         if k == 1:
-            place = whole[:, part] if whole.shape[1] > 1 else whole
-            place.add_(0.0 if some is None else some)
-        elif some is None:
-            whole[part].zero_()
+            (whole[:, part] if whole.shape[1] > 1 else whole).add_(some)
         else:
             whole[part].copy_(some)
+
+
+def _place_for(made_by: MomentWeights, exact: Tensor, a: StepArguments) -> Tensor:
+    """Return where the weights go for ``last_weights``, which later steps overwrite."""
+    place, shape = made_by.last_weights, (1, len(a.sample), *exact.shape[1:])
+    fits = place is not None and place.shape == shape and place.dtype == a.rows.dtype and place.device == exact.device
+    if place is None or not fits:
+        place = made_by.last_weights = exact.new_empty(shape, dtype=a.rows.dtype)
+    return place[0]
 
 
 def _of_part(inputs: Any, part: slice) -> list[Tensor]:

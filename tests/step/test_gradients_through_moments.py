@@ -116,6 +116,19 @@ def test_groups_are_looked_at_some_samples_at_a_time(samples, generator, monkeyp
     assert parts.own < whole.own / 2
 
 
+def test_weights_of_groups_are_the_last_ones(generator, monkeypatch):
+    """Of all samples, and in the memory of the last step's."""
+    x, uncond, cond, _ = inputs(generator, (4, 3, 8, 8))
+    guidance, plain = Normalized(SCALE, dim=1), Normalized(SCALE, dim=1)
+    fastguide.guided_step(TABLE, CALL, x, [uncond, cond], plain)
+    monkeypatch.setitem(through_moments._AT_ONCE, "cpu", 1)
+    fastguide.guided_step(TABLE, CALL, x, [cond, uncond.requires_grad_()], guidance)
+    place = guidance.last_weights.data_ptr()
+    fastguide.guided_step(TABLE, CALL, x, [uncond, cond], guidance)
+    assert guidance.last_weights.data_ptr() == place
+    torch.testing.assert_close(guidance.last_weights, plain.last_weights)
+
+
 def test_groups_pass_gradients_on_at_rows_of_their_own(generator):
     x, uncond, cond, _ = (t.double() for t in inputs(generator, (2, 3, 2, 2)))
     scale, index = 2 + torch.rand(6, 2, dtype=torch.float64, generator=generator), torch.tensor([4, 2])

@@ -27,11 +27,22 @@ def test_every_byte_is_counted_once():
     assert used.peak >= used.own + size
 
 
+@pytest.fixture
+def in_float64():
+    """Let what is drawn be float64, the same each time: a clip makes of rounding in float32 another gradient."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("name", gradient_memory.steps())
 def test_both_steps_compute_the_same(name):
     compare(gradient_memory.recorded_step(gradient_memory.steps()[name], (2, 3, 8, 8)))
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("name", ["ddim, clipped", "dpm++ 2m"])
 def test_all_runs_compute_the_same(name):
     compare(
@@ -46,8 +57,8 @@ def compare(recorded):
     )
     for other in others:
         for ours, theirs in zip(first, other, strict=True):
-            # predictions may be of 16 bits, and so are their gradients then
-            relative = 1.6e-2 if theirs.dtype == torch.bfloat16 else 1e-4
+            # predictions may be of 16 bits, and so are their gradients then; weights of moments are float32
+            relative = 1.6e-2 if theirs.dtype == torch.bfloat16 else 1e-6
             torch.testing.assert_close(ours, theirs, rtol=relative, atol=relative * float(theirs.abs().max()))
 
 

@@ -80,7 +80,8 @@ def last_alone(tensors, returned):
     sample, parameters = tensors["sample"][-1:], tensors["parameters"]
     numbers = scratch_numbers(tensors["made"].shape[1] - 1, 1, sample.numel())
     alone = {name: tensors[name][-1:] for name in ("out", "sample", "made", "cursor")}
-    alone |= {"scratch": torch.zeros(numbers, dtype=torch.float64), "parameters": parameters[:, -1:]}
+    alone |= {"scratch": torch.zeros(numbers, dtype=torch.float64)}
+    alone |= {"parameters": parameters[:, -1:], "weights": tensors["weights"][:, -1:]}
     return tensors | alone, [each[-1:] for each in returned]
 
 

@@ -92,7 +92,7 @@ def step_again(
     )
     if return_dict:
         return scheduler._output(result, original)
-    if loop.is_over or not loop.is_small:
+    if loop.is_over or not loop.is_little:
         return result, LazyOriginal.of(result, original, dtype)
     if loop.like_of_original is not like or loop.original._value is not None or getrefcount(loop.original) > _OURS:
         loop.original, loop.like_of_original = LazyOriginal.of(result, original, dtype), like

@@ -19,6 +19,9 @@ from .host_tables import HostTables
 from .loop_tables import LoopTable
 from .timesteps import version_of
 
+LITTLE = 2**20
+"""Bytes of a sample up to which a new object for x_0 costs more than to keep its inputs during a model's call."""
+
 
 @dataclass(slots=True)
 class Like:
@@ -108,6 +111,8 @@ class CountedLoop:
     is_over: bool = False
     is_small: bool = False
     """Whether a new tensor like its sample is just what ``torch.empty_like`` returns."""
+    is_little: bool = False
+    """Whether an x_0 that nobody reads may keep what it is computed from until the next step."""
     levels_in: str = "sigmas"
     """The scheduler's name of the table that says where the steps lie."""
     further_in: tuple[str, ...] = ()

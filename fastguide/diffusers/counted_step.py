@@ -20,7 +20,7 @@ from ..solvers import StepTable
 from ..step.history import History
 from ..step.memory import dense_within_sample, needs_no_advice
 from .counted_again import step_again
-from .counted_loop import CopiedLoop, CountedLoop, Like, form_of
+from .counted_loop import LITTLE, CopiedLoop, CountedLoop, Like, form_of
 from .counted_run import run_counted
 from .drawing import Drawing
 from .dtypes import Dtypes, promoted
@@ -339,7 +339,7 @@ def loop_at(
         again = _ended_loop_again(scheduler, tables, index, arguments, sample, dtype)
         if again is not None:
             return again
-    begin = index if copied is None else copied.begin
+    begin, scheduler._ended = index if copied is None else copied.begin, None
     made = loop_table(scheduler, tables, begin, arguments, sample.device)
     history, is_theirs = None, under_way is not None and under_way.table is None
     if made.table is not None and made.table.history_slots and is_theirs:
@@ -348,7 +348,8 @@ def loop_at(
         history = History(made.table, _contiguous_within(sample).to(dtype))
     loop = CountedLoop(
         tables, begin, arguments, scheduler._attributes(), form_of(sample), made, made.table, history, index,
-        is_small=needs_no_advice(sample), levels_in=scheduler._levels_in, further_in=scheduler._further_tables,
+        is_small=needs_no_advice(sample), is_little=sample.nbytes <= LITTLE, levels_in=scheduler._levels_in,
+        further_in=scheduler._further_tables,
     )  # fmt: skip
     if copied is not None:
         loop.go_on_from(copied)

@@ -42,14 +42,14 @@ class HostTables:
     def host_sigmas(self) -> Tensor:
         """The sigmas in float64."""
         if self._host_sigmas is None:
-            self._host_sigmas = torch.tensor(self.sigma_values, dtype=torch.float64)
+            self._host_sigmas = torch.tensor(self.sigma_values, dtype=torch.float64, device="cpu")
         return self._host_sigmas
 
     @property
     def host_timesteps(self) -> Tensor:
         """The timesteps, in their own dtype."""
         if self._host_timesteps is None:
-            self._host_timesteps = torch.tensor(self.timestep_values, dtype=self.dtype)
+            self._host_timesteps = torch.tensor(self.timestep_values, dtype=self.dtype, device="cpu")
         return self._host_timesteps
 
     def sigmas_from(self, begin: int) -> Tensor:

@@ -70,7 +70,7 @@ class LoopTable:
         """Let steps write the model's next input as well, but those that write a second copy of the sample."""
         if self.staging is None and self.table is not None and self.scaling is not None:
             rows = self.scaling.rows.clone()
-            rows[torch.tensor(self.keeps), _IN_SCALE] = 1.0
+            rows[torch.tensor(self.keeps, device="cpu"), _IN_SCALE] = 1.0
             self.staging = replace(self.scaling, rows=rows, forms={}).to(self.table.device)
 
 

@@ -27,7 +27,7 @@ def calls_within(table: Calls, start: float, stop: float, sigma: tuple[float, fl
             raise ValueError(f"{name}: expected a fraction, 0 to 1, got {value!r}")
     if start > stop:
         raise ValueError(f"stop: expected at least start, {start}, got {stop}")
-    calls = torch.arange(len(table))
+    calls = torch.arange(len(table), device="cpu")
     active = (calls >= int(start * len(table))) & (calls < int(stop * len(table)))
     if sigma is None:
         return active

@@ -82,6 +82,6 @@ def _binomial(like: Tensor) -> Tensor:
     key = like.device, like.dtype
     weights = _binomials.get(key)
     if weights is None:
-        line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=torch.float64)
+        line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=torch.float64, device="cpu")
         weights = _binomials[key] = (line.outer(line) / 256).to(like.device, like.dtype)[None, None]
     return weights

@@ -50,7 +50,8 @@ def spaced_sigmas(
         first, last = math.log(sigma_max), math.log(sigma_min)
         sigmas = torch.linspace(first, last, num_inference_steps, dtype=torch.float64, device="cpu").exp()
     else:
-        quantiles = torch.tensor([beta_quantile(p, 0.6, 0.6) for p in (1 - ramp).tolist()], dtype=torch.float64)
+        found = [beta_quantile(p, 0.6, 0.6) for p in (1 - ramp).tolist()]
+        quantiles = torch.tensor(found, dtype=torch.float64, device="cpu")
         sigmas = sigma_min + quantiles * (sigma_max - sigma_min)
     sigmas[-1] = sigma_min  # a step may stay there, and is none only if no digit differs
     sigmas[0] = sigma_max

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -137,6 +138,16 @@ def test_a_later_loop_with_other_sigmas_scales_by_them():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_loop_that_differs_lets_go_of_the_last_one_s_history():
+    ours, _ = pair("LMSDiscreteScheduler", **BETAS)
+    run(ours, randn(*SHAPE))
+    entries = weakref.ref(ours._ended.kept_history.entries)
+    ours.set_timesteps(STEPS)
+    ours.scale_model_input(randn(2, 4, 6, 6), ours.timesteps[0])
+    ours.step(randn(2, 4, 6, 6), ours.timesteps[0], randn(2, 4, 6, 6))
+    assert entries() is None
+
+
 def test_a_copy_after_a_loop_shares_no_memory():
     ours, theirs = pair("LMSDiscreteScheduler", **BETAS)
     run(ours, randn(*SHAPE))
@@ -167,6 +178,21 @@ def test_one_that_nobody_has_stands_for_the_next_one():
     originals(ours, keep=())
     seen, _ = originals(ours, keep=())
     assert len(set(seen[:-1])) == 1
+
+
+def test_a_large_one_keeps_no_inputs_of_its_step_during_the_model_s_next_call():
+    """Whoever drops it frees the model's output, as in diffusers; a little one may be in the next tuple."""
+    ours, _ = pair("EulerDiscreteScheduler", **BETAS)
+    for _ in range(2):
+        ours.set_timesteps(STEPS)
+        x = randn(1, 4, 260, 260)
+        for t in ours.timesteps[:3]:
+            ours.scale_model_input(x, t)
+            output = torch.tanh(x)
+            x = ours.step(output, t, x, return_dict=False)[0]
+        kept = weakref.ref(output)
+        del output
+        assert kept() is None
 
 
 def test_those_that_somebody_has_stay_what_they_are():

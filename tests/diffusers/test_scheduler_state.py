@@ -216,6 +216,34 @@ def test_another_default_device_changes_nothing():
     assert guided.device == x.device
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FlowMatchEulerDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+def test_another_default_device_changes_no_table(name):
+    """The second loop asks for scaled inputs of what its steps return, which the steps write from then on."""
+    ours, expected = getattr(fused, name)(), getattr(fused, name)()
+    x = randn(*SHAPE)
+    with torch.device("meta"):
+        got = [loop_with_inputs(ours, x) for _ in range(2)]
+    assert all(torch.equal(samples, loop_with_inputs(expected, x)) for samples in got)
+
+
+def loop_with_inputs(scheduler, x):
+    scheduler.set_timesteps(STEPS, device="cpu")
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(torch.tanh(x), t, x, return_dict=False)[0]
+    return x
+
+
 def test_an_inverse_scheduler_has_what_diffusers_has():
     assert not hasattr(fused.DDIMInverseScheduler(), "add_noise")
 

@@ -216,6 +216,23 @@ def test_another_default_device_changes_nothing():
     assert guided.device == x.device
 
 
+def test_another_default_device_changes_no_step():
+    """Nor where sigmas are spaced by a beta distribution, in an interval of guidance, or with frequencies apart."""
+    x, predictions = randn(1, 4, 8, 8), [randn(1, 4, 8, 8, seed=seed) for seed in (1, 2)]
+
+    def steps():
+        table = fastguide.euler(fastguide.NoiseSchedule.linear(), 5, sigma_spacing="beta")
+        within, apart = fastguide.ClassifierFree(5.0).within(table, 0.2, 0.8), fastguide.FrequencyDecoupled([10.0, 5.0])
+        return [
+            fastguide.guided_step(table, 2, x, predictions, within),
+            fastguide.guided_step(table, 2, x, apart.terms(predictions), apart),
+        ]
+
+    with torch.device("meta"):
+        got = steps()
+    torch.testing.assert_close(got, steps(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "name",
     [

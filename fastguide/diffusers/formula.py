@@ -40,7 +40,7 @@ are none."""
 class Formula(Waiting):
     """An operation of vectors or numbers, and what it is of."""
 
-    __slots__ = ("kind", "of", "operands", "operation", "sizes", "spans")
+    __slots__ = ("_ahead", "base", "kind", "of", "operands", "operation", "sizes", "spans")
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Formula(Waiting):
         sizes: torch.Size,
         dtype: torch.dtype,
         spans: Spans = None,
+        base: Formula | None = None,
     ) -> None:
         seen = of = None
         for operand in operands:
@@ -75,6 +76,9 @@ class Formula(Waiting):
         self.spans: Spans = spans
         self.of: Any = of
         """A vector that it is made of."""
+        self.base = base
+        """What it is a view of."""
+        self._ahead: Traced | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -87,6 +91,40 @@ class Formula(Waiting):
         if self.kind == NUMBER:
             return torch.empty(self.sizes, dtype=self._dtype, device=like.device)
         return like.view(self.sizes)
+
+    def is_pending(self) -> bool:
+        """Tell whether nobody has seen its values, or those that it is a view of."""
+        return self._value is None and (self.base is None or self.base.is_pending())
+
+    def ahead(self) -> Traced | None:
+        """Return what it, or what it is a view of, was made as ahead of the step; ``None``: it was not."""
+        if self._ahead is None and self.base is not None:
+            whole = self.base.ahead()
+            if whole is not None:
+                function, _ = self.made_by
+                self.become(Traced(whole.source, function(whole.value())))
+        return self._ahead
+
+    def become(self, ahead: Traced) -> None:
+        """Have the memory of what was made of it ahead of the step, as parts of that have."""
+        self._ahead = ahead
+        self._hand_out(ahead.value())
+
+    def value(self) -> Tensor:
+        """Return the tensor for one's own use, as it was before others could write to it."""
+        return super().value() if self.base is None else self._made()
+
+    def computed(self, by: str = "") -> Tensor:
+        """Return the tensor, for any use, the same one each time; ``by``: the operation that asks."""
+        ahead = self.ahead()
+        return super().computed(by) if ahead is None else ahead.computed(by)
+
+    def _shared(self) -> Tensor:
+        if self.base is None:
+            return self.value()
+        function, _ = self.made_by
+        shared: Tensor = function(self.base.computed())
+        return shared
 
     def check_unchanged(self) -> None:
         """Refuse outputs and numbers that are not what they were when they were used.
@@ -103,6 +141,15 @@ class Formula(Waiting):
 # ---- What may be an operand ----
 
 
+def general(operand: Any) -> Any:
+    """Return an operand as a combination, if it is one of halves; a formula as made ahead of the step."""
+    kind = type(operand)
+    if kind is OfHalves:
+        return operand.combined()
+    ahead = operand.ahead() if kind is Formula else None
+    return operand if ahead is None else ahead
+
+
 def as_vector(operand: Any) -> Any:
     """Return an operand, if it is a vector that may wait; ``None``: it is not."""
     kind = type(operand)
@@ -113,7 +160,12 @@ def as_vector(operand: Any) -> Any:
     if kind is Combined:
         scale = operand.scale
         return operand if operand.is_pending() and (scale is None or leading(scale.tensor) < 2) else None
-    return operand if kind is Formula and operand.kind == VECTOR and operand._value is None else None
+    if kind is not Formula or operand.kind != VECTOR:
+        return None
+    if operand.is_pending():
+        return operand
+    ahead = operand.ahead()
+    return ahead if ahead is not None and ahead.source.may_wait() else None
 
 
 def lies_in_order(tensor: Tensor) -> bool:
@@ -169,6 +221,12 @@ def promoted(operands: tuple[Operand, ...]) -> torch.dtype:
     return result
 
 
-def same(operand: Any, sizes: torch.Size, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Formula:
-    """Return a formula in another shape or dtype, which changes nothing else of it."""
-    return Formula(operand.kind, "same", (operand,), (function, operand), sizes, dtype)
+def cast(operand: Formula, dtype: torch.dtype) -> Formula:
+    """Return a formula in another dtype."""
+    made_by = (lambda tensor: tensor.to(dtype)), operand
+    return Formula(operand.kind, "same", (operand,), made_by, operand.sizes, dtype)
+
+
+def viewed(operand: Formula, sizes: torch.Size, function: Callable[[Tensor], Tensor]) -> Formula:
+    """Return a formula in another shape, which shares its memory once there is any."""
+    return Formula(operand.kind, "same", (operand,), (function, operand), sizes, operand.dtype, base=operand)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import formula
 from .formula import (
     NUMBER,
     PRODUCT,
@@ -29,7 +30,6 @@ from .formula import (
     is_one_a_sample,
     lies_in_order,
     promoted,
-    same,
     sizes_of,
     spans_of,
 )
@@ -371,7 +371,7 @@ def viewed(operand: Formula, name: str, how: tuple[Any, ...]) -> Any:
     if operand.is_pending() and operand.kind != PRODUCT:
         made = function(torch.empty(operand.sizes, dtype=operand.dtype, device="meta"))
         if type(made) is Tensor and made.dtype == operand.dtype and _keeps(operand, name, how, made.shape):
-            return same(operand, made.shape, operand.dtype, function)
+            return formula.viewed(operand, made.shape, function)
     return None
 
 
@@ -403,4 +403,4 @@ def cast(operand: Formula, dtype: Any) -> Any:
     """Return a formula in another dtype."""
     if not operand.is_pending() or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return operand.computed("to").to(dtype)
-    return same(operand, operand.sizes, dtype, lambda tensor: tensor.to(dtype))
+    return formula.cast(operand, dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from .channel_weights import of_channels
-from .formula import VECTOR, Formula
+from .formula import VECTOR, Formula, general
 from .guided import Guided
 from .halves import OfHalves
 from .joined import Doubled, Joined
@@ -100,6 +100,7 @@ def taken_apart(output: Any, sample: Tensor) -> tuple[Output, Any] | None:
     Raises:
         RuntimeError: it was written to after guidance had been taken from it.
     """
+    output = general(output)
     kind = type(output)
     if kind is Guided and output.is_pending() and output.shape == sample.shape:
         output.check_unchanged()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import formula_rules as rules
 from .at_once import masked
-from .formula import PRODUCT, Formula
+from .formula import PRODUCT, Formula, general
 from .halves import OfHalves
 from .joined import Joined
 from .lazy_tensor import plain
@@ -47,11 +47,6 @@ def as_sum(operand: Any) -> Sum | None:
     if kind is Combined and operand.is_pending():
         return operand.terms, operand.scale, operand.seen
     return None
-
-
-def general(operand: Any) -> Any:
-    """Return an operand as a combination, if it is one of halves."""
-    return operand.combined() if type(operand) is OfHalves else operand
 
 
 def _are_alike(first: Traced, second: Traced) -> bool:

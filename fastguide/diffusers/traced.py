@@ -299,10 +299,14 @@ class Waiting(LazyTensor):
         """Return the tensor, for any use, the same one each time; ``by``: the operation that asks."""
         if self.handed_out is None:
             stop_trying(self.seen, by)
-            self._value = self._shared()
-            self.handed_out = _UNCOUNTED if self._value.is_inference() else self._value._version
+            self._hand_out(self._shared())
         assert self._value is not None
         return self._value
+
+    def _hand_out(self, value: Tensor) -> None:
+        """Note the value that others get, and how often it has been written to by now."""
+        self._value = value
+        self.handed_out = _UNCOUNTED if value.is_inference() else value._version
 
 
 class Combined(Waiting):

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import formula_rules as rules
 from .at_once import at_once
-from .formula import Formula, as_vector
+from .formula import Formula, as_vector, general
 from .halves import FIRST, SECOND
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
-from .sums import Sum, as_sum, general
+from .sums import Sum, as_sum
 from .traced import Combined, Source, Traced, seen_by_both, traced
 
 _new = object.__new__
@@ -69,10 +69,9 @@ def view(operand: Any, name: str, how: tuple[Any, ...]) -> Any:
 
 def parts_of(function: Callable[[Tensor], Any], operand: Any, by: str) -> Any:
     """Return parts of an operand, which a function of tensors makes: of each of its terms, if they are views."""
+    if type(operand) is Formula:
+        _make_ahead(operand)
     operand = general(operand)
-    if type(operand) is Formula and as_vector(operand) is not None:
-        ahead = at_once(operand)
-        operand = operand if ahead is None else ahead
     found = as_sum(operand)
     if found is None or (found[1] is not None and found[1].tensor.dim() > 0):
         return function(plain(operand, by))
@@ -95,6 +94,16 @@ def parts_of(function: Callable[[Tensor], Any], operand: Any, by: str) -> Any:
         )
         for number, pieces in enumerate(zip(*traced, strict=True))
     )
+
+
+def _make_ahead(operand: Formula) -> None:
+    """Make a formula, or what it is a view of, ahead of the step, if the kernels take it: once, for all parts."""
+    while operand.base is not None:
+        operand = operand.base
+    if operand.is_pending() and as_vector(operand) is not None:
+        ahead = at_once(operand)
+        if ahead is not None:
+            operand.become(ahead)
 
 
 def _shares(part: Any, whole: Tensor) -> bool:

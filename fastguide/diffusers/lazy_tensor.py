@@ -52,7 +52,7 @@ class LazyTensor:
     def __torch_function__(
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        rule = cls.rules.get(function)
+        rule = cls.rules.get(function) if arguments else None  # rules take what they are of by its position
         if rule is not None and (
             not keywords or function in cls.take_keywords or (function in cls.take_dim and keywords.keys() == {"dim"})
         ):

@@ -45,6 +45,8 @@ def _of_the_kind(name: str) -> Callable[..., Any]:
     """Return the rule of a function that asks for no values, but for a shape, dtype and device, as ``zeros_like``."""
 
     def rule(operand: Any, *arguments: Any, **keywords: Any) -> Any:
+        if not isinstance(operand, LazyTensor):  # what fills it is a part of an output, full_like's value
+            return getattr(torch, name)(operand, *plain(arguments, name), **plain(keywords, name))
         if keywords.get("dtype") is None:
             keywords["dtype"] = operand.dtype
         return getattr(torch, name)(operand.like(), *plain(arguments, name), **plain(keywords, name))

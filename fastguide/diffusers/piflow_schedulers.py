@@ -31,7 +31,7 @@ from .lazy_guidance import Output, Taken, resolved
 from .lazy_tensor import plain
 from .scheduler_step import count_fused
 from .timesteps import place_of
-from .weights_of_formula import Conversion
+from .weights_of_formula import Ahead, Conversion
 
 __all__ = ["PiflowScheduler"]
 
@@ -98,7 +98,8 @@ class PiflowScheduler(CountedStep, diffusers.PiflowScheduler):  # type: ignore[m
             if len(made) >= _MOST_SCALES:
                 made.clear()
             outputs = [1.0] if guidance is None else _weights_of_outputs(guidance)
-            make = Conversion if len(outputs) == 1 or isinstance(guidance, Conversion) else Guidance
+            is_conversion = len(outputs) == 1 or isinstance(guidance, Conversion)
+            make = Ahead if isinstance(guidance, Ahead) else Conversion if is_conversion else Guidance
             grids = [each.of_grid for each in self._rollouts(loop.tables, loop.begin)]
             calls = [[output * velocity for output in outputs for velocity in grid] for grid in grids]
             columns = torch.cat([scale_columns(sum(call), *call[1:], 0.0) for call in calls])

@@ -15,7 +15,7 @@ from .halves import FIRST, SECOND
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
 from .sums import Sum, as_sum
-from .traced import Combined, Source, Traced, seen_by_both, traced
+from .traced import Combined, Source, Traced, seen_by_both
 
 _new = object.__new__
 
@@ -127,8 +127,16 @@ def joined(tensors: Any, dim: int = 0) -> Any:
             if _may_be_joined(main, rest):
                 return Joined(main, rest)
     if isinstance(tensors, (list, tuple)) and _are_outputs(tensors):
-        return traced(torch.cat([tensor.value() for tensor in tensors], dim), tensors[0].source.fusion)
+        return _put_together(torch.cat([tensor.value() for tensor in tensors], dim), tensors)
     return torch.cat([plain(tensor, "cat") for tensor in tensors], dim)
+
+
+def _put_together(tensor: Tensor, terms: Sequence[Traced]) -> Traced:
+    """Return a tensor that is traced as the terms that it was copied from: it guides if any of them does."""
+    first = terms[0].source
+    source = Source(tensor, first.fusion, first.is_output, first.is_of_outputs)
+    source.guides = any([term.source.guides for term in terms])  # noqa: C419
+    return Traced(source, tensor)
 
 
 def _are_outputs(tensors: Sequence[Any]) -> bool:
@@ -194,11 +202,11 @@ def _stacked_term(terms: Sequence[Traced], dim: Any) -> Traced:
         return Traced(source, terms[0].value().unsqueeze(dim))
     with torch.inference_mode(False):  # so that torch counts who writes to it: nobody does
         copied = torch.stack([term.value() for term in terms], dim)
-    return Traced(Source(copied, source.fusion, source.is_output, source.is_of_outputs), copied)
+    return _put_together(copied, terms)
 
 
 def cloned(operand: Any, **how: Any) -> Any:
     """Return ``Tensor.clone``: an output is copied at once, as the next call may write to it."""
     if type(operand) is Traced and operand.source.is_output and not how:
-        return traced(operand.value().clone(), operand.source.fusion)
+        return _put_together(operand.value().clone(), (operand,))
     return plain(operand, "clone").clone(**how)

@@ -134,6 +134,25 @@ def test_inference_mode(name):
     torch.testing.assert_close(got.float(), own, rtol=1e-5, atol=1e-5)
 
 
+PUT_TOGETHER = {
+    "stacked": lambda m: torch.stack(m.unbind()),
+    "stacked alone": lambda m: torch.stack([m])[0],
+    "joined": lambda m: torch.cat([m[:1], m[1:]]),
+    "copied": lambda m: m.clone(),
+}
+
+
+@pytest.mark.parametrize("counts", [GUIDED, ALONE])
+@pytest.mark.parametrize("name", PUT_TOGETHER)
+def test_what_is_put_together_of_masked_guidance_is_guidance(name, counts):
+    """What is put together of one masked prediction is none."""
+    u, c = Inputs(12, torch.float32), Inputs(12, torch.float32).traced(Fusion())
+    masked = [PUT_TOGETHER[name]((guided(i.u, i.c) if counts == GUIDED else i.c) * i.mask) + i.known for i in (u, c)]
+    got, predictions, counted = weighed(masked[1])
+    assert (predictions, counted) == (2, counts)
+    torch.testing.assert_close(got.float(), masked[0])
+
+
 def test_one_prediction_that_is_masked_guides_nothing():
     for masked in (lambda i: i.c * i.mask + i.known, lambda i: (0.5 * i.c) * i.mask + i.known):
         own, made = masked(Inputs(1, torch.float32)), masked(Inputs(1, torch.float32).traced(Fusion()))

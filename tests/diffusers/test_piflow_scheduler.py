@@ -234,6 +234,24 @@ def test_a_scale_for_each_sample_is_computed_before_the_rollout():
         ours.step(cond, t, x, guidance_scale=2.0)
 
 
+@pytest.mark.parametrize("is_guided", [True, False])
+def test_guidance_that_is_masked_before_the_step_is_counted_as_guidance(is_guided):
+    (ours, theirs), fusion, mask = pair(NAME), Fusion(), torch.rand(*SHAPE[:-1], 1)
+    ours._fusion = fusion
+    results = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(3)
+        x = randn(*SHAPE)
+        for t in scheduler.timesteps:
+            outputs = velocities(0.9 * x, t, 10), velocities(x, t, 10)
+            u, c = [traced(each, fusion) for each in outputs] if scheduler is ours else outputs
+            m = (u + 3.0 * (c - u) if is_guided else c) * mask
+            x = scheduler.step(m, t, x).prev_sample
+        results.append([x.double()])
+    assert error(*results) < 2e-6
+    assert fusion.counts == {f"fused with{'' if is_guided else 'out'} guidance": 3}
+
+
 def test_the_counter_is_found_without_waiting_for_the_device():
     ours, theirs = pair(NAME)
     ours.set_timesteps(6, device="meta")

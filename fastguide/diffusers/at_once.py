@@ -22,6 +22,7 @@ from .fitted import fitted_predictions, refusal_of
 from .formula import as_vector
 from .guidance_arguments import guidance_of
 from .lazy_guidance import PerFrame, taken_apart
+from .remade import remade
 from .traced import Combined, Source, Traced, traced
 from .weights_of_formula import Conversion
 
@@ -56,7 +57,8 @@ def at_once(vector: Any) -> Traced | None:
         return vector
     sources = [source for source, _ in vector.seen]
     if type(vector) is Combined and len(vector.terms) == 1:
-        return _traced_as(sources, vector.value())
+        vector.check_unchanged()
+        return _traced_as(sources, remade(vector, {}))
     launched = _launched(vector)
     if launched is None:
         return None

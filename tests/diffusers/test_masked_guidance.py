@@ -229,6 +229,29 @@ def test_a_write_to_a_masked_prediction_is_seen():
     torch.testing.assert_close(weighed(again)[0].float(), expected)
 
 
+MULTIPLES = {
+    "a multiple": lambda of: of,
+    "another sign": lambda of: -of,
+    "a part": lambda of: of[:],
+    "a sum of equals": lambda of: of + of,
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_a_multiple_that_is_masked_waits_on(name):
+    """As the output itself does: what is masked is computed for the product alone, and kept nowhere."""
+    made, fusion = [], Fusion()
+    fusion.tries = True
+    for i in (Inputs(13, torch.float32), Inputs(13, torch.float32).traced(fusion)):
+        of = 0.5 * i.u
+        multiple = MULTIPLES[name](of)
+        made.append(of + 0.3 * (multiple * i.mask) - multiple)
+    assert type(made[1]) is Combined
+    assert fusion.tries
+    torch.testing.assert_close(weighed(made[1])[0].float(), made[0])
+    assert torch.equal(made[1].value(), made[0])
+
+
 LEFT = {
     "a gradient": lambda i: i.mask.requires_grad_(),
     "complex": lambda i: torch.view_as_complex(torch.ones(10, 2)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -40,3 +41,17 @@ def remade(operand: Any, tensors: Tensors) -> Tensor:
         function, *operands = operand.made_by
         found = tensors[key] = function(*[remade(each, tensors) for each in operands])
     return found
+
+
+def are_of(operands: Iterable[Any], keys: set[Any]) -> bool:
+    """Tell whether all outputs that operands were computed of are among these."""
+    waiting, found = list(operands), set()
+    while waiting:
+        operand = waiting.pop()
+        if isinstance(operand, Traced):
+            if key_of(operand) not in keys:
+                return False
+        elif isinstance(operand, Waiting) and id(operand) not in found:
+            found.add(id(operand))
+            waiting += operand.made_by[1:]
+    return True

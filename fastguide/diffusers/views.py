@@ -14,8 +14,9 @@ from .formula import Formula, as_vector, general
 from .halves import FIRST, SECOND
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
+from .remade import Tensors, are_of, key_of, remade
 from .sums import Sum, as_sum
-from .traced import Combined, Source, Traced, seen_by_both
+from .traced import Combined, Source, Term, Traced, seen_by_both
 
 _new = object.__new__
 
@@ -160,6 +161,8 @@ def stacked(tensors: Any, dim: int = 0) -> Any:
     """Return ``torch.stack``: of one sum, or of sums with the same coefficients, it is a sum of stacked terms.
 
     The second is what a pipeline guided one sample after the other, as Z-Image's does with a list of outputs.
+    It is a copy, as torch's: writes to what was stacked change nothing, and are refused only where its values are
+    made of more than the copied terms, as those of a view of a sum are.
     """
     if isinstance(tensors, (list, tuple)) and tensors:
         tensors = [general(tensor) for tensor in tensors]
@@ -169,11 +172,24 @@ def stacked(tensors: Any, dim: int = 0) -> Any:
             seen = first[2]
             for each in others:
                 seen = seen_by_both(seen, each[2])
-            columns = zip(*[each[0] for each in sums], strict=True)
+            columns = list(zip(*[each[0] for each in sums], strict=True))
             terms = tuple([(_stacked_term([of for of, *_ in column], dim), *column[0][1:]) for column in columns])
             made_by = (lambda *tensors: torch.stack(tensors, dim)), *tensors
+            keys = {key_of(of) for column in columns for of, *_ in column}
+            if others and are_of(tensors, keys) and all([source.version() == version for source, version in seen]):  # noqa: C419
+                made_by = ((lambda: _restacked(tensors, columns, terms, dim)),)
+                seen = tuple([(of.source, of.source.version()) for of, *_ in terms])
             return Combined(made_by, terms, first[1], tensors[0].dtype, seen)
     return torch.stack([plain(tensor, "stack") for tensor in tensors], dim)
+
+
+def _restacked(tensors: Sequence[Any], columns: Any, terms: Sequence[Term], dim: int) -> Tensor:
+    """Compute a stack of sums from the copies of their terms: later writes to the terms change nothing."""
+    copies: Tensors = {}
+    for column, (copied, *_) in zip(columns, terms, strict=True):
+        parts = copied.value().unbind(dim)
+        copies |= {key_of(of): part for (of, *_), part in zip(column, parts, strict=True)}
+    return torch.stack([remade(tensor, copies) for tensor in tensors], dim)
 
 
 def _are_alike(sums: Sequence[Sum | None]) -> TypeGuard[Sequence[Sum]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 import fastguide
 from fastguide.diffusers import traced as module
 from fastguide.diffusers.guidance_arguments import guidance_of
-from fastguide.diffusers.lazy_guidance import resolved
+from fastguide.diffusers.lazy_guidance import Taken, resolved
 from fastguide.diffusers.traced import Combined, Fusion
 
 ONE = torch.ones(1, dtype=torch.float64)
@@ -128,9 +130,51 @@ def test_inference_mode():
         assert torch.equal(made.value(), guided(given))
 
 
-def test_an_output_that_is_written_to_is_refused():
+WRITTEN = {
+    "samples": guided,
+    "of bfloat16": guided,
+    "outputs alone": lambda s: torch.stack(s[:3]),
+    "parts of outputs": lambda s: guided([each[1:] for each in s]),
+    "pieces, cut anew": lambda s: torch.stack([e.chunk(2)[1] + 2.0 * (e.chunk(2)[1] - e.chunk(2)[0]) for e in s]),
+    "one sample twice": lambda s: torch.stack([s[0] - s[1], s[0] - s[1]]),
+    "two of one output": lambda s: torch.stack([s[0] - s[1], s[0] - s[2]]),
+    "in another dimension": lambda s: torch.stack([s[0] - s[1], s[0] - s[2]], -2),
+    "a stack of stacks": lambda s: torch.stack([torch.stack([s[0], s[1]]), torch.stack([s[2], s[1]])]),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_stack_is_a_copy(name, inference):
+    """As torch's: the model may write its next outputs to the memory of these."""
+    with torch.inference_mode() if inference else contextlib.nullcontext():
+        given = outputs(dtype=torch.bfloat16 if name == "of bfloat16" else torch.float32)
+        expected = WRITTEN[name]([each.clone() for each in given])
+        lazy = traced(given)
+        made = WRITTEN[name](lazy)
+        weighed = WRITTEN[name](lazy)
+        assert type(made) is Combined
+        for each in lazy:
+            each.zero_()
+        assert torch.equal(made.value(), expected)
+        taken, weights = resolved(weighed, torch.zeros(expected.shape), None)
+        if isinstance(taken, Taken):
+            guidance = guidance_of(taken, torch.zeros(expected.shape), weights, None, 1.0, "epsilon")
+            predictions = [each.float() for each in taken.predictions]
+            taken = fastguide.guided_step(PREDICTION, 0, torch.zeros(expected.shape), predictions, guidance)
+        rounding = torch.finfo(expected.dtype).eps
+        assert error(taken, expected.double()) <= 4 * rounding
+
+
+@pytest.mark.parametrize("when", ["before the stack", "a view of guidance"])
+def test_what_no_copy_has_is_refused(when):
+    """Guidance whose output was written to before it was stacked; and a view of guidance, whose output is elsewhere."""
     given = outputs()
-    made = guided(traced(given))
+    lazy = traced(given)
+    each = [lazy[j] + 2.0 * (lazy[j] - lazy[3 + j]) for j in range(2)]
+    if when == "before the stack":
+        given[4].mul_(2.0)
+    made = torch.stack([one[:, 0] for one in each] if when == "a view of guidance" else each)
     given[4].mul_(2.0)
     with pytest.raises(RuntimeError, match="was written to after guidance had been taken from it"):
         resolved(made, torch.zeros(made.shape), None)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .quotients import quotient, sqrt
 from .spaces import PREDICTION, SAMPLE, TableSpace
 from .symbols import OPERATIONS, Number, Scalar, Space, Vector, Vectors
 
@@ -83,8 +84,8 @@ _OF_TENSORS: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "sqrt": torch.sqrt,
+    "div": quotient,
+    "sqrt": sqrt,
     "exp": torch.exp,
     "minimum": _minimum,
     "maximum": _maximum,

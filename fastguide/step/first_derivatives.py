@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functions
 
 
 def refusing_second(gradients: Sequence[Tensor | None], of: Sequence[object], whose: str) -> tuple[Tensor | None, ...]:
@@ -20,14 +20,28 @@ def refusing_second(gradients: Sequence[Tensor | None], of: Sequence[object], wh
         of: what they depend on, of which some may be no tensor.
         whose: the call that was recorded.
     """
-    if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in of):
+    changeable = [tensor for tensor in of if isinstance(tensor, Tensor) and tensor.requires_grad]
+    if not torch.is_grad_enabled() or not changeable:
         return tuple(gradients)
     message = (
         f"{whose}: expected first derivatives alone, as its backward pass is not recorded; for second ones, make the "
         "step of torch's own operations, with the factors of table.coefficients()"
     )
     places = [k for k, gradient in enumerate(gradients) if gradient is not None]
-    aliases = [gradients[k].detach().requires_grad_() for k in places]  # type: ignore[union-attr]
-    refused = _functions.DelayedError(message.encode(), len(aliases))(*aliases)
-    found = dict(zip(places, refused if isinstance(refused, (list, tuple)) else (refused,), strict=True))
+    computed = [gradients[k] for k in places]
+    refused = _Refused.apply(message, len(places), *computed, *changeable)  # type: ignore[no-untyped-call]
+    found = dict(zip(places, refused, strict=True))
     return tuple(found.get(k) for k in range(len(gradients)))
+
+
+class _Refused(torch.autograd.Function):
+    """The first few tensors, as if they were computed of the others: autograd comes by here on its way to those."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.message = message
+        return tuple([tensor.detach() for tensor in tensors[:count]])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(ctx.message)

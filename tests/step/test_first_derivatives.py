@@ -52,6 +52,38 @@ def test_second_derivatives_are_refused(make):
     assert torch.equal(gradient.detach(), expected)
 
 
+def of_a_scale_s_logarithm(x, u, c, *others):
+    t = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    return fastguide.guided_step(PLAIN, 2, x, [u, c], ClassifierFree(t.exp())).square().sum(), t
+
+
+def of_a_model(x, u, c, *others):
+    return fastguide.guided_step(PLAIN, 2, x, [u.tanh(), c], ClassifierFree(2.0)).square().sum(), u
+
+
+def of_groups(x, u, c, *others):
+    return fastguide.guided_step(PLAIN, 2, x, [u, c], AdaptiveProjected(2.0, norm_dim=1, norm_threshold=1.0)).sum(), u
+
+
+@pytest.mark.parametrize(
+    "make", [of_a_square, of_moments, of_a_log_probability, of_a_scale_s_logarithm, of_a_model, of_groups]
+)
+def test_second_derivatives_by_an_input_alone_are_refused(make):
+    """Which autograd looks for from there on: what is not on the way to it is not asked."""
+    loss, leaf = make(*draws(4))
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="expected first derivatives alone, as its backward pass is not recorded"):
+        torch.autograd.grad(gradient.square().sum(), leaf, allow_unused=True)
+
+
+def test_a_refused_gradient_may_be_changed_in_place():
+    x, u, c = draws(3)
+    loss = fastguide.guided_step(PLAIN, 2, x, [u, c], AdaptiveProjected(2.0)).sum()
+    for gradient in torch.autograd.grad(loss, [x, u, c], create_graph=True):
+        before = gradient.detach().clone()
+        assert torch.equal(gradient.mul_(2.0), 2.0 * before)
+
+
 def test_a_gradient_that_depends_on_nothing_is_not_refused():
     x, u = draws(2)
     loss = fastguide.guided_step(CLIPPED, 2, x, u).sum()

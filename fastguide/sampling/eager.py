@@ -16,7 +16,7 @@ from ..step.guided_step import guided_step
 from ..step.history import History
 from ..step.inpainting import Inpainting
 from ..step.log_probability import Reduction
-from ..step.memory import empty_like
+from ..step.memory import empty_like, in_layout_of
 from ..step.momentum import Momentum
 from ..step.noise import portable_noise
 from . import conditioning as conditioning
@@ -118,7 +118,9 @@ class EagerRun:
 
         So what is kept of each step is what later ones cannot find elsewhere.
         """
-        entries = slots[0] if len(slots) == 1 else torch.cat(slots) if slots else self._history.entries
+        entries = self._history.entries
+        if slots:  # torch.cat chooses a layout of its own
+            entries = slots[0] if len(slots) == 1 else in_layout_of(entries, torch.cat(slots))
         new, (left, sums) = self.step(call, x, Earlier(entries, sums), drawn)
         written = int(self.table.coefficients()["hist_slot"][call])
         if written < 0:

@@ -99,6 +99,19 @@ def test_gradients_are_those_of_a_loop_by_hand(table):
             torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (0, 1, 3, 2), (0, 3, 2, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_checkpoint_keeps_the_layout(batch, order):
+    """Of a sample whose dimensions lie in another order, as those of channels_last do, with several slots."""
+    factor = torch.tensor(0.3, requires_grad=True)
+    sampler = Sampler(lambda x, t: factor * x.tanh(), fastguide.unipc(SCHEDULE, 5))
+    x = torch.randn(batch, 3, 4, 5).permute(order).contiguous().permute([order.index(k) for k in range(4)])
+    assert sampler.table.history_slots > 1
+    made = [sampler.differentiable(x, checkpoint=checkpoint) for checkpoint in (True, False)]
+    assert torch.equal(*made)
+    torch.testing.assert_close(*[torch.autograd.grad(sample.sum(), factor)[0] for sample in made])
+
+
 @pytest.mark.parametrize("table", [DDIM, SDE], ids=lambda table: table.name)
 def test_the_last_steps_alone(table):
     """The calls before them are as constants; a checkpoint calls the model once more, for these alone."""

@@ -49,6 +49,8 @@ class _GuidedByGroups(torch.autograd.Function):
         rows, weights, indices, *inputs = ctx.saved_tensors
         sample, needs = inputs[0], ctx.needs_input_grad[2:]
         a = StepArguments(sample, None, None, sample, [], rows, weights, ctx.index, indices, None, None, None)
+        if not len(sample):
+            return None, None, *[torch.zeros_like(t) if needs[k] else None for k, t in enumerate(inputs)]
         with torch.no_grad():
             gradients: list[Tensor | None] = [None] * len(inputs)
             for part in parts_of(sample, _SHARE):

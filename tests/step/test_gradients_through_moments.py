@@ -129,6 +129,15 @@ def test_weights_of_groups_are_the_last_ones(generator, monkeypatch):
     torch.testing.assert_close(guidance.last_weights, plain.last_weights)
 
 
+def test_groups_of_no_sample_pass_empty_gradients_on():
+    x, uncond, cond = (torch.randn(0, 3, 4, 4).requires_grad_() for _ in range(3))
+    scale = torch.tensor(3.0, requires_grad=True)
+    sample = fastguide.guided_step(TABLE, CALL, x, [uncond, cond], AdaptiveProjected(scale, norm_dim=1))
+    *empty, of_scale = torch.autograd.grad(sample.sum(), [x, uncond, cond, scale])
+    assert [tuple(tensor.shape) for tensor in empty] == [(0, 3, 4, 4)] * 3
+    assert of_scale == 0
+
+
 def test_groups_pass_gradients_on_at_rows_of_their_own(generator):
     x, uncond, cond, _ = (t.double() for t in inputs(generator, (2, 3, 2, 2)))
     scale, index = 2 + torch.rand(6, 2, dtype=torch.float64, generator=generator), torch.tensor([4, 2])

@@ -56,7 +56,10 @@ class MomentWeights:
         self._on_devices: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._made: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         """Where steps write their weights, and that as ``last_weights`` has it."""
-        self._scratch: dict[tuple[torch.device, int, int, bool], Tensor] = {}
+        self._scratch: dict[tuple[torch.device, int, int], Tensor] = {}
+        self._of_groups: dict[torch.device, list[Tensor]] = {}
+        """Memory for guided predictions, the largest last: none is given back, as a graph of the caller's may write to
+        it. Each is at least twice as large as the one before, so that all are four times what is needed, at most."""
         self.last_weights: Tensor | None = None
         """What was made last, as the step read it: the sum of all weights, those of all predictions but the first, and
         a classifier's scale, and the sample's own if it has one, on the device; shape (1, batch, columns), or
@@ -174,17 +177,24 @@ class MomentWeights:
         if sample.device.type == "cpu" or sample.shape[0] == 0:
             return None
         batch, elements, groups = sample.shape[0], sample[0].numel(), number_of_groups(self.dims, sample)
-        key = sample.device, batch, elements, groups > 1
+        if groups > 1:
+            return self._memory_of_groups(group_scratch_numbers(batch, elements), sample.device)
+        key = sample.device, batch, elements
         scratch = self._scratch.get(key)
         if scratch is None:
-            if groups > 1:
-                self._scratch.clear()  # of other shapes: it is as large as a sample
-                numbers = group_scratch_numbers(batch, elements)
-            else:
-                numbers = scratch_numbers(len(self.program.weights), batch, elements)
-            scratch = torch.zeros(numbers, dtype=torch.float64, device=sample.device)
-            self._scratch[key] = scratch
+            numbers = scratch_numbers(len(self.program.weights), batch, elements)
+            with torch.inference_mode(False):
+                scratch = self._scratch[key] = torch.zeros(numbers, dtype=torch.float64, device=sample.device)
         return scratch
+
+    def _memory_of_groups(self, numbers: int, device: torch.device) -> Tensor:
+        """Return at least so many numbers of 8 bytes, the same memory for smaller samples as for larger ones."""
+        kept = self._of_groups.setdefault(device, [])
+        if not kept or kept[-1].numel() < numbers:
+            room = max(numbers, 2 * kept[-1].numel()) if kept else numbers
+            with torch.inference_mode(False):
+                kept.append(torch.empty(room, dtype=torch.float64, device=device))
+        return kept[-1]
 
 
 def _of_samples(parameter: float | Tensor, samples: slice) -> float | Tensor:

@@ -163,6 +163,7 @@ def guided_step(  # type: ignore[misc]
 
             recorded: Tensor | tuple[Tensor, Tensor] = momentum.add_recorded(guided_step, index, given, backend, make)
             return recorded
+        predictions = momentum.to_be_written(predictions)
         add = functools.partial(momentum.add, guided_step, index, given, backend)
     call = (
         index, sample, predictions, token_of(guidance), gradient, variance, noise, generator, seeds, inpainting,

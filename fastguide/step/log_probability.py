@@ -219,7 +219,8 @@ def _with_momentum(
 ) -> tuple[Guidance, list[Tensor], Callable[[StepArguments], None]]:
     """Return guidance of terms, the terms, and what adds them up once the call is checked."""
     guidance_of_terms, terms = momentum_terms(momentum, table, index, sample, predictions, guidance)
-    return guidance_of_terms, terms, functools.partial(momentum.add, _step_in_place, index, predictions, backend)
+    add = functools.partial(momentum.add, _step_in_place, index, predictions, backend)
+    return guidance_of_terms, momentum.to_be_written(terms), add
 
 
 def _step_in_place(

@@ -57,18 +57,31 @@ class Momentum:
         self._table, self._key = table, _checked_key(guidance)
         assert isinstance(guidance.derived, AddedUp)
         self.unit = guidance.derived.unit
-        self._updates, self._of_terms = updates_of(table, guidance).to(sample.device), (guidance, guidance.of_terms())
+        self._of_terms = guidance, guidance.of_terms()
         with torch.inference_mode(False):  # or only inference mode could write it
+            self._updates = updates_of(table, guidance).to(sample.device)
             self.values = sums_like(sample)
         self._next: int | None = None
+        self._recorded = False
+        """Whether autograd may have kept the values, which are then left as they are."""
 
     def restart(self) -> Momentum:
         """Begin a new loop: nothing has been added up. What autograd has recorded is left behind."""
         self._next = None
-        if self.values.requires_grad:
-            self.values = sums_like(self.values)
-        self.values.zero_()
+        if self._recorded or self.values.requires_grad:
+            with torch.inference_mode(False):
+                self.values, self._recorded = sums_like(self.values), False
+        else:
+            self.values.zero_()
         return self
+
+    def to_be_written(self, terms: list[Tensor]) -> list[Tensor]:
+        """Return a step's terms, of which the sums are first, with sums that ``add`` may write to."""
+        if not self._recorded:
+            return terms
+        with torch.inference_mode(False):
+            self.values, self._recorded = self.values.detach().clone(), False
+        return [self.values, *terms[1:]]
 
     def continued(self, values: Tensor, index: int) -> Momentum:
         """Return one that goes on from these values with the call of this index, which may write to them."""
@@ -116,6 +129,7 @@ class Momentum:
         values = step(self._updates, where, self.values, predictions, SHIFT, backend=backend)
         made = make(values)
         self.values, self._next = values, index + 1 if isinstance(index, int) else None
+        self._recorded = True
         return made
 
     def check(self, table: StepTable, guidance: Guidance, index: int | Tensor | Cursor, sample: Tensor) -> None:

@@ -72,6 +72,45 @@ def test_as_exact_as_torch_s_own(predicted, generator):
         assert (ours.double() - truth).abs().max() <= 2 * (single.double() - truth).abs().max() + rounding
 
 
+@pytest.mark.parametrize("learned", ["the scale", "what is before"])
+def test_two_loops_and_one_backward_pass(learned, generator):
+    """Predictions that need no gradient are added up to what does not either, and what autograd keeps all the same."""
+    x, u, c = torch.randn(3, 2, 3, 4, 4, generator=generator).unbind(0)
+    leaf = torch.tensor(2.0, requires_grad=True)
+    weigh = guidance(leaf if learned == "the scale" else 2.0)
+
+    def loop(momentum):
+        y = x if learned == "the scale" else leaf * x
+        for call in range(CALLS):
+            y = guided_step(TABLE, call, y, [u, c], weigh, momentum=momentum)
+        return y.square().sum()
+
+    momentum = Momentum(TABLE, weigh, x)
+    (twice,) = torch.autograd.grad(loop(momentum) + loop(momentum.restart()), leaf)
+    (once,) = torch.autograd.grad(loop(Momentum(TABLE, weigh, x)), leaf)
+    torch.testing.assert_close(twice, 2 * once)
+
+
+def test_steps_that_are_not_recorded_leave_what_was(generator):
+    """They go on from the sums, in memory of their own: a step, and a log-probability."""
+    x, u, c = torch.randn(3, 2, 3, 4, 4, generator=generator).unbind(0)
+    scale = torch.tensor(2.0, requires_grad=True)
+    found = []
+    for recorded in (True, False):
+        weigh = guidance(scale)
+        for rest in (guided_step, log_prob_of):
+            momentum = Momentum(NOISY, weigh, x)
+            with torch.set_grad_enabled(recorded):
+                y = guided_step(NOISY, 0, x, [u, c], weigh, noise=u, momentum=momentum)
+            with torch.no_grad():
+                options = {"noise": u} if rest is guided_step else {"next_sample": c}
+                found.append(rest(NOISY, 1, y, [u, c], weigh, **options, momentum=momentum))
+            if recorded:
+                y.sum().backward()
+    for ours, theirs in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_log_probabilities():
     """Of a step at once and looked at later: the same value to the bit, and gradients of all earlier predictions."""
 

@@ -132,12 +132,12 @@ class MomentWeights:
         """
         found = self._on_devices.get(device)
         if found is None:
-            words = self._words.get(device)
-            if words is None:
-                words = self._words[device] = self._words[_HOST].to(device)
-            with torch.set_grad_enabled(torch.is_grad_enabled() or self._parameters.requires_grad):
+            with torch.inference_mode(False), torch.set_grad_enabled(self._parameters.requires_grad):  # for later, too
+                words = self._words.get(device)
+                if words is None:
+                    words = self._words[device] = self._words[_HOST].to(device)
                 parameters = self._parameters.to(device, non_blocking=True)  # from pageable memory: staged at once
-            found = self._on_devices[device] = words, parameters.contiguous()
+                found = self._on_devices[device] = words, parameters.contiguous()
         return found
 
     def place_for(self, sample: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,8 +150,9 @@ class MomentWeights:
         key = sample.device, dtype, batch, groups, laid_out
         found = self._made.get(key)
         if found is None:
-            place = torch.empty(batch * groups, len(self.program.weights) + 1, dtype=dtype, device=sample.device)
-            found = self._made[key] = place, self.as_last_weights(place, sample)
+            with torch.inference_mode(False):  # or only inference mode could write it
+                place = torch.empty(batch * groups, len(self.program.weights) + 1, dtype=dtype, device=sample.device)
+                found = self._made[key] = place, self.as_last_weights(place, sample)
         place, self.last_weights = found
         return place
 

@@ -61,7 +61,8 @@ def as_scale(name: str, value: Scale) -> float | Tensor:
             scale = value.to(dtype)
         else:
             check_that_they_are_plain([value], name)
-            scale = _Watched.apply(value, dtype, name) if value.requires_grad else value.to(dtype)  # type: ignore[no-untyped-call]
+            watched = value.requires_grad and not value.is_inference()  # which torch would count no changes of
+            scale = _Watched.apply(value, dtype, name) if watched else value.to(dtype)  # type: ignore[no-untyped-call]
     elif not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {type(value).__name__}")
     else:

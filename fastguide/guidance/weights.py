@@ -78,7 +78,8 @@ class Guidance:
         self.weights_from = weights_from
         self.derived = derived
         self.form: GradientForm | None = None if classifier is None else classifier.gradient_form
-        self._weights = {(weights.device, dtype): weights.to(dtype) for dtype in (torch.float32, torch.float64)}
+        with torch.inference_mode(False):  # or autograd could not keep them for a recorded step
+            self._weights = {(weights.device, dtype): weights.to(dtype) for dtype in (torch.float32, torch.float64)}
         self._source = weights
         self._copies: dict[tuple[torch.device, torch.dtype], torch.cuda.Event] = {}
         self._of_samples: tuple[slice, Guidance] | None = None
@@ -125,9 +126,7 @@ class Guidance:
         """Return constant weights on a device, in float32 or float64; only the first call moves anything."""
         weights = self._weights.get((device, dtype))
         if weights is None:
-            with torch.set_grad_enabled(
-                torch.is_grad_enabled() or self._source.requires_grad
-            ):  # the copy is for later, too
+            with torch.inference_mode(False), torch.set_grad_enabled(self._source.requires_grad):  # for later, too
                 weights = self._weights[device, dtype] = self._copied(device, dtype)
         elif self._copies:
             self._wait_for_the_copy(device, dtype)

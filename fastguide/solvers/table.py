@@ -127,13 +127,14 @@ class StepTable:
         of_prediction = [ROW_COLUMNS.index(name) for name in ("x0_pred", "out_pred")]
         self.takes_predictions = bool((self.rows[:, of_prediction] != 0).any())
         dtypes = (torch.float32, torch.float64) if self.device.type == "cpu" else (torch.float32,)
-        self._device_rows = {
-            (form, dtype, anchored): (values if anchored else _without_anchor(values)).to(self.device, dtype)
-            for form, values in [(None, self.rows), *self.forms.items()]
-            if isinstance(values, Tensor)
-            for dtype in dtypes
-            for anchored in ((False, True) if bool((values[:, _ANCHOR] != 0).any()) else (False,))
-        }
+        with torch.inference_mode(False):  # or autograd could not keep what inference mode has copied to a device
+            self._device_rows = {
+                (form, dtype, anchored): (values if anchored else _without_anchor(values)).to(self.device, dtype)
+                for form, values in [(None, self.rows), *self.forms.items()]
+                if isinstance(values, Tensor)
+                for dtype in dtypes
+                for anchored in ((False, True) if bool((values[:, _ANCHOR] != 0).any()) else (False,))
+            }
 
     @classmethod
     def from_columns(

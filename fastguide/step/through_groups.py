@@ -88,7 +88,7 @@ def _place_for(made_by: MomentWeights, exact: Tensor, a: StepArguments) -> Tenso
     """Return where the weights go for ``last_weights``, which later steps overwrite."""
     place, shape = made_by.last_weights, (1, len(a.sample), *exact.shape[1:])
     fits = place is not None and place.shape == shape and place.dtype == a.rows.dtype and place.device == exact.device
-    if place is None or not fits:
+    if place is None or not fits or place.is_inference():  # which only inference mode could write
         place = made_by.last_weights = exact.new_empty(shape, dtype=a.rows.dtype)
     return place[0]
 

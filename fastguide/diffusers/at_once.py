@@ -40,7 +40,7 @@ def masked(function: Callable[..., Any], first: Any, second: Any) -> Traced | No
         return None
     like = vector.like()
     sizes = zip(reversed(like.shape), reversed(mask.shape), strict=False)
-    fits = mask.dim() <= like.dim() and all([size in (1, whole) for whole, size in sizes])  # noqa: C419
+    fits = mask.dim() <= like.dim() and all(size in (1, whole) for whole, size in sizes)
     made = at_once(vector) if fits and mask.device == like.device else None
     if made is None:
         return None
@@ -72,9 +72,9 @@ def _traced_as(sources: Sequence[Source], value: Tensor) -> Traced:
     made = traced(value, sources[0].fusion)
     own = made.source
     own.step = sources[0].step
-    own.is_output = any([source.is_output for source in sources])  # noqa: C419
-    own.is_of_outputs = any([source.is_of_outputs for source in sources])  # noqa: C419
-    own.guides = any([source.guides for source in sources])  # noqa: C419
+    own.is_output = any(source.is_output for source in sources)
+    own.is_of_outputs = any(source.is_of_outputs for source in sources)
+    own.guides = any(source.guides for source in sources)
     return made
 
 

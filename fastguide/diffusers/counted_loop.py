@@ -146,7 +146,7 @@ class CountedLoop:
 
     def scales_like(self, tables: HostTables, index: int) -> bool:
         """Tell whether a loop over a scheduler's tables from a step on has the sigmas of this one."""
-        return self.begin == index and self.tables.says_what(tables)
+        return self.begin == index and self.tables.says_the_same_as(tables)
 
     def is_like(
         self,

@@ -40,7 +40,7 @@ are none."""
 class Formula(Waiting):
     """An operation of vectors or numbers, and what it is of."""
 
-    __slots__ = ("_ahead", "base", "kind", "of", "operands", "operation", "sizes", "spans")
+    __slots__ = ("_ahead", "kind", "of", "operands", "operation", "sizes", "spans")
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Formula(Waiting):
             of = first if of is None else of
             seen = found if seen is None else seen_by_both(seen, found)
         assert seen is not None
-        super().__init__(made_by, dtype, seen)
+        super().__init__(made_by, dtype, seen, base)
         self.kind = kind
         self.operation = operation
         """Of ``fastguide.guidance.symbols``, or one that changes no number: ``"same"``."""
@@ -76,8 +76,6 @@ class Formula(Waiting):
         self.spans: Spans = spans
         self.of: Any = of
         """A vector that it is made of."""
-        self.base = base
-        """What it is a view of."""
         self._ahead: Traced | None = None
 
     @property
@@ -91,10 +89,6 @@ class Formula(Waiting):
         if self.kind == NUMBER:
             return torch.empty(self.sizes, dtype=self._dtype, device=like.device)
         return like.view(self.sizes)
-
-    def is_pending(self) -> bool:
-        """Tell whether nobody has seen its values, or those that it is a view of."""
-        return self._value is None and (self.base is None or self.base.is_pending())
 
     def ahead(self) -> Traced | None:
         """Return what it, or what it is a view of, was made as ahead of the step; ``None``: it was not."""
@@ -110,21 +104,10 @@ class Formula(Waiting):
         self._ahead = ahead
         self._hand_out(ahead.value())
 
-    def value(self) -> Tensor:
-        """Return the tensor for one's own use, as it was before others could write to it."""
-        return super().value() if self.base is None else self._made()
-
     def computed(self, by: str = "") -> Tensor:
         """Return the tensor, for any use, the same one each time; ``by``: the operation that asks."""
         ahead = self.ahead()
         return super().computed(by) if ahead is None else ahead.computed(by)
-
-    def _shared(self) -> Tensor:
-        if self.base is None:
-            return self.value()
-        function, _ = self.made_by
-        shared: Tensor = function(self.base.computed())
-        return shared
 
     def check_unchanged(self) -> None:
         """Refuse outputs and numbers that are not what they were when they were used.

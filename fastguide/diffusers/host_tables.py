@@ -60,7 +60,7 @@ class HostTables:
         """Tell whether another's timesteps are these, by value."""
         return self.dtype == other.dtype and self.timestep_values == other.timestep_values
 
-    def says_what(self, other: HostTables) -> bool:
+    def says_the_same_as(self, other: HostTables) -> bool:
         """Tell whether another has the same tables, by value, and the very configuration."""
         return self is other or (
             self.config is other.config

@@ -237,15 +237,17 @@ _UNCOUNTED = -1
 class Waiting(LazyTensor):
     """What was made of models' outputs, and is computed when it is asked for."""
 
-    __slots__ = ("_dtype", "handed_out", "made_by", "seen")
+    __slots__ = ("_dtype", "base", "handed_out", "made_by", "seen")
 
-    def __init__(self, made_by: tuple[Any, ...], dtype: torch.dtype, seen: Seen) -> None:
+    def __init__(self, made_by: tuple[Any, ...], dtype: torch.dtype, seen: Seen, base: Any = None) -> None:
         self._value = None
         self.made_by = made_by
         """The function that computes it, and its arguments."""
         self._dtype = dtype
         self.seen = seen
         """The outputs, and how often each had been written to when it was first combined."""
+        self.base = base
+        """What it is a view of, of its own class; ``None``: it is none."""
         self.handed_out: int | None = None
         """How often its value had been written to when others got it; ``None``: nobody has."""
         if seen[0][1] is None or (len(seen) > 1 and any([version is None for _, version in seen])):  # noqa: C419
@@ -257,8 +259,8 @@ class Waiting(LazyTensor):
         return self._dtype
 
     def is_pending(self) -> bool:
-        """Tell whether nobody has seen its values."""
-        return self._value is None
+        """Tell whether nobody has seen its values, or those that it is a view of."""
+        return self._value is None and (self.base is None or self.base.is_pending())
 
     def check_unchanged(self) -> None:
         """Refuse outputs that are not what they were when they were combined.
@@ -271,6 +273,8 @@ class Waiting(LazyTensor):
 
     def value(self) -> Tensor:
         """Return the tensor for one's own use, as it was before others could write to it."""
+        if self.base is not None:
+            return self._made()
         value = self._value
         if value is None or self._may_be_written():
             self.check_unchanged()
@@ -292,8 +296,12 @@ class Waiting(LazyTensor):
         return self.handed_out == _UNCOUNTED or self._value._version != self.handed_out
 
     def _shared(self) -> Tensor:
-        """Return the value that others get, the first time."""
-        return self.value()
+        """Return the value that others get, the first time: a view shares its memory with what it is a view of."""
+        if self.base is None:
+            return self.value()
+        function, _ = self.made_by
+        shared: Tensor = function(self.base.computed())
+        return shared
 
     def computed(self, by: str = "") -> Tensor:
         """Return the tensor, for any use, the same one each time; ``by``: the operation that asks."""
@@ -312,7 +320,7 @@ class Waiting(LazyTensor):
 class Combined(Waiting):
     """A linear combination of models' outputs."""
 
-    __slots__ = ("base", "scale", "terms")
+    __slots__ = ("scale", "terms")
 
     def __init__(
         self,
@@ -323,20 +331,14 @@ class Combined(Waiting):
         seen: Seen,
         base: Combined | None = None,
     ) -> None:
-        super().__init__(made_by, dtype, seen)
+        super().__init__(made_by, dtype, seen, base)
         self.terms = terms
         self.scale = scale
         """What factors multiply: one number, or one for each sample."""
-        self.base = base
-        """What it is a view of."""
 
     def like(self) -> Tensor:
         """Return a tensor of the same shape and device."""
         return self.terms[0][0].value()
-
-    def is_pending(self) -> bool:
-        """Tell whether nobody has seen its values, or those that it is a view of."""
-        return self._value is None and (self.base is None or self.base.is_pending())
 
     def check_unchanged(self) -> None:
         """Refuse outputs and scales that are not what they were when they were combined.
@@ -347,17 +349,6 @@ class Combined(Waiting):
         super().check_unchanged()
         if self.scale is not None and self.scale.is_changed():
             raise RuntimeError(f"the scale of guidance {WRITTEN_TO}")
-
-    def value(self) -> Tensor:
-        """Return the tensor for one's own use, as it was before others could write to it."""
-        return super().value() if self.base is None else self._made()
-
-    def _shared(self) -> Tensor:
-        if self.base is None:
-            return self.value()
-        function, _ = self.made_by
-        shared: Tensor = function(self.base.computed())
-        return shared
 
 
 WRITTEN_TO = (

@@ -136,7 +136,7 @@ def _put_together(tensor: Tensor, terms: Sequence[Traced]) -> Traced:
     """Return a tensor that is traced as the terms that it was copied from: it guides if any of them does."""
     first = terms[0].source
     source = Source(tensor, first.fusion, first.is_output, first.is_of_outputs)
-    source.guides = any([term.source.guides for term in terms])  # noqa: C419
+    source.guides = any(term.source.guides for term in terms)
     return Traced(source, tensor)
 
 
@@ -145,10 +145,10 @@ def _are_outputs(tensors: Sequence[Any]) -> bool:
     if not tensors or type(tensors[0]) is not Traced:
         return False
     fusion = tensors[0].source.fusion
-    return all([  # noqa: C419
+    return all(
         type(each) is Traced and each.source.is_output and each.source.may_wait() and each.source.fusion is fusion
         for each in tensors
-    ])  # fmt: skip
+    )
 
 
 def _may_be_joined(main: Combined | Doubled, rest: Traced) -> bool:
@@ -167,7 +167,7 @@ def stacked(tensors: Any, dim: int = 0) -> Any:
     if isinstance(tensors, (list, tuple)) and tensors:
         tensors = [general(tensor) for tensor in tensors]
         sums = [as_sum(tensor) for tensor in tensors]
-        if _are_alike(sums) and all([tensor.dtype == tensors[0].dtype for tensor in tensors]):  # noqa: C419
+        if _are_alike(sums) and all(tensor.dtype == tensors[0].dtype for tensor in tensors):
             first, *others = sums
             seen = first[2]
             for each in others:
@@ -176,7 +176,7 @@ def stacked(tensors: Any, dim: int = 0) -> Any:
             terms = tuple([(_stacked_term([of for of, *_ in column], dim), *column[0][1:]) for column in columns])
             made_by = (lambda *tensors: torch.stack(tensors, dim)), *tensors
             keys = {key_of(of) for column in columns for of, *_ in column}
-            if others and are_of(tensors, keys) and all([source.version() == version for source, version in seen]):  # noqa: C419
+            if others and are_of(tensors, keys) and all(source.version() == version for source, version in seen):
                 made_by = ((lambda: _restacked(tensors, columns, terms, dim)),)
                 seen = tuple([(of.source, of.source.version()) for of, *_ in terms])
             return Combined(made_by, terms, first[1], tensors[0].dtype, seen)

@@ -69,7 +69,7 @@ class CopiedLoop(NamedTuple):
 
 
 def form_of(sample: Tensor) -> tuple[Any, ...]:
-    """Return what a loop's memory depends on, of its first sample; its device is the table's."""
+    """Return what a loop's memory depends on, of its first sample."""
     return sample.shape, sample.stride(), sample.dtype, sample.device
 
 

@@ -13,7 +13,7 @@ from sys import getrefcount
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_inference_mode_enabled
 
 from ..step.memory import empty_like
 from ..step.repeat import follow, kinds_of, repeat
@@ -57,8 +57,14 @@ def step_again(
     if loop.attributes and not all(map(is_, loop.attributes, scheduler._attributes())):
         return None
     predictions: Tensor | list[Tensor] | None = output
-    if type(output) is not Tensor:
-        output, scale, predictions = _taken_again(output, sample, scale)
+    if type(output) is OfHalves and scale is None and output.is_whole():
+        # of another shape than twice the sample's, it is of no kind of step with this guidance
+        scale, predictions = output.scale, output.uncond.source.tensor
+        output = predictions
+    elif type(output) is not Tensor:
+        if type(output) is not Taken:
+            output, scale = resolved(output, sample, scale, per_frame=True)
+        predictions = predictions_again(output)
     if predictions is None:
         return None
     second = made.second
@@ -68,27 +74,25 @@ def step_again(
             seen = versions_of(predictions)
         except RuntimeError:  # an inference tensor, which counts nothing: x_0 cannot wait
             return None
-    call, version, result, given = index - loop.begin, loop.version, None, sample
-    if drawing is None and loop.facts is not None and not made.churned[call] and not torch.is_inference_mode_enabled():
+    version, result, given = loop.version, None, sample
+    if drawing is None and loop.facts is not None and not is_inference_mode_enabled():
         result = _usual_step_again(own, loop, arguments, output, sample, predictions, scale)
-    if result is not None:
-        loop.following = scheduler._step_index = index + 1
-        if call + 1 == loop.calls:
-            loop.end()
-    else:
+    if result is None:
         done = _general_step_again(scheduler, loop, drawing, arguments, output, sample, predictions, scale)
         if done is None:
             return None
         result, given, version = done
+    scheduler._step_index = loop.following
     if loop.is_over:
         scheduler._ended = loop
-    if scheduler._fusion is not None:
-        scheduler._fusion.count_step(like.counted_as, is_last=loop.is_over)
+    fusion = own.get("_fusion")
+    if fusion is not None:
+        fusion.count_step(like.counted_as, is_last=loop.is_over)
     if second is None:
         return scheduler._plain_output(prev_sample=result) if return_dict else (result,)
     inputs, dtype = inputs_of(given, predictions), like.dtype_of_original
     original = functools.partial(
-        predict_second, second, call, inputs, (version, *seen), predictions, like.guidance, dtype
+        predict_second, second, index - loop.begin, inputs, (version, *seen), predictions, like.guidance, dtype
     )
     if return_dict:
         return scheduler._output(result, original)
@@ -101,17 +105,6 @@ def step_again(
     return result, loop.original
 
 
-def _taken_again(output: Any, sample: Tensor, scale: Any) -> tuple[Any, Any, Tensor | list[Tensor] | None]:
-    """Return a model's output, the scale of guidance and the predictions that were left to the step."""
-    if type(output) is OfHalves and scale is None and output.is_whole():
-        # of another shape than twice the sample's, it is of no kind of step with this guidance
-        whole = output.uncond.source.tensor
-        return whole, output.scale, whole
-    if type(output) is not Taken:
-        output, scale = resolved(output, sample, scale, per_frame=True)
-    return output, scale, predictions_again(output)
-
-
 def _usual_step_again(
     own: dict[str, Any],
     loop: CountedLoop,
@@ -121,7 +114,7 @@ def _usual_step_again(
     predictions: Tensor | list[Tensor],
     scale: Any,
 ) -> Tensor | None:
-    """Make a step of a loop whose facts are known, and that does not round; note it but for the count of steps.
+    """Make a step of a loop whose facts are known, and that does not round; note it in the loop.
 
     Args:
         own: the scheduler's ``__dict__``.
@@ -151,6 +144,10 @@ def _usual_step_again(
         return None
     if history is not None:
         history.note(call)
+    loop.following += 1
+    if call + 1 == loop.calls:
+        loop.end()
+        return result
     if state is not None:
         loop.spare = state
     loop.version = 0  # of a new tensor, which only the kernel has written
@@ -207,7 +204,6 @@ def _general_step_again(
     if source is APART:
         assert drawing is not None
         drawing.draw_apart(like.dtypes, sample)
-    scheduler._step_index = loop.following + 1
     return loop.note(call, result, returned, staged), given, given._version
 
 

@@ -193,7 +193,9 @@ class CountedLoop:
             return
         self.like = like
         self.facts = None
-        if like is not None and not like.is_rounded and like.table is (self.made.staging or self.table):
+        if like is None or like.is_rounded or any(self.made.churned):
+            return
+        if like.table is (self.made.staging or self.table):
             tensors = self.sigmas, self.timesteps, *self.further
             names = self.levels_in, "timesteps", *self.further_in, "_internal_dict"
             self.facts = Facts(

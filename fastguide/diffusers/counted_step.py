@@ -207,14 +207,15 @@ def counted_step(
     """
     if is_dynamo_compiling():
         return None
-    usual = type(timestep) is Tensor and timestep.dtype is _FLOAT32
-    if scheduler._refuses_integers and not usual and is_integer(timestep):
-        return None
-    if scheduler._handed_over:
-        count(scheduler, LEFT + scheduler._handed_over)
+    usual = not scheduler._refuses_integers or (type(timestep) is Tensor and timestep.dtype is _FLOAT32)
+    if not usual and is_integer(timestep):
         return None
     loop = scheduler._counted
-    if loop is not None and loop.like is not None:
+    if loop is None:
+        if scheduler._handed_over:
+            count(scheduler, LEFT + scheduler._handed_over)
+            return None
+    elif loop.like is not None:
         done = step_again(scheduler, loop, drawing, arguments, model_output, sample, return_dict, guidance_scale)
         if done is not None:
             return done

@@ -21,8 +21,9 @@ from ..step.memory import dense_within_sample, empty_like
 from .fitted import fitted_predictions, refusal_of
 from .formula import as_vector
 from .guidance_arguments import guidance_of
-from .lazy_guidance import PerFrame, taken_apart
+from .lazy_guidance import taken_apart
 from .remade import remade
+from .taken import PerFrame
 from .traced import Combined, Source, Traced, traced
 from .weights_of_formula import Conversion
 

@@ -22,9 +22,10 @@ from .counted_run import counted_like, inputs_of, predict_second
 from .counted_run import places as places_of
 from .drawing import APART, Drawing
 from .halves import OfHalves
-from .lazy_guidance import Taken, resolved
+from .lazy_guidance import resolved
 from .lazy_outputs import LazyOriginal
 from .repeat import predictions_again, versions_of
+from .taken import Taken
 
 _OURS = 2
 """References to an object that a loop alone has, while it is asked how many there are."""

@@ -27,11 +27,12 @@ from .dtypes import Dtypes, promoted
 from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, combined, guidance_of, is_by_value
 from .host_tables import HostTables, host_tables, read_tables
-from .lazy_guidance import Output, PerFrame, resolved
+from .lazy_guidance import resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
 from .loop_tables import LoopTable, loop_table
 from .scheduler_step import LEFT, SchedulerStep, count, count_fused, counted_as
+from .taken import Output, PerFrame
 from .timesteps import place_in, place_of, version_of
 
 _UNCOPIED = ("_counted", "_ended", "_kept_tables", "_given")
@@ -436,11 +437,7 @@ def is_integer(timestep: Any) -> bool:
 
 
 def left(
-    scheduler: CountedStep,
-    model_output: Tensor,
-    sample: Tensor,
-    guidance_scale: Scale | None,
-    reason: str | None = None,
+    scheduler: CountedStep, output: Tensor, sample: Tensor, guidance_scale: Scale | None, reason: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the model's output, guided in plain torch, and the sample, for a step that is left to diffusers.
 
@@ -448,4 +445,4 @@ def left(
     """
     if reason is not None:
         count(scheduler, LEFT + reason)
-    return combined(scheduler, model_output, sample, guidance_scale, None), plain(sample)
+    return combined(scheduler, output, sample, guidance_scale, None), plain(sample)

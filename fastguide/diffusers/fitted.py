@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..guidance import Guidance
 from ..step.memory import DTYPES, in_layout_of, same_layout
-from .lazy_guidance import Output, Taken
+from .taken import Output, Taken
 
 SHAPES = "shapes that broadcast, or do not fit"
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .halves import OfHalves
+from .known import unknown
 from .traced import WRITTEN_TO, Combined, ScaleAsSeen, Traced, Waiting, leading, seen_by_both
 
 VECTOR, PRODUCT, NUMBER = range(3)
@@ -126,6 +127,7 @@ class Formula(Waiting):
 
 def general(operand: Any) -> Any:
     """Return an operand as a combination, if it is one of halves; a formula as made ahead of the step."""
+    operand = unknown(operand)
     kind = type(operand)
     if kind is OfHalves:
         return operand.combined()
@@ -135,6 +137,7 @@ def general(operand: Any) -> Any:
 
 def as_vector(operand: Any) -> Any:
     """Return an operand, if it is a vector that may wait; ``None``: it is not."""
+    operand = unknown(operand)
     kind = type(operand)
     if kind is OfHalves:
         operand, kind = operand.combined(), Combined

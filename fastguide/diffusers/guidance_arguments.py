@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..guidance import Classifier, ClassifierFree, Guidance
 from ..guidance.scales import as_scale, scale_columns
 from ..schedules.predictions import GradientForm
-from .lazy_guidance import Output, Taken, Weights, resolved
+from .lazy_guidance import resolved
 from .lazy_tensor import plain
+from .taken import Output, Taken, Weights
 from .traced import EXACT
 from .weights_of_formula import Ahead, Conversion
 

@@ -32,6 +32,7 @@ from ..solvers import StepTable
 from ..step.guided_step import guided_step
 from ..step.memory import in_layout_of
 from .guided import Guided, may_be_traced, may_wait
+from .known import unknown
 from .lazy_tensor import plain
 from .saved_as import SavedAsDiffusers
 from .traced import Fusion, Waiting, traced
@@ -101,8 +102,10 @@ class _Traces:
             *given, **{name: _traced(prediction, fusion) for name, prediction in named.items()}
         )
         buffer = getattr(self, "momentum_buffer", None)
-        if buffer is not None and isinstance(buffer.running_average, Waiting):  # of outputs that may be overwritten
-            buffer.running_average = buffer.running_average.value()
+        if buffer is not None:
+            average = unknown(buffer.running_average)
+            if isinstance(average, Waiting):  # of outputs that may be overwritten
+                buffer.running_average = average.value()
         return output
 
 

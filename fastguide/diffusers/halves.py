@@ -41,6 +41,11 @@ class OfHalves(LazyTensor):
         """The output's."""
         return self.uncond.source.dtype
 
+    @property
+    def ndim(self) -> int:
+        """How many dimensions it has."""
+        return self.uncond.ndim
+
     def like(self) -> Tensor:
         """Return a tensor of the same shape and device."""
         return self.uncond.value()

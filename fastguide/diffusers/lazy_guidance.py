@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..guidance import Guidance
 from .channel_weights import of_channels
 from .formula import VECTOR, Formula, general
 from .guided import Guided
 from .halves import OfHalves
 from .joined import Doubled, Joined
+from .known import taken_again
 from .lazy_tensor import plain
+from .taken import Output, PerFrame, Taken, Weights
 from .traced import EXACT, Combined, Scale, Term, Traced, leading
 from .weights_of_formula import taken_apart as formula_taken_apart
-
-
-class Taken(NamedTuple):
-    """What a step takes of a pipeline's combination."""
-
-    predictions: tuple[Tensor, ...]
-    variance: Tensor | None
-    """That the model learned."""
-    dtype: torch.dtype
-    """Of the combination, as diffusers would have computed it."""
-
-
-Output = Tensor | Taken
-"""A model's output: one tensor, or several predictions."""
-
-
-class Weights(NamedTuple):
-    """The coefficients of several predictions, ``constants + factors * scale``."""
-
-    constants: tuple[float, ...]
-    factors: tuple[float, ...] = ()
-    scale: Tensor | None = None
-    is_guidance: bool = True
-    """Whether more than one of the predictions is a model's output, and none only a tensor that was added to it."""
-
-
-class PerFrame(NamedTuple):
-    """A scale for each frame of each sample, or weights for each channel of each."""
-
-    scale: Tensor | Guidance
-    """Flattened."""
-    lead: int
-    """How many dimensions of the sample it is for."""
 
 
 def resolved(output: Any, sample: Tensor, guidance_scale: Any, *, per_frame: bool = False) -> tuple[Output, Any]:
@@ -100,6 +68,10 @@ def taken_apart(output: Any, sample: Tensor) -> tuple[Output, Any] | None:
     Raises:
         RuntimeError: it was written to after guidance had been taken from it.
     """
+    return taken_again(output, sample, _taken_apart)  # type: ignore[no-any-return]
+
+
+def _taken_apart(output: Any, sample: Tensor) -> tuple[Output, Any] | None:
     output = general(output)
     kind = type(output)
     if kind is Guided and output.is_pending() and output.shape == sample.shape:

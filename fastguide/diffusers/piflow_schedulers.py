@@ -27,9 +27,10 @@ from .dtypes import Dtypes, of_the_sample
 from .fitted import SHAPES, refusal_of
 from .guidance_arguments import Scale, combined, guidance_of, is_by_value
 from .host_tables import HostTables, host_tables, on_host
-from .lazy_guidance import Output, Taken, resolved
+from .lazy_guidance import resolved
 from .lazy_tensor import plain
 from .scheduler_step import count_fused
+from .taken import Output, Taken
 from .timesteps import place_of
 from .weights_of_formula import Ahead, Conversion
 

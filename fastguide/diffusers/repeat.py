@@ -18,9 +18,10 @@ from torch.compiler import is_dynamo_compiling
 from ..guidance import Guidance
 from ..solvers import StepTable
 from ..step.repeat import kinds_of, repeat
-from .lazy_guidance import Taken, resolved
+from .lazy_guidance import resolved
 from .lazy_outputs import LazyOriginal
 from .scheduler_step import Plan, count_fused, is_last_row, predict_original
+from .taken import Taken
 from .timesteps import row_of
 
 

@@ -33,7 +33,10 @@ _RUNS = itertools.count(1)
 class Fusion:
     """What the models and schedulers of one pipeline know of each other: whether guidance is fused, and how often."""
 
-    __slots__ = ("callers", "computed", "counts", "guidances", "run", "steps", "tries")
+    __slots__ = (
+        *("callers", "computed", "counts", "forms", "guidances", "known", "run", "steps", "tries", "used"),
+        "used_at",
+    )
 
     def __init__(self) -> None:
         self.callers: dict[int, CodeType] = {}
@@ -51,6 +54,14 @@ class Fusion:
         """How many there have been, to tell outputs of an earlier one."""
         self.guidances: dict[Any, Any] = {}
         """What weights were made with, by what the pipeline computed: see weights_of_formula.py."""
+        self.known: dict[Any, Any] = {}
+        """The operations that were met, by what tells them: see known.py, as for the next three."""
+        self.forms: dict[Any, int] = {}
+        """Numbers of outputs' places in a step, layouts, dtypes and devices."""
+        self.used: list[int] = []
+        """The memory of the outputs that operations of a step have used, in the order in which they did first."""
+        self.used_at = -1
+        """Which step that was."""
 
     def begin(self) -> None:
         """Trace models' outputs from now on, before those pipelines that began earlier."""
@@ -79,8 +90,8 @@ class Source:
     """One output of a model: the tensor itself, and who else may know of it; or another tensor of the pipeline's."""
 
     __slots__ = (
-        *("combined", "dtype", "escaped", "fusion", "guides", "is_linear", "is_of_outputs", "is_output", "step"),
-        "tensor",
+        *("combined", "dtype", "escaped", "form", "fusion", "guides", "is_linear", "is_of_outputs", "is_output"),
+        *("step", "tensor"),
     )
 
     def __init__(
@@ -103,6 +114,8 @@ class Source:
         """How many steps there had been."""
         self.combined: list[weakref.ref[Any]] | None = None
         """What was combined of it, if it is not counted who writes to it."""
+        self.form: Any = None
+        """Its place among the outputs of the step, and its version when it was first used: see known.py."""
 
     def outputs(self) -> int:
         """Return how many models' outputs it counts as: guidance as two, and a state of outputs as one."""
@@ -158,6 +171,11 @@ class Traced(LazyTensor):
         return value
 
     like = value
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions it has."""
+        return (self.source.tensor if self.piece is not None else self.value()).ndim
 
     def computed(self, by: str = "") -> Tensor:
         """Return the tensor, for any use."""
@@ -237,7 +255,7 @@ _UNCOUNTED = -1
 class Waiting(LazyTensor):
     """What was made of models' outputs, and is computed when it is asked for."""
 
-    __slots__ = ("_dtype", "base", "handed_out", "made_by", "seen")
+    __slots__ = ("_dtype", "base", "handed_out", "leaves", "made_by", "recipe", "seen", "source")
 
     def __init__(self, made_by: tuple[Any, ...], dtype: torch.dtype, seen: Seen, base: Any = None) -> None:
         self._value = None
@@ -250,6 +268,10 @@ class Waiting(LazyTensor):
         """What it is a view of, of its own class; ``None``: it is none."""
         self.handed_out: int | None = None
         """How often its value had been written to when others got it; ``None``: nobody has."""
+        self.recipe: Any = None
+        """What tells the operation that made it, if it can be known again; then it has the next two: see known.py."""
+        self.leaves: dict[Any, Traced]
+        self.source: Source
         if seen[0][1] is None or (len(seen) > 1 and any([version is None for _, version in seen])):  # noqa: C419
             register(self, seen)
 

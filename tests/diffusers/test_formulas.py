@@ -9,7 +9,8 @@ from diffusers.guiders import adaptive_projected_guidance, classifier_free_zero_
 import fastguide
 from fastguide.diffusers import traced as module
 from fastguide.diffusers.formula import Formula
-from fastguide.diffusers.lazy_guidance import Taken, resolved
+from fastguide.diffusers.lazy_guidance import resolved
+from fastguide.diffusers.taken import Taken
 from fastguide.diffusers.traced import Combined, Fusion
 from tests.support.pipelines import FreePipeline
 from tests.support.scheduler_pair import fused

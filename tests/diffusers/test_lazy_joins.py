@@ -7,7 +7,8 @@ import torch
 
 from fastguide.diffusers.guidance_arguments import guidance_of
 from fastguide.diffusers.joined import Doubled, Joined
-from fastguide.diffusers.lazy_guidance import PerFrame, Taken, resolved
+from fastguide.diffusers.lazy_guidance import resolved
+from fastguide.diffusers.taken import PerFrame, Taken
 from fastguide.diffusers.traced import Combined, Fusion
 from fastguide.diffusers.traced import traced as traced_for
 from tests.support.scheduler_pair import randn

@@ -10,7 +10,8 @@ import torch
 import fastguide
 from fastguide.diffusers import traced as module
 from fastguide.diffusers.guidance_arguments import guidance_of
-from fastguide.diffusers.lazy_guidance import Taken, resolved
+from fastguide.diffusers.lazy_guidance import resolved
+from fastguide.diffusers.taken import Taken
 from fastguide.diffusers.traced import Combined, Fusion
 
 ONE = torch.ones(1, dtype=torch.float64)

@@ -7,7 +7,8 @@ import torch
 
 from fastguide import StepTable, guided_step
 from fastguide.diffusers.guidance_arguments import guidance_of
-from fastguide.diffusers.lazy_guidance import Taken, resolved
+from fastguide.diffusers.lazy_guidance import resolved
+from fastguide.diffusers.taken import Taken
 from fastguide.diffusers.traced import Combined, Fusion
 from fastguide.diffusers.traced import traced as traced_for
 from tests.support.pipelines import FreeModel

@@ -10,8 +10,9 @@ from fastguide import StepTable, guided_step
 from fastguide.diffusers import at_once
 from fastguide.diffusers import traced as module
 from fastguide.diffusers.guidance_arguments import guidance_of
-from fastguide.diffusers.lazy_guidance import Taken, resolved
+from fastguide.diffusers.lazy_guidance import resolved
 from fastguide.diffusers.scheduler_step import counted_as
+from fastguide.diffusers.taken import Taken
 from fastguide.diffusers.traced import Combined, Fusion, Traced
 from tests.support import conditioned_pipelines as conditioned
 from tests.support.family_pipelines import result

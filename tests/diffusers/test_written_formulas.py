@@ -10,8 +10,9 @@ from diffusers.guiders import guider_utils
 
 from fastguide.diffusers import at_once
 from fastguide.diffusers.formula import Formula
-from fastguide.diffusers.lazy_guidance import Taken, resolved
+from fastguide.diffusers.lazy_guidance import resolved
 from fastguide.diffusers.lazy_tensor import plain
+from fastguide.diffusers.taken import Taken
 from fastguide.diffusers.traced import Fusion, Traced, traced
 from tests.diffusers.test_masked_guidance import GUIDED, SHAPE, error, weighed
 

@@ -169,7 +169,7 @@ def _scheduler_loop(
         else:
             _reset(scheduler, unused)
         if solver.noisy:
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed takes as long as two draws, for other devices
         x = x_T
         for t in scheduler.timesteps:
             if scales:
@@ -203,7 +203,7 @@ def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callab
     def loop() -> Tensor:
         _reset(scheduler, unused)
         if solver.noisy:
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed takes as long as two draws, for other devices
         x = x_T
         for t in timesteps:
             if scales:

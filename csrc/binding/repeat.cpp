@@ -249,12 +249,12 @@ bool are_unchanged(PyObject* facts, PyObject* own) {
   return true;
 }
 
-// follow(facts, own, options, scale, output, index, sample, version, predictions, history, out, staged): makes a step
-// like the last one, if its facts hold; otherwise None.
+// follow(facts, own, options, scale, output, index, sample, version, predictions, generator, history, out, staged):
+// makes a step like the last one, if its facts hold; otherwise None.
 //
 // own: the dictionary of `names`. output: has the `dtype`. version: the sample's. The others: as guided_step's.
 PyObject* follow(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
-  constexpr std::ptrdiff_t kObjects = 12;
+  constexpr std::ptrdiff_t kObjects = 13;
   if (count != kObjects) return nullptr;
   PyObject *const facts = objects[0], *const sample = objects[6];
   const bool same = are_equal(objects[2], fact(facts, Fact::options)) &&
@@ -272,9 +272,10 @@ PyObject* follow(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
   give(Given::sample, sample);
   give(Given::predictions, objects[8]);
   give(Given::guidance, fact(facts, Fact::guidance));
-  give(Given::history, objects[9]);
-  give(Given::out, objects[10]);
-  give(Given::staged, objects[11]);
+  give(Given::generator, objects[9]);
+  give(Given::history, objects[10]);
+  give(Given::out, objects[11]);
+  give(Given::staged, objects[12]);
   return repeat_one_of(kinds.get(), call);
 }
 

@@ -20,7 +20,7 @@ from ..step.repeat import follow, kinds_of, repeat
 from .counted_loop import CountedLoop
 from .counted_run import counted_like, inputs_of, predict_second
 from .counted_run import places as places_of
-from .drawing import APART, Drawing
+from .drawing import APART, REPLANNED, Drawing
 from .halves import OfHalves
 from .lazy_guidance import resolved
 from .lazy_outputs import LazyOriginal
@@ -75,14 +75,21 @@ def step_again(
             seen = versions_of(predictions)
         except RuntimeError:  # an inference tensor, which counts nothing: x_0 cannot wait
             return None
+    source = None if drawing is None else drawing.source_again(loop, like, sample)
+    if source is REPLANNED:
+        return None
+    generator = None if source is APART else source
     version, result, given = loop.version, None, sample
-    if drawing is None and loop.facts is not None and not is_inference_mode_enabled():
-        result = _usual_step_again(own, loop, arguments, output, sample, predictions, scale)
+    if loop.facts is not None and not is_inference_mode_enabled():
+        result = _usual_step_again(own, loop, generator, arguments, output, sample, predictions, scale)
     if result is None:
-        done = _general_step_again(scheduler, loop, drawing, arguments, output, sample, predictions, scale)
+        done = _general_step_again(scheduler, loop, generator, arguments, output, sample, predictions, scale)
         if done is None:
             return None
         result, given, version = done
+    if source is APART:
+        assert drawing is not None
+        drawing.draw_apart(like.dtypes, sample)
     scheduler._step_index = loop.following
     if loop.is_over:
         scheduler._ended = loop
@@ -109,6 +116,7 @@ def step_again(
 def _usual_step_again(
     own: dict[str, Any],
     loop: CountedLoop,
+    generator: torch.Generator | None,
     arguments: tuple[Any, ...],
     output: Any,
     sample: Tensor,
@@ -119,6 +127,7 @@ def _usual_step_again(
 
     Args:
         own: the scheduler's ``__dict__``.
+        generator: what draws the noise that the step adds, if it adds any.
 
     The others are as in ``_general_step_again``.
 
@@ -139,8 +148,9 @@ def _usual_step_again(
     history = loop.history
     entries = None if history is None else history.entries
     result = follow(
-        loop.facts, own, arguments, scale, output, call, sample, loop.version, predictions, entries, out, staged
-    )
+        loop.facts, own, arguments, scale, output, call, sample, loop.version, predictions, generator, entries, out,
+        staged,
+    )  # fmt: skip
     if result is None:
         return None
     if history is not None:
@@ -151,10 +161,11 @@ def _usual_step_again(
         return result
     if state is not None:
         loop.spare = state
-    loop.version = 0  # of a new tensor, which only the kernel has written
     if out is None:
         loop.state, loop.returned, loop.staged = None, result, staged
+        loop.version = 0 if generator is None else result._version  # of a new tensor, which the noise was drawn into
         return result
+    loop.version = 0  # of a new tensor, which only the kernel has written
     loop.state, loop.returned, loop.staged = result, staged, None
     return staged
 
@@ -162,14 +173,14 @@ def _usual_step_again(
 def _general_step_again(
     scheduler: Any,
     loop: CountedLoop,
-    drawing: Drawing | None,
+    generator: torch.Generator | None,
     arguments: tuple[Any, ...],
     output: Any,
     sample: Tensor,
     predictions: Tensor | list[Tensor],
     scale: Any,
 ) -> tuple[Tensor, Tensor, int] | None:
-    """Make a step that draws, or whose sample is rounded or kept, or is the loop's last one; note it in the loop.
+    """Make a step whose sample is rounded, or in inference mode; note it in the loop.
 
     Returns:
         What the scheduler returns, what the step computed from, and how often that had been written to; ``None``:
@@ -184,16 +195,12 @@ def _general_step_again(
         return None
     if not (loop.is_untouched() and loop.has_tables_of(scheduler.__dict__)):
         return None
-    source = None if drawing is None else drawing.source_again(loop, like, loop.following, sample)
-    if source is False:
-        return None
     places = _places_again(scheduler, loop, call, sample)
     if places is None:
         return None
     given, out, returned, staged = places
     history = loop.history
     entries = None if history is None else history.entries
-    generator = None if source is APART else source
     result = repeat(
         kinds, call, given, predictions, like.guidance_token, None, None, None, generator, None, None, entries, None,
         None, out, returned if staged is None else staged, None,
@@ -202,9 +209,6 @@ def _general_step_again(
         return None
     if history is not None:
         history.note(call)
-    if source is APART:
-        assert drawing is not None
-        drawing.draw_apart(like.dtypes, sample)
     return loop.note(call, result, returned, staged), given, given._version
 
 

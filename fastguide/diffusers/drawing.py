@@ -47,32 +47,35 @@ class Drawing(NamedTuple):
         in_step = _draws_alike(dtype, given, sample)
         return noise_of(self.generator, sample, dtype, adds=adds, in_step=in_step)
 
-    def source_again(self, loop: CountedLoop, like: Like, index: int | None, sample: Tensor) -> Any:
-        """Return what draws in a step like an earlier one.
+    def source_again(self, loop: CountedLoop, like: Like, sample: Tensor) -> Any:
+        """Return what draws in a loop's next step, which is like an earlier one.
 
-        ``None``: nothing does; ``APART``: ``draw_apart`` does, what no step uses; ``False``: this needs a plan.
+        ``None``: nothing does; ``APART``: ``draw_apart`` does, what no step uses; ``REPLANNED``: this needs a plan.
         """
-        if index is None or index != loop.following or self.noise is not None or self.path is not None:
-            return False
-        call = index - loop.begin
-        if not self.draws_at(like.table, call):
+        if self.noise is not None or self.path is not None:
+            return REPLANNED
+        call, draws = loop.following - loop.begin, self.draws
+        if draws is not True and not self.draws_at(like.table, call):
             return None
-        dtype = like.dtypes.of_noise(self.dtype)
-        given = sample.dtype if loop.state is None else loop.state.dtype
-        generator = torch.default_generator if self.generator is None else self.generator
-        if type(generator) is not torch.Generator:
-            return False
+        generator = self.generator
+        if generator is None:
+            generator = torch.default_generator
+        elif type(generator) is not torch.Generator:
+            return REPLANNED
         if not like.table.adds_noise[call]:
-            return APART if sample.is_cpu and generator.device.type == "cpu" else False
-        return generator if dtype == sample.dtype and _draws_alike(dtype, given, sample) else False
+            return APART if sample.is_cpu and generator.device.type == "cpu" else REPLANNED
+        rule, dtype = self.dtype, sample.dtype
+        drawn = like.dtype if rule == "model" else like.dtypes.of_noise(rule)
+        given = dtype if loop.state is None else loop.state.dtype
+        return generator if drawn is dtype and (given is dtype or _draws_alike(dtype, given, sample)) else REPLANNED
 
     def draw_apart(self, dtypes: Dtypes, sample: Tensor) -> None:
         """Draw, as diffusers does, where a call's row adds no noise."""
         noise_of(self.generator, sample, dtypes.of_noise(self.dtype), adds=False)
 
 
-APART = True
-"""In the place of a generator: the noise of a call is drawn, and not used."""
+APART, REPLANNED = "apart", "replanned"
+"""In the place of a generator: the noise of a call is drawn, and not used; it is not known without a plan."""
 
 
 def _draws_alike(dtype: torch.dtype, given: torch.dtype, sample: Tensor) -> bool:

@@ -243,6 +243,6 @@ follow: Callable[..., Tensor | None] = _never if _functions is None else _functi
 """Make a step like one that was planned, if its ``Facts`` hold; ``None``: nothing was done.
 
 Called with these; the dictionary of their ``names``; the options, the scale and the model's output of the step; its
-index, its sample, how often that was written to when the last step had made it, its predictions, the history's
-entries, ``out`` and ``staged``.
+index, its sample, how often that was written to when the last step had made it, its predictions, the generator, the
+history's entries, ``out`` and ``staged``.
 """

@@ -24,6 +24,7 @@ SCHEDULERS = {
     "LMSDiscreteScheduler": BETAS,
     "UniPCMultistepScheduler": {**BETAS, "final_sigmas_type": "zero"},
     "SASolverScheduler": BETAS,
+    "EulerAncestralDiscreteScheduler": BETAS,
 }
 BOTH = torch.cat([randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)])
 
@@ -101,7 +102,7 @@ def loop(scheduler, change=None, around=contextlib.nullcontext, **options):
     generator = torch.Generator().manual_seed(3)
     scheduler.set_timesteps(STEPS)
     x, seen = randn(*SHAPE), []
-    has_generator = isinstance(scheduler, diffusers.SASolverScheduler)
+    has_generator = isinstance(scheduler, (diffusers.SASolverScheduler, diffusers.EulerAncestralDiscreteScheduler))
     for number, t in enumerate(scheduler.timesteps):
         call = {"model_output": BOTH, "timestep": t, "sample": x, "guidance_scale": 7.0, **options}
         call |= {"generator": generator} if has_generator else {}

@@ -275,12 +275,15 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
         ("backward", f"{on_torch} {SMALL}"),  # its loops are those of the instruction sets
         ("run", on_torch),
         ("run_on_cpu", f"{on_torch} {SMALL}"),
+        ("torch_stream", f"{on_torch} {SMALL}"),
         ("repeat", include),  # for the header of DLPack
+        ("draw", f"{include} {SMALL}"),
     ):
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: compile {escape(source / 'binding' / f'{name}.cpp')}", f"  extra = {extra}"]
     for name, flags in INSTRUCTION_SETS.items():
-        for file in ("step", "moments", "groups", "tally", "noise"):
+        files = ["step", "moments", "groups", "tally", "noise"]
+        for file in files + (["torch_stream"] if name != "baseline" else []):
             objects.append(f"{file}_{name}.o")
             lines += [
                 f"build {file}_{name}.o: compile {escape(source / 'kernels' / 'cpu' / f'{file}.cpp')}",

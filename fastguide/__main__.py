@@ -13,6 +13,7 @@ import torch
 
 from ._version import __version__
 from .step.backends.registry import BACKENDS, default_backend
+from .step.torch_normals import is_torch_s
 
 _DEMO_MODULES = ("sklearn", "matplotlib", "tqdm", "safetensors", "numpy")
 _OPTIONAL_PACKAGES = ("diffusers", "scikit-learn", "matplotlib", "tqdm", "safetensors", "triton")
@@ -31,6 +32,7 @@ def info() -> str:
         served = ", ".join(d for d in devices if backend.serves(d)) or "nothing here"
         lines.append(f"  {backend.name:<10} serves {served}: {backend.status}")
     lines += ["", "default:", *(f"  {device:<10} {_default(device)}" for device in devices)]
+    lines += ["", f"torch's noise on the CPU: drawn by {'the library' if is_torch_s() else 'torch'}"]
     lines += ["", "optional packages:"]
     for package in _OPTIONAL_PACKAGES:
         try:

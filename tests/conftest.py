@@ -15,6 +15,7 @@ from tests.support import triton_interpreter
 
 triton_interpreter.start()  # before anything imports fastguide, which asks at once whether Triton interprets
 
+from fastguide.step import threads  # noqa: E402
 from fastguide.step.backends import native  # noqa: E402
 from fastguide.step.backends.registry import BACKENDS, Backend  # noqa: E402
 from fastguide.step.operator import THRESHOLD_WORDS, StepArguments  # noqa: E402
@@ -61,6 +62,13 @@ def _is_large_for_triton(call: Any) -> bool:
     shape = None if call is None else call.params.get("shape")
     is_shape = isinstance(shape, tuple) and all(isinstance(size, int) for size in shape)
     return is_shape and call.params.get("backend") == "triton" and math.prod(shape) > MOST_INTERPRETED
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count no threads that are there when a test begins: those of xdist draw nothing."""
+    before, count = threads._count(), threads._count
+    monkeypatch.setattr(threads, "_count", lambda: count() - before)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@
 #include <atomic>
 
 #include "kernels/cpu/launch.h"
+#include "kernels/cpu/torch_stream.h"
 
 namespace fastguide {
 
@@ -69,5 +70,19 @@ inline StepFunctions selected_functions(bool double_precision) {
   FASTGUIDE_UNREACHABLE();
 }
 #undef FASTGUIDE_FUNCTIONS
+
+// Gets the functions that draw as torch does; false: there are none for the instruction set.
+inline bool selected_stream(StreamFunctions* functions) {
+#if defined(__x86_64__)
+  const Capability selected = selected_capability.load(std::memory_order_relaxed);
+  if (selected == Capability::baseline) return false;
+  *functions = selected == Capability::avx2 ? StreamFunctions{avx2::uniforms, avx2::normals}
+                                            : StreamFunctions{avx512::uniforms, avx512::normals};
+  return true;
+#else
+  (void)functions;
+  return false;
+#endif
+}
 
 }  // namespace fastguide

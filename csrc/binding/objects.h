@@ -31,6 +31,9 @@ namespace fastguide {
   X(new_like) \
   X(normal_) \
   X(generator) \
+  X(get_state) \
+  X(set_state) \
+  X(is_alone) \
   X(exchange)
 
 struct Objects {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "binding/call.h"
+#include "binding/draw.h"
 #include "binding/form.h"
 #include "binding/objects.h"
 #include "binding/python.h"
@@ -140,16 +141,6 @@ bool out_is_free(const StepArguments& a) {
   return free;
 }
 
-// Fills a tensor with a generator's normal values; false: torch has raised.
-bool draw(PyObject* tensor, PyObject* generator) {
-  const Reference arguments(PyTuple_New(1)), keywords(PyDict_New());
-  if (arguments.get() == nullptr || keywords.get() == nullptr) return false;
-  Py_IncRef(tensor);
-  PyTuple_SetItem(arguments.get(), 0, tensor);
-  if (PyDict_SetItem(keywords.get(), python.generator, generator) != 0) return false;
-  return Reference(PyObject_Call(python.normal_, arguments.get(), keywords.get())).get() != nullptr;
-}
-
 PyObject* make_step(Call& call, const Kind& kind) {
   Reference out, noise;
   if (kind.new_output == NewOutput::no) {
@@ -165,23 +156,24 @@ PyObject* make_step(Call& call, const Kind& kind) {
   std::vector<Input> predictions;
   fill(call, kind, &a, &predictions);
   PyObject* z = call.object(Given::noise);
+  DLTensor drawn{};
   if (kind.draws) {
     a.noise.data = nullptr;
-    DLTensor tensor = call.tensor(Argument::out);
+    drawn = call.tensor(Argument::out);
     z = out.get();
-    if (!out_is_free(a) || !kind.form(Argument::noise).is_form_of(tensor, kind.launch != nullptr)) {
-      noise = new_tensor(python.new_like, call, kind, Argument::noise, &tensor);
+    if (!out_is_free(a) || !kind.form(Argument::noise).is_form_of(drawn, kind.launch != nullptr)) {
+      noise = new_tensor(python.new_like, call, kind, Argument::noise, &drawn);
       if (noise.get() == nullptr) return raise_or_nothing();
       z = noise.get();
     }
-    a.noise.data = pointer_of(tensor);
+    a.noise.data = pointer_of(drawn);
   }
   try {
     check(a, kind.record.is_cpu);
   } catch (const std::exception&) {
     return nothing();  // the operator says why
   }
-  if (kind.draws && !draw(z, call.object(Given::generator))) return nullptr;
+  if (kind.draws && !draw(z, drawn, call.object(Given::generator))) return nullptr;
   if (kind.weights_from != nullptr) PyObject_SetAttr(kind.weights_from, python.last_weights, kind.made);
   if (kind.launch != nullptr) return launch(kind, call, out.get(), z) ? out.release() : nullptr;
   try {
@@ -420,5 +412,8 @@ __attribute__((visibility("default"))) PyMethodDef fastguide_python_functions[] 
     {"repeat", fastguide::guarded<fastguide::repeat>, fastguide::kFastCall, nullptr},
     {"follow", fastguide::guarded<fastguide::follow>, fastguide::kFastCall, nullptr},
     {"is_watched", fastguide::guarded<fastguide::is_watched>, fastguide::kFastCall, nullptr},
+    {"fill_normals", fastguide::guarded<fastguide::fill_normals>, fastguide::kFastCall, nullptr},
+    {"pass_normals", fastguide::guarded<fastguide::pass_normals>, fastguide::kFastCall, nullptr},
+    {"trust_draws", fastguide::guarded<fastguide::trust_draws>, fastguide::kFastCall, nullptr},
 };
 }

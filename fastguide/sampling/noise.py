@@ -11,8 +11,9 @@ from torch import Tensor
 from ..solvers.table import StepTable
 from ..step.backends.registry import Backend
 from ..step.checks import check_device_generator
+from ..step.draw import draw_noise
 from ..step.memory import counted_layout, empty_like
-from ..step.noise import NO_GRID, DeviceGenerator, draw_noise, draws_in_kernel, seeds_tensor, torch_grid
+from ..step.noise import NO_GRID, DeviceGenerator, draws_in_kernel, seeds_tensor, torch_grid
 
 Generators: TypeAlias = "torch.Generator | DeviceGenerator | Sequence[torch.Generator]"
 

@@ -20,10 +20,11 @@ from ..solvers.table import ROW_COLUMNS, StepTable
 from .backends.reference import guided_step_backward
 from .backends.registry import Backend
 from .backward import Gradients, unknown_fields
+from .draw import draw
 from .first_derivatives import refusing_second
 from .history import History
 from .memory import empty_strided, in_layout_of
-from .noise import DeviceGenerator, draw, portable_noise
+from .noise import DeviceGenerator, portable_noise
 from .operator import StepArguments
 from .through_groups import weighed_by_groups
 from .through_moments import TermGradients, moments_in_parts

@@ -88,5 +88,10 @@ class Objects(NamedTuple):
     normal_: Any
     """Fills a tensor with normal values of a ``generator``."""
     generator: str
+    get_state: Any
+    """Returns a generator's state, as do the bytes that ``set_state`` takes."""
+    set_state: Any
+    is_alone: Any
+    """Returns True, if no other thread of Python may draw."""
     exchange: Any
     """DLPack's capsule."""

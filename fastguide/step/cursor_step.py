@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from .attached import is_watched
 from .backends.registry import BACKENDS, StepFunction
 from .call import Call
 from .cursor import Cursor
 from .inpainting import Inpainting
 from .operator import StepArguments
-from .repeat import Kinds, describe, is_watched, repeat
+from .repeat import Kinds, describe, repeat
 from .thresholds import with_thresholds
 
 _MOST_TRIES = 8

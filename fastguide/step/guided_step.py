@@ -18,11 +18,12 @@ from .autograd import asks_for_gradients, recorded_step, to_be_recorded
 from .backends.registry import backend_for
 from .call import Call
 from .cursor import Cursor
+from .draw import draw
 from .history import History, entries_of, history_follows
 from .inpainting import Inpainting
 from .log_probability import Reduction, step_with_log_prob
 from .momentum import Momentum, momentum_terms
-from .noise import DeviceGenerator, draw
+from .noise import DeviceGenerator
 from .overlaps import check_memory
 from .repeat import kinds_of, remember, repeat, token_of
 

@@ -26,11 +26,11 @@ from .backends.registry import Backend, StepFunction, backend_for
 from .backward import unknown_fields
 from .call import Call
 from .cursor import Cursor
+from .draw import draw
 from .first_derivatives import refusing_second
 from .history import History, entries_of
 from .memory import empty_like, overlaps
 from .momentum import Momentum, momentum_terms
-from .noise import draw
 from .operator import StepArguments, inputs, library
 from .weigh import combined_in_blocks, position_of, split, with_sample_as_prediction
 

@@ -1,4 +1,4 @@
-"""Streams of noise and who draws them: the portable stream, the same to the bit everywhere, and torch's own."""
+"""Streams of noise: the portable one, the same to the bit everywhere, and torch's own in kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .memory import counted_layout, empty_like, overlaps
-from .operator import StepArguments, inputs
+from .memory import counted_layout
 
 STARTING_NOISE = -1
 """The step number under which ``portable_noise`` draws x_T: no step of a table has it."""
@@ -220,7 +219,7 @@ class DeviceGenerator:
         return f"DeviceGenerator(device={self.device})"
 
 
-# ---- Who draws a step's noise ----
+# ---- Where kernels draw it ----
 
 NO_GRID = TorchGrid(0, 0)
 """The grid of a step that draws nothing from torch's stream."""
@@ -246,48 +245,3 @@ def draws_in_kernel(generator: torch.Generator, sample: Tensor) -> bool:
         and counted_layout(sample)
         and not torch.cuda.is_current_stream_capturing()  # a captured torch.randn draws anew at each replay
     )
-
-
-def draw_noise(generator: torch.Generator, sample: Tensor, into: Tensor | None) -> Tensor:
-    """Draw torch's own noise of the sample's shape, into the given memory if it can take the values as they are."""
-    if generator.device.type != sample.device.type:
-        if torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "generator: expected one of a GPU inside a capture, as one of the CPU draws there and its noise is "
-                "copied; got one of cpu"
-            )
-        noise = torch.randn(sample.shape, dtype=sample.dtype, generator=generator).to(sample.device)
-    elif into is not None and into.dtype == sample.dtype and into.is_contiguous():
-        return into.normal_(generator=generator)
-    elif sample.is_contiguous():
-        return empty_like(sample).normal_(generator=generator)
-    else:
-        noise = torch.randn(sample.shape, dtype=sample.dtype, device=sample.device, generator=generator)
-    return noise if sample.is_contiguous() else empty_like(sample).copy_(noise)
-
-
-def draw(
-    arguments: StepArguments, generator: torch.Generator | DeviceGenerator, torch_stream: bool, out_is_new: bool
-) -> tuple[StepArguments, int]:
-    """Give a step its noise: drawn here by torch, or by the kernel.
-
-    Args:
-        arguments: of the step, without noise.
-        generator: what draws.
-        torch_stream: whether the backend's kernel can draw what torch would.
-        out_is_new: whether ``out`` is the step's own, so that noise can be drawn into it.
-
-    Returns:
-        The arguments with ``noise`` or ``philox``; and how far to move the generator's offset after the step.
-    """
-    sample = arguments.sample
-    if isinstance(generator, DeviceGenerator):
-        grid = torch_grid(sample.device, sample.numel())
-        return arguments._replace(philox=generator.state, philox_threads=grid.threads), 0
-    if torch_stream and draws_in_kernel(generator, sample):
-        grid = torch_grid(sample.device, sample.numel())
-        philox = torch.tensor((signed_word(generator.initial_seed()), generator.get_offset()), device="cpu")
-        return arguments._replace(philox=philox, philox_threads=grid.threads), grid.increment
-    out = arguments.out
-    free = out_is_new or not any(overlaps(out, tensor) for tensor in inputs(arguments))
-    return arguments._replace(noise=draw_noise(generator, sample, out if free else None)), 0

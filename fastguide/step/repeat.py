@@ -16,19 +16,19 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..guidance import Guidance
 from ..guidance.moment_weights import MomentWeights
 from ..solvers.table import StepTable
+from .attached import functions, is_watched
 from .backends import native
 from .backends.registry import Backend
-from .call import Call, Objects
+from .call import Call
 from .cursor import Cursor
-from .inpainting import Inpainting
-from .memory import empty_like, needs_no_advice
+from .memory import needs_no_advice
 from .operator import StepArguments
+from .torch_normals import is_torch_s
 
 _MOST_TABLES = 64
 _MOST_KINDS = 32
@@ -152,8 +152,11 @@ def describe(
         backend: whose operator it was.
         weights_from: gets what the step makes as its ``last_weights``.
     """
-    if _functions is None:
+    if functions is None:
         return None
+    draws = call.generator is not None and arguments.noise is not None
+    if draws:
+        is_torch_s()  # so that the library knows it, as it draws without asking
     record = torch.empty(native.record_words(arguments.weights.shape[-1]), dtype=torch.int64, device="cpu")
     torch.ops.fastguide.record_step(*arguments, record=record)
     launch = None if backend.relaunch is None else backend.relaunch(arguments)
@@ -162,12 +165,12 @@ def describe(
         return None  # they are found before the launch, or in memory that each step has to have for itself
     made = None if weights_from is None else weights_from.last_weights
     new = _GIVEN if call.out is not None else _SMALL if needs_no_advice(arguments.sample) else _LARGE
-    described = _functions.describe(
+    described = functions.describe(
         ctypes.string_at(record.data_ptr(), record.nbytes),
         rows[call.index] if type(call.index) is int else 0,
         type(call.index) is Cursor,
         new,
-        call.generator is not None and arguments.noise is not None,
+        draws,
         arguments.noise,
         launch,
         weights_from,
@@ -184,62 +187,15 @@ def describe(
 
 _GIVEN, _SMALL, _LARGE = range(3)
 """Whose a step's output is: ``enum class NewOutput`` in csrc/binding/repeat.cpp."""
-_WATCHERS = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._autograd._profiler_enabled,
-    torch._C._is_tracing,
-    torch._C._functorch.peek_interpreter_stack,
-)
-"""Tell whether modes, the profiler, the tracer or transforms are to see the operator. torch.compile is apart."""
-
-
-def _attached() -> native.PythonFunctions | None:
-    """Give the library the objects that it needs; return its functions."""
-    functions, exchange = native.python_functions(), getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if functions is None or exchange is None:
-        return None
-    objects = Objects(
-        none=None,
-        true_object=True,
-        integer_type=int,
-        tensor_type=Tensor,
-        generator_type=torch.Generator,
-        sequence_types=(list, tuple),
-        inpainting_type=Inpainting,
-        cpu=torch.device("cpu"),
-        requires_grad="requires_grad",
-        dtype="dtype",
-        version="_version",
-        last_weights="last_weights",
-        storage_offset=Tensor.storage_offset,
-        device="device",
-        is_grad_enabled=torch.is_grad_enabled,
-        watchers=_WATCHERS,
-        forward_ad=forward_ad,
-        current_level="_current_level",
-        empty_like=torch.empty_like,
-        new_like=empty_like,
-        normal_=Tensor.normal_,
-        generator="generator",
-        exchange=exchange,
-    )
-    return None if functions.attach(*objects) is None else functions
-
-
-def is_watched() -> bool:
-    """Tell whether something but torch.compile is to see the operator itself, or there is no library."""
-    return _functions is None or _functions.is_watched() is True
 
 
 def _never(*_: Any) -> None:
     """Stand for the library's ``repeat`` where there is none."""
 
 
-_functions = _attached()
-repeat: Callable[..., Tensor | None] = _never if _functions is None else _functions.repeat
+repeat: Callable[..., Tensor | None] = _never if functions is None else functions.repeat
 """Make a step: called with the kinds of its table, and a ``Call``; ``None``: nothing was done."""
-follow: Callable[..., Tensor | None] = _never if _functions is None else _functions.follow
+follow: Callable[..., Tensor | None] = _never if functions is None else functions.follow
 """Make a step like one that was planned, if its ``Facts`` hold; ``None``: nothing was done.
 
 Called with these; the dictionary of their ``names``; the options, the scale and the model's output of the step; its

@@ -1,5 +1,5 @@
-// Draws the portable noise stream on the CPU, in runs of neighbouring elements. torch itself draws its own stream
-// there: fastguide/step/noise.py.
+// Draws the portable noise stream on the CPU, in runs of neighbouring elements. torch's own is drawn before the step:
+// fastguide/step/draw.py.
 //
 // Compiled once for each instruction set, like step.cpp, but with -ffp-contract=off: see philox.h.
 #include "kernels/cpu/launch.h"

@@ -219,13 +219,16 @@ def record_words(predictions: int) -> int:
 
 
 class PythonFunctions(NamedTuple):
-    """The functions of csrc/binding/repeat.cpp, which get Python's objects."""
+    """The functions of csrc/binding/repeat.cpp and draw.cpp, which get Python's objects."""
 
     attach: Callable[..., Any]
     describe: Callable[..., Any]
     repeat: Callable[..., Any]
     follow: Callable[..., Any]
     is_watched: Callable[[], Any]
+    fill_normals: Callable[[Any, Any], Any]
+    pass_normals: Callable[[Any, int], Any]
+    trust_draws: Callable[[bool], Any]
 
 
 class _Definition(ctypes.Structure):

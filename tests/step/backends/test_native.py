@@ -187,6 +187,7 @@ def test_info_names_versions_backends_and_packages():
         f"torch {torch.__version__}",
         "native",
         "reference",
+        "torch's noise on the CPU: drawn by t",
         "diffusers",
     ):
         assert part in text

@@ -1,0 +1,93 @@
+// Draws a generator's normal values: by the library where torch's bits are known, and otherwise by torch.
+//
+// The library gets a generator's state as bytes and sets it again. torch draws under the generator's lock, which only
+// torch can take: so nobody else may draw between the two. No thread of Python does, as this one keeps Python's lock
+// and is_alone says that no other one may have given it up inside of torch.
+#include "binding/draw.h"
+
+#include "binding/torch_stream.h"
+
+namespace fastguide {
+namespace {
+
+bool trusted = false;
+
+// Returns the number of elements of memory that is contiguous, of float32, and of the CPU; otherwise -1.
+int64_t plain_elements(const DLTensor& memory) {
+  if (memory.device.device_type != kDLCPU || memory.dtype.code != kDLFloat || memory.dtype.bits != 32) return -1;
+  int64_t expected = 1;
+  for (int k = memory.ndim - 1; k >= 0; --k) {
+    if (memory.shape[k] != 1 && memory.strides != nullptr && memory.strides[k] != expected) return -1;
+    expected *= memory.shape[k];
+  }
+  return expected;
+}
+
+bool is_cpu_generator(PyObject* generator) {
+  if (!is_type_of(python.generator_type, generator)) return false;
+  const Reference device(PyObject_GetAttr(generator, python.device));
+  return device.get() != nullptr && PyObject_RichCompareBool(device.get(), python.cpu, kEqual) == 1;
+}
+
+// Draws by the library; false: nothing is done, but perhaps to the values.
+bool draw_here(PyObject* generator, float* to, int64_t count) {
+  const Reference state(PyObject_CallFunctionObjArgs(python.get_state, generator, nullptr));
+  DLTensor bytes;
+  if (state.get() == nullptr || !Call::read_memory(state.get(), &bytes)) return false;
+  if (bytes.ndim != 1 || bytes.shape[0] != kStateBytes || bytes.dtype.bits != 8) return false;
+  if (!draw_torch_stream(const_cast<void*>(pointer_of(bytes)), to, count)) return false;
+  return Reference(PyObject_CallFunctionObjArgs(python.set_state, generator, state.get(), nullptr)).get() != nullptr;
+}
+
+PyObject* true_or_nothing(bool value) {
+  if (!value) return nothing();
+  Py_IncRef(python.true_object);
+  return python.true_object;
+}
+
+bool is_alone() {
+  const Reference answer(PyObject_CallNoArgs(python.is_alone));
+  return answer.get() == python.true_object;
+}
+
+bool draw_by_torch(PyObject* tensor, PyObject* generator) {
+  const Reference arguments(PyTuple_New(1)), keywords(PyDict_New());
+  if (arguments.get() == nullptr || keywords.get() == nullptr) return false;
+  Py_IncRef(tensor);
+  PyTuple_SetItem(arguments.get(), 0, tensor);
+  if (PyDict_SetItem(keywords.get(), python.generator, generator) != 0) return false;
+  return Reference(PyObject_Call(python.normal_, arguments.get(), keywords.get())).get() != nullptr;
+}
+
+}  // namespace
+
+bool draw(PyObject* tensor, const DLTensor& memory, PyObject* generator) {
+  const int64_t count = trusted ? plain_elements(memory) : -1;
+  if (count > 0 && is_alone()) {
+    if (draw_here(generator, static_cast<float*>(const_cast<void*>(pointer_of(memory))), count)) return true;
+    PyErr_Clear();
+  }
+  return draw_by_torch(tensor, generator);
+}
+
+PyObject* fill_normals(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
+  DLTensor memory;
+  if (count != 2 || !is_type_of(python.tensor_type, objects[0]) || !is_cpu_generator(objects[1])) return nothing();
+  if (is_true_or_missing(Reference(PyObject_GetAttr(objects[0], python.requires_grad)))) return nothing();
+  if (!Call::read_memory(objects[0], &memory)) return nothing();
+  const int64_t elements = plain_elements(memory);
+  if (elements <= 0) return nothing();
+  return true_or_nothing(draw_here(objects[1], static_cast<float*>(const_cast<void*>(pointer_of(memory))), elements));
+}
+
+PyObject* pass_normals(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
+  const int64_t elements = count == 2 && is_cpu_generator(objects[0]) ? PyLong_AsLongLong(objects[1]) : -1;
+  return elements <= 0 ? nothing() : true_or_nothing(draw_here(objects[0], nullptr, elements));
+}
+
+PyObject* trust_draws(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
+  trusted = count == 1 && PyObject_IsTrue(objects[0]) == 1;
+  return nothing();
+}
+
+}  // namespace fastguide

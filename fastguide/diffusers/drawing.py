@@ -11,6 +11,7 @@ from torch import Tensor
 from ..solvers import StepTable
 from ..step.memory import in_layout_of
 from ..step.noise import DeviceGenerator
+from ..step.torch_normals import pass_over
 from .counted_loop import CountedLoop, Like
 from .dtypes import Dtypes, NoiseRule
 from .lazy_tensor import plain
@@ -70,8 +71,10 @@ class Drawing(NamedTuple):
         return generator if drawn is dtype and (given is dtype or _draws_alike(dtype, given, sample)) else REPLANNED
 
     def draw_apart(self, dtypes: Dtypes, sample: Tensor) -> None:
-        """Draw, as diffusers does, where a call's row adds no noise."""
-        noise_of(self.generator, sample, dtypes.of_noise(self.dtype), adds=False)
+        """Move the generator on, as diffusers' draw does, where a call's row adds no noise."""
+        generator = torch.default_generator if self.generator is None else self.generator
+        assert isinstance(generator, torch.Generator)
+        pass_over(sample.shape, dtypes.of_noise(self.dtype), generator)
 
 
 APART, REPLANNED = "apart", "replanned"

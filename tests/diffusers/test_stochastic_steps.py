@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastguide.diffusers import counted_again, counted_step
+from fastguide.step import threads
 from fastguide.step.backends.registry import BACKENDS
 from tests.support.counted_loops import BETAS
 from tests.support.scheduler_pair import SHAPE, pair, randn
@@ -23,12 +24,12 @@ SCHEDULERS = {
     "TCDScheduler": {},
     "CMStochasticIterativeScheduler": {},
 }
-BOTH = torch.cat([randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)])
 
 
-def guided_loop(scheduler, *, ours, generator, dtype=torch.float32):
+def guided_loop(scheduler, *, ours, generator, dtype=torch.float32, shape=SHAPE):
     scheduler.set_timesteps(STEPS)
-    output, x = BOTH.to(dtype), randn(*SHAPE).to(dtype)
+    x = randn(*shape).to(dtype)
+    output = torch.cat([randn(*shape, seed=1), randn(*shape, seed=2)]).to(dtype)
     uncond, cond = output.chunk(2)
     for t in scheduler.timesteps:
         if ours:
@@ -76,3 +77,35 @@ def test_other_dtypes_leave_the_generator_as_diffusers_does(name, dtype):
         expected = guided_loop(theirs, ours=False, generator=generators[1], dtype=dtype)
         assert got.dtype == expected.dtype
         assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+GENERATORS = {
+    "the default one": lambda: [None],
+    "one": lambda: torch.Generator().manual_seed(7),
+    "a list of one": lambda: [torch.Generator().manual_seed(7)],
+    "one a sample": lambda: [torch.Generator().manual_seed(seed) for seed in (7, 8)],
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 5, 7), (2, 1, 1, 3)])
+@pytest.mark.parametrize("generators", GENERATORS)
+@pytest.mark.parametrize("name", ["SASolverScheduler", "EulerAncestralDiscreteScheduler"])
+def test_any_generators_draw_what_torch_draws(name, generators, shape, monkeypatch):
+    """The bits of steps whose noise torch draws, and diffusers' generators after them."""
+
+    def made(scheduler, *, ours=True):
+        for _ in range(3):
+            torch.default_generator.manual_seed(7)
+            generator = GENERATORS[generators]()
+            given = generator if generator != [None] else None
+            x = guided_loop(scheduler, ours=ours, generator=given, shape=shape)
+        each = generator if isinstance(generator, list) else [generator]
+        return x, [(torch.default_generator if g is None else g).get_state() for g in each]
+
+    fast, theirs = pair(name, **SCHEDULERS[name])
+    x, states = made(fast)
+    expected, expected_states = made(theirs, ours=False)
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert all(map(torch.equal, states, expected_states))
+    monkeypatch.setattr(threads, "_count", lambda: 1)  # then torch draws
+    assert torch.equal(x, made(pair(name, **SCHEDULERS[name])[0])[0])

@@ -221,6 +221,7 @@ def test_threads_that_watch_tqdm_s_bars_do_not_draw(monkeypatch):
         done.set()
         watching.join()
         other.join()
+    assert threads.is_alone()
 
 
 def test_a_mode_sees_torch_s_draw():

@@ -79,14 +79,14 @@ def step_again(
     if source is REPLANNED:
         return None
     generator = None if source is APART else source
-    version, result, given = loop.version, None, sample
+    version, result, given, now = loop.version, None, sample, None
     if loop.facts is not None and not is_inference_mode_enabled():
         result = _usual_step_again(own, loop, generator, arguments, output, sample, predictions, scale)
     if result is None:
         done = _general_step_again(scheduler, loop, generator, arguments, output, sample, predictions, scale)
         if done is None:
             return None
-        result, given, version = done
+        result, given, version, now = done
     if source is APART:
         assert drawing is not None
         drawing.draw_apart(like.dtypes, sample)
@@ -98,7 +98,10 @@ def step_again(
         fusion.count_step(like.counted_as, is_last=loop.is_over)
     if second is None:
         return scheduler._plain_output(prev_sample=result) if return_dict else (result,)
-    inputs, dtype = inputs_of(given, predictions), like.dtype_of_original
+    dtype = like.dtype_of_original
+    if now is not None:
+        return scheduler._result(result, now, dtype, return_dict)
+    inputs = inputs_of(given, predictions)
     original = functools.partial(
         predict_second, second, index - loop.begin, inputs, (version, *seen), predictions, like.guidance, dtype
     )
@@ -179,19 +182,20 @@ def _general_step_again(
     sample: Tensor,
     predictions: Tensor | list[Tensor],
     scale: Any,
-) -> tuple[Tensor, Tensor, int] | None:
-    """Make a step whose sample is rounded, or in inference mode; note it in the loop.
+) -> tuple[Tensor, Tensor, int, Tensor | None] | None:
+    """Make a step whose sample is rounded, or begins with noise, or in inference mode; note it in the loop.
 
     Returns:
-        What the scheduler returns, what the step computed from, and how often that had been written to; ``None``:
-        nothing was done.
+        What the scheduler returns, what the step computed from, how often that had been written to, and x_0, if that
+        cannot wait; ``None``: nothing was done.
     """
     like, made, call = loop.like, loop.made, loop.following - loop.begin
     assert like is not None
     if type(scale) is not type(like.scale) or scale != like.scale or output.dtype is not like.dtype:
         return None
     kinds = kinds_of.get(like.token)
-    if arguments != loop.arguments or kinds is None or (made.churned and made.churned[call]):
+    now = bool(made.churned) and made.churned[call] and made.second is not None  # its noise is not drawn again
+    if arguments != loop.arguments or kinds is None or (now and not scheduler._returns_original):
         return None
     if not (loop.is_untouched() and loop.has_tables_of(scheduler.__dict__)):
         return None
@@ -199,17 +203,18 @@ def _general_step_again(
     if places is None:
         return None
     given, out, returned, staged = places
+    original = counted_like(sample, like.dtype_of_original) if now else None
     history = loop.history
     entries = None if history is None else history.entries
     result = repeat(
         kinds, call, given, predictions, like.guidance_token, None, None, None, generator, None, None, entries, None,
-        None, out, returned if staged is None else staged, None,
+        original, out, returned if staged is None else staged, None,
     )  # fmt: skip
     if result is None:
         return None
     if history is not None:
         history.note(call)
-    return loop.note(call, result, returned, staged), given, given._version
+    return loop.note(call, result, returned, staged), given, given._version, original
 
 
 def _places_again(

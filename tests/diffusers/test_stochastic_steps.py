@@ -1,4 +1,4 @@
-"""Steps that draw noise are made without a plan, by the shortest way: what they draw is what diffusers does."""
+"""Steps that draw noise are made without a plan, most by the shortest way: what they draw is what diffusers does."""
 
 from __future__ import annotations
 
@@ -65,6 +65,35 @@ def test_steps_after_the_first_loops_only_follow(name, slower):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
         assert torch.equal(generators[0].get_state(), generators[1].get_state())
     assert not slower
+
+
+CHURNED = {
+    "EulerDiscreteScheduler": BETAS,
+    "FlowMatchHeunDiscreteScheduler": {"shift": 3.0},
+    "EDMEulerScheduler": {},
+}
+
+
+@pytest.mark.parametrize("window", [{}, {"s_tmin": 0.3, "s_tmax": 4.0}])
+@pytest.mark.parametrize("name", CHURNED)
+def test_steps_that_begin_with_noise_need_no_plan(name, window, slower):
+    """Their x_0 is made with them: nobody can draw the noise again."""
+    ours, theirs = pair(name, **CHURNED[name])
+    for seed in range(3):
+        slower.clear()
+        generators, results = [torch.Generator().manual_seed(seed) for _ in range(2)], []
+        for scheduler, generator in zip((ours, theirs), generators, strict=True):
+            scheduler.set_timesteps(STEPS)
+            x, originals, output = randn(*SHAPE), [], randn(*SHAPE, seed=1)
+            for t in scheduler.timesteps:
+                made = scheduler.step(output, t, x, s_churn=4.0, generator=generator, **window)
+                x = made.prev_sample
+                originals.append(getattr(made, "pred_original_sample", x))
+            results.append(torch.stack([x, *originals]))
+        scale = float(results[1].abs().max())
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4 * scale)
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    assert "run_counted" not in slower
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -15,6 +15,7 @@ from .program import Program, input_of, traced
 from .scales import scale_columns
 from .spaces import TableSpace
 from .symbols import Space, Vector
+from .words import remember
 
 _HOST = torch.device("cpu")
 _ACTIVE = "active"
@@ -50,6 +51,7 @@ class MomentWeights:
         self.program, self.names = program, tuple([name for name in program.inputs if name in values])
         """In the program's own order: where programs are the same, so are the places of their parameters."""
         encoded = encode(program, self.names)
+        self._encoded = encoded.words
         self._words = {_HOST: torch.tensor([encoded.words], dtype=torch.int32, device="cpu")}
         self._constants = encoded.constants
         self._parameters = self._columns(values)
@@ -136,6 +138,8 @@ class MomentWeights:
                 words = self._words.get(device)
                 if words is None:
                     words = self._words[device] = self._words[_HOST].to(device)
+                    if not torch.compiler.is_compiling():
+                        remember(words, self._encoded)
                 parameters = self._parameters.to(device, non_blocking=True)  # from pageable memory: staged at once
                 found = self._on_devices[device] = words, parameters.contiguous()
         return found

@@ -23,7 +23,7 @@ from ..step.memory import empty_like, empty_strided, in_layout_of
 from ..step.momentum import updates_key
 from ..step.operator import StepArguments
 from ..step.thresholds import makes_weights_in_step, thresholds_for
-from ..step.weigh import weighed
+from ..step.weigh import needs_scratch, weighed
 from . import conditioning as conditioning
 from .conditioning import NamedConditions, Signature
 from .distributed.dimension import Dimension
@@ -75,6 +75,7 @@ class StateKey(NamedTuple):
     derived: LowPasses | AddedUp | None  # what makes further tensors of them
     weights_from: _Formula | ByIdentity | None
     makes_weights: bool  # whether the step itself makes them, by a program
+    needs_scratch: bool  # whether it needs memory for that
     classifier: tuple[object, ...] | None
     labels: bool
     scales_per_sample: bool
@@ -133,6 +134,8 @@ class StateKey(NamedTuple):
             weights_from=_what_makes_weights(guidance),
             makes_weights=isinstance(guidance.weights_from, MomentWeights)
             and makes_weights_in_step(request.backend, guidance.weights_from, x, table.thresholds),
+            needs_scratch=isinstance(guidance.weights_from, MomentWeights)
+            and needs_scratch(request.backend, guidance.weights_from, x),
             classifier=None if classifier is None else (guidance.form, *map(ByIdentity, classifier.functions)),
             labels=request.labels is not None,
             scales_per_sample=guidance.batch > 1 or slots is not None,
@@ -272,7 +275,7 @@ class SamplerState:
             self.parameters = parameters.new_zeros(key.capacity, scales, parameters.shape[-1])
             if key.makes_weights:
                 columns, groups = len(made_by.program.weights) + 1, number_of_groups(made_by.dims, self.sample)
-                self.program, self.scratch = program, made_by.scratch_for(self.sample)
+                self.program, self.scratch = program, made_by.scratch_for(self.sample) if key.needs_scratch else None
                 self.made = torch.zeros(self.batch * groups, columns, dtype=arithmetic, device=key.device)
         self._no_gradient_scale = torch.zeros(1, 1, 1, dtype=arithmetic, device=key.device)
         self._samples = torch.arange(scales, device=key.device)

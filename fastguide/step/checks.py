@@ -24,7 +24,7 @@ from .noise import DeviceGenerator
 from .operator import ELEMENTWISE, NAMES, StepArguments, elementwise
 from .overlaps import check_memory
 from .thresholds import makes_weights_in_step, thresholds_for, with_thresholds
-from .weigh import weighed
+from .weigh import scratch_of, weighed
 
 Generator: TypeAlias = "torch.Generator | DeviceGenerator"
 
@@ -183,7 +183,7 @@ def _with_weights_from(
         program, parameters = made_by.on(sample.device)
         if not makes_weights_in_step(backend, made_by, sample, thresholds):
             return weighed(arguments, made_by, parameters)
-        made, scratch = made_by.place_for(sample, dtype), made_by.scratch_for(sample)
+        made, scratch = made_by.place_for(sample, dtype), scratch_of(backend, made_by, sample)
         return arguments._replace(program=program, parameters=parameters, made=made, scratch=scratch)
     return arguments._replace(weights=guidance.weights_for(arguments.predictions, sample.device, dtype))
 

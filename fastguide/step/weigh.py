@@ -32,7 +32,20 @@ def made_in_step(backend: Backend, made_by: MomentWeights, sample: Tensor) -> bo
     if device == "cpu":
         return True
     elements = sample.numel() // (sample.shape[0] * number_of_groups(dims, sample))
+    if backend.compiles_programs:
+        # In compiled code a program may be another tensor than the guidance's, whose words nobody knows.
+        return elements <= backend.group_elements and not torch.compiler.is_compiling()
     return made_by.of_two_norms and elements <= backend.group_elements
+
+
+def needs_scratch(backend: Backend, made_by: MomentWeights, sample: Tensor) -> bool:
+    """Tell whether a step that makes these weights needs memory beside them."""
+    return not (backend.compiles_programs and number_of_groups(made_by.dims, sample) > 1)
+
+
+def scratch_of(backend: Backend, made_by: MomentWeights, sample: Tensor) -> Tensor | None:
+    """Return that memory, if the step needs any."""
+    return made_by.scratch_for(sample) if needs_scratch(backend, made_by, sample) else None
 
 
 def weighed(a: StepArguments, made_by: MomentWeights, parameters: Tensor) -> StepArguments:

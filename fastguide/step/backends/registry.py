@@ -28,7 +28,10 @@ class Backend(NamedTuple):
     """Types of devices on which its step makes weights from moments; elsewhere they are made before it."""
     group_elements: int = 0
     """The most elements of a group that has weights of its own, if a step on a GPU makes them of the norms of two
-    predictions; 0: they are made before it."""
+    predictions, or, if ``compiles_programs``, of anything; 0: they are made before it."""
+    compiles_programs: bool = False
+    """Whether a step compiles the program that makes weights of groups, and takes any: then the host has to know the
+    words of it, and they need no memory beside the weights."""
     needs_thresholds: bool = False
     """Whether a step gets the thresholds of x_0, rather than finds them."""
     checks_overlap: bool = False

@@ -28,6 +28,9 @@ VECTOR = 8  # elements of a thread: 16 bytes of a 16-bit dtype
 BLOCK = VECTOR * WARPS * (32 if torch.version.hip is None else 64)
 _SMALL_BLOCK = 256  # where noise is drawn one element at a time, of small tensors
 
+MOST_OF_GROUP = 16384
+"""The most elements of a group that has weights of its own: one Triton program reads them all."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton runs kernels in its interpreter, on the CPU: for debugging and tests."""
 
@@ -62,6 +65,8 @@ def backend() -> Backend:
             step,
             ("cpu",),
             f"triton {version}, interpreted on the CPU (TRITON_INTERPRET=1)",
+            group_elements=MOST_OF_GROUP,
+            compiles_programs=True,
             needs_thresholds=True,
             backward=_backward,
             repeats=True,
@@ -77,6 +82,8 @@ def backend() -> Backend:
         status,
         torch_stream=cuda,
         makes_weights=("cuda",),
+        group_elements=MOST_OF_GROUP,
+        compiles_programs=True,
         needs_thresholds=True,
         backward=_backward,
         repeats=cuda,
@@ -117,14 +124,33 @@ def guided_step(*arguments: Any) -> None:
     if a.sample.numel() > 0:
         _check(a)
         a = _each_apart(a)
+        if _has_groups(a):
+            _steps_groups(a)(a.index, _tensors(a))
+            return
         if a.program is not None:
             making = _makes_weights(a)
             making(a.index, a.indices, a.cursor, a.sample, a.predictions)
             a = making.step(a)
-        shape = _Shape.of(a)
-        state = a.philox if a.philox is not None and a.philox.numel() == 3 else None
-        tensors = a._replace(philox=state)
-        _launch(shape.programs, shape.arguments(a.index, tuple(tensors[k] for k in _TENSORS)), a.sample.device)
+        shape = Shape.of(a)
+        _launch(shape.programs, shape.arguments(a.index, _tensors(a)), a.sample.device)
+
+
+def _tensors(a: StepArguments) -> tuple[Any, ...]:
+    """Return what the kernel calls tensors."""
+    state = a.philox if a.philox is not None and a.philox.numel() == 3 else None
+    of_kernel = a._replace(philox=state)
+    return tuple(of_kernel[k] for k in _TENSORS)
+
+
+def _has_groups(a: StepArguments) -> bool:
+    return a.made is not None and len(a.made) > len(a.sample)
+
+
+def _steps_groups(a: StepArguments) -> Any:
+    """Return what launches the step of a program that makes weights of each group."""
+    from .triton_groups import StepsGroups
+
+    return StepsGroups(a)
 
 
 def _makes_weights(a: StepArguments) -> Any:
@@ -145,7 +171,7 @@ def _apart(predictions: Sequence[Tensor], count: int, batch: int) -> tuple[Tenso
     return tuple(predictions)
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """All that a launch is told but its tensors and the row."""
 
     programs: int
@@ -155,7 +181,7 @@ class _Shape(NamedTuple):
     constants: tuple[Any, ...]
 
     @classmethod
-    def of(cls, a: StepArguments) -> _Shape:
+    def of(cls, a: StepArguments) -> Shape:
         """Return the shape of a step whose predictions are apart."""
         batch = a.sample.shape[0]
         size = a.sample.numel() // batch
@@ -195,8 +221,9 @@ class Relaunch:
     def __init__(self, a: StepArguments) -> None:
         """Remember a step that was made."""
         a = _each_apart(a)
-        self._making = None if a.program is None else _makes_weights(a)
-        self._shape = _Shape.of(a if self._making is None else self._making.step(a))
+        self._groups = _steps_groups(a) if _has_groups(a) else None
+        self._making = None if a.program is None or self._groups is not None else _makes_weights(a)
+        self._shape = Shape.of(a if self._making is None else self._making.step(a))
         self._constants = a.rows, a.weights, a.cursor, a.timestep
         self._count, self._batch, self._device = a.weights.shape[-1] - 1, a.sample.shape[0], a.sample.device
         self._kernel: Any = None
@@ -217,6 +244,9 @@ class Relaunch:
             out, original, staged, sample, each, rows, weights, indices, gradient, variance, noise, seeds, None, cursor,
             timestep, *(inpainting or (None, None, None)), anchor, history, None,
         )  # fmt: skip
+        if self._groups is not None:
+            self._groups(row, tensors)
+            return
         shape = self._shape
         arguments = shape.arguments(row, tensors)
         if self._kernel is not None and self._device.index == torch.cuda.current_device():

@@ -57,7 +57,13 @@ def _exp(x):
 
 @triton.jit
 def _place(pointer, stride, sample, first, BLOCK: tl.constexpr):
-    return pointer + sample.to(tl.int64) * stride + first + tl.arange(0, BLOCK)
+    return _place_of(pointer, stride, sample, first, tl.arange(0, BLOCK))
+
+
+@triton.jit
+def _place_of(pointer, stride, sample, first, elements):
+    """Return where a sample's elements are, counted from one of it."""
+    return pointer + sample.to(tl.int64) * stride + first + elements
 
 
 @triton.jit
@@ -127,26 +133,26 @@ def _next_sample(r, values, guided, x0, g, v, z, NOISE: tl.constexpr):
 @triton.jit
 def _with_history(
     r, in_table, result, x0, values, anchor, anchor_stride, history, history_stride, slots, batch, sample, first,
-    inside, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    elements, inside, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Add the anchor and what earlier calls left, where the row has a factor; leave something for later ones."""
     if anchor is not None:
         out_anchor = tl.load(r + OUT_ANCHOR)
         if out_anchor != 0.0:
-            before = _load(_place(anchor, anchor_stride, sample, first, BLOCK), inside, EVEN)
+            before = _load(_place_of(anchor, anchor_stride, sample, first, elements), inside, EVEN)
             result = tl.fma(out_anchor, before, result)
     if history is not None:
         for k in tl.static_range(SLOTS):
             factor = tl.load(r + OUT_HISTORY + k)
             if (factor != 0.0) & (k < slots):
-                entry = _load(_place(history, history_stride, k * batch + sample, first, BLOCK), inside, EVEN)
+                entry = _load(_place_of(history, history_stride, k * batch + sample, first, elements), inside, EVEN)
                 result = tl.fma(factor, entry, result)
         slot = tl.load(r + HIST_SLOT)
         if (slot >= 0.0) & (slot < slots):
             hist_sample, left = tl.load(r + HIST_SAMPLE), tl.load(r + HIST_X0) * x0
             left = tl.where(hist_sample != 0.0, tl.fma(hist_sample, values, left), left)
             left = tl.where(in_table, left, float("nan"))
-            to = _place(history, history_stride, slot.to(tl.int32) * batch + sample, first, BLOCK)
+            to = _place_of(history, history_stride, slot.to(tl.int32) * batch + sample, first, elements)
             _store(to, left, inside, EVEN)
     return result
 
@@ -167,29 +173,45 @@ def _step_tile(
     tensors, strides, place, weights_step_stride, weights_batch_stride, copies, slots, batch, z,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the elements first .. first + BLOCK of a sample as csrc/maths/step.h does; z is noise drawn here."""
+    """Make the step of the elements first .. first + BLOCK of a sample; z is noise drawn here."""
+    sample, first, size, row, in_table = place
+    elements = tl.arange(0, BLOCK)
+    inside = elements < size - first
+    _, _, _, _, predictions, _, weights, _, _, _, _, _, _, _, _, _, _, _, _, _, _ = tensors
+    _, _, _, _, prediction_strides, _, _, _, _, _, _, _, _ = strides
+    w = weights + row * weights_step_stride + sample * weights_batch_stride
+    guided = _guided(predictions, prediction_strides, w, sample, first, inside, K, EVEN, BLOCK)
+    _step_guided(
+        tensors, strides, (sample, first, elements, inside, row, in_table), w, copies, slots, batch, guided, z, NOISE,
+        K, EVEN,
+    )  # fmt: skip
+
+
+@triton.jit
+def _step_guided(
+    tensors, strides, place, w, copies, slots, batch, guided, z,
+    NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Make the step of some elements, whose guided prediction is there, as csrc/maths/step.h does."""
     (
-        out, original, staged, x, predictions, rows, weights, _, gradient, variance, noise, _, _, _, _,
+        out, original, staged, x, _, rows, _, _, gradient, variance, noise, _, _, _, _,
         mask, known, known_noise, anchor, history, inverse_thresholds,
     ) = tensors  # fmt: skip
     (
-        out_stride, original_stride, staged_stride, x_stride, prediction_strides, gradient_stride, variance_stride,
+        out_stride, original_stride, staged_stride, x_stride, _, gradient_stride, variance_stride,
         noise_stride, mask_stride, known_stride, known_noise_stride, anchor_stride, history_stride,
     ) = strides  # fmt: skip
-    sample, first, size, row, in_table = place
-    inside = tl.arange(0, BLOCK) < size - first
-    values = _load(_place(x, x_stride, sample, first, BLOCK), inside, EVEN)
-    w = weights + row * weights_step_stride + sample * weights_batch_stride
-    guided = _guided(predictions, prediction_strides, w, sample, first, inside, K, EVEN, BLOCK)
+    sample, first, elements, inside, row, in_table = place
+    values = _load(_place_of(x, x_stride, sample, first, elements), inside, EVEN)
     if NOISE == GIVEN:
-        z = _load(_place(noise, noise_stride, sample, first, BLOCK), inside, EVEN)
+        z = _load(_place_of(noise, noise_stride, sample, first, elements), inside, EVEN)
 
     r = rows + row * NUM_COLUMNS
     x0 = tl.fma(tl.load(r + X0_PRED), guided, tl.load(r + X0_SAMPLE) * values)
     g = None
     if gradient is not None:
         scale = tl.load(w + (K if K > 0 else 1))
-        g = scale * _load(_place(gradient, gradient_stride, sample, first, BLOCK), inside, EVEN)
+        g = scale * _load(_place_of(gradient, gradient_stride, sample, first, elements), inside, EVEN)
         x0 = tl.fma(tl.load(r + X0_GRAD), g, x0)
     x0_scale, clip = _limits(r, inverse_thresholds, sample)
     x0 *= x0_scale  # after the cancellation of sample and prediction, not before
@@ -198,29 +220,29 @@ def _step_tile(
 
     v = None
     if variance is not None:
-        v = _load(_place(variance, variance_stride, sample, first, BLOCK), inside, EVEN)
+        v = _load(_place_of(variance, variance_stride, sample, first, elements), inside, EVEN)
     result = _next_sample(r, values, guided, x0, g, v, z, NOISE)
     result = _with_history(
         r, in_table, result, x0, values, anchor, anchor_stride, history, history_stride, slots, batch, sample, first,
-        inside, EVEN, BLOCK,
+        elements, inside, EVEN,
     )  # fmt: skip
     if mask is not None:
-        k = _load(_place(known, known_stride, sample, first, BLOCK), inside, EVEN)
-        zk = _load(_place(known_noise, known_noise_stride, sample, first, BLOCK), inside, EVEN)
-        painted = _load(_place(mask, mask_stride, sample, first, BLOCK), inside, EVEN)
+        k = _load(_place_of(known, known_stride, sample, first, elements), inside, EVEN)
+        zk = _load(_place_of(known_noise, known_noise_stride, sample, first, elements), inside, EVEN)
+        painted = _load(_place_of(mask, mask_stride, sample, first, elements), inside, EVEN)
         result = _inpainted(r, result, painted, k, zk)
     result = tl.where(in_table, result, float("nan"))
-    _store(_place(out, out_stride, sample, first, BLOCK), result, inside, EVEN)
+    _store(_place_of(out, out_stride, sample, first, elements), result, inside, EVEN)
     if original is not None:
         if NOISE != NONE:
             x0_noise = tl.load(r + X0_NOISE)
             x0 = tl.where(x0_noise != 0.0, tl.fma(x0_noise, z, x0), x0)
         x0 = tl.where(in_table, x0, float("nan"))
-        _store(_place(original, original_stride, sample, first, BLOCK), x0, inside, EVEN)
+        _store(_place_of(original, original_stride, sample, first, elements), x0, inside, EVEN)
     if staged is not None:
         result *= tl.load(r + IN_SCALE)
         for k in range(copies):
-            _store(_place(staged, staged_stride, k * batch + sample, first, BLOCK), result, inside, EVEN)
+            _store(_place_of(staged, staged_stride, k * batch + sample, first, elements), result, inside, EVEN)
 
 
 @triton.jit
@@ -287,17 +309,20 @@ def _advance_stream(state, increment):
 
 
 @triton.jit
-def _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws):
-    """Advance the cursor and torch's stream, in the program that has read them last. See csrc/kernels/cursor.h."""
+def _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws, SHARE: tl.constexpr):
+    """Advance the cursor and torch's stream, in the program that has read them last. See csrc/kernels/cursor.h.
+
+    SHARE: so many places are read and written at once, at least one for each thread.
+    """
     _, _, _, _, _, rows, _, _, _, _, _, _, state, cursor, timestep, _, _, _, _, _, _ = tensors
     # Every program counts itself after it has read the cursor and the stream; the one that reads last advances them.
     if cursor is not None:
         tl.debug_barrier()
         if tl.atomic_add(cursor + CURSOR_READERS, 1) == tl.num_programs(0) - 1:
             if cursor_stride == 0:
-                _advance_one(cursor, timestep, timestep_count, rows, steps, 128)
+                _advance_one(cursor, timestep, timestep_count, rows, steps, SHARE)
             else:
-                _advance_each(cursor, timestep, timestep_count, rows, steps, batch, 128)
+                _advance_each(cursor, timestep, timestep_count, rows, steps, batch, SHARE)
             if state is not None and draws:
                 _advance_stream(state, increment)
             tl.store(cursor + CURSOR_READERS, 0)
@@ -306,6 +331,26 @@ def _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, dra
         if tl.atomic_add(state + 2, 1) == tl.num_programs(0) - 1:
             _advance_stream(state, increment)
             tl.store(state + 2, 0)
+
+
+@triton.jit
+def _stream_of(
+    state, cursor, rows, index, indices, indices_stride, cursor_stride, steps, seed_low, seed_high, offset_low,
+    offset_high, NOISE: tl.constexpr,
+):  # fmt: skip
+    """Return the seed and offset of torch's stream, and whether it is drawn from."""
+    draws = True  # a finished loop and a step without noise draw nothing
+    seed = word64(seed_low, seed_high)
+    offset = word64(offset_low, offset_high)
+    if NOISE == TORCH_STREAM:
+        if cursor is not None:
+            here, _, going_on = _position_of(0, index, indices, indices_stride, cursor, cursor_stride)
+            here, known_row = _in_table(here, steps)
+            draws = going_on & known_row & (tl.load(rows + here * NUM_COLUMNS + OUT_NOISE) != 0.0)
+        if state is not None:
+            seed = tl.load(state).to(tl.uint64, bitcast=True)
+            offset = tl.load(state + 1).to(tl.uint64, bitcast=True)
+    return seed, offset, draws
 
 
 # Others than these decide how wide the accesses are; a kernel of their own for 1 or for multiples of 16 gains nothing.
@@ -344,18 +389,10 @@ def step_kernel(
     PTX: for NVIDIA.
     """
     _, _, _, x, _, rows, _, indices, _, _, _, seeds, state, cursor, _, _, _, _, _, _, _ = tensors
-    draws = True  # from torch's stream; a finished loop and a step without noise draw nothing
-    if NOISE == TORCH_STREAM:
-        if cursor is not None:
-            here, start, going_on = _position_of(0, index, indices, indices_stride, cursor, cursor_stride)
-            here, known_row = _in_table(here, steps)
-            draws = going_on & known_row & (tl.load(rows + here * NUM_COLUMNS + OUT_NOISE) != 0.0)
-        if state is None:
-            seed = word64(seed_low, seed_high)
-            offset = word64(offset_low, offset_high)
-        else:
-            seed = tl.load(state).to(tl.uint64, bitcast=True)
-            offset = tl.load(state + 1).to(tl.uint64, bitcast=True)
+    seed, offset, draws = _stream_of(
+        state, cursor, rows, index, indices, indices_stride, cursor_stride, steps, seed_low, seed_high, offset_low,
+        offset_high, NOISE,
+    )  # fmt: skip
 
     if SHARED:
         tiles = threads // BLOCK
@@ -395,4 +432,4 @@ def step_kernel(
                 weights_step_stride, weights_batch_stride, copies, slots, batch, z, NOISE, K, EVEN, BLOCK,
             )  # fmt: skip
 
-    _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws)
+    _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws, 128)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,9 @@ class MakesWeights:
         else:
             key = kind_of(device, (*terms, *tensors), (*self._strides, self._size), numbers, self._constants)
             with contextlib.nullcontext() if here else torch.cuda.device(device):
-                self._kernel = _launch_compiled(key, self._programs, arguments, device)
+                self._kernel = launch_compiled(
+                    _compiled, key, self._programs, arguments, device, _compile_and_launch, "makes weights"
+                )
         return self._weights, terms
 
     def step(self, a: StepArguments) -> StepArguments:
@@ -84,18 +86,26 @@ class MakesWeights:
         return (*predictions, sample) if self._weighs_sample else tuple(predictions)
 
 
-def _launch_compiled(key: tuple[Any, ...], programs: int, arguments: tuple[Any, ...], device: torch.device) -> Any:
+def launch_compiled(
+    compiled: dict[tuple[Any, ...], Any],
+    key: tuple[Any, ...],
+    programs: int,
+    arguments: tuple[Any, ...],
+    device: torch.device,
+    compile_and_launch: Callable[[int, tuple[Any, ...]], Any],
+    what_it_does: str,
+) -> Any:
     """Launch the kernel that was compiled for such arguments, or compile it; return it, if it is no interpreter's."""
-    kernel = _compiled.get(key)
+    kernel = compiled.get(key)
     if kernel is not None:
         kernel[programs, 1, 1](*arguments)
         return kernel
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "backend: the Triton kernel that makes weights is not compiled for these arguments yet, and cannot be "
+            f"backend: the Triton kernel that {what_it_does} is not compiled for these arguments yet, and cannot be "
             "during a capture; run the step once before"
         )
-    kernel = _compiled[key] = _compile_and_launch(programs, arguments)
+    kernel = compiled[key] = compile_and_launch(programs, arguments)
     return kernel
 
 
@@ -109,16 +119,24 @@ def check_program(a: StepArguments) -> None:
     """Refuse what the kernels would read beyond its end, or as something else."""
     batch, count = a.sample.shape[0], a.weights.shape[-1] - 1
     program, parameters, made = a.program, a.parameters, a.made
+    elements = a.sample.numel() // batch
     if program is None or parameters is None or made is None:
         raise RuntimeError("program: expected program, parameters and made together")
     if program.dtype != torch.int32 or not program.is_contiguous() or program.shape[0] not in (1, batch):
         raise RuntimeError(f"program: expected int32 of shape (1 or {batch}, words), got {_told(program)}")
+    groups = max(len(made) // batch, 1)
     if (
         made.dtype != torch.float32
         or not made.is_contiguous()
-        or made.shape not in ((batch, count + 1), (batch, count + 2))
+        or made.dim() != 2
+        or made.shape[1] not in (count + 1, count + 2)
+        or len(made) not in (batch, batch * groups)
+        or elements % groups
     ):
-        raise RuntimeError(f"made: expected float32 of shape ({batch}, {count + 1} or one more), got {_told(made)}")
+        raise RuntimeError(
+            f"made: expected float32 of shape ({batch}, {count + 1} or one more), or as many rows for each sample as "
+            f"divide its {elements} elements, got {_told(made)}"
+        )
     steps = a.rows.shape[0]
     if (
         parameters.dtype != torch.float64
@@ -134,7 +152,9 @@ def check_program(a: StepArguments) -> None:
         raise RuntimeError(f"program: expected 2 to {MOST_TERMS} terms to make weights of, got {terms}")
     if program.shape[1] <= terms:
         raise RuntimeError(f"program: expected at least {1 + terms} words for {terms} terms, got {program.shape[1]}")
-    numbers = scratch_numbers(terms, batch, a.sample.numel() // batch)
+    if groups > 1:
+        return
+    numbers = scratch_numbers(terms, batch, elements)
     scratch = a.scratch
     if scratch is None and a.sample.device.type != "cpu":
         raise RuntimeError("scratch: expected a tensor with a program on a GPU, got None")

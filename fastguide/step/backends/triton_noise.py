@@ -97,7 +97,15 @@ def draw_portable(
         z0, z1 = _portable_normals(words[0], words[1], PTX)
         z2, z3 = _portable_normals(words[2], words[3], PTX)
         return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-    element = counted_place(first + tl.arange(0, BLOCK), channels, size, COUNTED)
+    return draw_portable_singly(seed, step, first + tl.arange(0, BLOCK), size, channels, COUNTED, PTX)
+
+
+@triton.jit
+def draw_portable_singly(seed, step, place, size, channels, COUNTED: tl.constexpr, PTX: tl.constexpr):
+    """Draw the values of elements at any places of their sample, each by a call of its own."""
+    step = step.to(tl.uint32)
+    zero = step * 0
+    element = counted_place(place, channels, size, COUNTED)
     call = element // 4
     words = tl.philox(seed, call.to(tl.uint32), (call.to(tl.int64) >> 32).to(tl.uint32), step, zero, n_rounds=10)
     low = element % 4 < 2

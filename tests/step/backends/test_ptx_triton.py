@@ -41,3 +41,8 @@ def test_steps_are_right():
 def test_weights_are_right():
     """In any order of the programs, and in any batch."""
     assert len(re.findall(r"^right: ", output_of("tests.support.ptx.triton_moments"), flags=re.M)) == 3
+
+
+def test_steps_with_weights_of_groups_are_right():
+    """Likewise, and of samples alone."""
+    assert len(re.findall(r"^right: ", output_of("tests.support.ptx.triton_groups"), flags=re.M)) == 5

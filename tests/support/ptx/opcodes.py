@@ -255,8 +255,9 @@ def _convert_16_bits(w: Writer, how: list[str], to: str, origin: str) -> list[st
     if to.endswith("x2") and origin == "f32" and how == ["rn"]:
         high, low = (w.call(SIXTEEN_BITS[to[:-2]][0], w.read(k, np.float32)) for k in (1, 2))
         return w.write(f"({high}.astype(np.uint32) << np.uint32(16)) | {low}.astype(np.uint32)", np.uint32)
-    if to == "f32" and not how:
-        return w.write(w.call(SIXTEEN_BITS[origin][1], w.read(1, np.uint16)), np.float32)
+    if to in ("f32", "f64") and not how:  # exact
+        value = w.call(SIXTEEN_BITS[origin][1], w.read(1, np.uint16))
+        return w.write(f"{value}.astype({w.constant(DTYPES[to])})", DTYPES[to])
     raise w.unknown()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastguide.step.backends import triton as backend
-from fastguide.step.backends import triton_moments
+from fastguide.step.backends import triton_groups, triton_moments
 from fastguide.step.operator import StepArguments
 from tests.support.ptx.cases import Case
 from tests.support.ptx.generate import Code, code_of
@@ -51,6 +51,7 @@ class TritonKernels:
         driver.set_active(_NoDriver(architecture))
         backend._compile_and_launch = self._of_step
         triton_moments._compile_and_launch = self._of_weights
+        triton_groups._compile_and_launch = self._of_groups
         self._codes: dict[str, tuple[str, Code]] = {}
         self._prepared: list[Prepared] = []
 
@@ -62,6 +63,7 @@ class TritonKernels:
     def prepare_all(self, a: StepArguments) -> list[Prepared]:
         """Return the launches that the backend makes: of the kernel that makes weights, if there is a program."""
         self._prepared = []
+        triton_groups._compiled.clear()  # which remembers what it launched, and here that is nothing
         backend.guided_step(*a)
         return self._prepared
 
@@ -75,6 +77,11 @@ class TritonKernels:
         from fastguide.step.backends import triton_moments_kernel
 
         self._compile(triton_moments_kernel.moments_kernel, programs, arguments, triton_moments.WARPS)
+
+    def _of_groups(self, programs: int, arguments: tuple) -> None:
+        from fastguide.step.backends import triton_groups_kernel
+
+        self._compile(triton_groups_kernel.grouped_step_kernel, programs, arguments, triton_groups.warps_of(arguments))
 
     def _compile(self, kernel: Any, programs: int, arguments: tuple, warps: int) -> None:
         compiled = kernel.warmup(*arguments, grid=(programs, 1, 1), num_warps=warps, **backend.OPTIONS)

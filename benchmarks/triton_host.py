@@ -53,18 +53,23 @@ def measure(number: int) -> dict[str, dict[str, Any]]:
     import fastguide
 
     table, guidance = fastguide.ddim(fastguide.NoiseSchedule.linear(), 50), fastguide.ClassifierFree(7.5)
+    normalized = fastguide.Normalized(4.0, dim=-1)
     x, out, both = torch.randn(SHAPE), torch.empty(SHAPE), torch.randn(2, *SHAPE[1:])
     pair = [torch.randn(SHAPE) for _ in range(2)]
     driver = ctypes.CDLL("libcuda.so.1")
     launches = ctypes.c_long.in_dll(driver, "fastguide_launches")
     parameters = (ctypes.c_void_p * 8).in_dll(driver, "fastguide_parameters")
 
-    def calling(predictions: Any) -> Callable[[], Any]:
+    def calling(predictions: Any, guidance: fastguide.Guidance) -> Callable[[], Any]:
         return lambda: fastguide.guided_step(table, 3, x, predictions, guidance, out=out, backend=backend)
 
     found: dict[str, dict[str, Any]] = {}
-    for name, predictions in (("a list of predictions", pair), ("one tensor of all", both)):
-        step, parts = calling(predictions), list(both.chunk(2)) if predictions is both else pair
+    for name, predictions, each in (
+        ("a list of predictions", pair, guidance),
+        ("one tensor of all", both, guidance),
+        ("norms of each row", pair, normalized),
+    ):
+        step, parts = calling(predictions, each), list(both.chunk(2)) if predictions is both else pair
         for _ in range(10):
             step()
         before = launches.value
@@ -108,7 +113,7 @@ def stand_in() -> str:
 
     ours._launch = lambda programs, arguments, _: launch(programs, arguments, gpu)
     ours.Relaunch.__init__ = remember
-    BACKENDS["triton"] = ours.backend()._replace(devices=("cpu",))
+    BACKENDS["triton"] = ours.backend()._replace(devices=("cpu",), makes_weights=("cpu",))
     return "triton"
 
 

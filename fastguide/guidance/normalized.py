@@ -32,7 +32,7 @@ class Normalized(FromMoments):
         guidance_scale: what ``ClassifierFree`` takes.
         dim: the dimensions of a sample that norms are over, counted with the batch, or from the last one, -1. There is
             a factor for each place in the others. ``None``: over the whole sample. Where a group's elements do not lie
-            one after the other, and on a GPU, torch's own operations make the guided prediction before the step.
+            one after the other, torch's own operations make the guided prediction before the step.
         at_most: how many times as long as the conditional prediction the result may be; ``None``: it is as long.
         base: what guidance is added to: ``"uncond"``, or ``"cond"`` for a scale that is less by one.
         space: what predictions are taken as: ``"prediction"``, what the model predicts, ``"original"``, x_0, or of

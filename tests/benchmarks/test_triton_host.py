@@ -26,6 +26,6 @@ def test_each_step_is_one_launch_with_its_tensors():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
-    assert len(found) == 2
+    assert len(found) == 3
     for row in found.values():
         assert (row["launches"], row["pointers"]) == (60, True)

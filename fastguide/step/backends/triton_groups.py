@@ -66,9 +66,10 @@ class StepsGroups:
         noise, _, _, counted, _, ptx, _ = self._shape.constants
         self._constants = (
             noise, count, terms > count, counted, ptx, even, contiguous, single, tile.unit, tile.rows, tile.width,
-            number, read, words,
+            number, words[0], read, words,
         )  # fmt: skip
         self._programs = batch * -(-groups // tile.rows)
+        self._kernel: Any = None
 
     def __call__(self, row: int, tensors: tuple[Any, ...]) -> None:
         """Launch it: the row, and all tensors of the step's kernel, in its order."""
@@ -79,12 +80,15 @@ class StepsGroups:
             of_kernel, tuple(strides), size, threads, *numbers[: -len(self._numbers)], *self._tensors, *self._numbers,
             *self._constants,
         )  # fmt: skip
+        here = device.type != "cuda" or device.index == torch.cuda.current_device()
+        if here and self._kernel is not None:
+            self._kernel[self._programs, 1, 1](*arguments)
+            return
         every: list[Tensor | None] = [*tensors[:4], *tensors[4], *tensors[5:], *self._tensors]
         specialized = (*strides[:4], *strides[4], *strides[5:], size, threads)
         key = kind_of(device, every, specialized, numbers, self._constants)
-        here = device.type != "cuda" or device.index == torch.cuda.current_device()
         with contextlib.nullcontext() if here else torch.cuda.device(device):
-            launch_compiled(
+            self._kernel = launch_compiled(
                 _compiled, key, self._programs, arguments, device, _compile_and_launch, "steps groups of elements"
             )
 
@@ -104,5 +108,5 @@ def _compile_and_launch(programs: int, arguments: tuple[Any, ...]) -> Any:
 
 def warps_of(arguments: tuple[Any, ...]) -> int:
     """Return how many warps a launch's programs have."""
-    *_, unit, rows, width, _, _, _ = arguments
+    *_, unit, rows, width, _, _, _, _ = arguments
     return Tile(rows, width, unit).warps

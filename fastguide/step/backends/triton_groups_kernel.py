@@ -108,7 +108,10 @@ def _result_of(values, WORDS: tl.constexpr, WORD: tl.constexpr):
 
 
 @triton.jit
-def _weights(moments, numel, step, r, given, TERMS: tl.constexpr, NUMBER: tl.constexpr, WORDS: tl.constexpr):
+def _weights(
+    moments, numel, step, r, given,
+    TERMS: tl.constexpr, NUMBER: tl.constexpr, INSTRUCTIONS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     """Run the program for all groups at once; return the weights of its terms, each of shape (groups,), in float64."""
     values = moments + (  # noqa: RUF005
         numel.to(tl.float64), step.to(tl.float64), tl.load(r + X0_SCALE).to(tl.float64),
@@ -116,7 +119,7 @@ def _weights(moments, numel, step, r, given, TERMS: tl.constexpr, NUMBER: tl.con
     )  # fmt: skip
     for k in tl.static_range(NUMBER):
         values = values + (tl.load(given + k),)  # noqa: RUF005
-    for n in tl.static_range(WORDS[0]):
+    for n in tl.static_range(INSTRUCTIONS):
         values = values + (_result_of(values, WORDS, 1 + TERMS + 4 * n),)  # noqa: RUF005
     weights = ()
     for k in tl.static_range(TERMS):
@@ -179,7 +182,7 @@ def grouped_step_kernel(
     parameters, made, parameters_step_stride, parameters_batch_stride, groups, units,
     NOISE: tl.constexpr, K: tl.constexpr, WEIGHS_SAMPLE: tl.constexpr, COUNTED: tl.constexpr, PTX: tl.constexpr,
     EVEN: tl.constexpr, CONTIGUOUS: tl.constexpr, SINGLE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, NUMBER: tl.constexpr, READ: tl.constexpr, WORDS: tl.constexpr,
+    WIDTH: tl.constexpr, NUMBER: tl.constexpr, INSTRUCTIONS: tl.constexpr, READ: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Make one step; a program makes ROWS groups of one sample.
 
@@ -188,7 +191,8 @@ def grouped_step_kernel(
     groups: of a sample; units: a group has so many times UNIT elements, which is a power of two.
     EVEN: tiles are full; CONTIGUOUS: their elements follow each other, from multiples of 4 on.
     SINGLE: a tile of (ROWS, WIDTH) holds whole groups; else ROWS is 1, and a group is several tiles.
-    READ: which moments the program reads; WORDS: the program, see ``fastguide.guidance.encoded``.
+    READ: which moments the program reads; WORDS: the program, see ``fastguide.guidance.encoded``, the first of which is
+    the number of INSTRUCTIONS.
     """
     _, _, _, x, _, rows, weights, indices, _, _, _, seeds, state, cursor, _, _, _, _, _, _, _ = tensors
     seed, offset, draws = _stream_of(
@@ -225,7 +229,9 @@ def grouped_step_kernel(
         step = tl.where(in_table, row - start, 0)
         given = parameters + row * parameters_step_stride + sample * parameters_batch_stride
         w = weights + row * weights_step_stride + sample * weights_batch_stride
-        of_terms = _weights(moments, numel, step, rows + row * NUM_COLUMNS, given, terms_of, NUMBER, WORDS)
+        of_terms = _weights(
+            moments, numel, step, rows + row * NUM_COLUMNS, given, terms_of, NUMBER, INSTRUCTIONS, WORDS
+        )  # fmt: skip
         place = made + (sample * groups + first_group + group) * (terms_of + 1)
         _write_weights(place, of_terms, w + K, is_there, K, WEIGHS_SAMPLE)
 

@@ -45,4 +45,4 @@ def test_weights_are_right():
 
 def test_steps_with_weights_of_groups_are_right():
     """Likewise, and of samples alone."""
-    assert len(re.findall(r"^right: ", output_of("tests.support.ptx.triton_groups"), flags=re.M)) == 5
+    assert len(re.findall(r"^right: ", output_of("tests.support.ptx.triton_groups"), flags=re.M)) == 4

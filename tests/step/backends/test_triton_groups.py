@@ -18,7 +18,7 @@ interpreted = pytest.mark.skipif(not BACKENDS["triton"].serves("cpu"), reason="T
 STEP = torch.ops.fastguide.guided_step_triton.default
 SCHEDULE = fastguide.NoiseSchedule.linear()
 SHAPES = {  # samples, groups, elements of a group
-    "single elements": (2, 1031, 1),
+    "single elements": (1, 1031, 1),
     "shorter than a vector": (2, 50, 3),
     "tokens": (2, 21, 64),
     "tails": (3, 11, 100),
@@ -83,10 +83,9 @@ def test_groups_of_any_size(shape):
 
 @interpreted
 @pytest.mark.parametrize("name", MORE)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_any_program(name, dtype):
-    """Also at other calls of the loop, which another side of a comparison is taken at."""
-    for index in (1, 3):
+def test_any_program(name):
+    """Also at another call of the loop, which takes the other side of a comparison."""
+    for index, dtype in ((1, torch.bfloat16), (3, torch.float32)):
         check(grouped(MORE[name], (3, 9, 24), dtype, index=index))
 
 
@@ -117,13 +116,13 @@ def test_errors_are_those_of_plain_torch(dtype):
 @interpreted
 def test_a_group_has_the_bits_that_it_has_alone():
     """Whatever else is in the batch, in views of other strides, and where one tensor holds all predictions."""
-    arguments = grouped(GUIDANCES["normalized"], (3, 77, 40), torch.bfloat16, seeds=torch.tensor([1, 2, 3]))
+    arguments = grouped(GUIDANCES["normalized"], (3, 20, 40), torch.bfloat16, seeds=torch.tensor([1, 2, 3]))
     arguments = arguments._replace(rows=ADDS_NOISE.device_rows(None, torch.float32))
     out, made = run(arguments, STEP)
     wide = [torch.nn.functional.pad(p.flatten(1), (3, 5))[:, 3:-5].view(p.shape) for p in arguments.predictions]
     alone = arguments._replace(
         sample=arguments.sample[1:2], predictions=[each[1:2] for each in arguments.predictions], out=arguments.out[1:2],
-        made=arguments.made[77:154], seeds=arguments.seeds[1:2], weights=arguments.weights[:, 1:2],
+        made=arguments.made[20:40], seeds=arguments.seeds[1:2], weights=arguments.weights[:, 1:2],
         parameters=arguments.parameters[:, 1:2].contiguous(),
     )  # fmt: skip
     stacked = arguments._replace(predictions=[torch.cat(arguments.predictions)])
@@ -134,7 +133,7 @@ def test_a_group_has_the_bits_that_it_has_alone():
     ):
         got_out, got_made = run(each, STEP)
         assert torch.equal(got_out, out[samples])
-        assert torch.equal(got_made, made.view(3, 77, 3)[samples].flatten(0, 1))
+        assert torch.equal(got_made, made.view(3, 20, 3)[samples].flatten(0, 1))
 
 
 @interpreted
@@ -172,13 +171,14 @@ def case_of(name, shape):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [(3, 9, 64), (3, 7, 20), (3, 2, 4104)], ids=["full", "tails", "several tiles"])
+@pytest.mark.parametrize("shape", [(3, 9, 64), (3, 7, 20), (3, 2, 1032)], ids=["full", "tails", "several tiles"])
 @pytest.mark.parametrize(
     "name",
     ["portable noise", "torch's noise", "given noise", "rows of their own", "history", "more outputs", "a gradient",
      "a mask"],
 )  # fmt: skip
-def test_a_step_may_have_all_that_it_has_without_groups(name, shape):
+def test_a_step_may_have_all_that_it_has_without_groups(monkeypatch, name, shape):
+    monkeypatch.setattr(triton_groups, "BLOCK", 256)  # fewer elements of a tile
     arguments = grouped(GUIDANCES["normalized"], shape, torch.bfloat16, **case_of(name, shape))
     if name in ("portable noise", "torch's noise"):  # the same values without groups: a step of nothing else
         drawn = torch.zeros(shape)

@@ -19,7 +19,6 @@ WIDE = {  # of compile_triton_groups.py: loads and stores of 16 bytes of a threa
     "tokens in 16 bits": (1 + 1 + 1, 1),
     "portable noise": (1 + 1 + 2, 2),
     "three and the sample": (3 * 2 + 2, 2),
-    "not a power of two": (2 + 2 + 2, 2),
     "a large group": (2 * (1 + 1) + 2, 2),
 }
 

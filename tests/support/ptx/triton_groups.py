@@ -22,7 +22,6 @@ SEVERAL_WARPS_A_ROW = ("one element at a time",)
 """There, Triton lets all warps write the same sums to the same place of shared memory, which are races of no effect."""
 CASES = {  # guidance, shape, dtype of the predictions
     "tokens, and a finished sample": ("normalized", (3, 20, 64), torch.bfloat16),
-    "tails": ("projected", (3, 12, 100), torch.float32),
     "one element at a time": ("projected", (3, 5, 77), torch.bfloat16),
     "three terms, and the sample": ("three terms and deviations", (3, 45, 24), torch.float32),
     "several tiles a group": ("projected", (3, 1, 4104), torch.float16),

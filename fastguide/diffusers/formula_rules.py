@@ -34,7 +34,17 @@ from .formula import (
     spans_of,
 )
 from .lazy_tensor import plain
-from .traced import LARGEST, ScaleAsSeen, Source, Traced, Waiting, beside, own_value, state_of_outputs
+from .traced import (
+    LARGEST,
+    ScaleAsSeen,
+    Source,
+    Traced,
+    Waiting,
+    beside,
+    copied_beside,
+    own_value,
+    state_of_outputs,
+)
 
 # ---- Arithmetic ----
 
@@ -135,7 +145,7 @@ def _of_one_step(
 def tensor_beside(value: Any, operand: Any) -> Traced | None:
     """Return a tensor of the pipeline's that may be added to an operand, such as its latents; ``None``: it is none.
 
-    Where torch does not count who writes to it, it is copied.
+    Where torch does not count who writes to it, it is copied: see ``copied_beside``.
     """
     if type(value) is not Tensor or value.requires_grad or not value.is_floating_point():
         return None
@@ -143,8 +153,7 @@ def tensor_beside(value: Any, operand: Any) -> Traced | None:
     if value.shape != sizes_of(operand) or value.device != source.tensor.device or value.dim() < 2:
         return None
     if value.is_inference():
-        with torch.inference_mode(False):
-            value = value.clone()
+        return copied_beside(value, source)
     made = beside(value, source.fusion)
     made.source.step = source.step  # another scheduler of the pipeline may have made a step since
     return made

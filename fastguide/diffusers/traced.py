@@ -34,8 +34,8 @@ class Fusion:
     """What the models and schedulers of one pipeline know of each other: whether guidance is fused, and how often."""
 
     __slots__ = (
-        *("callers", "computed", "counts", "forms", "guidances", "known", "run", "steps", "tries", "used"),
-        "used_at",
+        *("callers", "computed", "copies", "counts", "forms", "guidances", "known", "run", "steps", "tries"),
+        *("used", "used_at"),
     )
 
     def __init__(self) -> None:
@@ -62,6 +62,8 @@ class Fusion:
         """The memory of the outputs that operations of a step have used, in the order in which they did first."""
         self.used_at = -1
         """Which step that was."""
+        self.copies: list[weakref.ref[Traced]] = []
+        """Of tensors that were added to outputs, where torch does not count who writes to them."""
 
     def begin(self) -> None:
         """Trace models' outputs from now on, before those pipelines that began earlier."""
@@ -186,6 +188,27 @@ class Traced(LazyTensor):
 def beside(tensor: Tensor, fusion: Fusion | None) -> Traced:
     """Return another tensor of a pipeline's, such as its latents, that is added to outputs."""
     return Traced(Source(tensor, fusion, is_output=False, is_of_outputs=False), tensor)
+
+
+def copied_beside(tensor: Tensor, of: Source) -> Traced:
+    """Return a copy of a tensor that is added to outputs, as torch does not count who writes to it.
+
+    On the host, where nothing waits for a device, one that has the same values as an earlier copy is not copied again.
+    """
+    fusion, copies = of.fusion, []
+    for reference in () if fusion is None else fusion.copies:
+        copy = reference()
+        if copy is not None and copy.source.step == of.step:
+            copies.append(reference)
+            own = copy.source.tensor
+            if own.is_cpu and tensor.is_cpu and own.dtype == tensor.dtype and torch.equal(own, tensor):
+                return copy
+    with torch.inference_mode(False):  # so that torch counts who writes to it: nobody does
+        made = beside(tensor.clone(), fusion)
+    made.source.step = of.step
+    if fusion is not None:
+        fusion.copies = [*copies, weakref.ref(made)]
+    return made
 
 
 def state_of_outputs(tensor: Tensor, fusion: Fusion | None) -> Traced:

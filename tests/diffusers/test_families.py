@@ -111,8 +111,6 @@ FAMILIES |= {  # with a stand-in for the model
 }
 SOUND = ["Stable Audio"] if fused.served.HAS_TORCHSDE else []
 FAMILIES |= {name: (transformers.stable_audio, {GUIDED: 7}) for name in SOUND}
-IN_INFERENCE_MODE = {name: {ALONE: 14} for name in ("LTX-2", "LTX-2, four predictions")}
-"""Where it is others: of sums with the latents, which are copied there each time, and are too many terms then."""
 SCALES = "guidance_scale", "true_cfg_scale", "image_guidance_scale", "guidance_scale_2", "pag_scale"
 
 
@@ -163,7 +161,7 @@ def test_inference_mode_makes_the_same(name):
     with torch.inference_mode():
         for steps in STEPS:
             close(result(pipe, given, steps), before[steps])
-    assert done.counts == IN_INFERENCE_MODE.get(name, FAMILIES[name][1])
+    assert done.counts == FAMILIES[name][1]
 
 
 WITHOUT_A_SCALE = {"consistency model", "HunyuanImage", "HunyuanVideo 1.5", "HunyuanVideo 1.5, Zero*", "Motif-Video"}

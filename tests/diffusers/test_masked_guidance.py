@@ -331,10 +331,6 @@ def test_a_pipeline_makes_the_same(name):
     assert torch.equal(result(pipe, given), before[4])
 
 
-IN_INFERENCE_MODE = {name: counts for name, (_, counts) in PIPELINES.items() if not name.startswith("LTX-2")}
-"""But for those whose sums with the latents, which are copied there each time, are too many terms."""
-
-
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_in_inference_mode_makes_the_same(name):
     pipe, given = PIPELINES[name][0]()
@@ -343,4 +339,4 @@ def test_a_pipeline_in_inference_mode_makes_the_same(name):
     with torch.inference_mode():
         for steps, expected in before.items():
             torch.testing.assert_close(result(pipe, given, steps), expected, rtol=2e-4, atol=2e-4)
-    assert done.counts == IN_INFERENCE_MODE.get(name, {GUIDED: 2, ALONE: 12})
+    assert done.counts == PIPELINES[name][1]

@@ -18,6 +18,7 @@ from .edm_schedulers import EDM
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .lazy_outputs import lazy
+from .noising import noised_by_count
 from .sigma_schedulers import Sigmas, with_middles
 from .step_signatures import as_number
 from .two_calls import TwoCalls
@@ -37,6 +38,7 @@ class DPMSolverSDEScheduler(TwoCalls, Sigmas, diffusers.DPMSolverSDEScheduler): 
     noise_sampler_seed: int | None
     mid_point_sigma: Tensor | None
     set_timesteps = on_host(diffusers.DPMSolverSDEScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.DPMSolverSDEScheduler.add_noise)
 
     def _loop_table(self, tables: HostTables, begin: int, s_noise: float) -> StepTable:
         calls = self._calls(tables, begin, 2)
@@ -91,6 +93,7 @@ class CosineDPMSolverMultistepScheduler(EDM, diffusers.CosineDPMSolverMultistepS
     _not_in_tables = "noise of one path of Brownian motion"
     noise_sampler: Any
     set_timesteps = on_host(diffusers.CosineDPMSolverMultistepScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.CosineDPMSolverMultistepScheduler.add_noise)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         return self._multistep_table(tables, begin, "sde-dpmsolver++")

@@ -23,6 +23,7 @@ from .guidance_arguments import Scale
 from .host_alphas import HostAlphasOfVelocity
 from .host_tables import HostTables, on_host
 from .noise import Generators
+from .noising import noised_by_count
 from .scaled_inputs import ScaledInputs
 from .step_signatures import NOT_AT, Draws, StepWithGenerator
 
@@ -151,6 +152,7 @@ class CMStochasticIterativeScheduler(ScaledInputs, StepWithGenerator, diffusers.
     _refuses_integers = True
     _steps_before_set_timesteps = True
     set_timesteps = on_host(diffusers.CMStochasticIterativeScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.CMStochasticIterativeScheduler.add_noise)
 
     def _why_not(self) -> str | None:
         known = len(self.sigmas) == len(self.timesteps) + 1

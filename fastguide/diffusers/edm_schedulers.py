@@ -27,6 +27,7 @@ from .lazy_guidance import resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
 from .noise import Generators
+from .noising import noised_by_count
 from .scaled_inputs import ScaledInputs
 from .scheduler_step import LEFT, count, count_fused
 from .step_signatures import Draws, StepWithChurn, StepWithGenerator
@@ -73,6 +74,7 @@ class EDMEulerScheduler(EDM, StepWithChurn, diffusers.EDMEulerScheduler):  # typ
     _given: tuple[HostTables, StepTable] | None = None
     """The rows of steps that are given their x_0, and the tables that they are of."""
     set_timesteps = on_host(diffusers.EDMEulerScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.EDMEulerScheduler.add_noise)
 
     def _loop_table(self, tables: HostTables, begin: int, *arguments: Any) -> StepTable:
         steps, churned = self._steps(tables, begin), self._churn(tables, begin, arguments)
@@ -159,6 +161,7 @@ class EDMDPMSolverMultistepScheduler(EDM, StepWithGenerator, diffusers.EDMDPMSol
     _plain_output = SchedulerOutput
     _noise_dtype = "original"
     set_timesteps = on_host(diffusers.EDMDPMSolverMultistepScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.EDMDPMSolverMultistepScheduler.add_noise)
 
     def _draws(self) -> Draws:
         return bool(self.config.algorithm_type == "sde-dpmsolver++")

@@ -17,7 +17,7 @@ SHAPES = "shapes that broadcast, or do not fit"
 
 def refusal_of(sample: Tensor, output: Output, gradient: Tensor | None, noise: Tensor | None) -> str | None:
     """Return why the kernel does not take these tensors as they are; ``None``: it does."""
-    if _is_transformed():
+    if is_transformed():
         return "torch.func or forward-mode differentiation"
     if sample.dim() == 0:
         return SHAPES
@@ -42,7 +42,7 @@ def refusal_of(sample: Tensor, output: Output, gradient: Tensor | None, noise: T
     return "noise of torch.float64 for another sample" if wide else None
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Tell whether torch.func or forward-mode differentiation sees more in a tensor than its values."""
     if torch.compiler.is_compiling():
         return False

@@ -21,6 +21,7 @@ from .dtypes import Dtypes, of_the_model
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
 from .noise import Generators
+from .noising import noised_by_count
 from .per_token import per_token_step
 from .step_signatures import StepWithChurn, StepWithGenerator
 from .two_calls import TwoCalls
@@ -54,6 +55,7 @@ class FlowMatchEulerDiscreteScheduler(Flow, diffusers.FlowMatchEulerDiscreteSche
 
     _plain_output = theirs_euler.FlowMatchEulerDiscreteSchedulerOutput
     set_timesteps = on_host(diffusers.FlowMatchEulerDiscreteScheduler.set_timesteps)
+    scale_noise = noised_by_count(diffusers.FlowMatchEulerDiscreteScheduler.scale_noise)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Return the sample: pipelines ask for this of any class but diffusers' own, which has no such method."""
@@ -118,6 +120,7 @@ class FlowMatchLCMScheduler(Flow, StepWithGenerator, diffusers.FlowMatchLCMSched
     _scale_factors: list[float] | None
     _upscale_mode: str | None
     set_timesteps = on_host(diffusers.FlowMatchLCMScheduler.set_timesteps)
+    scale_noise = noised_by_count(diffusers.FlowMatchLCMScheduler.scale_noise)
 
     def _why_not(self) -> str | None:
         return "sizes that change from step to step" if self._scale_factors and self._upscale_mode else None

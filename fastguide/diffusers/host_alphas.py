@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .noising import noised_by_timestep
 from .timesteps import version_of
 
 
@@ -37,7 +38,14 @@ class HostAlphas:
         return result
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Add noise as diffusers does, but leave ``alphas_cumprod`` where it is."""
+        """Add noise as diffusers does, in one pass where the kernel serves; leave ``alphas_cumprod`` where it is."""
+
+        def formula() -> Any:
+            return getattr(super(HostAlphas, self), "add_noise").__func__  # noqa: B009
+
+        done = noised_by_timestep(self, formula, original_samples, noise, timesteps)
+        if done is not None:
+            return done
         return self._with_alphas_on_device("add_noise", original_samples, noise, timesteps)
 
 

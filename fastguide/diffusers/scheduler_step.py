@@ -56,6 +56,8 @@ class SchedulerStep(metaclass=SavedAsDiffusers):
     _timesteps_cache: HostTimesteps | None = None
     _last_plan: tuple[Any, ...] | None = None
     """The fields of ``LastPlan``."""
+    _noisings: Any = None
+    """What noises samples, see ``noising``, and the tables that it was made of."""
     _fusion: Fusion | None = None
     """Of the pipeline that ``accelerate`` has put it into."""
     _before: Any = None
@@ -77,7 +79,7 @@ class SchedulerStep(metaclass=SavedAsDiffusers):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what only saves time, and may hold what cannot be copied, as a GPU's events."""
-        return {name: value for name, value in self.__dict__.items() if name != "_last_plan"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_last_plan", "_noisings")}
 
     def _linked_timesteps(self) -> tuple[int, ...] | None:
         """Return the timesteps that steps lead along, from one to the next; ``None``: steps lead from any timestep."""

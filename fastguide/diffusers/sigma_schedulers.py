@@ -22,6 +22,7 @@ from .counted_step import counted_step, left
 from .dtypes import Dtypes, of_the_model
 from .guidance_arguments import Scale
 from .host_tables import HostTables, on_host
+from .noising import noised_by_count
 from .scaled_inputs import ScaledInputs
 from .step_signatures import Draws, StepWithChurn, StepWithGenerator, StepWithoutNoise
 from .two_calls import TwoCalls
@@ -69,6 +70,7 @@ class EulerDiscreteScheduler(Sigmas, StepWithChurn, diffusers.EulerDiscreteSched
 
     _output = lazy_outputs.LazyEulerOutput
     set_timesteps = on_host(diffusers.EulerDiscreteScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.EulerDiscreteScheduler.add_noise)
 
     def _loop_table(self, tables: HostTables, begin: int, *arguments: Any) -> StepTable:
         return euler_table(self._steps(tables, begin), self._churn(tables, begin, arguments), self._prediction)
@@ -81,6 +83,7 @@ class EulerAncestralDiscreteScheduler(Sigmas, StepWithGenerator, diffusers.Euler
     _refuses_integers = True
     _predictions = ("epsilon", "v_prediction")
     set_timesteps = on_host(diffusers.EulerAncestralDiscreteScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.EulerAncestralDiscreteScheduler.add_noise)
 
     def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
         """Return those of a step."""
@@ -96,6 +99,7 @@ class HeunDiscreteScheduler(TwoCalls, Sigmas, StepWithoutNoise, diffusers.HeunDi
     _output = lazy_outputs.LazyHeunOutput
     _sigmas_fall = False
     set_timesteps = on_host(diffusers.HeunDiscreteScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.HeunDiscreteScheduler.add_noise)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         clip = self.config.clip_sample_range if self.config.clip_sample else None
@@ -110,6 +114,7 @@ class KDPM2DiscreteScheduler(TwoCalls, Sigmas, StepWithoutNoise, diffusers.KDPM2
     _predictions = ("epsilon", "v_prediction")
     _further_tables = ("sigmas_interpol",)
     set_timesteps = on_host(diffusers.KDPM2DiscreteScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.KDPM2DiscreteScheduler.add_noise)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         calls = self._calls(tables, begin, 2)
@@ -126,6 +131,7 @@ class KDPM2AncestralDiscreteScheduler(TwoCalls, Sigmas, StepWithGenerator, diffu
     _predictions = ("epsilon", "v_prediction")
     _further_tables = ("sigmas_interpol", "sigmas_down")
     set_timesteps = on_host(diffusers.KDPM2AncestralDiscreteScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.KDPM2AncestralDiscreteScheduler.add_noise)
 
     def _draws(self) -> Draws:
         return lambda table, call: call % 2 == 1
@@ -150,6 +156,7 @@ class LMSDiscreteScheduler(Sigmas, diffusers.LMSDiscreteScheduler):  # type: ign
     _output = lazy_outputs.LazyLMSOutput
     _default_arguments = (4,)
     set_timesteps = on_host(diffusers.LMSDiscreteScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.LMSDiscreteScheduler.add_noise)
 
     def _loop_table(self, tables: HostTables, begin: int, order: int) -> StepTable:
         before = tables.host_sigmas[:begin].tolist()

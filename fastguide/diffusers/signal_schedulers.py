@@ -26,9 +26,11 @@ from .drawing import Drawing
 from .dtypes import Dtypes, of_the_model, of_the_sample, promoted
 from .guidance_arguments import Scale
 from .handed_over import HandsOver
+from .host_alphas import HostAlphas
 from .host_tables import HostTables, host_tables, on_host
 from .joined import Joined
 from .noise import Generators
+from .noising import noised_by_count
 from .step_signatures import NOT_AT, Draws, StepWithGenerator, StepWithoutNoise
 
 __all__ = [
@@ -76,6 +78,7 @@ class DPMSolverMultistepScheduler(_Signal, diffusers.DPMSolverMultistepScheduler
     """``diffusers.DPMSolverMultistepScheduler`` with the fused step."""
 
     set_timesteps = on_host(diffusers.DPMSolverMultistepScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.DPMSolverMultistepScheduler.add_noise)
 
     def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
         """Return those of a step: diffusers returns that of what it converts the model's output to."""
@@ -129,6 +132,7 @@ class DPMSolverSinglestepScheduler(_Signal, StepWithGenerator, diffusers.DPMSolv
     """Of what diffusers converts the model's output to."""
     _state = ("order_list",)
     set_timesteps = on_host(diffusers.DPMSolverSinglestepScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.DPMSolverSinglestepScheduler.add_noise)
 
     def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
         """Return those of a step."""
@@ -157,6 +161,7 @@ class UniPCMultistepScheduler(_Signal, HandsOver, StepWithoutNoise, diffusers.Un
     disable_corrector: list[int]
     _state = ("solver_p", "disable_corrector", "predict_x0")
     set_timesteps = on_host(diffusers.UniPCMultistepScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.UniPCMultistepScheduler.add_noise)
 
     @property
     def _ignores_thresholding(self) -> bool:  # type: ignore[override]
@@ -200,13 +205,14 @@ class DEISMultistepScheduler(_Signal, StepWithoutNoise, diffusers.DEISMultistepS
     """``diffusers.DEISMultistepScheduler`` with the fused step."""
 
     set_timesteps = on_host(diffusers.DEISMultistepScheduler.set_timesteps)
+    add_noise = noised_by_count(diffusers.DEISMultistepScheduler.add_noise)
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         steps = self._signal_steps(tables, begin)
         return deis_table(steps, self._original(steps), self.config.solver_order, self.config.lower_order_final)
 
 
-class SASolverScheduler(_Signal, StepWithGenerator, diffusers.SASolverScheduler):  # type: ignore[metaclass]
+class SASolverScheduler(HostAlphas, _Signal, StepWithGenerator, diffusers.SASolverScheduler):  # type: ignore[metaclass]
     """``diffusers.SASolverScheduler`` with the fused step."""
 
     tau_func: Callable[[Any], float]

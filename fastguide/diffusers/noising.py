@@ -49,7 +49,7 @@ class Noising(NamedTuple):
         if not said.isfinite().all():
             return None
         one = torch.ones(count, dtype=torch.float64, device="cpu")
-        columns = {"x0_scale": said[:, 0], "x0_sample": one, "out_x0": one, "out_pred": one}  # each product is rounded
+        columns = {"out_sample": said[:, 0], "out_pred": one}  # b is a weight, so that each product is rounded
         table = StepTable.from_columns(torch.zeros(count, device="cpu"), columns, name="noised samples")
         weights = torch.stack([said[:, 1], torch.zeros_like(one)], 1).unsqueeze(1)
         return cls({torch.device("cpu"): table}, Guidance(weights, None))

@@ -131,6 +131,23 @@ def test_a_loop_of_inpainting(name, launches):
     assert len(launches) == len(results[0]) - 1
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_timestep_that_is_there_twice(name):
+    """diffusers begins at the second of two steps that Karras' sigmas have been rounded to."""
+    both = pair(name, use_karras_sigmas=True, num_train_timesteps=100)
+    x, noise = inputs()
+    for scheduler in both:
+        scheduler.set_timesteps(60)
+    ours, theirs = both
+    timesteps = ours.timesteps.tolist()
+    twice = [place for place, value in enumerate(timesteps) if timesteps.count(value) > 1]
+    assert len(twice) > 4
+    noised(ours, x, noise, ours.timesteps[:1])
+    for place in twice:
+        t = ours.timesteps[place : place + 1]
+        assert torch.equal(noised(ours, x, noise, t), noised(theirs, x, noise, t))
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler"])
 def test_tables_are_made_again_where_the_schedule_is_another(name, launches):
     ours, theirs = schedulers(name)

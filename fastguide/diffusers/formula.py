@@ -180,6 +180,11 @@ def is_one_a_sample(sizes: torch.Size, of: torch.Size) -> bool:
     return sizes.numel() == 1 and len(sizes) <= len(of) and (of[0] == 1 or len(sizes) == 0)
 
 
+def is_whole(spans: Spans) -> bool:
+    """Tell whether norms and sums are over all of a sample that has no dimension for the batch."""
+    return bool(spans) and spans.dims == tuple(range(len(spans.sizes)))  # type: ignore[union-attr]
+
+
 def have_spans_in_common(first: Operand, second: Operand) -> bool:
     """Tell whether norms and sums within two operands are of the same elements, or at most one has any."""
     one, other = spans_of(first), spans_of(second)
@@ -211,6 +216,16 @@ def cast(operand: Formula, dtype: torch.dtype) -> Formula:
     """Return a formula in another dtype."""
     made_by = (lambda tensor: tensor.to(dtype)), operand
     return Formula(operand.kind, "same", (operand,), made_by, operand.sizes, dtype)
+
+
+def stacked(operand: Formula) -> Formula | None:
+    """Return a sample alone in a batch, as ``torch.stack`` does; ``None``: it is none that lies in order."""
+    if operand.kind != VECTOR or not operand.is_pending() or not is_whole(operand.spans):
+        return None
+    if not operand.of.like().is_contiguous():
+        return None
+    sizes = torch.Size((1, *operand.sizes))
+    return Formula(VECTOR, "same", (operand,), (lambda t: torch.stack([t]), operand), sizes, operand.dtype, ())
 
 
 def viewed(operand: Formula, sizes: torch.Size, function: Callable[[Tensor], Tensor]) -> Formula:

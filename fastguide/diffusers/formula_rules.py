@@ -301,6 +301,11 @@ def _summed_over(sizes: torch.Size, dims: tuple[Any, ...], keepdim: bool) -> tup
     return (made, Groups(sizes, tuple(summed))) if keepdim and 0 not in summed else None
 
 
+def _of_all(sizes: torch.Size, keepdim: bool) -> tuple[torch.Size, Spans]:
+    """Return the same of all elements of a sample that has no dimension for the batch."""
+    return torch.Size([1] * len(sizes) if keepdim else []), Groups(sizes, tuple(range(len(sizes))))
+
+
 def _named(name: str, given: dict[str, Any]) -> str:
     """Return what an operation is called where it computes guidance."""
     dim = given.get("dim")
@@ -340,6 +345,8 @@ def reduction(
         if summed is not None and known:
             dim, keepdim = given.get("dim"), given.get("keepdim", False)
             found = _summed(sizes_of(summed), dim, keepdim)
+            if found is None and dim is None and _source_of(summed).alone:
+                found = _of_all(sizes_of(summed), bool(keepdim))
             if found is not None and spans_of(summed) in (None, found[1]):
                 made_by = (lambda tensor: function(tensor, *arguments, **keywords)), summed
                 return Formula(NUMBER, operation, (summed,), made_by, found[0], summed.dtype, found[1])
@@ -388,14 +395,14 @@ def _keeps(operand: Formula, name: str, how: tuple[Any, ...], sizes: torch.Size)
     """Tell whether a view of this shape has the same samples, and the same groups if it is of any."""
     if operand.spans:
         return sizes == operand.sizes and name in KEEP_ORDER
-    of = sizes_of(operand.of)
     if operand.kind == NUMBER:
+        of = sizes_of(operand.of)
         if sizes.numel() != operand.sizes.numel():
             return False
         if sizes.numel() == 1:
             return True
         return sizes[:1] == of[:1] and (name in KEEP_ORDER or _leaves_numbers_in_order(operand, name, how))
-    alike = sizes[:1] == of[:1] and sizes.numel() == of.numel() and len(sizes) > 1
+    alike = sizes[:1] == operand.sizes[:1] and sizes.numel() == operand.sizes.numel() and len(sizes) > 1
     return alike and name in KEEP_ORDER and lies_in_order(operand.of.like())
 
 

@@ -251,7 +251,8 @@ def _formed(source: Source) -> Any:
     if memory in fusion.used or memory == 0:
         return False
     fusion.used.append(memory)
-    form = len(fusion.used), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
+    layout = tensor.shape, tensor.stride(), tensor.storage_offset(), source.alone
+    form = len(fusion.used), *layout, tensor.dtype, tensor.device
     forms = fusion.forms
     if len(forms) >= _MOST:
         forms.clear()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import formula_rules
+from .decisions import compared
 from .formula import PRODUCT, Formula
 from .halves import OfHalves, difference, guided, scaled
 from .joined import Joined
@@ -144,6 +145,10 @@ _RULES: dict[tuple[str, ...], Callable[..., Any]] = {
     ("clamp", "clip"): formula_rules.clamped,
     ("clamp_min",): lambda operand, least: formula_rules.clamped(operand, least),
     ("clamp_max",): lambda operand, most: formula_rules.clamped(operand, None, most),
+    ("gt", "__gt__", "greater"): compared("gt"),
+    ("ge", "__ge__", "greater_equal"): compared("ge"),
+    ("lt", "__lt__", "less"): compared("lt"),
+    ("le", "__le__", "less_equal"): compared("le"),
     ("ones_like",): formula_rules.ones,
     ("std",): formula_rules.reduction(
         "std", "std", ("dim", "unbiased", "keepdim"), {"unbiased": (True, None), "correction": (1,)}
@@ -172,6 +177,10 @@ _OPERATORS = (
     "__rtruediv__",
     "__pow__",
     "__neg__",
+    "__gt__",
+    "__ge__",
+    "__lt__",
+    "__le__",
     "__getitem__",
 )
 """Which Python calls without keywords."""

@@ -92,8 +92,8 @@ class Source:
     """One output of a model: the tensor itself, and who else may know of it; or another tensor of the pipeline's."""
 
     __slots__ = (
-        *("combined", "dtype", "escaped", "form", "fusion", "guides", "is_linear", "is_of_outputs", "is_output"),
-        *("step", "tensor"),
+        *("alone", "combined", "dtype", "escaped", "form", "fusion", "guides", "is_linear", "is_of_outputs"),
+        *("is_output", "step", "tensor"),
     )
 
     def __init__(
@@ -108,6 +108,8 @@ class Source:
         self.is_output = is_output
         self.is_of_outputs = is_of_outputs
         """Whether it is one, or a state that was made of those of earlier steps, such as momentum's."""
+        self.alone = False
+        """Whether it is one sample, without a dimension for the batch, as in a list of them."""
         self.guides = False
         """Whether it is made of guidance, which was computed ahead of the step."""
         self.escaped = not is_output

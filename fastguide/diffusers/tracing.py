@@ -220,5 +220,8 @@ def _of_first(first: Any, fusion: Fusion) -> Any:
     if type(first) is Tensor:
         return traced(first, fusion)
     if type(first) is list and first and all(type(each) is Tensor for each in first):
-        return [traced(each, fusion) for each in first]
+        samples = [traced(each, fusion) for each in first]
+        for sample in samples:
+            sample.source.alone = True
+        return samples
     return first

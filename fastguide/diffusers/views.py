@@ -11,6 +11,7 @@ from torch import Tensor
 from . import formula_rules as rules
 from .at_once import at_once
 from .formula import Formula, as_vector, general
+from .formula import stacked as stacked_alone
 from .halves import FIRST, SECOND
 from .joined import Doubled, Joined
 from .lazy_tensor import plain
@@ -166,6 +167,9 @@ def stacked(tensors: Any, dim: int = 0) -> Any:
     """
     if isinstance(tensors, (list, tuple)) and tensors:
         tensors = [general(tensor) for tensor in tensors]
+        alone = stacked_alone(tensors[0]) if dim == 0 and len(tensors) == 1 and type(tensors[0]) is Formula else None
+        if alone is not None:
+            return alone
         sums = [as_sum(tensor) for tensor in tensors]
         if _are_alike(sums) and all(tensor.dtype == tensors[0].dtype for tensor in tensors):
             first, *others = sums

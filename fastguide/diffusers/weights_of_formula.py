@@ -59,7 +59,7 @@ def taken_apart(output: Formula, sample: Tensor) -> tuple[Tensor | tuple[Tensor,
     if predictions is None or fusion is None or len(read.terms) < 2:
         return None
     spans = output.spans
-    if spans and spans.sizes != sample.shape:
+    if spans and (spans.sizes != sample.shape or 0 in spans.dims):
         return None
     made = fusion.guidances.get(read.key)
     if made is None:

@@ -64,7 +64,7 @@ FAMILIES = {  # how it is made, and what the steps of two calls are, one of four
     "CogVideoX-2b": (transformers.cogvideox_ddim, {GUIDED: 7}),
     "CogVideoX-5b": (transformers.cogvideox_dpm, {GUIDED: 7}),
     "Z-Image": (transformers.z_image, {GUIDED: 7}),
-    "Z-Image, normalized": (transformers.z_image_normalized, {ALONE: 7}),  # norms decide
+    "Z-Image, normalized": (transformers.z_image_normalized, {ALONE: 7}),  # norms decide, of a small image
     "Z-Image, two images, truncated": (transformers.z_images_truncated, {GUIDED: 5, ALONE: 2}),  # one by one
     "Lumina": (transformers.lumina, {GUIDED: 7}),
     "DiT": (transformers.class_conditional, {GUIDED: 7}),

@@ -75,7 +75,7 @@ class PreparedStep {
  private:
   void run_sample(int64_t sample, double* sums, KeyOf<T>* between) {
     if (moments_ > 0) {
-      for (int64_t part = 0; part < parts_; ++part) functions_.part_moments(a_, sample, part, sums + part * moments_);
+      functions_.part_moments(a_, sample, 0, parts_, sums);
       weigh(sample, sums);
     }
     if (has_threshold(sample)) {
@@ -92,8 +92,9 @@ class PreparedStep {
     if (moments_ > 0) {
       std::vector<double> sums(static_cast<size_t>(count * moments_));
       in_parallel(count, least, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) {
-          functions_.part_moments(a_, k / parts_, k % parts_, sums.data() + k * moments_);
+        for (int64_t k = begin, count; k < end; k += count) {
+          count = std::min(end - k, parts_ - k % parts_);
+          functions_.part_moments(a_, k / parts_, k % parts_, count, sums.data() + k * moments_);
         }
       });
       for (int64_t sample = 0; sample < a_.batch; ++sample) weigh(sample, sums.data() + sample * parts_ * moments_);

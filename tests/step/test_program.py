@@ -102,8 +102,12 @@ def test_bits_depend_on_nothing_but_the_sample():
         torch.set_num_threads(threads)
 
 
-def test_weights_are_the_same_with_every_instruction_set():
-    arguments = arguments_of(GUIDANCES["three predictions"], (2, 4, 41, 31))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 4, 41, 31), (2, 3, 78, 79)], ids=["a part and a rest", "four parts and a rest"])
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+def test_weights_are_the_same_with_every_instruction_set(guidance, shape, dtype):
+    """However many parts of a sample are added up at a time."""
+    arguments = arguments_of(guidance, shape, dtype)
     best, made = cpu_capability(), run(arguments)[1]
     try:
         for capability in CAPABILITIES:
@@ -200,9 +204,9 @@ REFUSED = {
 }
 
 
-def direct(**changed):
+def direct(shape=(2, 8), dtype=torch.float32, **changed):
     tables = {"program": WORDS, "parameters": torch.zeros(1, 1, 0, dtype=torch.float64)}
-    return arguments_of(GUIDANCES["rescaled"], (2, 8), **(tables | changed))
+    return arguments_of(GUIDANCES["rescaled"], shape, dtype, **(tables | changed))
 
 
 def test_a_program_of_a_few_words():
@@ -212,6 +216,24 @@ def test_a_program_of_a_few_words():
     squares = (uncond * uncond).sum(1)
     torch.testing.assert_close(made[:, 0].double(), squares, rtol=1e-6, atol=0)
     torch.testing.assert_close(made[:, 1].double(), squares * (uncond * (cond - uncond)).sum(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_sums_of_terms_that_a_program_reads_leave_its_products_alone(shape, dtype):
+    """As those that it does not read are not added up."""
+    alone = WORDS.clone()
+    alone[0, 4] = 1  # <u, u> <u, d>, with no sum among them
+    beside = torch.cat([alone, torch.tensor([[2, 3, 4, 0]], dtype=torch.int32)], 1)  # and the two sums' product
+    beside[0, 0] = 2
+    got, expected = (run(direct(shape, dtype, program=words))[1] for words in (beside, alone))
+    assert torch.equal(got, expected)
+    beside[0, 1] = 11  # the weight is that product
+    terms = [each.double().flatten(1) for each in direct(shape, dtype).predictions]
+    sums = terms[0].sum(1) * (terms[1] - terms[0]).sum(1)
+    scale = terms[0].abs().sum(1) * (terms[1] - terms[0]).abs().sum(1)
+    error = run(direct(shape, dtype, program=beside))[1][:, 0].double() - sums
+    assert (error.abs() <= 1e-6 * scale).all()
 
 
 @pytest.mark.parametrize("name", REFUSED)

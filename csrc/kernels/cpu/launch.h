@@ -48,8 +48,9 @@ struct RunFunctions {
 struct StepFunctions {
   // Computes the elements begin <= i < end of all samples, counted one sample after the other.
   void (*step_range)(const StepArguments& arguments, int64_t begin, int64_t end);
-  // Writes the moments of one part of a sample, see kernels/weights.h.
-  void (*part_moments)(const StepArguments& arguments, int64_t sample, int64_t part, double* moments);
+  // Writes the moments of `count` parts of a sample from `first` on, one after the other, see kernels/weights.h: but
+  // sums of terms only if the sample's program reads them.
+  void (*part_moments)(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, double* moments);
   // Writes the weights of `count` of a sample's groups from `first` on, and their guided prediction, in the
   // arithmetic's type: see StepArguments::groups.
   void (*guide_groups)(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, void* weights,
@@ -72,7 +73,7 @@ struct StepFunctions {
 #define FASTGUIDE_DECLARE(isa) \
   namespace isa { \
   void step_range(const StepArguments& arguments, int64_t begin, int64_t end); \
-  void part_moments(const StepArguments& arguments, int64_t sample, int64_t part, double* moments); \
+  void part_moments(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, double* moments); \
   void guide_groups(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, void* weights, \
                     void* m); \
   void write_original(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, void* x0); \

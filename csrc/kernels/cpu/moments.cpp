@@ -1,4 +1,4 @@
-// The moments of a part of a sample: inner products and sums of its terms, which are p_0, each p_k - p_0 and, where
+// The moments of parts of a sample: inner products and sums of its terms, which are p_0, each p_k - p_0 and, where
 // weights are made of it, the sample itself.
 //
 // Compiled once for each instruction set. All add up in the same lanes and the same order, so that the bits do not
@@ -12,6 +12,8 @@
 
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/launch.h"
+#include "kernels/cpu/stream.h"
+#include "kernels/cpu/sums.h"
 #include "kernels/weights.h"
 #include "maths/program.h"
 
@@ -19,142 +21,31 @@ namespace fastguide {
 namespace FASTGUIDE_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64;
-#elif defined(__AVX__)
-constexpr int kRegisterBytes = 32;
-#else
-constexpr int kRegisterBytes = 16;
-#endif
-
-// Unrolls a loop over terms, without which their sums would be in memory.
-#if defined(__clang__)
-#define FASTGUIDE_OVER_TERMS _Pragma("unroll")
-#else
-#define FASTGUIDE_OVER_TERMS _Pragma("GCC unroll 16")
-#endif
-
-template <typename T>
-using Register __attribute__((vector_size(kRegisterBytes))) = T;
-
-// Sums of elements so far apart: 64 bytes, in one or several registers.
-constexpr int kRegisters = 64 / kRegisterBytes;
-template <typename T>
-constexpr int64_t kLanes = 64 / sizeof(T);
-
-template <typename T>
-FASTGUIDE_INLINE Register<T> register_of(const T* from) {
-  Register<T> values;
-  std::memcpy(&values, from, sizeof values);
-  return values;
-}
-
-#if defined(__AVX512F__)
-FASTGUIDE_INLINE Register<float> register_of(const uint16_t* bfloat16) {
-  const __m512i wide =
-      _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bfloat16)));
-  return (Register<float>)_mm512_maskz_slli_epi32(0xFFFF, wide, 16);
-}
-#elif defined(__AVX2__)
-FASTGUIDE_INLINE Register<float> register_of(const uint16_t* bfloat16) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bfloat16)));
-  return (Register<float>)_mm256_slli_epi32(wide, 16);
-}
-#endif
-
-template <typename T>
-FASTGUIDE_INLINE void add_product(const Register<T>& a, const Register<T>& b, Register<T>* sum) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    *sum = (Register<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)*sum);
-  } else {
-    *sum = (Register<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)*sum);
-  }
-#elif defined(__FMA__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    *sum = (Register<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)*sum);
-  } else {
-    *sum = (Register<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)*sum);
-  }
-#else
-  *sum += a * b;
-#endif
-}
-
-// Of one part: the products of terms row by row, and then the terms themselves.
-template <typename T, int terms>
-struct Sums {
-  Register<T> lanes[moments_of(terms)][kRegisters];
-};
-
-// Adds `count` elements, a multiple of kLanes. runs: the predictions, then the sample.
-template <typename T, typename Stored, int terms, bool with_sample>
-void add(const Stored* const* runs, int64_t count, Sums<T, terms>* sums) {
-  Sums<T, terms> s = *sums;  // a copy, which the compiler keeps in registers
-  const Stored* from[terms];
-  FASTGUIDE_OVER_TERMS
-  for (int k = 0; k < terms; ++k) from[k] = runs[k];
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    FASTGUIDE_OVER_TERMS
-    for (int r = 0; r < kRegisters; ++r) {
-      Register<T> t[terms];
-      FASTGUIDE_OVER_TERMS
-      for (int k = 0; k < terms; ++k) t[k] = register_of(from[k] + i + r * (kLanes<T> / kRegisters));
-      FASTGUIDE_OVER_TERMS
-      for (int k = 1; k < terms - with_sample; ++k) t[k] -= t[0];
-      int n = 0;
-      FASTGUIDE_OVER_TERMS
-      for (int a = 0; a < terms; ++a) {
-        FASTGUIDE_OVER_TERMS
-        for (int b = a; b < terms; ++b) add_product<T>(t[a], t[b], &s.lanes[n++][r]);
-      }
-      FASTGUIDE_OVER_TERMS
-      for (int k = 0; k < terms; ++k) s.lanes[n++][r] += t[k];
-    }
-  }
-  *sums = s;
-}
-
-template <typename T, int count>
-using Several __attribute__((vector_size(count * sizeof(T)))) = T;
-
-// Adds the lanes up by halves, in double.
-template <typename T>
-double total_of(const Register<T>* registers) {
-  alignas(64) T lanes[kLanes<T>];
-  std::memcpy(lanes, registers, sizeof lanes);
-  Several<double, 8> eight;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    Several<float, 8> low, high;
-    std::memcpy(&low, lanes, sizeof low);
-    std::memcpy(&high, lanes + 8, sizeof high);
-    eight = __builtin_convertvector(low, Several<double, 8>) + __builtin_convertvector(high, Several<double, 8>);
-  } else {
-    std::memcpy(&eight, lanes, sizeof eight);
-  }
-  Several<double, 4> halves[2];
-  std::memcpy(halves, &eight, sizeof halves);
-  const Several<double, 4> four = halves[0] + halves[1];
-  Several<double, 2> quarters[2];
-  std::memcpy(quarters, &four, sizeof quarters);
-  const Several<double, 2> two = quarters[0] + quarters[1];
-  return two[0] + two[1];
-}
-
 FASTGUIDE_INLINE const Input& term_of(const StepArguments& a, int k) {
   return k < a.num_predictions ? a.predictions[k] : a.sample;
 }
 
-// Writes the first `wanted` of the moments. Stored: what all terms are stored as; or T, into which they are converted
-// where they are anything else.
-template <typename T, typename Stored, int terms, bool with_sample>
-void moments_of_part(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, int wanted,
-                     double* moments) {
+// Whether all terms are used where they are.
+template <typename T, typename Stored>
+bool are_in_place(const StepArguments& a) {
+  bool in_place = true;
+  for (int k = 0; k < terms_of(a); ++k)
+    in_place = in_place && (sizeof(T) != sizeof(Stored) || stored_as<T>(term_of(a, k).element));
+  return in_place;
+}
+
+// Whether no cache holds the predictions: to fetch what is at hand would only take time.
+bool are_large(const StepArguments& a) {
+  return a.batch * a.elements_per_sample * element_bytes(a.predictions[0].element) >= kStreamed / 2;
+}
+
+// Writes the moments of some elements, but no sums unless they are asked for. Stored: what all terms are stored as; or
+// T, into which they are converted where they are anything else.
+template <typename T, typename Stored, int terms, bool with_sample, bool with_sums>
+void moments_of_part(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, double* moments) {
   Sums<T, terms> sums{};
   alignas(64) Stored scratch[terms][kBlock];
-  bool in_place = true;
-  for (int k = 0; k < terms; ++k)
-    in_place = in_place && (sizeof(T) != sizeof(Stored) || stored_as<T>(term_of(a, k).element));
+  const bool in_place = are_in_place<T, Stored>(a), fetches = in_place && are_large(a);
   const int64_t size = in_place ? count : kBlock;
   for (int64_t offset = 0; offset < count; offset += size) {
     const int64_t here = count - offset < size ? count - offset : size, whole = here / kLanes<T> * kLanes<T>;
@@ -168,48 +59,98 @@ void moments_of_part(const StepArguments& a, int64_t sample, int64_t begin, int6
         runs[k] = static_cast<const Stored*>(term.data) + first;
       }
     }
-    add<T, Stored, terms, with_sample>(runs, whole, &sums);
+    add<T, Stored, terms, with_sample, with_sums, 1>(runs, whole, fetches, &sums);
     if (whole == here) continue;
     alignas(64) Stored rest[terms][kLanes<T>] = {};  // what is added of zeros is zero
     for (int k = 0; k < terms; ++k) {
       std::memcpy(rest[k], runs[k] + whole, size_t(here - whole) * sizeof(Stored));
       runs[k] = rest[k];
     }
-    add<T, Stored, terms, with_sample>(runs, kLanes<T>, &sums);
+    add<T, Stored, terms, with_sample, with_sums, 1>(runs, kLanes<T>, false, &sums);
   }
-  for (int n = 0; n < wanted; ++n) moments[n] = total_of<T>(sums.lanes[n]);
+  for (int n = 0; n < moments_of(terms) - (with_sums ? 0 : terms); ++n) moments[n] = total_of<T>(sums.lanes[n]);
 }
 
-using PartMoments = void (*)(const StepArguments&, int64_t, int64_t, int64_t, int, double*);
+using PartMoments = void (*)(const StepArguments&, int64_t, int64_t, int64_t, double*);
 
+#if defined(__AVX2__)
+constexpr bool kLeavesSumsOut = true;
+#else
+constexpr bool kLeavesSumsOut = false;  // smaller rather than faster
+#endif
+
+// Sums that nobody reads are left out of the moments of two predictions; of more terms, all are added up.
 template <typename T, typename Stored, bool with_sample>
-PartMoments choose_moments(int terms) {
-  static constexpr PartMoments kMoments[kMaxTerms - 1] = {
-      moments_of_part<T, Stored, 2, with_sample>,
-      moments_of_part<T, Stored, 3, with_sample>,
-      moments_of_part<T, Stored, 4, with_sample>,
+PartMoments choose_moments(int terms, bool with_sums) {
+  static constexpr PartMoments kMoments[kMaxTerms] = {
+      moments_of_part < T,
+      Stored,
+      2,
+      with_sample,
+      with_sample || !kLeavesSumsOut >,
+      moments_of_part<T, Stored, 2, with_sample, true>,
+      moments_of_part<T, Stored, 3, with_sample, true>,
+      moments_of_part<T, Stored, 4, with_sample, true>,
   };
-  return kMoments[terms - 2];
+  return kMoments[terms > 2 || with_sums ? terms - 1 : 0];
 }
 
 PartMoments choose_double_moments(const StepArguments& a) {
   const int terms = terms_of(a);
-  return a.weighs_sample ? choose_moments<double, double, true>(terms) : choose_moments<double, double, false>(terms);
+  return a.weighs_sample ? choose_moments<double, double, true>(terms, true)
+                         : choose_moments<double, double, false>(terms, true);
 }
 
-PartMoments choose_moments(const StepArguments& a) {
+#if defined(__AVX2__)
+bool are_all_bfloat16(const StepArguments& a) {  // and converted in registers
+  bool all = !a.weighs_sample;
+  for (int k = 0; k < a.num_predictions; ++k) all = all && a.predictions[k].element == Element::bfloat16;
+  return all;
+}
+#endif
+
+PartMoments choose_moments(const StepArguments& a, bool with_sums) {
   const int terms = terms_of(a);
   if constexpr (kHasDouble) {
     if (a.double_precision) return choose_double_moments(a);
   }
-  if (a.weighs_sample) return choose_moments<float, float, true>(terms);
+  if (a.weighs_sample) return choose_moments<float, float, true>(terms, true);
 #if defined(__AVX2__)
-  bool all_bfloat16 = true;
-  for (int k = 0; k < terms; ++k) all_bfloat16 = all_bfloat16 && a.predictions[k].element == Element::bfloat16;
-  if (all_bfloat16) return choose_moments<float, uint16_t, false>(terms);  // converted in registers
+  if (are_all_bfloat16(a)) return choose_moments<float, uint16_t, false>(terms, with_sums);
 #endif
-  return choose_moments<float, float, false>(terms);
+  return choose_moments<float, float, false>(terms, with_sums);
 }
+
+// ---- Parts ----
+
+#if defined(__AVX512F__)
+constexpr int kTogether = 2;
+
+// Writes the moments of parts of two predictions, as many as are added up together: one part's sums, each of which
+// waits for its last addition, would take half as long again.
+template <typename Stored, bool with_sums>
+void moments_together(const StepArguments& a, int64_t sample, int64_t begin, double* moments) {
+  Sums<float, 2> sums[kTogether]{};
+  const Stored* runs[2];
+  for (int k = 0; k < 2; ++k) {
+    runs[k] = static_cast<const Stored*>(a.predictions[k].data) + sample * a.predictions[k].batch_stride + begin;
+  }
+  add<float, Stored, 2, false, with_sums, kTogether>(runs, kPart, are_large(a), sums);
+  for (int part = 0; part < kTogether; ++part, moments += moments_of(2)) {
+    for (int n = 0; n < moments_of(2) - (with_sums ? 0 : 2); ++n) moments[n] = total_of<float>(sums[part].lanes[n]);
+  }
+}
+
+using TogetherMoments = void (*)(const StepArguments&, int64_t, int64_t, double*);
+
+// Returns null where parts are added up one by one.
+TogetherMoments choose_together(const StepArguments& a, bool with_sums) {
+  if (a.double_precision || a.weighs_sample || a.num_predictions != 2) return nullptr;
+  if (are_all_bfloat16(a)) return with_sums ? moments_together<uint16_t, true> : moments_together<uint16_t, false>;
+  if (!are_in_place<float, float>(a)) return nullptr;
+  return with_sums ? moments_together<float, true> : moments_together<float, false>;
+}
+#endif
 
 // ---- Groups ----
 
@@ -347,10 +288,10 @@ bool keep_apart(const double* moments, int terms, bool with_sums, double numel) 
 bool float_moments(const StepArguments& a, const PartMoments& add, int64_t sample, int64_t begin, int64_t size,
                    int wanted, double* moments) {
   if (a.double_precision || size < kLanes<float>) return false;
-  add(a, sample, begin, size < kPart ? size : kPart, wanted, moments);
+  add(a, sample, begin, size < kPart ? size : kPart, moments);
   for (int64_t done = kPart; done < size; done += kPart) {
     double part[kMostMoments];
-    add(a, sample, begin + done, size - done < kPart ? size - done : kPart, wanted, part);
+    add(a, sample, begin + done, size - done < kPart ? size - done : kPart, part);
     for (int n = 0; n < wanted; ++n) moments[n] += part[n];
   }
   if (wanted == kPairProducts) return keep_apart(moments);
@@ -359,9 +300,22 @@ bool float_moments(const StepArguments& a, const PartMoments& add, int64_t sampl
 
 }  // namespace
 
-void part_moments(const StepArguments& a, int64_t sample, int64_t part, double* moments) {
-  const int64_t begin = part * kPart, left = a.elements_per_sample - begin;
-  choose_moments(a)(a, sample, begin, left < kPart ? left : kPart, moments_of(terms_of(a)), moments);
+void part_moments(const StepArguments& a, int64_t sample, int64_t first, int64_t count, double* moments) {
+  const int terms = terms_of(a), all = moments_of(terms);
+  const bool with_sums = moments_read(program_of(a, sample), terms) == all;
+  int64_t begin = first * kPart;
+  const int64_t last = begin + count * kPart, end = last < a.elements_per_sample ? last : a.elements_per_sample;
+#if defined(__AVX512F__)
+  if (const TogetherMoments together = choose_together(a, with_sums)) {
+    for (; begin + kTogether * kPart <= end; begin += kTogether * kPart, moments += kTogether * all) {
+      together(a, sample, begin, moments);
+    }
+  }
+#endif
+  const PartMoments add = choose_moments(a, with_sums);
+  for (; begin < end; begin += kPart, moments += all) {
+    add(a, sample, begin, end - begin < kPart ? end - begin : kPart, moments);
+  }
 }
 
 void group_moments(const StepArguments& a, int64_t sample, int64_t first, int64_t groups, int wanted, double* moments) {
@@ -374,12 +328,13 @@ void group_moments(const StepArguments& a, int64_t sample, int64_t first, int64_
     }
 #endif
   }
-  const PartMoments add = choose_moments(a);
+  const bool with_sums = wanted == moments_of(terms_of(a));
+  const PartMoments add = choose_moments(a, with_sums);
   for (int64_t k = 0; k < groups; ++k, moments += kMostMoments) {
     const int64_t begin = (first + k) * size;
     if (float_moments(a, add, sample, begin, size, wanted, moments)) continue;
     if constexpr (kHasDouble) {
-      choose_double_moments(a)(a, sample, begin, size, wanted, moments);
+      choose_double_moments(a)(a, sample, begin, size, moments);
     } else {
       baseline::group_moments(a, sample, first + k, 1, wanted, moments);
     }

@@ -11,6 +11,7 @@
 #include "kernels/cpu/history.h"
 #include "kernels/cpu/loops.h"
 #include "kernels/cpu/original.h"
+#include "kernels/cpu/stream.h"
 #include "kernels/cursor.h"
 #include "maths/step.h"
 
@@ -65,13 +66,16 @@ StepRun<T> choose_run(const StepArguments& a) {
   return choose_run<T, 1>(a);  // three and more are combined into one
 }
 
-// ---- The step of a model of 16 bits without noise, converted in registers ----
+// ---- The plain step of a model of 16 bits, converted in registers; or of a large batch, written past the caches ----
 
 constexpr int64_t kChunk = 32;  // the compiler unrolls a loop over 16 before it vectorises it, and then it does not
+// Elements: so far ahead the sample and the predictions are fetched, which take longer when both are the same.
+constexpr int64_t kSampleAhead = 1024, kPredictionsAhead = 512;
 
+// streams: `begin` is then where the output is a multiple of 64.
 template <Element state, Element prediction, int predictions>
 void step_chunks(const StepArguments& a, const Row<float>& row, const PairWeights<float>& pair, int64_t sample,
-                 int64_t begin, int64_t end) {
+                 int64_t begin, int64_t end, bool streams) {
   const Row<float> c = row;
   const PairWeights<float> w = pair;
   constexpr int64_t state_bytes = element_bytes(state), bytes = element_bytes(prediction);
@@ -84,6 +88,13 @@ void step_chunks(const StepArguments& a, const Row<float>& row, const PairWeight
   alignas(64) char rest[4][kChunk * sizeof(float)] = {};
   for (int64_t left = end - begin; left > 0; left -= kChunk) {
     char* to = out;
+    if (streams) {
+      for (int64_t line = 0; line < kChunk * state_bytes; line += 64) fetch(x, kSampleAhead * state_bytes + line);
+      for (int64_t line = 0; line < kChunk * bytes; line += 64) {
+        fetch(p0, kPredictionsAhead * bytes + line);
+        if constexpr (predictions == 2) fetch(p1, kPredictionsAhead * bytes + line);
+      }
+    }
     if (left < kChunk) {  // the last chunk is computed in the same way: no bit depends on where a range ends
       std::memcpy(rest[0], x, left * state_bytes);
       std::memcpy(rest[1], p0, left * bytes);
@@ -100,7 +111,13 @@ void step_chunks(const StepArguments& a, const Row<float>& row, const PairWeight
       const float x = sample_run[j], x0 = clipped(unclipped_original<float, true, false>(c, x, m, 0), c.clip);
       result[j] = next_sample<float, true, false, false, false>(c, x0, x, m, 0, 0, 0);
     }
-    store(result, Output{to, 0, state}, 0, kChunk);
+    if (streams && left >= kChunk) {
+      alignas(64) char packed[kChunk * state_bytes];
+      store(result, Output{packed, 0, state}, 0, kChunk);
+      stream(packed, to, kChunk * state_bytes);
+    } else {
+      store(result, Output{to, 0, state}, 0, kChunk);
+    }
     if (left < kChunk) {
       std::memcpy(out, to, left * state_bytes);
       return;
@@ -110,7 +127,7 @@ void step_chunks(const StepArguments& a, const Row<float>& row, const PairWeight
 }
 
 using StepChunks = void (*)(const StepArguments&, const Row<float>&, const PairWeights<float>&, int64_t, int64_t,
-                            int64_t);
+                            int64_t, bool);
 
 // Whether the step reads and writes nothing but its sample and predictions.
 bool is_plain(const StepArguments& a) {
@@ -124,22 +141,44 @@ bool is_plain(const StepArguments& a) {
   return plain;
 }
 
-// Returns null if there is more to do, or nothing to convert.
-StepChunks choose_chunks(const StepArguments& a) {
+// Returns null if there is more to do, or nothing to convert or to write past the caches.
+StepChunks choose_chunks(const StepArguments& a, bool streams) {
   if (a.num_predictions < 1 || a.num_predictions > 2 || !is_plain(a)) return nullptr;
   const Element state = a.sample.element, prediction = a.predictions[0].element;
-  const bool half = prediction == Element::float16, bfloat16 = prediction == Element::bfloat16;
-  if (a.out.element != state || a.predictions[a.num_predictions - 1].element != prediction || !(half || bfloat16) ||
+  const bool half = prediction == Element::float16, single = prediction == Element::float32;
+  if (a.out.element != state || a.predictions[a.num_predictions - 1].element != prediction ||
+      !(half || prediction == Element::bfloat16 || (single && streams)) ||
       !(state == prediction || state == Element::float32)) {
     return nullptr;
   }
-  static constexpr StepChunks kChunks[8] = {
+  static constexpr StepChunks kChunks[10] = {
       step_chunks<Element::bfloat16, Element::bfloat16, 1>, step_chunks<Element::bfloat16, Element::bfloat16, 2>,
       step_chunks<Element::float32, Element::bfloat16, 1>,  step_chunks<Element::float32, Element::bfloat16, 2>,
       step_chunks<Element::float16, Element::float16, 1>,   step_chunks<Element::float16, Element::float16, 2>,
       step_chunks<Element::float32, Element::float16, 1>,   step_chunks<Element::float32, Element::float16, 2>,
+      step_chunks<Element::float32, Element::float32, 1>,   step_chunks<Element::float32, Element::float32, 2>,
   };
-  return kChunks[4 * half + 2 * (state == Element::float32) + (a.num_predictions - 1)];
+  const int kind = single ? 8 : 4 * half + 2 * (state == Element::float32);
+  return kChunks[kind + (a.num_predictions - 1)];
+}
+
+// Makes the step of a range by chunks, if it can be made so.
+bool step_in_chunks(const StepArguments& a, const Row<float>& row, const PairWeights<float>& pair, int64_t sample,
+                    int64_t begin, int64_t end) {
+  const bool streams = streams_out(a);
+  const StepChunks chunks = choose_chunks(a, streams);
+  if (chunks == nullptr) return false;
+  if (streams) {
+    const int64_t bytes = element_bytes(a.out.element);
+    const uintptr_t first =
+        reinterpret_cast<uintptr_t>(a.out.data) + uintptr_t((sample * a.out.batch_stride + begin) * bytes);
+    const int64_t ahead = int64_t(-first % 64) / bytes, aligned = begin + ahead < end ? begin + ahead : end;
+    chunks(a, row, pair, sample, begin, aligned, false);
+    begin = aligned;
+  }
+  chunks(a, row, pair, sample, begin, end, streams);
+  if (streams) end_streams();
+  return true;
 }
 
 // ---- The step of any tensors, in blocks ----
@@ -255,7 +294,7 @@ void step_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t 
   }
   PairWeights<T> pair = pair_weights(weights, a.num_predictions);
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (const StepChunks chunks = choose_chunks(a)) return chunks(a, row, pair, sample, begin, end);
+    if (step_in_chunks(a, row, pair, sample, begin, end)) return;
   }
   if (is_history_alone<T>(a)) return step_history_alone(a, row, pair, sample, begin, end);
   if (a.num_predictions > 2) pair.sum = T(1);  // they are combined before the step

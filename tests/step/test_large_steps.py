@@ -1,0 +1,77 @@
+"""Steps too large for the caches, which are written past these: the bits of steps of one sample after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastguide
+from fastguide import ClassifierFree, StepTable, guided_step
+from fastguide.step.backends.native import CAPABILITIES, cpu_capability, set_cpu_capability
+
+TABLE = fastguide.ddim(fastguide.NoiseSchedule.linear(), 10)
+BATCH, SIZE = 9, 466_048  # somewhat more than 16 MB; of an odd size, so that few samples begin at a line of 64 bytes
+PLAIN, RESCALED = ClassifierFree(7.5), ClassifierFree(7.5, guidance_rescale=0.7)
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "of a model in bfloat16": (torch.float32, torch.bfloat16),
+    "of a model in float16": (torch.float32, torch.float16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+}
+
+
+def inputs(generator, state=torch.float32, predicted=torch.float32, count=2):
+    values = torch.randn(count + 1, BATCH, SIZE * 4 // state.itemsize + 1, generator=generator)
+    return values[0].to(state), [each.to(predicted) for each in values[1:]]
+
+
+def one_by_one(x, predictions, guidance, table=TABLE):
+    samples = range(len(x))
+    steps = [guided_step(table, 3, x[k : k + 1], [p[k : k + 1] for p in predictions], guidance) for k in samples]
+    return torch.cat(steps)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("guidance", [PLAIN, RESCALED, None], ids=["plain", "rescaled", "unguided"])
+@pytest.mark.parametrize("kind", DTYPES)
+def test_bits_are_those_of_small_steps(kind, guidance, threads, generator):
+    x, predictions = inputs(generator, *DTYPES[kind], count=1 if guidance is None else 2)
+    expected = one_by_one(x, predictions, guidance)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(guided_step(TABLE, 3, x, predictions, guidance), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_every_instruction_set_writes_the_whole_output_and_nothing_beside_it(generator):
+    x, predictions = inputs(generator)
+    best = cpu_capability()
+    try:
+        for capability in CAPABILITIES:
+            set_cpu_capability(capability)
+            expected = one_by_one(x, predictions, PLAIN)
+            for offset in (0, 1, 15):
+                memory = torch.full((x.numel() + 32,), torch.nan)
+                out = memory[offset : offset + x.numel()].view(x.shape)
+                guided_step(TABLE, 3, x, predictions, PLAIN, out=out)
+                assert torch.equal(out, expected)
+                assert memory.isnan().sum() == 32
+    finally:
+        set_cpu_capability(best)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_the_output_may_be_an_input(place, generator):
+    x, predictions = inputs(generator)
+    expected = one_by_one(x, predictions, RESCALED)
+    given = [x, *predictions]
+    assert torch.equal(guided_step(TABLE, 3, x, predictions, RESCALED, out=given[place]), expected)
+
+
+def test_thresholds_are_those_of_small_steps(generator):
+    x, predictions = inputs(generator)
+    table: StepTable = TABLE.with_dynamic_thresholding(0.9, 2.0)
+    expected = one_by_one(x, predictions, PLAIN, table)
+    assert torch.equal(guided_step(table, 3, x, predictions, PLAIN), expected)

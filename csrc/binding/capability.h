@@ -47,8 +47,9 @@ inline Capability select_capability(int level) {
 }
 
 #define FASTGUIDE_FUNCTIONS(isa) \
-  {isa::step_range,   isa::part_moments, isa::guide_groups,     isa::write_original, isa::tally_float, \
-   isa::tally_double, isa::append_keys,  isa::append_wide_keys, isa::float_runs,     isa::double_runs}
+  {isa::step_range,       isa::part_moments,   isa::guide_groups, isa::group_part_moments, isa::are_exact_enough, \
+   isa::guide_group_part, isa::write_original, isa::tally_float,  isa::tally_double,       isa::append_keys, \
+   isa::append_wide_keys, isa::float_runs,     isa::double_runs}
 
 // Returns the functions for an arithmetic in double, or in float.
 inline StepFunctions selected_functions(bool double_precision) {

@@ -1,10 +1,10 @@
 // Makes a step on the CPU's threads; where its weights come from moments, or its x0 has a threshold, these first.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "binding/capability.h"
+#include "binding/groups_on_cpu.h"
+#include "binding/parallel.h"
 #include "binding/run.h"
 #include "kernels/cpu/launch.h"
 #include "kernels/cpu/threshold.h"
@@ -17,16 +17,6 @@ namespace fastguide {
 namespace {
 
 constexpr int64_t kNoiseGrain = kGrain / 4;  // the same where noise is drawn too, which takes several times as long
-
-// Calls f(begin, end) for ranges of 0 to total, in parallel if that is worth it.
-template <typename F>
-void in_parallel(int64_t total, int64_t grain, const F& f) {
-  if (total <= grain) {
-    f(int64_t{0}, total);
-  } else {
-    torch::stable::parallel_for(0, total, grain, f);
-  }
-}
 
 // A step that needs numbers of whole samples first: weights from moments, or thresholds. Samples, parts and elements
 // are counted over the whole batch.
@@ -168,85 +158,12 @@ class PreparedStep {
   std::vector<T> weights_, inverse_thresholds_;
 };
 
-constexpr int64_t kChunk = 2048;  // elements whose tensors fit the first-level cache
-
-// A step whose groups of elements have weights of their own: the guided prediction is made of these, of some groups at
-// a time, and the step of that one prediction while it is at hand. A group is one task, of whatever size.
-template <typename T>
-class GroupedStep {
- public:
-  explicit GroupedStep(const StepArguments& a)
-      : a_(a),
-        step_(a),
-        functions_(selected_functions(a.double_precision)),
-        size_(a.elements_per_sample / a.groups),
-        groups_(std::max<int64_t>(kChunk / size_, 1)),
-        chunks_((a.groups + groups_ - 1) / groups_),
-        made_(static_cast<size_t>(a.batch * a.groups * made_columns(a))),
-        weights_(static_cast<size_t>(2 * a.batch)) {
-    for (int64_t sample = 0; sample < a.batch; ++sample) {
-      const Position position = position_of(a, sample);
-      weights_[size_t(2 * sample)] = T(1);
-      if (is_live(a, position)) weights_[size_t(2 * sample + 1)] = constant_scale<T>(a, sample, position.index);
-    }
-    step_.program = nullptr;
-    step_.weighs_sample = false;
-    step_.num_predictions = 1;
-    step_.weights = weights_.data();
-    step_.weights_step_stride = 0;
-    step_.weights_batch_stride = 2;
-  }
-
-  void run(int64_t grain) {
-    const int64_t elements = a_.elements_per_sample, least = std::max<int64_t>(grain / (groups_ * size_), 1);
-    const bool whole = a_.inverse_thresholds != nullptr;  // which are made of whole samples
-    std::vector<T> guided(static_cast<size_t>(whole ? a_.batch * elements : 0));
-    in_parallel(a_.batch * chunks_, least, [&](int64_t begin, int64_t end) {
-      std::vector<T> m(static_cast<size_t>(whole ? 0 : groups_ * size_));
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t sample = k / chunks_, first = k % chunks_ * groups_;
-        make(sample, first, whole ? guided.data() + sample * elements + first * size_ : m.data(), !whole);
-      }
-    });
-    std::copy(made_.begin(), made_.end(), static_cast<T*>(a_.made));
-    if (!whole) return;
-    const Input m = prediction(guided.data(), elements);
-    step_.predictions = &m;
-    PreparedStep<T>(step_).run(grain);
-  }
-
- private:
-  static Input prediction(const void* m, int64_t batch_stride) {
-    return {m, batch_stride, sizeof(T) == sizeof(float) ? Element::float32 : Element::float64};
-  }
-
-  // Makes the guided prediction of a chunk's groups, and the step of them if it is not to wait.
-  void make(int64_t sample, int64_t first, T* m, bool steps) {
-    if (!is_live(a_, position_of(a_, sample))) return;
-    const int64_t count = std::min(groups_, a_.groups - first), begin = first * size_;
-    T* weights = made_.data() + (sample * a_.groups + first) * made_columns(a_);
-    functions_.guide_groups(a_, sample, first, count, weights, m);
-    if (!steps) return;
-    StepArguments step = step_;
-    // Where the sample would begin, of which these are the elements from `begin` on.
-    const uintptr_t origin = reinterpret_cast<uintptr_t>(m) - static_cast<uintptr_t>(begin) * sizeof(T);
-    const Input guided = prediction(reinterpret_cast<const void*>(origin), 0);
-    step.predictions = &guided;
-    const int64_t before = sample * a_.elements_per_sample + begin;
-    functions_.step_range(step, before, before + count * size_);
-  }
-
-  const StepArguments& a_;
-  StepArguments step_;
-  StepFunctions functions_;
-  int64_t size_, groups_, chunks_;  // elements of a group, groups of a chunk, chunks of a sample
-  std::vector<T> made_, weights_;
-};
-
 template <typename T>
 void run_prepared(const StepArguments& a, int64_t grain) {
   if (a.program != nullptr && a.groups > 1) {
-    GroupedStep<T>(a).run(grain);
+    GroupedStep<T> groups(a);
+    groups.run(grain);
+    if (a.inverse_thresholds != nullptr) PreparedStep<T>(groups.step_of_guided()).run(grain);
   } else {
     PreparedStep<T>(a).run(grain);
   }

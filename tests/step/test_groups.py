@@ -32,6 +32,7 @@ SHAPES = {
     "shorter than lanes": (3, 50, 3),
     "longer than a block": (3, 2, 777),
     "longer than a part": (3, 2, 4099),
+    "of several parts": (3, 2, 20_011),
 }
 
 
@@ -98,9 +99,41 @@ def test_bits_depend_on_nothing_but_the_group():
     assert torch.equal(got_made.view(3, 64, 3), made.view(3, 2000, 3)[:, some])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("apart", [True, False], ids=["", "nearly cancelling"])
 @pytest.mark.parametrize("name", GUIDANCES)
-def test_weights_are_the_same_with_every_instruction_set(name):
-    arguments = grouped(GUIDANCES[name], (3, 41, 31))
+def test_threads_that_share_long_groups_make_the_same_bits(name, apart, dtype):
+    """Six groups of five parts, whether a thread has a whole group, or some parts of several."""
+    guidance, count = GUIDANCES[name], GUIDANCES[name].num_predictions
+    arguments = grouped(guidance, (3, 2, 20_011), dtype)
+    if not apart:  # of the second group: its moments are added up again
+        first = arguments.predictions[0]
+        predictions = [first] + [first + 1e-3 * (k + first.flip(-1)) * first for k in range(1, count)]
+        predictions = [each.clone() for each in predictions]
+        for each in predictions:
+            each[:, 0] = torch.randn(each[:, 0].shape, dtype=torch.float64).to(dtype)
+        arguments = arguments._replace(predictions=predictions)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run(arguments)
+        for number in (4, 7, 16):
+            torch.set_num_threads(number)
+            assert all(map(torch.equal, run(arguments), expected))
+            alone = arguments._replace(out=arguments.out[:1], made=arguments.made[:2], sample=arguments.sample[:1],
+                predictions=[each[:1] for each in arguments.predictions], weights=arguments.weights[:, :1],
+                parameters=arguments.parameters[:, :1].contiguous())  # fmt: skip
+            out, made = run(alone)
+            assert torch.equal(out, expected[0][:1])
+            assert torch.equal(made, expected[1][:2])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(3, 41, 31), (3, 2, 9001)], ids=["short", "of several parts"])
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_weights_are_the_same_with_every_instruction_set(name, shape):
+    arguments = grouped(GUIDANCES[name], shape)
     best, (out, made) = cpu_capability(), run(arguments)
     try:
         for capability in CAPABILITIES:
@@ -193,3 +226,17 @@ def test_groups_that_do_not_divide_the_sample_are_refused(rows):
     arguments = grouped(GUIDANCES["normalized"], (3, 20, 8), made=None)
     with pytest.raises(RuntimeError, match="what divides a sample's elements"):
         torch.ops.fastguide.guided_step(*arguments._replace(made=torch.zeros(rows, 3)))
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_thresholds_follow_long_groups(threads):
+    table, guidance = TABLE.with_dynamic_thresholding(0.9, 2.0), Normalized(3.0, dim=-1)
+    x, *predictions = torch.randn(3, 2, 3, 9001)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = guided_step(table, 4, x, predictions, guidance)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got, guided_step(table, 4, x, predictions, guidance, backend="reference"))
+    assert not torch.equal(got, guided_step(TABLE, 4, x, predictions, guidance))

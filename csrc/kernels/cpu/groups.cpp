@@ -42,26 +42,33 @@ FASTGUIDE_INLINE void combine_pair(const PairWeights<Between>& pair, const Store
   }
 }
 
-// Writes m of some groups of two predictions that are stored alike, with nothing beside them.
+// Writes m of a range of one group. products: of p_0 and p_1 - p_0, so far apart.
 template <typename T, typename Stored>
-void combine_pairs(const StepArguments& a, const double* weights, const double (*products)[kGroups], int64_t sample,
-                   int64_t first, int count, T* m) {
-  const int64_t size = a.elements_per_sample / a.groups;
+FASTGUIDE_INLINE void combine_pair(const double* weights, const double* products, int apart, const Stored* p0,
+                                   const Stored* p1, int64_t count, T* m) {
+  if (nearly_cancel(weights[0], weights[1], products[0], products[apart], products[2 * apart])) {
+    combine_pair(PairWeights<double>{weights[0], weights[1]}, p0, p1, count, m);
+  } else {
+    combine_pair(PairWeights<T>{T(weights[0]), T(weights[1])}, p0, p1, count, m);
+  }
+}
+
+// Writes m of some groups of two predictions that are stored alike, with nothing beside them, the first of which is at
+// the sample's element `begin`. The products of the groups follow each other, and those of one are so far apart.
+template <typename T, typename Stored>
+void combine_pairs(const StepArguments& a, const double* weights, const double* products, int apart, int64_t sample,
+                   int64_t begin, int64_t size, int count, T* m) {
   const auto at = [&](const Input& input) {
-    return static_cast<const Stored*>(input.data) + sample * input.batch_stride + first * size;
+    return static_cast<const Stored*>(input.data) + sample * input.batch_stride + begin;
   };
   const Stored *p0 = at(a.predictions[0]), *p1 = at(a.predictions[1]);
   for (int k = 0; k < count; ++k, p0 += size, p1 += size, m += size, weights += made_columns(a)) {
-    if (nearly_cancel(weights[0], weights[1], products[0][k], products[1][k], products[2][k])) {
-      combine_pair(PairWeights<double>{weights[0], weights[1]}, p0, p1, size, m);
-    } else {
-      combine_pair(PairWeights<T>{T(weights[0]), T(weights[1])}, p0, p1, size, m);
-    }
+    combine_pair(weights, products + k, apart, p0, p1, size, m);
   }
 }
 
 template <typename T>
-using CombinePairs = void (*)(const StepArguments&, const double*, const double (*)[kGroups], int64_t, int64_t, int,
+using CombinePairs = void (*)(const StepArguments&, const double*, const double*, int, int64_t, int64_t, int64_t, int,
                               T*);
 
 // Returns null where predictions are stored otherwise, more than two, or the sample has a weight.
@@ -79,21 +86,21 @@ const RunFunctions<T>& runs() {
   if constexpr (sizeof(T) != sizeof(float)) return double_runs();
 }
 
-// The same of any terms, the n-th product of the k-th group being products[n][k].
-bool nearly_cancel(const StepArguments& a, const double* weights, const double (*products)[kGroups], int k) {
+// The same of any terms, whose products are so far apart.
+bool nearly_cancel(const StepArguments& a, const double* weights, const double* products, int apart) {
   double w[kMaxTerms], of_terms = 0, between = 0;
   const int terms = terms_of(a);
   for (int i = 0; i < terms; ++i) w[i] = weights[i < a.num_predictions ? i : i + 1];
   for (int i = 0, n = 0; i < terms; ++i) {
-    of_terms += w[i] * w[i] * products[n++][k];
-    for (int j = i + 1; j < terms; ++j) between += w[i] * w[j] * products[n++][k];
+    of_terms += w[i] * w[i] * products[apart * n++];
+    for (int j = i + 1; j < terms; ++j) between += w[i] * w[j] * products[apart * n++];
   }
   return !(4 * (of_terms + 2 * between) >= of_terms);
 }
 
-// Writes m of `count` elements of one group, from the sample's element `begin` on.
+// Writes m of `count` elements of one group, from the sample's element `begin` on, computed as Between.
 template <typename T, typename Between>
-void combine_group(const StepArguments& a, const double* made, int64_t sample, int64_t begin, int64_t count, T* m) {
+void combine_group_as(const StepArguments& a, const double* made, int64_t sample, int64_t begin, int64_t count, T* m) {
   const RunFunctions<Between>& run = runs<Between>();
   Between weights[kMaxTerms + 1], sum[kBlock], scratch[kBlock];
   for (int n = 0; n < made_columns(a); ++n) weights[n] = Between(made[n]);
@@ -109,13 +116,23 @@ void combine_group(const StepArguments& a, const double* made, int64_t sample, i
 }
 
 template <typename T>
+void combine_group(const StepArguments& a, const double* made, const double* products, int apart, int64_t sample,
+                   int64_t begin, int64_t count, T* m) {
+  if (nearly_cancel(a, made, products, apart)) {
+    combine_group_as<T, double>(a, made, sample, begin, count, m);
+  } else {
+    combine_group_as<T, T>(a, made, sample, begin, count, m);
+  }
+}
+
+template <typename T>
 void guide(const StepArguments& a, int64_t sample, int64_t first, int64_t count, T* weights, T* m) {
   const Position position = position_of(a, sample);
   const int32_t* program = program_of(a, sample);
   const int64_t size = a.elements_per_sample / a.groups;
   const int wanted = moments_read(program, terms_of(a)), columns = made_columns(a);
   const CombinePairs<T> combine = choose_pairs<T>(a);
-  double values[kMaxValues][kGroups];
+  double values[kMaxValues][kGroups];  // the n-th of the k-th group
   for (int64_t done = 0; done < count; done += kGroups) {
     const int here = int(count - done < kGroups ? count - done : kGroups);
     double moments[kGroups][kMostMoments];
@@ -127,19 +144,25 @@ void guide(const StepArguments& a, int64_t sample, int64_t first, int64_t count,
     make_weights<T, kGroups>(a, program, sample, position, values, here, made);
     for (int n = 0; n < here * columns; ++n) weights[done * columns + n] = T(made[n]);
     if (combine != nullptr) {
-      combine(a, made, values, sample, first + done, here, m + done * size);
+      combine(a, made, values[0], kGroups, sample, (first + done) * size, size, here, m + done * size);
       continue;
     }
     for (int k = 0; k < here; ++k) {
       const double* of_group = made + k * columns;
       const int64_t begin = (first + done + k) * size;
       T* to = m + (done + k) * size;
-      if (nearly_cancel(a, of_group, values, k)) {
-        combine_group<T, double>(a, of_group, sample, begin, size, to);
-      } else {
-        combine_group<T, T>(a, of_group, sample, begin, size, to);
-      }
+      combine_group(a, of_group, values[0] + k, kGroups, sample, begin, size, to);
     }
+  }
+}
+
+template <typename T>
+void guide_part(const StepArguments& a, const double* made, const double* products, int64_t sample, int64_t begin,
+                int64_t count, T* m) {
+  if (const CombinePairs<T> combine = choose_pairs<T>(a)) {
+    combine(a, made, products, 1, sample, begin, count, 1, m);
+  } else {
+    combine_group(a, made, products, 1, sample, begin, count, m);
   }
 }
 
@@ -152,6 +175,16 @@ void guide_groups(const StepArguments& a, int64_t sample, int64_t first, int64_t
     }
   }
   guide(a, sample, first, count, static_cast<float*>(weights), static_cast<float*>(m));
+}
+
+void guide_group_part(const StepArguments& a, const double* made, const double* moments, int64_t sample, int64_t begin,
+                      int64_t count, void* m) {
+  if constexpr (kHasDouble) {
+    if (a.double_precision) {
+      return guide_part(a, made, moments, sample, begin, count, static_cast<double*>(m));
+    }
+  }
+  guide_part(a, made, moments, sample, begin, count, static_cast<float*>(m));
 }
 
 }  // namespace FASTGUIDE_ISA

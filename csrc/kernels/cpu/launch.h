@@ -51,10 +51,19 @@ struct StepFunctions {
   // Writes the moments of `count` parts of a sample from `first` on, one after the other, see kernels/weights.h: but
   // sums of terms only if the sample's program reads them.
   void (*part_moments)(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, double* moments);
-  // Writes the weights of `count` of a sample's groups from `first` on, and their guided prediction, in the
-  // arithmetic's type: see StepArguments::groups.
+  // Writes the weights of `count` of a sample's groups from `first` on, of one part each, and their guided prediction,
+  // in the arithmetic's type: see StepArguments::groups.
   void (*guide_groups)(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, void* weights,
                        void* m);
+  // The same of a group of several parts, one after the other. Writes the first `wanted` moments of `count` elements
+  // from the sample's element `begin` on; `exactly`: in double, as they are to be once are_exact_enough denies the
+  // group's moments.
+  void (*group_part_moments)(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, int wanted,
+                             bool exactly, double* moments);
+  bool (*are_exact_enough)(const StepArguments& arguments, int wanted, const double* moments);
+  // Writes their guided prediction by the group's weights.
+  void (*guide_group_part)(const StepArguments& arguments, const double* weights, const double* moments, int64_t sample,
+                           int64_t begin, int64_t count, void* m);
   // Writes x0 before it is clipped, of `count` elements of a sample from `begin` on, in the arithmetic's type.
   void (*write_original)(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, void* x0);
   // Count `count` magnitudes of x0, and append the keys of those between 1 and the top to `between`, which has room for
@@ -76,6 +85,11 @@ struct StepFunctions {
   void part_moments(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, double* moments); \
   void guide_groups(const StepArguments& arguments, int64_t sample, int64_t first, int64_t count, void* weights, \
                     void* m); \
+  void group_part_moments(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, int wanted, \
+                          bool exactly, double* moments); \
+  bool are_exact_enough(const StepArguments& arguments, int wanted, const double* moments); \
+  void guide_group_part(const StepArguments& arguments, const double* weights, const double* moments, int64_t sample, \
+                        int64_t begin, int64_t count, void* m); \
   void write_original(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, void* x0); \
   void tally_float(const float* x0, int64_t count, float top, Tally<float>* so_far, int32_t* between); \
   void tally_double(const double* x0, int64_t count, double top, Tally<double>* so_far, int64_t* between); \

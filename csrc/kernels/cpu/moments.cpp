@@ -283,19 +283,38 @@ bool keep_apart(const double* moments, int terms, bool with_sums, double numel) 
   return apart;
 }
 
-// Writes the moments of one group, added up in float, in parts as a sample's, where these are far from cancelling.
-// Returns false where they are not, or there is nothing to gain.
-bool float_moments(const StepArguments& a, const PartMoments& add, int64_t sample, int64_t begin, int64_t size,
-                   int wanted, double* moments) {
-  if (a.double_precision || size < kLanes<float>) return false;
-  add(a, sample, begin, size < kPart ? size : kPart, moments);
-  for (int64_t done = kPart; done < size; done += kPart) {
-    double part[kMostMoments];
-    add(a, sample, begin + done, size - done < kPart ? size - done : kPart, part);
-    for (int n = 0; n < wanted; ++n) moments[n] += part[n];
-  }
+// Whether moments of a group that were added up in float are far from cancelling.
+bool keep_apart(const StepArguments& a, const double* moments, int wanted) {
   if (wanted == kPairProducts) return keep_apart(moments);
-  return keep_apart(moments, terms_of(a), wanted == moments_of(terms_of(a)), double(size));
+  const double numel = double(a.elements_per_sample / a.groups);
+  return keep_apart(moments, terms_of(a), wanted == moments_of(terms_of(a)), numel);
+}
+
+// Whether the products of two predictions are wanted, of which these are read as they are stored.
+bool are_pairs(const StepArguments& a, int wanted) {
+  if (a.num_predictions != 2 || wanted != kPairProducts) return false;
+#if defined(__AVX2__)
+  if (are_stored_as(a, Element::bfloat16)) return true;
+#endif
+  return are_stored_as(a, Element::float32);
+}
+
+// Writes the products of a range, added up in double.
+template <typename Stored>
+void double_products(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, double* moments) {
+  const auto at = [&](const Input& input) {
+    return static_cast<const Stored*>(input.data) + sample * input.batch_stride + begin;
+  };
+  pair_products<double>(at(a.predictions[0]), at(a.predictions[1]), count, moments);
+}
+
+// Writes the moments of a range, added up in double.
+void double_moments(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, int wanted, double* moments) {
+  if constexpr (kHasDouble) {
+    choose_double_moments(a)(a, sample, begin, count, moments);
+  } else {
+    baseline::group_part_moments(a, sample, begin, count, wanted, true, moments);
+  }
 }
 
 }  // namespace
@@ -320,25 +339,38 @@ void part_moments(const StepArguments& a, int64_t sample, int64_t first, int64_t
 
 void group_moments(const StepArguments& a, int64_t sample, int64_t first, int64_t groups, int wanted, double* moments) {
   const int64_t size = a.elements_per_sample / a.groups;
-  if (a.num_predictions == 2 && wanted == kPairProducts) {
+  if (are_pairs(a, wanted)) {
     if (are_stored_as(a, Element::float32)) return products_of_pairs<float>(a, sample, first, groups, size, moments);
 #if defined(__AVX2__)
-    if (are_stored_as(a, Element::bfloat16)) {
-      return products_of_pairs<uint16_t>(a, sample, first, groups, size, moments);
-    }
+    return products_of_pairs<uint16_t>(a, sample, first, groups, size, moments);
 #endif
   }
-  const bool with_sums = wanted == moments_of(terms_of(a));
-  const PartMoments add = choose_moments(a, with_sums);
+  const PartMoments add = choose_moments(a, wanted == moments_of(terms_of(a)));
+  const bool in_float = !a.double_precision && size >= kLanes<float>;
   for (int64_t k = 0; k < groups; ++k, moments += kMostMoments) {
     const int64_t begin = (first + k) * size;
-    if (float_moments(a, add, sample, begin, size, wanted, moments)) continue;
-    if constexpr (kHasDouble) {
-      choose_double_moments(a)(a, sample, begin, size, moments);
-    } else {
-      baseline::group_moments(a, sample, first + k, 1, wanted, moments);
+    if (in_float) {
+      add(a, sample, begin, size, moments);
+      if (keep_apart(a, moments, wanted)) continue;
     }
+    double_moments(a, sample, begin, size, wanted, moments);
   }
+}
+
+void group_part_moments(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, int wanted, bool exactly,
+                        double* moments) {
+  if (are_pairs(a, wanted)) {
+    if (are_stored_as(a, Element::float32)) return double_products<float>(a, sample, begin, count, moments);
+#if defined(__AVX2__)
+    return double_products<uint16_t>(a, sample, begin, count, moments);
+#endif
+  }
+  if (exactly) return double_moments(a, sample, begin, count, wanted, moments);
+  choose_moments(a, wanted == moments_of(terms_of(a)))(a, sample, begin, count, moments);
+}
+
+bool are_exact_enough(const StepArguments& a, int wanted, const double* moments) {
+  return a.double_precision || are_pairs(a, wanted) || keep_apart(a, moments, wanted);
 }
 
 }  // namespace FASTGUIDE_ISA

@@ -39,6 +39,12 @@ bool are_large(const StepArguments& a) {
   return a.batch * a.elements_per_sample * element_bytes(a.predictions[0].element) >= kStreamed / 2;
 }
 
+// This is a call because conversions of four dtypes would be inlined a dozen times.
+template <typename T>
+__attribute__((noinline)) const T* load_term(const Input& term, int64_t first, int64_t count, T* scratch) {
+  return load(term, first, count, scratch);
+}
+
 // Writes the moments of some elements, but no sums unless they are asked for. Stored: what all terms are stored as; or
 // T, into which they are converted where they are anything else.
 template <typename T, typename Stored, int terms, bool with_sample, bool with_sums>
@@ -54,7 +60,7 @@ void moments_of_part(const StepArguments& a, int64_t sample, int64_t begin, int6
       const Input& term = term_of(a, k);
       const int64_t first = sample * term.batch_stride + begin + offset;
       if constexpr (sizeof(T) == sizeof(Stored)) {
-        runs[k] = load(term, first, here, scratch[k]);
+        runs[k] = load_term(term, first, here, scratch[k]);
       } else {
         runs[k] = static_cast<const Stored*>(term.data) + first;
       }

@@ -135,7 +135,7 @@ using Several __attribute__((vector_size(count * sizeof(T)))) = T;
 
 // Adds the lanes up by halves, in double.
 template <typename T>
-double total_of(const Register<T>* registers) {
+__attribute__((noinline)) double total_of(const Register<T>* registers) {
   alignas(64) T lanes[kLanes<T>];
   std::memcpy(lanes, registers, sizeof lanes);
   Several<double, 8> eight;

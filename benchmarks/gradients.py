@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastguide import ClassifierFree, FlowSchedule, StepTable, ddim, ddpm, flow_match_sde, guided_step
+from fastguide.step.backward import empty_clipped
 from fastguide.step.memory import empty_like
 
 from .measure import gradient_memory
@@ -65,21 +66,23 @@ def backward_calls(shape: tuple[int, ...], clip: float | None) -> Calls:
             y = forward()
         return lambda: torch.autograd.grad(y, inputs, came, retain_graph=True)
 
-    read = [came] if clip is None else [came, x.detach(), uncond.detach(), cond.detach()]
-    calls = {OURS: back(ours), PLAIN: back(plain), COPY: copies(read, 3), COPY_NEW: lambda: new_copies(read, 3)}
-    calls[KERNEL] = kernel(table, read)
+    calls = {OURS: back(ours), PLAIN: back(plain), COPY: copies([came], 3), COPY_NEW: lambda: new_copies([came], 3)}
+    calls[KERNEL] = kernel(table, came)
     return calls
 
 
-def kernel(table: StepTable, read: list[Tensor]) -> Callable[[], object]:
-    """Return the operator alone, whose gradients go into tensors that are there."""
-    came = read[0]
+def kernel(table: StepTable, came: Tensor) -> Callable[[], object]:
+    """Return the operator alone, whose gradients go into tensors that are there; half the elements are clipped.
+
+    Bits of a clip, a thirty-second of a tensor, are not counted among the bytes that it moves.
+    """
     rows = table.device_rows(None, torch.float32)
     weights = ClassifierFree(SCALE).weights(came.device, torch.float32)
-    x, *predictions = read[1:] or [came] * 3  # which are not read without a clip
     places = [torch.randn_like(came) for _ in range(3)]
-    step = (came, None, None, x, predictions, rows, weights, CALL, None, None, None, None)
-    gradients = {"grad_out": came, "grad_sample": places[0], "grad_predictions": places[1:]}
+    not_read = came, [came] * 2
+    step = (came, None, None, *not_read, rows, weights, CALL, None, None, None, None)
+    clipped = empty_clipped(came).random_(256) if table.clips else None
+    gradients = {"grad_out": came, "grad_sample": places[0], "grad_predictions": places[1:], "clipped": clipped}
     return lambda: torch.ops.fastguide.guided_step_backward(*step, **gradients)
 
 

@@ -1,5 +1,6 @@
-// The operators fastguide::guided_step_backward and, for CPU tensors, fastguide::guided_step_squares: each part of a
-// sample by itself, so that no bit depends on how parts are shared out among threads.
+// The operators fastguide::guided_step_backward and, for CPU tensors, fastguide::guided_step_clipped and
+// fastguide::guided_step_squares: each part of a sample by itself, so that no bit depends on how parts are shared out
+// among threads.
 //
 // fastguide/step/autograd.py and fastguide/step/log_probability.py call them, with arguments of a step that was
 // checked.
@@ -70,6 +71,14 @@ double* numbers_of(const char* name, const Tensor& tensor, const Layout& layout,
   return static_cast<double*>(tensor.mutable_data_ptr());
 }
 
+uint8_t* clipped_of(const Tensor& tensor, const Layout& layout, const StepArguments& a) {
+  check_device("clipped", tensor, layout);
+  const int64_t count = a.batch * clipped_bytes(a);
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Byte && tensor.is_contiguous() && tensor.numel() == count,
+                  "clipped: expected ", count, " numbers of uint8, contiguous");
+  return static_cast<uint8_t*>(tensor.mutable_data_ptr());
+}
+
 // ---- Gradients ----
 
 // Checks a tensor that holds the batch so many times.
@@ -132,6 +141,10 @@ BackwardArguments read_gradients(const GradientOperands& operands, const StepArg
     b.grad_weights =
         numbers_of("grad_weights", *operands.grad_weights, layout, layout.batch * tiles * weight_columns(a));
   }
+  if (operands.clipped.has_value()) {
+    STD_TORCH_CHECK(layout.is_cpu, "clipped: expected none beside tensors on a GPU, got one");
+    b.clipped = clipped_of(*operands.clipped, layout, a);
+  }
   return b;
 }
 
@@ -181,9 +194,57 @@ void guided_step_backward(StableIValue* stack, uint64_t num_arguments, uint64_t 
   }
 }
 
-// ---- Squares ----
-
 constexpr int64_t kAtHand = 4 * kBlock;  // elements that are still in the first-level cache when they are read again
+
+// ---- Clips ----
+
+// Makes the step, and writes where it clips x0: of some elements at a time, whose inputs are at hand for both.
+template <typename T>
+void run_clipped(const StepFunctions& functions, const RunFunctions<T>& runs, const StepArguments& a,
+                 uint8_t* clipped) {
+  const int64_t parts = parts_of(a), size = a.elements_per_sample;
+  over_parts(a, [&](int64_t first, int64_t last) {
+    alignas(64) T x0[kAtHand];
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t sample = k / parts, whole = std::min((k % parts + 1) * kPart, size);
+      const T clip = row_at<T>(a, position_of(a, sample).index).clip;
+      uint8_t* bits = clipped + sample * clipped_bytes(a);
+      for (int64_t begin = k % parts * kPart; begin < whole; begin += kAtHand) {
+        const int64_t end = std::min(begin + kAtHand, whole);
+        functions.write_original(a, sample, begin, end - begin, x0);
+        for (int64_t i = begin; i < end; i += kBlock) {
+          runs.write_clipped(x0 + (i - begin), clip, std::min(end - i, kBlock), bits + i / 8);
+        }
+        functions.step_range(a, sample * size + begin, sample * size + end);
+      }
+    }
+  });
+}
+
+// The boxed function of fastguide::guided_step_clipped, which has one argument more than a step: where the bits go.
+void guided_step_clipped(StableIValue* stack, uint64_t num_arguments, uint64_t num_outputs) {
+  STD_TORCH_CHECK(num_arguments == kArguments + 1 && num_outputs == 0, "guided_step_clipped: expected ", kArguments + 1,
+                  " arguments and no outputs, got ", num_arguments, " and ", num_outputs);
+  const Operands operands(stack);
+  const Tensor clipped = torch::stable::detail::to<Tensor>(stack[kArguments]);
+  const Layout layout = layout_of(operands.out);
+  StepArguments a{};
+  std::vector<Input> inputs;
+  read(operands, layout, &inputs, &a);
+  STD_TORCH_CHECK(a.cursor == nullptr && a.program == nullptr && a.inverse_thresholds == nullptr && layout.is_cpu,
+                  "guided_step_clipped: expected CPU tensors, and no cursor, program or thresholds");
+  uint8_t* to = clipped_of(clipped, layout, a);
+  check(a, true);
+  if (is_empty(layout)) return;
+  const StepFunctions functions = selected_functions(a.double_precision);
+  if (a.double_precision) {
+    run_clipped(functions, functions.double_runs(), a, to);
+  } else {
+    run_clipped(functions, functions.float_runs(), a, to);
+  }
+}
+
+// ---- Squares ----
 
 // Computes the elements begin <= i < end of a sample's next one without its noise, by the step itself, of a table of
 // that row alone.
@@ -345,6 +406,7 @@ extern "C" __attribute__((visibility("default"))) int fastguide_gradient_tile() 
 
 STABLE_TORCH_LIBRARY_IMPL(fastguide, CPU, m) {
   m.impl("guided_step_backward", &fastguide::guided_step_backward);
+  m.impl("guided_step_clipped", &fastguide::guided_step_clipped);
   m.impl("guided_step_squares", &fastguide::guided_step_squares);
 }
 

@@ -7,7 +7,7 @@
 namespace fastguide {
 
 // X(type, name) behind a step's own arguments, in the order of fastguide.step.backward.Gradients: the loader compares
-// them. The first three come in, the gradients of what the step wrote; the others go out.
+// them. The first three come in, the gradients of what the step wrote, and the last; the others go out.
 #define FASTGUIDE_GRADIENTS(X) \
   X(OptionalTensor, grad_out) \
   X(OptionalTensor, grad_original) \
@@ -19,7 +19,8 @@ namespace fastguide {
   X(OptionalTensor, grad_noise) \
   X(OptionalTensor, grad_anchor) \
   X(OptionalTensor, grad_history) \
-  X(OptionalTensor, grad_weights)
+  X(OptionalTensor, grad_weights) \
+  X(OptionalTensor, clipped)
 
 struct BackwardArguments {
   Input grad_out, grad_original;
@@ -29,7 +30,12 @@ struct BackwardArguments {
   int slots;
   const Output* grad_predictions;  // one a prediction; null: absent
   double* grad_weights;            // (batch, weight_columns), on a GPU (batch, tiles, weight_columns); null: absent
+  const uint8_t* clipped;          // of the CPU's, see below; null: the inputs say it
 };
+
+// Where a step has clipped x0, a bit an element, as the elements of a sample lie, the first in the lowest bit of a
+// byte. Each sample begins with a byte of its own.
+FASTGUIDE_INLINE int64_t clipped_bytes(const StepArguments& a) { return (a.elements_per_sample + 7) / 8; }
 
 // Weights of a sample, as a step reads them.
 FASTGUIDE_INLINE int weight_columns(const StepArguments& a) {

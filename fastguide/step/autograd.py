@@ -1,7 +1,8 @@
 """Steps that autograd follows: forward the same kernel, backward another one, and nothing kept that it need not read.
 
-A step is linear but for the clip of x_0, so that its backward pass is weights again (csrc/kernels/cpu/backward.h); the
-clip's mask is computed anew. Through weights that a program makes of moments, through_moments.py passes gradients on.
+A step is linear but for the clip of x_0, so that its backward pass is weights again (csrc/kernels/cpu/backward.h). The
+step on the CPU writes bits where it clips, and needs none of its inputs any more; elsewhere, the clip's mask is
+computed anew. Through weights that a program makes of moments, through_moments.py passes gradients on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..guidance.moment_weights import MomentWeights
 from ..solvers.table import ROW_COLUMNS, StepTable
 from .backends.reference import guided_step_backward
 from .backends.registry import Backend
-from .backward import Gradients, unknown_fields
+from .backward import Gradients, empty_clipped, unknown_fields
 from .draw import draw
 from .first_derivatives import refusing_second
 from .history import History
@@ -168,6 +169,11 @@ class _Plan:
         """Return a tensor in the layout that all have, for the batch once or several times."""
         return empty_strided((copies * self.batch, *self.shape[1:]), self.strides, dtype, self.device)
 
+    def place_for_clipped(self, sample: Tensor) -> Tensor | None:
+        """Return where a step writes its clips; ``None``: it has none, or its backend keeps inputs instead."""
+        keeps_bits = self.clips and self.chosen.clipped is not None and self.device.type == "cpu"
+        return empty_clipped(sample) if keeps_bits else None
+
     def placed(self, grad: Tensor | None) -> Tensor | None:
         """Return a gradient in that layout."""
         if grad is None or (grad.stride()[1:] == self.strides[1:] and grad.stride(0) >= self.strides[0]):
@@ -187,11 +193,17 @@ class _Step(torch.autograd.Function):
             left = a.history.clone()
             a = a._replace(history=left)
         place, a = a.made, with_own_weights(a)
-        plan.chosen.step(*a)
+        needs = dict(zip(_INPUTS, ctx.needs_input_grad[_BEFORE:], strict=False))
+        weighs = needs["weights"] or a.program is not None
+        clipped = None if weighs else plan.place_for_clipped(a.sample)
+        if clipped is None:
+            plan.chosen.step(*a)
+        else:
+            assert plan.chosen.clipped is not None
+            plan.chosen.clipped(*a, clipped=clipped)
         if place is not None and a.made is not None:
             place.copy_(a.made)
-        needs = dict(zip(_INPUTS, ctx.needs_input_grad[_BEFORE:], strict=False))
-        reads = plan.clips or needs["weights"] or a.program is not None
+        reads = weighs or (plan.clips and clipped is None)
         of_variance = needs["variance"]
         varies = of_variance or needs["gradient"] or needs["noise"] or needs["weights"]
         kept = a._replace(
@@ -202,7 +214,7 @@ class _Step(torch.autograd.Function):
             noise=a.noise if of_variance else None,
             seeds=a.seeds if of_variance else None,
         )
-        ctx.save_for_backward(*(getattr(kept, name) for name in _KEPT), *kept.predictions)
+        ctx.save_for_backward(clipped, *(getattr(kept, name) for name in _KEPT), *kept.predictions)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         if original is not None:
@@ -211,13 +223,13 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *came: Tensor | None) -> Any:
-        needs, kept = ctx.needs_input_grad, ctx.saved_tensors
+        needs, (clipped, *kept) = ctx.needs_input_grad, ctx.saved_tensors
         if all(grad is None for grad in came):
             return (None,) * len(needs)
         plan: _Plan = ctx.plan
         with torch.no_grad():
             out, original, left = map(plan.placed, came)
-            gradients = _gradients(plan, kept, Gradients(out, original, left), needs[_BEFORE:])
+            gradients = _gradients(plan, kept, Gradients(out, original, left, clipped=clipped), needs[_BEFORE:])
         by_name = dict(zip(_KEPT, kept, strict=False))
         weighs = needs[_BEFORE + _INPUTS.index("weights")] or by_name["made"] is not None
         only_masks = not weighs and by_name["variance"] is None  # what is kept says where x_0 was clipped, no more
@@ -227,7 +239,7 @@ class _Step(torch.autograd.Function):
 # ---- Backward ----
 
 
-def _gradients(plan: _Plan, kept: tuple[Any, ...], came: Gradients, needs: tuple[bool, ...]) -> list[Tensor | None]:
+def _gradients(plan: _Plan, kept: list[Any], came: Gradients, needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Return the gradients of ``_INPUTS`` and of the predictions; ``None``: not needed."""
     a = _arguments(plan, kept, came)
     needed = dict(zip(_INPUTS, needs, strict=False))
@@ -252,10 +264,10 @@ def _gradients(plan: _Plan, kept: tuple[Any, ...], came: Gradients, needs: tuple
     return [*(new.get(name) if needed[name] else None for name in _INPUTS), *(of_predictions or none)]
 
 
-def _arguments(plan: _Plan, kept: tuple[Any, ...], came: Gradients) -> StepArguments:
+def _arguments(plan: _Plan, kept: list[Any], came: Gradients) -> StepArguments:
     """Return the step's arguments as they were kept; what the backward pass does not read, any tensor stands for."""
     values = dict(zip(_KEPT, kept, strict=False))
-    predictions = split(list(kept[len(_KEPT) :]), plan.predictions, plan.batch)
+    predictions = split(kept[len(_KEPT) :], plan.predictions, plan.batch)
     first: Tensor = next(grad for grad in came[:3] if isinstance(grad, Tensor))[: plan.batch]
     values["sample"] = first if values["sample"] is None else values["sample"]
     return StepArguments(

@@ -3,7 +3,7 @@
 //
 // With G the gradient of x', behind the mask, O that of x0 and L that of the history's new entry:
 //
-//   q   = out_x0*G + O + hist_x0*L where x0 was not clipped, else 0
+//   q   = out_x0*G + O + hist_x0*L where x0 was not clipped, else 0: as bits say, or else the inputs
 //   dm  = x0_pred*x0_scale*q + out_pred*G                 dp_k = w_k*dm
 //   dx  = x0_sample*x0_scale*q + out_sample*G + hist_sample*L
 //   dg  = s*(x0_grad*x0_scale*q + (out_grad + out_var_grad*sigma^2)*G)
@@ -105,6 +105,9 @@ class Backward {
   }
 
   void keep_unclipped() {
+    if (b_.clipped != nullptr) {  // a block begins with a byte
+      return runs_.keep_unclipped_bits(b_.clipped + sample_ * clipped_bytes(a_) + offset_ / 8, count_, s_.q);
+    }
     const T* m = s_.y;
     if (a_.num_predictions > 1) {
       runs_.guided(a_, weights_, sample_, offset_, count_, s_.y);

@@ -36,6 +36,9 @@ struct RunFunctions {
   void (*product)(const T* x, const T* y, int64_t count, T* to);
   // Makes q zero where the step has clipped x0.
   void (*keep_unclipped)(const Row<T>& row, const T* x, const T* m, const T* g, int64_t count, T* q);
+  // Writes which of them a clip changes, a bit each; and makes q zero where such bits are set.
+  void (*write_clipped)(const T* x0, T clip, int64_t count, uint8_t* bits);
+  void (*keep_unclipped_bits)(const uint8_t* bits, int64_t count, T* q);
   void (*deviations)(T base, T span, const T* v, int64_t count, T* to);          // exp((base + span*v)/2)
   double (*sum_of_products)(const T* a, const T* b, const T* c, int64_t count);  // of a*(b - c)
   double (*sum_of_squares)(const T* a, const T* b, int64_t count);               // of (a - b)^2

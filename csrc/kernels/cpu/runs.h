@@ -5,6 +5,10 @@
 
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "kernels/cpu/launch.h"
 #include "kernels/cpu/loops.h"
 #include "maths/step.h"
@@ -85,6 +89,88 @@ void keep_unclipped(const Row<T>& row, const T* x, const T* m, const T* g, int64
   }
 }
 
+// ---- Bits of a clip: a word for 64 bytes of elements, the first one's the lowest ----
+
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+
+template <typename T>
+using Register __attribute__((vector_size(kRegister))) = T;
+template <typename T>
+using Words = decltype(Register<T>{} == Register<T>{});
+template <typename T>
+constexpr int kLanes = kRegister / int(sizeof(T));
+
+// The bits of the elements of one register.
+template <typename T>
+FASTGUIDE_INLINE Words<T> bits_of_lanes(int part) {
+  Words<T> own;
+  for (int k = 0; k < kLanes<T>; ++k) own[k] = 1 << (part * kLanes<T> + k);
+  return own;
+}
+
+template <typename T>
+FASTGUIDE_INLINE uint16_t clipped_word(const T* x0, T clip) {
+  Words<T> found{};
+  for (int part = 0; part < 64 / kRegister; ++part) {
+    Register<T> values;
+    std::memcpy(&values, x0 + part * kLanes<T>, sizeof values);
+    found |= ((values > clip) | (values < -clip)) & bits_of_lanes<T>(part);
+  }
+  int word = 0;
+  for (int k = 0; k < kLanes<T>; ++k) word |= int(found[k]);
+  return uint16_t(word);
+}
+
+#if defined(__AVX512F__)
+FASTGUIDE_INLINE uint16_t clipped_word(const float* x0, float clip) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_loadu_ps(x0)), _mm512_set1_ps(clip), _CMP_GT_OQ);
+}
+#elif defined(__AVX2__)
+FASTGUIDE_INLINE uint16_t clipped_word(const float* x0, float clip) {
+  const auto byte_of = [&](const float* values) {
+    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(values));
+    return _mm256_movemask_ps(_mm256_cmp_ps(size, _mm256_set1_ps(clip), _CMP_GT_OQ));
+  };
+  return uint16_t(byte_of(x0) | byte_of(x0 + 8) << 8);
+}
+#endif
+
+template <typename T>
+void write_clipped(const T* x0, T clip, int64_t count, uint8_t* bits) {
+  constexpr int64_t size = 64 / int64_t(sizeof(T));
+  T last[size] = {};
+  for (int64_t i = 0; i < count; i += size) {
+    const int64_t left = count - i < size ? count - i : size;
+    if (left < size) std::memcpy(last, x0 + i, size_t(left) * sizeof(T));
+    const uint16_t word = clipped_word(left < size ? last : x0 + i, clip);
+    for (int64_t k = 0; k < left; k += 8) bits[(i + k) / 8] = uint8_t(word >> k);
+  }
+}
+
+template <typename T>
+void keep_unclipped_bits(const uint8_t* bits, int64_t count, T* q) {
+  constexpr int64_t size = 64 / int64_t(sizeof(T));
+  int64_t i = 0;
+  for (; i + size <= count; i += size) {
+    int word = bits[i / 8];
+    if (size > 8) word |= bits[i / 8 + 1] << 8;
+    for (int part = 0; part < 64 / kRegister; ++part) {
+      T* to = q + i + part * kLanes<T>;
+      Words<T> values;
+      std::memcpy(&values, to, sizeof values);
+      values &= (bits_of_lanes<T>(part) & word) == 0;
+      std::memcpy(to, &values, sizeof values);
+    }
+  }
+  for (; i < count; ++i) q[i] = bits[i / 8] >> i % 8 & 1 ? T(0) : q[i];
+}
+
 template <typename T>
 void deviations(T base, T span, const T* v, int64_t count, T* to) {
   FASTGUIDE_INDEPENDENT_ITERATIONS
@@ -132,9 +218,9 @@ void store_run(const T* from, const Output& output, int64_t sample, int64_t offs
 }
 
 template <typename T>
-constexpr RunFunctions<T> kRunFunctions = {load_run<T>,       store_run<T>,      guided<T>,     sum_of_two<T>,
-                                           product<T>,        keep_unclipped<T>, deviations<T>, sum_of_products<T>,
-                                           sum_of_squares<T>, noisy_step<T>};
+constexpr RunFunctions<T> kRunFunctions = {load_run<T>,   store_run<T>,       guided<T>,         sum_of_two<T>,
+                                           product<T>,    keep_unclipped<T>,  write_clipped<T>,  keep_unclipped_bits<T>,
+                                           deviations<T>, sum_of_products<T>, sum_of_squares<T>, noisy_step<T>};
 
 }  // namespace
 

@@ -98,6 +98,7 @@ def backend() -> Backend:
         group_elements=_library.fastguide_group_elements() if on_gpus else 0,
         checks_overlap=True,
         backward=guided_step_backward,
+        clipped=torch.ops.fastguide.guided_step_clipped.default,
         squares=torch.ops.fastguide.guided_step_squares.default,
         repeats=True,
         most_predictions=_library.fastguide_gpu_predictions(),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...guidance.encoded import decode
 from ...solvers.table import ROW_COLUMNS
 from ..backward import Gradients
-from ..memory import in_blocks
+from ..memory import empty_like, in_blocks
 from ..noise import portable_noise
 from ..operator import StepArguments, library
 from ..original import combined, per_sample, unclipped
@@ -21,7 +21,7 @@ from .registry import Backend
 
 def backend() -> Backend:
     """Return the backend, which runs everywhere."""
-    return Backend("reference", guided_step, None, "plain torch, the specification")
+    return Backend("reference", guided_step, None, "plain torch, the specification", clipped=guided_step_clipped)
 
 
 def guided_step(*arguments: object) -> None:
@@ -163,6 +163,37 @@ def _write(out: Tensor, values: Tensor, finished: Tensor | None) -> None:
 # ---- Backward ----
 
 
+def guided_step_clipped(*arguments: object, clipped: Tensor) -> None:
+    """Write one step, and in bits where it clips x_0; the arguments are those of the operator of this name."""
+    a = StepArguments(*arguments)  # type: ignore[arg-type]
+    if a.sample.numel():
+        batch, dtype = len(a.sample), a.rows.dtype
+        steps, _, _ = position_of(a)
+        row = {name: per_sample(a.rows.index_select(0, steps)[:, i], a.sample) for i, name in enumerate(ROW_COLUMNS)}
+        weight = [per_sample(w, a.sample) for w in selected(a.weights, steps, batch).unbind(-1)]
+        x = a.sample.to(dtype)
+        each = [prediction.to(dtype) for prediction in split(a.predictions, len(weight) - 1, batch)]
+        x0 = unclipped(row, x, combined(weight, each, x), a.gradient, weight[-1])
+        found = empty_like(a.sample, torch.uint8).copy_(x0.abs() > row["clip"])
+        ones = torch.nn.functional.pad(_as_they_lie(found), (0, -x0[0].numel() % 8)).unflatten(1, (-1, 8))
+        torch.sum(ones << torch.arange(8, dtype=torch.uint8, device=x.device), -1, dtype=torch.uint8, out=clipped)
+    guided_step(*arguments)
+
+
+def _as_they_lie(tensor: Tensor) -> Tensor:
+    """Return a view of shape (batch, elements of a sample), in their order in memory."""
+    return in_blocks(tensor, 1)[:, 0] if tensor.dim() > 1 else tensor[:, None]
+
+
+def _clips(clipped: Tensor, sample: Tensor) -> Tensor:
+    """Return where the bits say that x_0 was clipped, in the sample's layout."""
+    ones = clipped[..., None] >> torch.arange(8, dtype=torch.uint8, device=clipped.device) & 1
+    found = empty_like(sample, torch.bool)
+    if sample.numel():
+        _as_they_lie(found).copy_(ones.flatten(1)[:, : sample[0].numel()])
+    return found
+
+
 def guided_step_backward(*arguments: object, **gradients: Any) -> None:
     """Write the gradients of a step's inputs: the formulas are in csrc/kernels/cpu/backward.h.
 
@@ -185,8 +216,12 @@ def guided_step_backward(*arguments: object, **gradients: Any) -> None:
     later = _slots_of(b.grad_left, batch)
     left = sum((torch.where(row["hist_slot"] == slot, grad, 0.0) for slot, grad in enumerate(later)), nothing)
     q = row["out_x0"] * came + row["hist_x0"] * left + of_original
-    x0 = unclipped(row, sample.to(dtype), combined(weight, each, nothing), a.gradient, scale)
-    q = row["x0_scale"] * torch.where(x0.abs() > row["clip"], 0.0, q)
+    if b.clipped is None:
+        x0 = unclipped(row, sample.to(dtype), combined(weight, each, nothing), a.gradient, scale)
+        clips = x0.abs() > row["clip"]
+    else:
+        clips = _clips(b.clipped, sample)
+    q = row["x0_scale"] * torch.where(clips, 0.0, q)
 
     of_m = row["x0_pred"] * q + row["out_pred"] * came
     shift, deviation = row["out_grad"], row["out_noise"]
@@ -220,6 +255,7 @@ def guided_step_backward(*arguments: object, **gradients: Any) -> None:
 
 
 library.impl("guided_step_backward", guided_step_backward, "CompositeExplicitAutograd")
+library.impl("guided_step_clipped", guided_step_clipped, "CompositeExplicitAutograd")
 
 
 def _or_nothing(grad: Tensor | None, nothing: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ class Backend(NamedTuple):
     """Whether it refuses by itself, before it writes, an output that shares a part of an input's memory."""
     backward: StepFunction | None = None
     """Writes the gradients of a step's inputs, called with ``Gradients`` too; ``None``: the reference does."""
+    clipped: StepFunction | None = None
+    """Makes a step on the CPU, and writes where it clips x_0: ``guided_step_clipped``; ``None``: a backward pass finds
+    it out by the inputs."""
     squares: StepFunction | None = None
     """Makes a step and adds up its distance from its mean: ``guided_step_squares``; ``None``: by two steps."""
     repeats: bool = False

@@ -8,6 +8,7 @@ import torch
 import fastguide
 from fastguide import ClassifierFree
 from fastguide.step.backends.registry import BACKENDS
+from fastguide.step.backward import empty_clipped
 from tests.step.test_gradients import SCHEDULE
 
 OPERATORS = torch.ops.fastguide
@@ -32,6 +33,8 @@ def test_they_are_sound_operators():
     given = gradients(grad_sample=torch.empty_like(X), grad_weights=double(2, 3))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPERATORS.guided_step_backward.default, arguments(), given, test_utils=checks)
+    given = {"clipped": empty_clipped(X)}
+    torch.library.opcheck(OPERATORS.guided_step_clipped.default, arguments(), given, test_utils=checks)
     given = {"makes_step": True, "squares": double(2)}
     torch.library.opcheck(OPERATORS.guided_step_squares.default, arguments(), given, test_utils=checks)
 
@@ -42,6 +45,7 @@ REFUSED = {
     "grad_weights: expected 6 numbers of float64": {"grad_weights": torch.empty(2, 3)},
     "grad_sample: expected samples that do not overlap": {"grad_sample": torch.empty(1, 3, 5).expand(2, 3, 5)},
     "grad_history: expected at most 3 slots, got 4": {"grad_history": torch.empty(8, 3, 5)},
+    "clipped: expected 4 numbers of uint8, contiguous": {"clipped": torch.empty(2, 4, dtype=torch.uint8)[:, ::2]},
     "grad_left: expected size 2 in dimension 0, got 3": {"grad_left": torch.empty(3, 3, 5)},
 }
 
@@ -59,3 +63,10 @@ def test_squares_need_the_inputs_as_they_were():
         OPERATORS.guided_step_squares(*arguments(), makes_step=True, squares=double(3))
     with pytest.raises(RuntimeError, match="out: expected memory apart from sample"):
         OPERATORS.guided_step_squares(*arguments(out=X), makes_step=True, squares=double(2))
+
+
+@pytest.mark.skipif(not BACKENDS["native"].devices, reason="the native library is not here")
+@pytest.mark.parametrize("place", [torch.empty(2, 2), torch.empty(2, 3, dtype=torch.uint8)])
+def test_bits_of_a_clip_need_a_place_for_all(place):
+    with pytest.raises(RuntimeError, match="clipped: expected 4 numbers of uint8, contiguous"):
+        OPERATORS.guided_step_clipped(*arguments(), clipped=place)

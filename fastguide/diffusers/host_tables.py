@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .timesteps import version_of
 
@@ -42,14 +43,16 @@ class HostTables:
     def host_sigmas(self) -> Tensor:
         """The sigmas in float64."""
         if self._host_sigmas is None:
-            self._host_sigmas = torch.tensor(self.sigma_values, dtype=torch.float64, device="cpu")
+            with outside_of_modes():
+                self._host_sigmas = torch.tensor(self.sigma_values, dtype=torch.float64, device="cpu")
         return self._host_sigmas
 
     @property
     def host_timesteps(self) -> Tensor:
         """The timesteps, in their own dtype."""
         if self._host_timesteps is None:
-            self._host_timesteps = torch.tensor(self.timestep_values, dtype=self.dtype, device="cpu")
+            with outside_of_modes():
+                self._host_timesteps = torch.tensor(self.timestep_values, dtype=self.dtype, device="cpu")
         return self._host_timesteps
 
     def sigmas_from(self, begin: int) -> Tensor:
@@ -74,6 +77,11 @@ class HostTables:
         """Whether the sigmas fall, or rise, at every step but perhaps the last."""
         steps = self.host_sigmas[: len(self.host_timesteps)].diff()
         return bool((steps < 0).all()) or bool((steps > 0).all())
+
+
+def outside_of_modes() -> contextlib.AbstractContextManager[None]:
+    """Return a context for what later steps find again: in a ``FakeTensorMode``, too, its tensors are real ones."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
 
 
 def on_host(theirs: Callable[..., None]) -> Any:
@@ -120,7 +128,8 @@ def host_tables(scheduler: Any) -> HostTables:
     """Return the scheduler's tables on the host, read anew where they have been changed by hand."""
     host = scheduler._host
     if host is None or not _is_current(host, scheduler):
-        host = scheduler._host = read_tables(scheduler)
+        with outside_of_modes():
+            host = scheduler._host = read_tables(scheduler)
     found: HostTables = host
     return found
 

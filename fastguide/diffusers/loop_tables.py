@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..solvers import ROW_COLUMNS, StepTable
-from .host_tables import HostTables
+from .host_tables import HostTables, outside_of_modes
 from .thresholding import thresholded, why_not_thresholded
 
 _IN_SCALE = ROW_COLUMNS.index("in_scale")
@@ -78,6 +78,13 @@ def loop_table(
     scheduler: Any, tables: HostTables, begin: int, arguments: tuple[Any, ...], device: torch.device
 ) -> LoopTable:
     """Return the table of a loop that begins at a step, for what ``step`` is given and where."""
+    with outside_of_modes():
+        return _found_or_made(scheduler, tables, begin, arguments, device)
+
+
+def _found_or_made(
+    scheduler: Any, tables: HostTables, begin: int, arguments: tuple[Any, ...], device: torch.device
+) -> LoopTable:
     kept: dict[Any, LoopTable] | None = scheduler.__dict__.get("_kept_tables")
     if kept is None:
         kept = scheduler._kept_tables = {}

@@ -25,6 +25,7 @@ struct PyMethodDef {
 FASTGUIDE_PYTHON void Py_IncRef(PyObject* object);
 FASTGUIDE_PYTHON void Py_DecRef(PyObject* object);
 FASTGUIDE_PYTHON extern PyObject* PyExc_RuntimeError;
+FASTGUIDE_PYTHON extern PyObject* PyExc_TypeError;
 FASTGUIDE_PYTHON void PyErr_Clear();
 FASTGUIDE_PYTHON void PyErr_SetString(PyObject* kind, const char* message);
 FASTGUIDE_PYTHON PyObject* PyErr_Occurred();

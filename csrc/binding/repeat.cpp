@@ -4,6 +4,7 @@
 // fastguide/step/repeat.py says when, and keeps the kinds. Whatever is not as it was makes `repeat` return None, having
 // done nothing.
 #include <algorithm>
+#include <cstdio>
 #include <exception>
 #include <iterator>
 #include <utility>
@@ -79,6 +80,14 @@ bool fits(const Call& call, const Kind& kind) {
     if (!kind.prediction_forms()[k].is_form_of(call.predictions[k], alignment)) return false;
   }
   return true;
+}
+
+// Raises a TypeError: a function was given another number of objects.
+PyObject* refuse(const char* function, std::ptrdiff_t expected, std::ptrdiff_t got) {
+  char message[80];
+  std::snprintf(message, sizeof message, "%s: expected %td objects, got %td", function, expected, got);
+  PyErr_SetString(PyExc_TypeError, message);
+  return nullptr;
 }
 
 // ---- repeat ----
@@ -208,7 +217,8 @@ PyObject* repeat_one_of(PyObject* kinds, PyObject* const* objects) {
 // kinds: a tuple. First come bytes, one for each row of the table: kinds of one and the same byte are for that row.
 // Each other entry is a tuple that begins with a kind's bytes, and keeps alive what they point to.
 PyObject* repeat(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
-  if (count != static_cast<std::ptrdiff_t>(Given::count) + 1) return nullptr;  // a SystemError: repeat.py gives others
+  constexpr std::ptrdiff_t kObjects = static_cast<std::ptrdiff_t>(Given::count) + 1;
+  if (count != kObjects) return refuse("repeat", kObjects, count);
   return repeat_one_of(objects[0], objects + 1);
 }
 
@@ -247,7 +257,7 @@ bool are_unchanged(PyObject* facts, PyObject* own) {
 // own: the dictionary of `names`. output: has the `dtype`. version: the sample's. The others: as guided_step's.
 PyObject* follow(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
   constexpr std::ptrdiff_t kObjects = 13;
-  if (count != kObjects) return nullptr;
+  if (count != kObjects) return refuse("follow", kObjects, count);
   PyObject *const facts = objects[0], *const sample = objects[6];
   const bool same = are_equal(objects[2], fact(facts, Fact::options)) &&
                     are_equal(objects[3], fact(facts, Fact::scale)) && is_of_version(sample, objects[7]) &&
@@ -299,7 +309,8 @@ bool is_of_call(const Call& call, const Record& record, const Input* inputs, boo
 // the step, even where it was new. noise: what was drawn, or None.
 PyObject* describe(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
   constexpr int kOwn = 9;
-  if (count != static_cast<std::ptrdiff_t>(Given::count) + kOwn) return nullptr;
+  constexpr std::ptrdiff_t kObjects = static_cast<std::ptrdiff_t>(Given::count) + kOwn;
+  if (count != kObjects) return refuse("describe", kObjects, count);
   Call call(objects + kOwn);
   if (!call.read()) return nothing();
   const char* const memory = PyBytes_AsString(objects[0]);
@@ -364,7 +375,7 @@ PyObject* attach(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
 #define FASTGUIDE_COUNT(name) +1
   constexpr std::ptrdiff_t kObjects = 0 FASTGUIDE_OBJECTS(FASTGUIDE_COUNT);
 #undef FASTGUIDE_COUNT
-  if (count != kObjects) return nullptr;
+  if (count != kObjects) return refuse("attach", kObjects, count);
   PyObject* const* next = objects;
 #define FASTGUIDE_KEEP(name) \
   python.name = *next++; \

@@ -7,6 +7,7 @@ import torch
 
 import fastguide
 from fastguide import StepTable
+from fastguide.step.backends import native
 from fastguide.step.backends.registry import BACKENDS
 from tests.step.test_errors import STEP_ERRORS, X
 from tests.support.repeated_steps import (  # noqa: F401  # and fixtures
@@ -181,3 +182,11 @@ def test_undefined_rows_are_refused_at_a_tensor_of_indices():
         fastguide.guided_step(table, torch.tensor([0, 2]), draw(), draw(seed=1))
     with pytest.raises(ValueError, match="it is infinite"):
         fastguide.guided_step(table, torch.tensor([0, 1]), draw(), draw(seed=1))
+
+
+@pytest.mark.parametrize("name", ["attach", "describe", "repeat", "follow"])
+def test_the_library_s_functions_refuse_another_number_of_objects(name):
+    function = getattr(native.python_functions(), name)
+    for count in (0, 1, 40):
+        with pytest.raises(TypeError, match=rf"^{name}: expected \d+ objects, got {count}$"):
+            function(*[None] * count)

@@ -24,7 +24,7 @@ from .backward import Gradients, empty_clipped, unknown_fields
 from .draw import draw
 from .first_derivatives import refusing_second
 from .history import History
-from .memory import empty_strided, in_layout_of
+from .memory import empty_like, empty_strided, in_layout_of, overlaps
 from .noise import DeviceGenerator, portable_noise
 from .operator import StepArguments
 from .through_groups import weighed_by_groups
@@ -122,11 +122,16 @@ def recorded_step(
         a = a._replace(weights=guidance.weights_for(a.predictions, a.sample.device, a.rows.dtype))
     if a.weights.requires_grad:
         a = a._replace(weights=selected(a.weights, position_of(a)[0], len(a.sample))[None])
+    original = a.original
+    if original is not None and original._is_view():  # which a function of several outputs may not write to
+        a = a._replace(original=empty_like(a.sample, original.dtype))
     writes = not isinstance(index, int) or bool(table.rows[index, _SLOT] >= 0)
     plan = _Plan(chosen, a, table.clips, writes, None if a.program is None else guidance)
     inputs = [getattr(a, name) for name in _INPUTS]
     new: Tensor
-    new, _, entries = _Step.apply(plan, a.original, *inputs, *a.predictions)  # type: ignore[no-untyped-call]
+    new, found, entries = _Step.apply(plan, a.original, *inputs, *a.predictions)  # type: ignore[no-untyped-call]
+    if original is not None and original is not a.original:
+        original.copy_(found)
     if increment and isinstance(generator, torch.Generator):
         generator.set_offset(generator.get_offset() + increment)
     if history is not None:
@@ -175,10 +180,23 @@ class _Plan:
         return empty_clipped(sample) if keeps_bits else None
 
     def placed(self, grad: Tensor | None) -> Tensor | None:
-        """Return a gradient in that layout."""
+        """Return a gradient in that layout, and with its own sign."""
+        grad = None if grad is None else grad.resolve_neg()
         if grad is None or (grad.stride()[1:] == self.strides[1:] and grad.stride(0) >= self.strides[0]):
             return grad
         return self.new(grad.dtype, len(grad) // max(self.batch, 1)).copy_(grad)
+
+
+def _check_that_it_stays(kept: StepArguments, original: Tensor | None) -> None:
+    """Refuse to write x_0 to what the backward pass reads: torch would not notice, as it counts writes from then on."""
+    if original is None:
+        return
+    named = [(name, getattr(kept, name)) for name in ("sample", "gradient", "variance", "noise")]
+    for name, tensor in (*named, *((f"predictions[{k}]", each) for k, each in enumerate(kept.predictions))):
+        if tensor is not None and overlaps(original, tensor):
+            raise ValueError(
+                f"original: expected memory apart from {name}, of which gradients are made, got an overlap"
+            )
 
 
 class _Step(torch.autograd.Function):
@@ -192,20 +210,13 @@ class _Step(torch.autograd.Function):
         if a.history is not None and plan.writes_history:  # else it stays as it is
             left = a.history.clone()
             a = a._replace(history=left)
-        place, a = a.made, with_own_weights(a)
         needs = dict(zip(_INPUTS, ctx.needs_input_grad[_BEFORE:], strict=False))
         weighs = needs["weights"] or a.program is not None
         clipped = None if weighs else plan.place_for_clipped(a.sample)
-        if clipped is None:
-            plan.chosen.step(*a)
-        else:
-            assert plan.chosen.clipped is not None
-            plan.chosen.clipped(*a, clipped=clipped)
-        if place is not None and a.made is not None:
-            place.copy_(a.made)
         reads = weighs or (plan.clips and clipped is None)
         of_variance = needs["variance"]
         varies = of_variance or needs["gradient"] or needs["noise"] or needs["weights"]
+        place, a = a.made, with_own_weights(a)
         kept = a._replace(
             sample=a.sample if reads else None,  # type: ignore[arg-type]
             predictions=a.predictions if reads else [],
@@ -214,6 +225,14 @@ class _Step(torch.autograd.Function):
             noise=a.noise if of_variance else None,
             seeds=a.seeds if of_variance else None,
         )
+        _check_that_it_stays(kept, original)
+        if clipped is None:
+            plan.chosen.step(*a)
+        else:
+            assert plan.chosen.clipped is not None
+            plan.chosen.clipped(*a, clipped=clipped)
+        if place is not None and a.made is not None:
+            place.copy_(a.made)
         ctx.save_for_backward(clipped, *(getattr(kept, name) for name in _KEPT), *kept.predictions)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -256,7 +275,7 @@ def _gradients(plan: _Plan, kept: list[Any], came: Gradients, needs: tuple[bool,
     else:
         columns = _run(plan, a, came, new, apart, needed["weights"])
         if columns is not None:
-            new["weights"] = columns if a.weights.shape[1] > 1 else columns.sum(0, keepdim=True)
+            new["weights"] = columns if a.weights.shape[1] != 1 else columns.sum(0, keepdim=True)
     if "weights" in new:
         new["weights"] = new["weights"].reshape(a.weights.shape).to(a.weights.dtype)
     new |= _of_known(plan, a, came, needed)
@@ -267,8 +286,11 @@ def _gradients(plan: _Plan, kept: list[Any], came: Gradients, needs: tuple[bool,
 def _arguments(plan: _Plan, kept: list[Any], came: Gradients) -> StepArguments:
     """Return the step's arguments as they were kept; what the backward pass does not read, any tensor stands for."""
     values = dict(zip(_KEPT, kept, strict=False))
-    predictions = split(kept[len(_KEPT) :], plan.predictions, plan.batch)
     first: Tensor = next(grad for grad in came[:3] if isinstance(grad, Tensor))[: plan.batch]
+    # Hooks on saved tensors may have laid them out anew
+    predictions = [in_layout_of(first, each) for each in split(kept[len(_KEPT) :], plan.predictions, plan.batch)]
+    for name in ("sample", "gradient", "variance", "noise", "mask"):
+        values[name] = None if values[name] is None else in_layout_of(first, values[name])
     values["sample"] = first if values["sample"] is None else values["sample"]
     return StepArguments(
         **values, out=first, original=None, staged=None, index=plan.index,

@@ -39,9 +39,18 @@ FASTGUIDE_INLINE const Row<T>& row_at(const StepArguments& a, int64_t index) {
   return static_cast<const Row<T>*>(a.rows)[index];
 }
 
+// One column of a row, in the arithmetic's dtype. On a GPU that is float32: the code for double is not compiled there.
+template <typename Column>
+FASTGUIDE_INLINE auto column_at(const StepArguments& a, int64_t index, const Column& column) {
+#if defined(__CUDA_ARCH__)
+  return column(row_at<float>(a, index));
+#else
+  return a.double_precision ? column(row_at<double>(a, index)) : double(column(row_at<float>(a, index)));
+#endif
+}
+
 FASTGUIDE_INLINE void write_timestep(const StepArguments& a, int64_t place, int64_t index) {
-  const double value =
-      a.double_precision ? row_at<double>(a, index).in_timestep : double(row_at<float>(a, index).in_timestep);
+  const auto value = column_at(a, index, [](const auto& row) { return row.in_timestep; });
   switch (a.timestep_element) {
     case TimestepElement::int64:
       static_cast<int64_t*>(a.timestep)[place] = int64_t(value);
@@ -74,8 +83,7 @@ FASTGUIDE_INLINE void advance(const StepArguments& a, const Position& common, in
 FASTGUIDE_INLINE bool draws_from(const StepArguments& a, const Position& position) {
   if (a.cursor == nullptr) return true;
   if (!is_live(a, position) || !in_table(a, position)) return false;
-  return a.double_precision ? row_at<double>(a, position.index).out_noise != 0.0
-                            : row_at<float>(a, position.index).out_noise != 0.0f;
+  return column_at(a, position.index, [](const auto& row) { return row.out_noise; }) != 0;
 }
 
 }  // namespace fastguide

@@ -144,13 +144,13 @@ __global__ void __launch_bounds__(kMomentThreads, kMomentBlocks)
   const uint32_t sample = blockIdx.x / launch.blocks, part = blockIdx.x - sample * launch.blocks;
   const Position position = position_of(a, sample);
   if (launch.joined) {
-    const bool last = reads_last(a, position, 0);
+    const bool last = reads_last<Noise::none>(a, position, 0);
     if (threadIdx.x == 0) made.last = last;  // no register holds it till then
   }
   if (is_live(a, position)) run(launch, sample, part, position, block, made);
   if (!launch.joined) return;
   __syncthreads();
-  advance_if(threadIdx.x == 0 && made.last, a);
+  advance_if<Noise::none>(threadIdx.x == 0 && made.last, a);
 }
 
 cudaLaunchConfig_t configuration(int64_t blocks, cudaLaunchAttribute* cluster, unsigned blocks_of_cluster,

@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) step_kernel(const __grid_co
   const uint32_t sample = sample_of(launch, blockIdx.x);
   const Position position = position_of(launch.a, sample);
   const Vectors<V> vectors = load_vectors<V>(launch, sample, blockIdx.x, threadIdx.x);
-  const bool last = reads_last(launch.a, position, 0);
+  const bool last = reads_last<V::noise>(launch.a, position, 0);
   step_tile<V>(launch, vectors, position, threadIdx.x);
-  advance_if(last, launch.a);
+  advance_if<V::noise>(last, launch.a);
 }
 
 template <typename V>
@@ -45,9 +45,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) torch_single_kernel(const _
   const Position position = position_of(launch.a, sample);
   const TorchStream stream = read_torch_stream(launch.a);
   const Single single = load_torch_single<V>(launch, sample, blockIdx.x, threadIdx.x);
-  const bool last = reads_last(launch.a, position, stream.offset);
+  const bool last = reads_last<V::noise>(launch.a, position, stream.offset);
   step_torch_single<V>(launch, single, stream, position);
-  advance_if(last, launch.a);
+  advance_if<V::noise>(last, launch.a);
 }
 
 template <typename V>
@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) torch_vector_kernel(const _
   __shared__ float shared[kTorchValues * kVector * kThreads];
   const Position position = position_of(launch.a, 0);
   const TorchStream stream = read_torch_stream(launch.a);
-  const bool last = reads_last(launch.a, position, stream.offset);
+  const bool last = reads_last<V::noise>(launch.a, position, stream.offset);
   torch_vector_tile<V>(launch, stream, position, blockIdx.x, threadIdx.x, shared);
-  advance_if(last, launch.a);
+  advance_if<V::noise>(last, launch.a);
 }
 
 using Kernel = void (*)(Launch);

@@ -1,18 +1,21 @@
-// The CUDA kernel that makes the guided prediction of samples whose groups of elements, such as tokens, have weights of
-// their own: norms and inner products of each group's two predictions, its program, and what the weights make of them.
+// The CUDA kernel that guides samples whose groups of elements, such as tokens, have weights of their own: norms and
+// inner products of each group's two predictions, its program, what the weights make of them, and the step (groups.h).
 //
 // Some lanes of a warp have a group, or a block has one. They add up vectors that begin with the group, in an order
 // that depends on nothing but its size, and all is in double: what nearly cancels is divided by its norm (the CPU's
-// kernel is in double there alone). One place of the code reads the elements, in two passes, of which the second mostly
-// finds them in the cache.
+// kernel is in double there alone), and the guided prediction is a float again. One place of the code reads the
+// predictions, in two passes, of which the second mostly finds them in the cache.
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "kernels/cursor.h"
+#include "kernels/gpu/group_elements.h"
+#include "kernels/gpu/group_step.h"
 #include "kernels/gpu/groups.h"
 #include "kernels/gpu/launch.h"
 #include "kernels/gpu/moments.h"
+#include "kernels/gpu/readers.h"
 #include "kernels/gpu/vector.h"
 #include "kernels/weights.h"
 #include "maths/program.h"
@@ -22,7 +25,17 @@ namespace fastguide {
 namespace cuda {
 namespace {
 
+// The least number of blocks on a multiprocessor: as many as leave all in registers, of which a thread then has at most
+// 80, or 96.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kGroupBlocks = 6;
+#else
+constexpr int kGroupBlocks = 5;
+#endif
+
 struct Shared {
+  GroupRow row;
+  bool last;                                  // what reads_last has returned to the first thread
   double values[kGroupValues];                // launch.values of each group, the moments first
   double sums[kPairProducts][kGroupThreads];  // of the lanes of a group or warp
   int32_t program[kMaxWords];
@@ -40,61 +53,29 @@ __device__ void each_thread(const F& f) {
 #endif
 }
 
-// A thread's part of its group, whose elements are counted from its first one.
-struct Lane {
-  Input first, second;  // predictions
-  Output guided;
-  int group, lane;  // counted within the block, and within the group
-  bool active;      // whether there is such a group
-  bool aligned;     // whether it begins at 16 bytes in every tensor
-};
-
-__device__ Lane lane_of(const GroupsLaunch& launch, int64_t sample, int64_t first, int thread) {
-  Lane l;
-  l.group = thread >> launch.lane_bits;
-  l.lane = thread - (l.group << launch.lane_bits);
-  l.active = l.group < launch.groups && first + l.group < launch.groups_of_sample;
-  const int64_t begin = (first + l.group) * launch.a.elements_per_sample;
-  l.first = {address(launch.predictions[0], sample, begin), 0, launch.predictions[0].element};
-  l.second = {address(launch.predictions[1], sample, begin), 0, launch.predictions[1].element};
-  l.guided = {launch.guided + sample * launch.guided_stride + begin, 0, Element::float32};
-  const auto place = [](const auto& tensor) { return reinterpret_cast<uint64_t>(tensor.data); };
-  l.aligned = (place(l.first) | place(l.second) | place(l.guided)) % 16 == 0;
-  return l;
-}
-
 // ---- Elements ----
 
-// A vector of each prediction, of which so many elements are the group's, and the others 0.
+// A vector of the predictions, and of the sample in a step; what is behind the group is 0.
 struct Values {
-  float first[kVector], second[kVector];
+  float first[kVector], second[kVector], sample[kVector];
 };
 
-// Takes the first of some values, and moves the others up. A loop of such turns needs no copy of its code for each
-// element, and no index that would put the values into memory.
-__device__ float turned(float (&values)[kVector], float last) {
-  const float first = values[0];
-  FASTGUIDE_UNROLL
-  for (int i = 1; i < kVector; ++i) values[i - 1] = values[i];
-  values[kVector - 1] = last;
-  return first;
-}
-
-__device__ float single(const Input& input, int place, bool inside) {
-  return inside ? value_of(load_bits(input, 0, place), input.element) : 0.0f;
-}
-
-__device__ void load_values(const Lane& l, int place, int count, Values& values) {
-  if (l.aligned && count == kVector) {
-    const Raw first = load_raw(l.first, 0, place), second = load_raw(l.second, 0, place);
-    unpack(first, l.first.element, values.first);
-    unpack(second, l.second.element, values.second);
+__device__ void load_values(const GroupsLaunch& launch, const Lane& l, const Span& span, bool steps, Values& values) {
+  const Input &first = launch.predictions[0], &second = launch.predictions[1], &sample = launch.a.sample;
+  if (is_vector(l, span)) {
+    Raw raw_sample{};
+    const Raw raw_first = load_group(l, first, span), raw_second = load_group(l, second, span);
+    if (steps) raw_sample = load_group(l, sample, span);
+    unpack(raw_first, first.element, values.first);
+    unpack(raw_second, second.element, values.second);
+    unpack(raw_sample, sample.element, values.sample);
     return;
   }
   FASTGUIDE_ROLL
   for (int i = 0; i < kVector; ++i) {
-    turned(values.first, single(l.first, place + i, i < count));
-    turned(values.second, single(l.second, place + i, i < count));
+    turned(values.first, load_one(l, first, span, i));
+    turned(values.second, load_one(l, second, span, i));
+    if (steps) turned(values.sample, load_one(l, sample, span, i));
   }
 }
 
@@ -165,15 +146,15 @@ __device__ void weigh(const GroupsLaunch& launch, int64_t sample, const Position
 
 // ---- The guided prediction ----
 
-__device__ void guide(const Lane& l, int place, int count, const PairWeights<double>& weights, const Values& values) {
-  float m[kVector];
+__device__ void guide(const GroupsLaunch& launch, const Lane& l, const Span& span, const PairWeights<double>& weights,
+                      const Values& values, const GroupRow& row) {
+  float x0[kVector] = {}, next[kVector];
   FASTGUIDE_UNROLL
   for (int i = 0; i < kVector; ++i) {
-    m[i] = float(guided_prediction(weights, double(values.first[i]), double(values.second[i])));
+    next[i] = float(guided_prediction(weights, double(values.first[i]), double(values.second[i])));
   }
-  if (l.aligned && count == kVector) return store_vector(m, l.guided, 0, place);
-  FASTGUIDE_ROLL
-  for (int i = 0; i < count; ++i) store_one(turned(m, 0.0f), l.guided, 0, place + i);
+  if (launch.steps) step_values(l, span, row, values.sample, x0, next);
+  write_values(launch, l, span, row, values.sample, x0, next);
 }
 
 // ---- The kernel ----
@@ -187,16 +168,45 @@ __device__ void pass_over(const GroupsLaunch& launch, const Lane& l, bool guides
   if (guides && l.active) weights = {of_group[shared.program[1]], of_group[shared.program[2]]};
   FASTGUIDE_ROLL
   for (int done = l.lane * kVector; l.active && done < size; done += step) {
-    const int count = size - done < kVector ? size - done : kVector;
+    const Span span = {done, size - done < kVector ? size - done : kVector};
     Values values = {};
-    load_values(l, done, count, values);
+    load_values(launch, l, span, guides && launch.steps, values);
     if (guides) {
-      guide(l, done, count, weights, values);
+      guide(launch, l, span, weights, values, shared.row);
     } else {
       add_products(values, sums);
     }
   }
   if (!guides) put_sums(launch, thread, sums, shared);
+}
+
+// The position is that of the sample, which is not finished. first: the block's first group.
+__device__ void run(const GroupsLaunch& launch, uint32_t sample, int64_t first, Position position, Shared& shared) {
+  const StepArguments& a = launch.a;
+  const bool inside = in_table(a, position);
+  if (!inside) position.index = 0;  // the step makes such a sample NaN
+  FASTGUIDE_ROLL
+  for (int pass = 0; pass < 2; ++pass) {
+    each_thread([&](int thread) {
+      if (pass == 0) {
+        copy_program(launch, sample, thread, shared.program);
+        copy_row(a, position, thread, shared.row);
+      }
+      pass_over(launch, lane_of(launch, sample, first, thread), pass == 1, thread, shared);
+    });
+    if (pass == 1) return;
+    each_thread([&](int thread) {
+      if (thread < launch.groups && first + thread < launch.groups_of_sample) {
+        weigh(launch, sample, position, first, thread, shared);
+      }
+      if (thread != kGroupThreads - 1) return;  // of another warp
+      list_tensors(a, inside, shared.row);
+      if (!launch.steps && first == 0) {
+        launch.weights[2 * sample] = 1.0f;
+        launch.weights[2 * sample + 1] = constant_scale<float>(a, sample, position.index);
+      }
+    });
+  }
 }
 
 __global__ void __launch_bounds__(kGroupThreads, kGroupBlocks)
@@ -208,25 +218,15 @@ __global__ void __launch_bounds__(kGroupThreads, kGroupBlocks)
   const StepArguments& a = launch.a;
   const uint32_t sample = quotient(blockIdx.x, launch.chunks);
   const int64_t first = int64_t(blockIdx.x - sample * launch.chunks.divisor) * launch.groups;
-  Position position = position_of(a, sample);
-  if (!is_live(a, position)) return;
-  if (!in_table(a, position)) position.index = 0;  // the step makes such a sample NaN
-  FASTGUIDE_ROLL
-  for (int pass = 0; pass < 2; ++pass) {
-    each_thread([&](int thread) {
-      if (pass == 0) copy_program(launch, sample, thread, shared.program);
-      pass_over(launch, lane_of(launch, sample, first, thread), pass == 1, thread, shared);
-    });
-    if (pass == 1) return;
-    each_thread([&](int thread) {
-      if (thread < launch.groups && first + thread < launch.groups_of_sample) {
-        weigh(launch, sample, position, first, thread, shared);
-      }
-      if (first != 0 || thread != 0) return;
-      launch.weights[2 * sample] = 1.0f;
-      launch.weights[2 * sample + 1] = constant_scale<float>(a, sample, position.index);
-    });
+  const Position position = position_of(a, sample);
+  if (launch.steps) {
+    const bool last = reads_last<Noise::none>(a, position, 0);
+    if (threadIdx.x == 0) shared.last = last;  // no register holds it till then
   }
+  if (is_live(a, position)) run(launch, sample, first, position, shared);
+  if (!launch.steps) return;
+  __syncthreads();  // of a finished sample, no other barrier is behind the first thread's write
+  advance_if<Noise::none>(threadIdx.x == 0 && shared.last, a);
 }
 
 }  // namespace

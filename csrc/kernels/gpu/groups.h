@@ -1,5 +1,5 @@
-// The parameters of the kernel that guides groups of elements, the memory that it needs, and what the step behind it
-// gets.
+// The parameters of the kernel that guides groups of elements and makes their step, or leaves it to a launch of its
+// own; the memory that it needs for that, and what the step behind it gets.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,6 @@ namespace fastguide {
 
 constexpr int kPairProducts = 3;  // of p_0 and p_1 - p_0: what norms and inner products are made of
 constexpr int kGroupThreads = 128;
-constexpr int kGroupBlocks = 5;  // the least number on a multiprocessor: at most 96 registers a thread
 // The most elements of a group. A block has the largest groups, and its threads share their elements out.
 constexpr int64_t kMostOfGroup = 16384;
 // A warp or less has a group of at most so many elements, so that several are in flight.
@@ -26,9 +25,15 @@ constexpr int kGroupValues = 1408;
 struct GroupsLaunch {
   StepArguments a;  // as if a group were a sample; its predictions are null: they are the next member
   Input predictions[2];
-  float* guided;  // the guided prediction, one sample behind the other
-  int64_t guided_stride;
-  float* weights;  // (batch, 2): the step's weight of the guided prediction, which is 1, and the gradient's scale
+  bool steps;      // whether the launch makes the step; otherwise it leaves the guided prediction
+  Output written;  // the next sample, or the guided prediction, one sample behind the other
+  // Without the step, (batch, 2): its weight of the guided prediction, which is 1, and the gradient's scale.
+  float* weights;
+  // Whether an element is at a multiple of 16 bytes in every tensor where its place, of samples that are `stride`
+  // apart, has none of these bits.
+  bool aligned;
+  int within_bits;
+  int64_t stride;
   int64_t groups_of_sample;
   int lane_bits;   // the binary logarithm of a group's threads
   int groups;      // of a block
@@ -58,6 +63,47 @@ FASTGUIDE_INLINE bool groups_fit(const StepArguments& a) {
   return terms_of(a) == 2 && !a.weighs_sample && a.elements_per_sample / a.groups <= kMostOfGroup;
 }
 
+// Whether a launch makes the step where it can.
+#if !defined(FASTGUIDE_STEP_GROUPS)  // the tests choose it
+#define FASTGUIDE_STEP_GROUPS true
+#endif
+
+// Whether one launch makes the step too. Thresholds have launches of their own in between; a gradient, a learned
+// variance, a mask and drawn noise are rare here, and so is noise in an x0 that is returned.
+FASTGUIDE_INLINE bool groups_step(const StepArguments& a) {
+  const bool others = a.gradient.data != nullptr || a.variance.data != nullptr || a.mask.data != nullptr;
+  const bool draws = a.noise_kind == Noise::torch_stream || a.noise_kind == Noise::portable;
+  const bool noisy_original = a.noise_kind == Noise::given && a.original.data != nullptr;
+  return FASTGUIDE_STEP_GROUPS && a.inverse_thresholds == nullptr && !others && !draws && !noisy_original;
+}
+
+// Calls f(tensor, copies) for each tensor that a launch reads or writes element by element, but absent ones.
+template <typename F>
+FASTGUIDE_INLINE void for_each_of_groups(const StepArguments& a, const GroupsLaunch& launch, const F& f) {
+  const auto call = [&](const auto& tensor, int copies) {
+    if (tensor.data != nullptr) f(tensor, copies);
+  };
+  for (const Input& prediction : launch.predictions) call(prediction, 1);
+  call(launch.written, 1);
+  if (!launch.steps) return;
+  for_each_input(a, [&](Argument, const Input& input) { call(input, 1); });
+  for_each_output(a, [&](Argument, const Output& output, int copies) { call(output, copies); });
+}
+
+FASTGUIDE_INLINE void set_alignment(const StepArguments& a, GroupsLaunch& launch) {
+  launch.within_bits = 0;
+  for_each_of_groups(a, launch,
+                     [&](const auto& tensor, int) { launch.within_bits |= 16 / element_bytes(tensor.element) - 1; });
+  launch.stride = launch.written.batch_stride;
+  launch.aligned = true;
+  for_each_of_groups(a, launch, [&](const auto& tensor, int copies) {
+    const int64_t between = copies > 1 ? a.batch * tensor.batch_stride : 0;  // one copy and the next
+    const int64_t apart = a.batch > 1 ? tensor.batch_stride - launch.stride : 0;
+    launch.aligned = launch.aligned && reinterpret_cast<uint64_t>(tensor.data) % 16 == 0 &&
+                     ((between | apart) & launch.within_bits) == 0;
+  });
+}
+
 FASTGUIDE_INLINE GroupsLaunch make_groups_launch(const StepArguments& a) {
   GroupsLaunch launch{};
   launch.a = a;
@@ -65,8 +111,9 @@ FASTGUIDE_INLINE GroupsLaunch make_groups_launch(const StepArguments& a) {
   launch.a.elements_per_sample = a.elements_per_sample / a.groups;
   launch.a.groups = 1;
   for (int k = 0; k < 2; ++k) launch.predictions[k] = a.predictions[k];
-  launch.guided = reinterpret_cast<float*>(a.scratch);
-  launch.guided_stride = a.elements_per_sample;
+  launch.steps = groups_step(a);
+  launch.written = launch.steps ? a.out : Output{a.scratch, a.elements_per_sample, Element::float32};
+  set_alignment(a, launch);
   launch.weights = weights_of_guided(a);
   launch.groups_of_sample = a.groups;
   launch.lane_bits = lane_bits_of(launch.a.elements_per_sample);

@@ -18,7 +18,8 @@ namespace cuda {
 // each other on a device: moments.cu.
 cudaError_t launch_moments(const MomentsLaunch& launch, cudaStream_t stream);
 int most_blocks_of_sample(int device);
-// Launches what makes the guided prediction of a step whose groups of elements have weights of their own: groups.cu.
+// Launches what makes the guided prediction of a step whose groups of elements have weights of their own, and the step
+// too where it has the code: groups.cu.
 cudaError_t launch_groups(const GroupsLaunch& launch, cudaStream_t stream);
 // Launches what finds the thresholds of a step whose weights are made: thresholds.cu.
 cudaError_t launch_thresholds(const StepArguments& a, cudaStream_t stream);
@@ -173,7 +174,7 @@ const char* launch_step(const StepArguments& arguments, int device, void* stream
     if (groups.blocks > kMaxTiles) return "more groups than one launch has blocks for";
     Input guided;
     error = launch_groups(groups, static_cast<cudaStream_t>(stream));
-    if (error != cudaSuccess) return text_of(error);
+    if (error != cudaSuccess || groups.steps) return text_of(error);
     return launch_step(with_guided_prediction(arguments, &guided), device, stream);
   }
   const cudaStream_t on = static_cast<cudaStream_t>(stream);

@@ -47,7 +47,7 @@ DTYPES = {
 def arguments_of(guidance, shape, dtype=torch.float32, place=lambda name, tensor: tensor, **changed):
     """The operator's arguments, each tensor where ``place`` puts it; groups are along the last dimension."""
     generator = torch.Generator().manual_seed(shape[1] * shape[-1])
-    x, first, other = torch.randn(3, *shape, generator=generator)
+    x, first, other = [torch.randn(shape, generator=generator) for _ in range(3)]  # each at a multiple of 16 bytes
     predictions = changed.pop("predictions", [first, first + 0.4 * other])
     program, parameters = guidance.weights_from.on(x.device)
     batch, elements = shape[0], shape[1] * shape[2]
@@ -98,7 +98,7 @@ def test_norms_are_the_formula_s():
     x, u, other = torch.randn(3, 2, 30, 64)
     c = 2 / 3 * u + 1e-3 * other  # u + 3 (c - u) = 0
     arguments = arguments_of(Normalized(3.0, dim=-1), x.shape, predictions=[u, c])
-    device_code.guided_step(*arguments)
+    device_code.guided_step(*arguments, step_groups=False)  # leaves the guided prediction
     m = u.double() + 3 * (c.double() - u.double())
     factor = c.double().norm(dim=-1) / m.norm(dim=-1)
     torch.testing.assert_close(arguments.made[:, 0].view(2, 30).double(), factor, rtol=1e-6, atol=0)
@@ -246,6 +246,11 @@ INTERPRETED = {  # few groups, of which not all blocks are full
 }
 
 
+def two_launches(arguments):
+    """That of the groups alone, and the step's; one that makes both is in test_groups_step.py."""
+    return device_code.record_all({**device_code.arguments_of(*arguments), "step_groups": False})
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize(("shape", "dtype"), zip(INTERPRETED.values(), 3 * [*DTYPES.values()], strict=False), ids=str)
 def test_the_kernel_interpreted(library, shape, dtype, aligned):
@@ -256,7 +261,7 @@ def test_the_kernel_interpreted(library, shape, dtype, aligned):
         views = [placed("shifted", row)[:, 1:-2].view(shape) for row in rows]
         arguments = arguments._replace(predictions=views)
     out, made = expected_of(arguments)
-    first, step = device_code.record_all(device_code.arguments_of(*arguments))
+    first, step = two_launches(arguments)
     assert first.kernel.startswith("groups_kernel")
     blocks = None if aligned else [[block] for block in reversed(range(first.blocks))]
     assert placed.launch(library, first, blocks) == []
@@ -277,7 +282,7 @@ def test_interpreted_bits_are_those_of_a_group_alone(library):
         alone = arguments_of(Normalized(4.0, dim=-1), shape, torch.bfloat16, place=placed, **cut)
         views = [placed("shifted", row)[:, offset : offset + 2000].view(shape) for row in rows]
         alone = alone._replace(predictions=views)
-        first, _ = device_code.record_all(device_code.arguments_of(*alone))
+        first, _ = two_launches(alone)
         assert placed.launch(library, first) == []
         guided = alone.scratch.view(torch.float32)[: alone.out.numel()].view(shape)
         found.append((alone.made.view(*shape[:2], 3)[-1].clone(), guided[-1].clone()))
@@ -293,7 +298,7 @@ def test_words_that_lead_nowhere_stay_within_the_kernel(library):
         words[0, 0] = count
         placed = Placed()
         arguments = arguments_of(GUIDANCES["limited"], (2, 17, 64), place=placed, program=words)
-        first, _ = device_code.record_all(device_code.arguments_of(*arguments))
+        (first,) = device_code.record_all(device_code.arguments_of(*arguments))
         found = placed.launch(library, first)
         assert [text for text in found if "initialised" not in text] == []
 
@@ -302,7 +307,7 @@ def test_the_interpreter_finds_what_is_missing(library):
     """The tests above have teeth: without its barriers, a block reads what is not there yet."""
     placed = Placed()
     arguments = arguments_of(GUIDANCES["limited"], (2, 17, 64), place=placed)
-    first, _ = device_code.record_all(device_code.arguments_of(*arguments))
+    first, _ = two_launches(arguments)
 
     def changed(text):
         assert len(re.findall(r"bar\.sync[^;]*;", text)) >= 2

@@ -204,12 +204,12 @@ def _noise_of(a: SimpleNamespace) -> dict:
     return plain
 
 
-def guided_step(*arguments: object, order: int = 1) -> int:
+def guided_step(*arguments: object, order: int = 1, **how: object) -> int:
     """Step CPU tensors with the operator's arguments; return the number of accesses of 16 bytes.
 
-    ``order`` is the seed of the order in which blocks and threads run.
+    ``order`` is the seed of the order in which blocks and threads run; ``how`` is as ``record_all`` takes it.
     """
-    plain = arguments_of(*arguments)
+    plain = {**arguments_of(*arguments), **how}
     return module().launch(plain, order, None) if plain["batch"] * plain["elements_per_sample"] else 0
 
 
@@ -232,7 +232,8 @@ def record(plain: dict) -> Recorded:
 def record_all(plain: dict) -> list[Recorded]:
     """Return all launches that a step makes: before its own, that of what makes its weights, unless one makes both.
 
-    ``plain`` may name a ``device`` of cuda_runtime.h, and ``most_parts`` of a sample for which one launch makes both.
+    ``plain`` may name a ``device`` of cuda_runtime.h, ``most_parts`` of a sample for which one launch makes both, and
+    whether one does of groups: ``step_groups``.
     """
     return [as_recorded(launch) for launch in module().record(plain)]
 

@@ -21,9 +21,11 @@
 static void check_access(const void* address);
 static int64_t few_tiles;   // see make_launch.h
 static int64_t most_parts;  // see joined.h
+static bool step_groups;    // see groups.h
 #define FASTGUIDE_CHECK_ALIGNED(address) check_access(address)
 #define FASTGUIDE_FEW_TILES few_tiles
 #define FASTGUIDE_MOST_PARTS most_parts
+#define FASTGUIDE_STEP_GROUPS step_groups
 #define FASTGUIDE_HAS_FMA  // fmaf is exact, if slow: the results are those of a GPU
 #include "kernels/gpu/backward.cu"
 #include "kernels/gpu/groups.cu"
@@ -147,6 +149,7 @@ static Arguments arguments_of(const py::dict& d) {
   a.channels = number<int64_t>(d, "channels", 1);
   few_tiles = number<int64_t>(d, "few_tiles", 1024);
   most_parts = number<int64_t>(d, "most_parts", kMostBlocks);
+  step_groups = number<bool>(d, "step_groups", true);
   a.noise_kind = a.noise.data != nullptr       ? Noise::given
                  : a.seeds != nullptr          ? Noise::portable
                  : a.torch_stream.threads != 0 ? Noise::torch_stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import json
 import sys
 import tempfile
@@ -16,9 +17,10 @@ import torch
 from benchmarks.coverage.sources import pipeline_classes
 from benchmarks.report.machine import machine
 
-from .findings import examined, summary
+from .findings import examined
 from .hub import write_hub
 from .runs import Setting, run
+from .summaries import brief, summary
 
 _IN_ORDER_OF_USE = """
     stable_diffusion stable_diffusion_2 stable_diffusion_xl stable_diffusion_3 flux flux2 wan qwenimage ltx ltx2 sana
@@ -36,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, by default those of the process.
 
     Returns:
-        The exit status: 1 if a test fails accelerated alone, or an output or error differs; 2 for an option that
-        cannot be used.
+        The exit status: 1 if a test fails accelerated alone, or outputs, errors or counts of steps differ; 2 for an
+        option that cannot be used.
     """
     options = _parser().parse_args(arguments)
     tests = options.diffusers / "tests" / "pipelines"
@@ -54,8 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = Setting(options.diffusers.resolve(), Path(hub), options.k, options.limit)
         report = _report(setting, wanted, options)
     print(json.dumps({name: value for name, value in report["summary"].items() if name != "not called"}, indent=1))
+    if options.brief is not None:
+        options.brief.write_text(json.dumps(brief(report), indent=1) + "\n")
     found = report["summary"]
-    return int(bool(found["tests"].get("broken") or found["calls that differ"] or found["errors that differ"]))
+    differ = (found[f"{what} that differ"] for what in ("calls", "errors", "counts"))
+    return int(bool(found["tests"].get("broken") or any(differ)))
 
 
 def _report(setting: Setting, wanted: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +68,8 @@ def _report(setting: Setting, wanted: Sequence[str], options: argparse.Namespace
     kept = json.loads(options.json.read_text()) if options.json.exists() else {}
     folders: dict[str, Any] = kept.get("folders", {})
     made = [cls.__name__ for cls in pipeline_classes()]
-    report = {"machine": machine(torch.device("cpu")), "expression": setting.expression, "folders": folders}
+    report: dict[str, Any] = {"machine": machine(torch.device("cpu")) | _versions()}
+    report |= {"expression": setting.expression, "folders": folders}
     missing = [name for name in wanted if name not in folders or options.again]
     for start in range(0, len(missing), options.together):
         group = [f"tests/pipelines/{name}" for name in missing[start : start + options.together]]
@@ -74,6 +80,11 @@ def _report(setting: Setting, wanted: Sequence[str], options: argparse.Namespace
         print(f"{', '.join(group)}: {summary(found, made)['tests']}", file=sys.stderr, flush=True)
     report["summary"] = summary(folders, made)
     return report
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what makes and changes the models of the tests."""
+    return {package: importlib.metadata.version(package) for package in ("transformers", "peft")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", type=Path, default=Path("pipeline-tests.json"), metavar="FILE", help="the report, which goes on there"
     )
+    parser.add_argument("--brief", type=Path, metavar="FILE", help="write each folder's numbers, without its tests")
     return parser
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import random
 import weakref
 from collections import Counter
@@ -19,6 +18,7 @@ import torch
 from fastguide.diffusers import accelerate, restore
 
 from .compare import copied, difference, varies
+from .plain_steps import MODELS, StepCounter, rounding, steps_wrapped
 
 Record = dict[str, Any]
 _LARGE = 1e-5
@@ -75,7 +75,8 @@ class Calls:
         kept = _Kept(arguments, keywords)
         if self._compares:
             self._fill(pipe)
-            plain, error = kept.plain(pipe, call)
+            plain, error, steps = kept.plain(pipe, call)
+            record["plain_steps"] = {"made": steps.made, "guided": steps.guided}
         done = accelerate(pipe)
         before = Counter(done.counts)
         output, found = None, None
@@ -93,7 +94,7 @@ class Calls:
                 record |= {"difference": difference(plain, output), "varies": varies(output)}
                 if record["difference"] > _LARGE:
                     restore(pipe)
-                    rounded, error = kept.plain(pipe, call, rounds=True)
+                    rounded, error = kept.rounded(pipe, call)
                     record["rounding"] = difference(plain, rounded) if error is None else 0.0
                     accelerate(pipe)
             self._record(record)
@@ -132,15 +133,26 @@ class _Kept:
         self._arguments, self._keywords = copied(arguments), copied(keywords)
         self._states = torch.get_rng_state(), np.random.get_state(), random.getstate()
 
-    def plain(self, pipe: Any, call: Callable[..., Any], rounds: bool = False) -> tuple[Any, Exception | None]:
+    def plain(self, pipe: Any, call: Callable[..., Any]) -> tuple[Any, Exception | None, StepCounter]:
         """Call the pipeline with copies of its schedulers, and leave all random numbers for the next call.
 
-        ``rounds``: change each sample that a scheduler gets by as much as rounding does, to see what becomes of it.
+        Returns:
+            The output, the error, and the steps that were made.
         """
+        counter = StepCounter()
+        with _copied_schedulers(pipe) as schedulers, counter.watching(schedulers, _models(pipe)):
+            output, error = self._called(call)
+        return output, error, counter
+
+    def rounded(self, pipe: Any, call: Callable[..., Any]) -> tuple[Any, Exception | None]:
+        """Call it likewise, with each sample that a scheduler gets changed by as much as rounding does."""
+        with _copied_schedulers(pipe) as schedulers, steps_wrapped(schedulers, rounding):
+            return self._called(call)
+
+    def _called(self, call: Callable[..., Any]) -> tuple[Any, Exception | None]:
         self._set_states()
         try:
-            with _copied_schedulers(pipe, rounds):
-                return call(*copied(self._arguments), **copied(self._keywords)), None
+            return call(*copied(self._arguments), **copied(self._keywords)), None
         except Exception as error:
             return None, error
         finally:
@@ -153,33 +165,28 @@ class _Kept:
 
 
 @contextlib.contextmanager
-def _copied_schedulers(pipe: Any, rounds: bool) -> Iterator[None]:
-    parts = [pipe, *(each for each in vars(pipe).values() if isinstance(each, diffusers.DiffusionPipeline))]
+def _copied_schedulers(pipe: Any) -> Iterator[list[Any]]:
+    """Put copies in the places of a pipeline's schedulers, and yield them."""
+    parts = _pipelines(pipe)
     places = [(part, name, each) for part in parts for name, each in vars(part).items() if _is_scheduler(each)]
     try:
         for part, name, scheduler in places:
             setattr(part, name, copy.deepcopy(scheduler))
-            if rounds:
-                getattr(part, name).step = _rounding(getattr(part, name).step)
-        yield
+        yield [getattr(part, name) for part, name, _ in places]
     finally:
         for part, name, scheduler in places:
             setattr(part, name, scheduler)
 
 
-def _rounding(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a scheduler's step that rounds its sample anew."""
-    signature, generator = inspect.signature(step), torch.Generator().manual_seed(0)
+def _pipelines(pipe: Any) -> list[Any]:
+    """Return a pipeline and those within it."""
+    return [pipe, *(each for each in vars(pipe).values() if isinstance(each, diffusers.DiffusionPipeline))]
 
-    @functools.wraps(step)
-    def rounded(*arguments: Any, **keywords: Any) -> Any:
-        given = signature.bind(*arguments, **keywords)
-        sample = given.arguments["sample"]
-        apart = torch.randn(sample.shape, generator=generator) * torch.finfo(sample.dtype).eps / 2
-        given.arguments["sample"] = (sample * (1 + apart)).to(sample.dtype)
-        return step(*given.args, **given.kwargs)
 
-    return rounded
+def _models(pipe: Any) -> list[torch.nn.Module]:
+    """Return the models that predict, of a pipeline and of those within it, each once."""
+    models = (getattr(part, name, None) for part in _pipelines(pipe) for name in MODELS)
+    return list({id(model): model for model in models if isinstance(model, torch.nn.Module)}.values())
 
 
 def _is_scheduler(each: Any) -> bool:

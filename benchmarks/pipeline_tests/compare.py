@@ -15,11 +15,14 @@ _LEVELS = 255
 
 
 def copied(value: Any) -> Any:
-    """Return a value with its own tensors, arrays and generators, those within lists and dictionaries too."""
+    """Return a value with its own tensors, arrays and generators, those within lists and dictionaries too.
+
+    torch's default generator stays itself: a model in training draws from it as well, for its dropout.
+    """
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
-        return value.clone_state()
+        return value if value is torch.default_generator else value.clone_state()
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, Image.Image):

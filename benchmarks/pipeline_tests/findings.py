@@ -77,7 +77,7 @@ def by_pipeline(records: Iterable[Record]) -> dict[str, Any]:
         row = found.setdefault(
             record["pipeline"],
             {"calls": 0, "compared": 0, "steps": Counter(), "computed": Counter(), "tried": [], "left_alone": {}}
-            | {"largest": 0.0, "differ": [], "errors_differ": []},
+            | {"guided_plain": 0, "largest": 0.0, "differ": [], "errors_differ": [], "counts_differ": []},
         )
         row["calls"] += 1
         row["steps"].update(record["counts"])
@@ -85,6 +85,7 @@ def by_pipeline(records: Iterable[Record]) -> dict[str, Any]:
         row["tried"] = sorted({*row["tried"], *record["tried"]})
         row["left_alone"].update(record["left_alone"])
         _compare(row, record)
+        _compare_counts(row, record)
     return dict(sorted(found.items()))
 
 
@@ -104,35 +105,16 @@ def _compare(row: dict[str, Any], record: Record) -> None:
         row["largest"] = max(row["largest"], apart)
 
 
-def summary(folders: Mapping[str, Any], made: Iterable[str]) -> dict[str, Any]:
-    """Add up the findings of all folders.
+def _compare_counts(row: dict[str, Any], record: Record) -> None:
+    """Add a call whose ``Acceleration.counts`` are not the steps, or the guidance, of the plain call.
 
-    Args:
-        folders: what ``examined`` returned for each.
-        made: the names of all pipeline classes of diffusers.
+    Guidance may be fused in fewer steps than had it, if ``Acceleration.computed`` names what the pipeline computed.
     """
-    verdicts = [test for folder in folders.values() for test in folder["tests"].values()]
-    rows = [(name, row) for folder in folders.values() for name, row in folder["pipelines"].items()]
-    steps: Counter[str] = Counter()
-    for _, row in rows:
-        steps.update(row["steps"])
-    covered = {name for name, _ in rows} & set(made)
-    return {
-        "pipelines": len(set(made)),
-        "called": len(covered),
-        "compared": len({name for name, row in rows if row["compared"]} & covered),
-        "with steps fused": len({name for name, row in rows if _fused(row, "fused")} & covered),
-        "with guidance fused": len({name for name, row in rows if _fused(row, "fused with guidance")} & covered),
-        "not called": sorted(set(made) - covered),
-        "tests": dict(Counter(verdict["outcome"] for verdict in verdicts)),
-        "tests passed plain": sum(verdict["plain"] == "passed" for verdict in verdicts),
-        "calls": sum(row["calls"] for _, row in rows),
-        "calls compared": sum(row["compared"] for _, row in rows),
-        "calls that differ": sum(len(row["differ"]) for _, row in rows),
-        "errors that differ": sum(len(row["errors_differ"]) for _, row in rows),
-        "steps": dict(steps.most_common()),
-    }
-
-
-def _fused(row: Mapping[str, Any], kind: str) -> bool:
-    return any(what.startswith(kind) for what in row["steps"])
+    steps, counts = record.get("plain_steps"), record["counts"]
+    if steps is None or "errors" in record or record["left_alone"]:
+        return
+    row["guided_plain"] += steps["guided"]
+    fused = counts.get("fused with guidance", 0)
+    fewer = fused < steps["guided"] and not record["computed"]
+    if sum(counts.values()) != steps["made"] or fused > steps["guided"] or fewer:
+        row["counts_differ"].append({"test": record["test"], "plain": steps, "accelerated": counts})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import textwrap
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from tests.support.scheduler_pair import diffusers
 compare = pytest.importorskip("benchmarks.pipeline_tests.compare")
 calls = pytest.importorskip("benchmarks.pipeline_tests.calls")
 findings = pytest.importorskip("benchmarks.pipeline_tests.findings")
+plain_steps = pytest.importorskip("benchmarks.pipeline_tests.plain_steps")
 runs = pytest.importorskip("benchmarks.pipeline_tests.runs")
+summaries = pytest.importorskip("benchmarks.pipeline_tests.summaries")
 
 SMALL_UNET = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
 KINDS = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
@@ -53,6 +57,11 @@ def test_a_copied_generator_draws_the_same_and_leaves_the_original():
     assert arguments["latents"].sum() == 2
 
 
+def test_the_default_generator_is_not_copied():
+    generator = torch.manual_seed(3)
+    assert compare.copied([generator])[0] is generator
+
+
 def watched(kind, **given):
     """Return a small pipeline of a subclass whose calls are watched, and their records."""
     records = []
@@ -69,6 +78,7 @@ def test_a_call_is_made_plain_and_accelerated_from_the_same_state():
     for _ in range(2):
         output = pipe(num_inference_steps=3, output_type="np", eta=1.0).images
     assert [record["counts"] for record in records] == [{"fused without guidance": 3}] * 2
+    assert [record["plain_steps"] for record in records] == [{"made": 3, "guided": 0}] * 2
     assert all(record["difference"] < 1e-5 and record["varies"] for record in records)
     assert output.shape == (1, 8, 8, 3)
 
@@ -88,6 +98,62 @@ def test_a_wrong_step_is_seen(monkeypatch):
     assert records[0]["difference"] > findings.TOLERANCE[32]
     assert 0 < records[0]["rounding"] < 1e-5
     assert findings.by_pipeline([{"test": "a", **records[0]}])["DDIMPipeline"]["differ"][0]["test"] == "a"
+
+
+class Predicts(torch.nn.Module):
+    def forward(self, sample):
+        return (sample * 0.5,)
+
+
+def test_steps_of_a_copied_scheduler_and_predictions_of_several_calls_are_counted():
+    scheduler, model, sample = diffusers.FlowMatchEulerDiscreteScheduler(), Predicts(), torch.randn(2, 3)
+    step, counter = type(scheduler).step, plain_steps.StepCounter()
+    with counter.watching([scheduler], [model]):
+        scheduler.set_timesteps(4)
+        own = copy.deepcopy(scheduler)  # as pipelines of pictures and sound do
+        for number, timestep in enumerate(scheduler.timesteps):
+            outputs = [model(sample)[0] for _ in range(1 if number == 0 else 2)]
+            own.step(outputs[-1], timestep, sample)
+            scheduler.step(outputs[0], timestep, sample)
+    assert (counter.made, counter.guided) == (8, 6)
+    assert own.step_index == scheduler.step_index == 4
+    assert type(scheduler).step is step
+    model(sample)
+    assert not model._forward_hooks
+
+
+def test_a_copied_scheduler_rounds_its_own_samples():
+    scheduler, samples = diffusers.FlowMatchEulerDiscreteScheduler(), []
+    with plain_steps.steps_wrapped([scheduler], plain_steps.rounding):
+        scheduler.set_timesteps(2)
+        own, output, sample = copy.deepcopy(scheduler), torch.randn(1, 64), torch.randn(1, 64)
+        for each in (scheduler, own):
+            samples.append(each.step(output, each.timesteps[0], sample).prev_sample)
+    scheduler._step_index = None
+    exact = scheduler.step(output, scheduler.timesteps[0], sample).prev_sample
+    for found in samples:
+        assert 0 < (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def counted(made, guided, counts, computed=()):
+    record = {"test": "a", "pipeline": "P", "bits": 32, "tried": [], "left_alone": {}}
+    record |= {"counts": counts, "computed": dict.fromkeys(computed, 1)}
+    return record | {"plain_steps": {"made": made, "guided": guided}}
+
+
+@pytest.mark.parametrize(
+    ("record", "differs"),
+    [
+        (counted(3, 2, {"fused with guidance": 2, "fused without guidance": 1}), False),
+        (counted(3, 2, {"fused with guidance": 2}), True),
+        (counted(2, 1, {"fused with guidance": 2}), True),
+        (counted(2, 2, {"fused without guidance": 2}), True),
+        (counted(2, 2, {"fused without guidance": 2}, ["norm"]), False),
+        (counted(2, 2, {"fused with guidance": 1}) | {"errors": ["a", "a"]}, False),
+    ],
+)
+def test_counts_are_the_steps_and_the_guidance_of_the_plain_call(record, differs):
+    assert bool(findings.by_pipeline([record])["P"]["counts_differ"]) == differs
 
 
 def test_errors_of_both_calls_are_compared():
@@ -124,7 +190,24 @@ def test_verdicts_of_tests_that_fail_compared():
     }
     assert verdicts["a"] == {"a/passes": "passed", "a/watched": "passed"}
     assert verdicts["b"] == {"b/alone": "broken", "b/numbers": "fails plain too"}
-    assert findings.summary(found, ["APipeline"])["tests"] == {"passed": 2, "broken": 1, "fails plain too": 1}
+    assert summaries.summary(found, ["APipeline"])["tests"] == {"passed": 2, "broken": 1, "fails plain too": 1}
+
+
+def test_a_brief_report_has_numbers_alone():
+    plain = {"outcome": "fails plain too", "message": "huggingface_hub.errors.NoFile: not in /home/name/hub"}
+    tests = {"a": {"outcome": "passed", "plain": "not run"}, "b": plain | {"plain": "failed"}}
+    pipelines = findings.by_pipeline([counted(2, 1, {"fused with guidance": 2})])
+    report = {"machine": {"date": "today", "processor": "fast"}, "expression": "inference"}
+    report["folders"] = {"some": {"tests": tests, "pipelines": pipelines, "wrong": ["stopped after 9 s"]}}
+    report["summary"] = summaries.summary(report["folders"], ["P"])
+    found = summaries.brief(report)
+    assert found["machine"] == {"date": "today"}
+    assert found["summary"]["counts that differ"] == 1
+    assert found["folders"]["some"] == {
+        **{"passed": 1, "fails plain too": 1, "calls": 1, "compared": 0, "differ": 0, "errors_differ": 0},
+        **{"counts_differ": 1, "plain failures": {"NoFile": 1}, "stopped": 1},
+    }
+    assert "name" not in json.dumps(found)
 
 
 def test_tests_run_in_a_process_of_their_own(tmp_path):

@@ -25,7 +25,8 @@ class StepCounter:
     """Counts the steps of schedulers, and those whose predictions are more than their samples.
 
     It knows nothing of how fastguide traces: a step has guidance if the models have predicted for a larger batch than
-    the sample's, in one call or in several, since the step before.
+    the sample's, in one call or in several, since the step before; but none if its model output is zero, as a pipeline
+    gives it that wants a scheduler to go on and no sample.
     """
 
     def __init__(self) -> None:
@@ -59,9 +60,9 @@ class StepCounter:
 
         @functools.wraps(step)
         def counted(*arguments: Any, **keywords: Any) -> Any:
-            sample = signature.bind(*arguments, **keywords).arguments["sample"]
+            given = signature.bind(*arguments, **keywords).arguments
             self.made += 1
-            self.guided += self._predicted > len(sample)
+            self.guided += self._predicted > len(given["sample"]) and bool(given["model_output"].any())
             self._is_over = True
             return step(*arguments, **keywords)
 

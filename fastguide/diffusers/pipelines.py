@@ -39,8 +39,8 @@ class Acceleration:
     ``"fused without guidance"`` (the pipeline had none, or computed it by itself), and ``"left to diffusers: "`` with
     the reason. Not counted: compiled steps."""
     computed: Counter[str] = field(default_factory=Counter)
-    """Operations that are not traced, for which guidance was computed before the step since, such as ``"norm over dim
-    -1"``; one a run, as the rest of the run is not traced then."""
+    """Operations that are not traced, for which guidance, or what else the pipeline makes of predictions, was computed
+    before the step since, such as ``"norm over dim -1"``; one a run, as the rest of the run is not traced then."""
 
 
 @dataclass

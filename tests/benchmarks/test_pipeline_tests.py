@@ -112,7 +112,7 @@ def test_steps_of_a_copied_scheduler_and_predictions_of_several_calls_are_counte
         scheduler.set_timesteps(4)
         own = copy.deepcopy(scheduler)  # as pipelines of pictures and sound do
         for number, timestep in enumerate(scheduler.timesteps):
-            outputs = [model(sample)[0] for _ in range(1 if number == 0 else 2)]
+            outputs = [model(sample)[0] for _ in range(1 if number == 1 else 2)]
             own.step(outputs[-1] if number < 3 else torch.zeros_like(sample), timestep, sample)
             scheduler.step(outputs[0], timestep, sample)
     assert (counter.made, counter.guided) == (8, 5)

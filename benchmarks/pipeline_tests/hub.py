@@ -83,6 +83,7 @@ def _llama_like(kind: str, *special: str) -> Any:
 def _gemma() -> Any:
     special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
     tokenizer = _llama_like("GemmaTokenizer", *special)
+    tokenizer.add_bos_token = True  # as the published ones: an empty text has no mean over its tokens
     tokenizer.chat_template = (
         "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"

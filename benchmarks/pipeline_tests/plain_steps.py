@@ -69,9 +69,9 @@ class StepCounter:
         return counted
 
 
-def rounding(step: Callable[..., Any]) -> Callable[..., Any]:
+def rounding(seed: int, step: Callable[..., Any]) -> Callable[..., Any]:
     """Return a scheduler's step that changes each sample by as much as rounding does, to see what becomes of it."""
-    signature, generator = inspect.signature(step), torch.Generator().manual_seed(0)
+    signature, generator = inspect.signature(step), torch.Generator().manual_seed(seed)
 
     @functools.wraps(step)
     def rounded(*arguments: Any, **keywords: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import textwrap
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_steps_of_a_copied_scheduler_and_predictions_of_several_calls_are_counte
 
 def test_a_copied_scheduler_rounds_its_own_samples():
     scheduler, samples = diffusers.FlowMatchEulerDiscreteScheduler(), []
-    with plain_steps.steps_wrapped([scheduler], plain_steps.rounding):
+    with plain_steps.steps_wrapped([scheduler], functools.partial(plain_steps.rounding, 0)):
         scheduler.set_timesteps(2)
         own, output, sample = copy.deepcopy(scheduler), torch.randn(1, 64), torch.randn(1, 64)
         for each in (scheduler, own):

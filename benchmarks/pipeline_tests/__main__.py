@@ -20,7 +20,7 @@ from benchmarks.report.machine import machine
 from .findings import examined
 from .hub import write_hub
 from .runs import Setting, run
-from .summaries import brief, summary
+from .summaries import brief, reached, summary
 
 _IN_ORDER_OF_USE = """
     stable_diffusion stable_diffusion_2 stable_diffusion_xl stable_diffusion_3 flux flux2 wan qwenimage ltx ltx2 sana
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(setting: Setting, wanted: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """Run what the file has not yet, and write it after each process."""
     kept = json.loads(options.json.read_text()) if options.json.exists() else {}
-    folders: dict[str, Any] = kept.get("folders", {})
+    folders = reached(kept.get("folders", {}))
     made = [cls.__name__ for cls in pipeline_classes()]
     report: dict[str, Any] = {"machine": machine(torch.device("cpu")) | _versions()}
     report |= {"expression": setting.expression, "folders": folders}

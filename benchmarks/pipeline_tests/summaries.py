@@ -41,6 +41,11 @@ def summary(folders: Mapping[str, Any], made: Iterable[str]) -> dict[str, Any]:
     }
 
 
+def reached(folders: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the folders of a report but those that a process was to run and did not come to."""
+    return {name: folder for name, folder in folders.items() if folder["tests"] or not folder["wrong"]}
+
+
 def brief(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return a report without its tests and pipelines: the versions, the summary, and each folder's numbers.
 

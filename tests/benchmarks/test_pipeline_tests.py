@@ -211,6 +211,12 @@ def test_a_brief_report_has_numbers_alone():
     assert "name" not in json.dumps(found)
 
 
+def test_folders_that_a_stopped_process_did_not_come_to_run_again():
+    folders = {"whole": {"tests": {"a": {}}, "wrong": []}, "partly": {"tests": {"a": {}}, "wrong": ["stopped"]}}
+    folders |= {"none chosen": {"tests": {}, "wrong": []}, "not begun": {"tests": {}, "wrong": ["stopped"]}}
+    assert list(summaries.reached(folders)) == ["whole", "partly", "none chosen"]
+
+
 def test_tests_run_in_a_process_of_their_own(tmp_path):
     folder = tmp_path / "tests" / "pipelines"
     folder.mkdir(parents=True)

@@ -112,8 +112,9 @@ def recorded_step(
     _check_that_it_records(a, out)
     increment = 0
     if generator is not None:
-        in_kernel = chosen.torch_stream and a.variance is None  # whose gradient reads the noise
-        a, increment = draw(a, generator, in_kernel, out_is_new=False)
+        reads_noise = a.variance is not None and a.variance.requires_grad  # as the variance's gradient does
+        in_kernel = chosen.torch_stream and a.variance is None
+        a, increment = draw(a, generator, in_kernel, out_is_new=True, keeps_noise=reads_noise)
     made_by = None if guidance is None or a.program is not None else guidance.weights_from
     if isinstance(made_by, MomentWeights):
         make = weighed if made_by.dims is None else weighed_by_groups
@@ -127,7 +128,8 @@ def recorded_step(
         a = a._replace(original=empty_like(a.sample, original.dtype))
     writes = not isinstance(index, int) or bool(table.rows[index, _SLOT] >= 0)
     plan = _Plan(chosen, a, table.clips, writes, None if a.program is None else guidance)
-    inputs = [getattr(a, name) for name in _INPUTS]
+    drawn = () if generator is None else ("noise",)  # no input: it may lie in `out`, which would be returned as one
+    inputs = [None if name in drawn else getattr(a, name) for name in _INPUTS]
     new: Tensor
     new, found, entries = _Step.apply(plan, a.original, *inputs, *a.predictions)  # type: ignore[no-untyped-call]
     if original is not None and original is not a.original:

@@ -30,7 +30,11 @@ def draw_noise(generator: torch.Generator, sample: Tensor, into: Tensor | None) 
 
 
 def draw(
-    arguments: StepArguments, generator: torch.Generator | DeviceGenerator, torch_stream: bool, out_is_new: bool
+    arguments: StepArguments,
+    generator: torch.Generator | DeviceGenerator,
+    torch_stream: bool,
+    out_is_new: bool,
+    keeps_noise: bool = False,
 ) -> tuple[StepArguments, int]:
     """Give a step its noise: drawn here by torch, or by the kernel.
 
@@ -39,6 +43,7 @@ def draw(
         generator: what draws.
         torch_stream: whether the backend's kernel can draw what torch would.
         out_is_new: whether ``out`` is the step's own, so that noise can be drawn into it.
+        keeps_noise: whether the noise is read again after the step, so that it is drawn into memory of its own.
 
     Returns:
         The arguments with ``noise`` or ``philox``; and how far to move the generator's offset after the step.
@@ -52,5 +57,5 @@ def draw(
         philox = torch.tensor((signed_word(generator.initial_seed()), generator.get_offset()), device="cpu")
         return arguments._replace(philox=philox, philox_threads=grid.threads), grid.increment
     out = arguments.out
-    free = out_is_new or not any(overlaps(out, tensor) for tensor in inputs(arguments))
+    free = not keeps_noise and (out_is_new or not any(overlaps(out, tensor) for tensor in inputs(arguments)))
     return arguments._replace(noise=draw_noise(generator, sample, out if free else None)), 0

@@ -111,6 +111,23 @@ def test_a_variance_whose_noise_is_drawn_from_seeds(backend):
 
 
 @pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small"])
+def test_noise_that_a_generator_draws_is_as_if_it_were_given(variance_type, backend, generator):
+    """Also to a variance, whose gradient reads it later; and the next sample may be changed in place."""
+    table = fastguide.ddpm(SCHEDULE, 6, variance_type=variance_type)
+    x, p, v, weigh = torch.randn(4, 2, 3, 5, 4, generator=generator)
+    leaves = [t.requires_grad_() for t in ((x, p, v) if variance_type == "learned_range" else (x, p))]
+    variance = leaves[2] if len(leaves) > 2 else None
+    drawing, giving = (torch.Generator().manual_seed(3) for _ in range(2))
+    z = torch.randn(x.shape, generator=giving)
+    drawn = fastguide.guided_step(table, 2, x, p, variance=variance, generator=drawing, backend=backend)
+    given = fastguide.guided_step(table, 2, x, p, variance=variance, noise=z, backend=backend)
+    found = [torch.autograd.grad(y.mul_(2.0), leaves, weigh) for y in (drawn, given)]
+    assert all(map(torch.equal, *found))
+    assert torch.equal(drawn, given)
+
+
+@pytest.mark.parametrize("backend", BOTH)
 def test_several_predictions_in_one_tensor_at_rows_of_their_own(backend):
     table = fastguide.ddim(SCHEDULE, 6, clip_sample_range=1.0)
     index = torch.tensor([1, 4])

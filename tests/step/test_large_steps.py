@@ -75,3 +75,17 @@ def test_thresholds_are_those_of_small_steps(generator):
     table: StepTable = TABLE.with_dynamic_thresholding(0.9, 2.0)
     expected = one_by_one(x, predictions, PLAIN, table)
     assert torch.equal(guided_step(table, 3, x, predictions, PLAIN), expected)
+
+
+@pytest.mark.parametrize("predicted", [torch.float32, torch.bfloat16], ids=str)
+def test_log_probabilities_are_those_of_small_steps(predicted, generator):
+    """Whose means are made in memory that is read again at once, which nothing is written past the caches to."""
+    table = fastguide.ddim(fastguide.NoiseSchedule.linear(), 10, eta=1.0)
+    x, (p, z) = inputs(generator)
+    p = p.to(predicted)
+    samples = [slice(k, k + 1) for k in range(BATCH)]
+    made = [guided_step(table, 3, x[k], [p[k]], noise=z[k], return_log_prob=True) for k in samples]
+    y, value = guided_step(table, 3, x, [p], noise=z, return_log_prob=True)
+    assert torch.equal(y, torch.cat([each for each, _ in made]))
+    assert torch.equal(value, torch.cat([each for _, each in made]))
+    assert torch.equal(fastguide.log_prob_of(table, 3, x, [p], None, y), value)

@@ -23,10 +23,11 @@ constexpr bool kHasStreams = false;
 // The least bytes of an output that is written past the caches. A smaller one might be in them when it is read next.
 constexpr int64_t kStreamed = int64_t{1} << 24;
 
-// Whether a step writes its output past the caches. Where it is one of the inputs, its lines are there already.
+// Whether a step writes its output past the caches. Where it is one of the inputs, its lines are there already. Samples
+// that lie upon each other are no tensor's, but in memory of a thread's own, which it reads again at once.
 FASTGUIDE_INLINE bool streams_out(const StepArguments& a) {
   if (!kHasStreams || a.batch * a.elements_per_sample * element_bytes(a.out.element) < kStreamed) return false;
-  bool apart = true;
+  bool apart = a.out.batch_stride >= a.elements_per_sample;
   for_each_input(a, a.predictions, [&](Argument, const Input& input) { apart = apart && input.data != a.out.data; });
   return apart;
 }

@@ -110,11 +110,6 @@ def recorded_step(
         a: the operator's arguments, without noise that is still to be drawn.
     """
     _check_that_it_records(a, out)
-    increment = 0
-    if generator is not None:
-        reads_noise = a.variance is not None and a.variance.requires_grad  # as the variance's gradient does
-        in_kernel = chosen.torch_stream and a.variance is None
-        a, increment = draw(a, generator, in_kernel, out_is_new=True, keeps_noise=reads_noise)
     made_by = None if guidance is None or a.program is not None else guidance.weights_from
     if isinstance(made_by, MomentWeights):
         make = weighed if made_by.dims is None else weighed_by_groups
@@ -128,8 +123,14 @@ def recorded_step(
         a = a._replace(original=empty_like(a.sample, original.dtype))
     writes = not isinstance(index, int) or bool(table.rows[index, _SLOT] >= 0)
     plan = _Plan(chosen, a, table.clips, writes, None if a.program is None else guidance)
-    drawn = () if generator is None else ("noise",)  # no input: it may lie in `out`, which would be returned as one
-    inputs = [None if name in drawn else getattr(a, name) for name in _INPUTS]
+    inputs = [getattr(a, name) for name in _INPUTS]  # no noise that is drawn: it may lie in `out`, which is returned
+    needs = {n: isinstance(t, Tensor) and t.requires_grad for n, t in zip(_INPUTS, inputs, strict=True)}
+    _check_that_it_stays(plan.kept(a, needs), a.original)
+    increment = 0
+    if generator is not None:
+        in_kernel = chosen.torch_stream and a.variance is None  # whose gradient reads the noise
+        a, increment = draw(a, generator, in_kernel, out_is_new=True, keeps_noise=needs["variance"])
+        plan.arguments = a
     new: Tensor
     new, found, entries = _Step.apply(plan, a.original, *inputs, *a.predictions)  # type: ignore[no-untyped-call]
     if original is not None and original is not a.original:
@@ -176,10 +177,29 @@ class _Plan:
         """Return a tensor in the layout that all have, for the batch once or several times."""
         return empty_strided((copies * self.batch, *self.shape[1:]), self.strides, dtype, self.device)
 
-    def place_for_clipped(self, sample: Tensor) -> Tensor | None:
-        """Return where a step writes its clips; ``None``: it has none, or its backend keeps inputs instead."""
-        keeps_bits = self.clips and self.chosen.clipped is not None and self.device.type == "cpu"
-        return empty_clipped(sample) if keeps_bits else None
+    def keeps_bits(self, a: StepArguments, needs: dict[str, bool]) -> bool:
+        """Tell whether the step writes where it clips; or it clips nothing, or keeps inputs instead."""
+        weighs = needs["weights"] or a.program is not None
+        return self.clips and not weighs and self.chosen.clipped is not None and self.device.type == "cpu"
+
+    def kept(self, a: StepArguments, needs: dict[str, bool]) -> StepArguments:
+        """Return a step's arguments without those that the backward pass does not read.
+
+        Args:
+            a: the step's.
+            needs: which of ``_INPUTS`` get gradients.
+        """
+        weighs, of_variance = needs["weights"] or a.program is not None, needs["variance"]
+        reads = weighs or (self.clips and not self.keeps_bits(a, needs))
+        varies = of_variance or needs["gradient"] or needs["noise"] or needs["weights"]
+        return a._replace(
+            sample=a.sample if reads else None,  # type: ignore[arg-type]
+            predictions=a.predictions if reads else [],
+            gradient=a.gradient if reads or of_variance else None,
+            variance=a.variance if varies else None,
+            noise=a.noise if of_variance else None,
+            seeds=a.seeds if of_variance else None,
+        )
 
     def placed(self, grad: Tensor | None) -> Tensor | None:
         """Return a gradient in that layout, and with its own sign."""
@@ -213,21 +233,9 @@ class _Step(torch.autograd.Function):
             left = a.history.clone()
             a = a._replace(history=left)
         needs = dict(zip(_INPUTS, ctx.needs_input_grad[_BEFORE:], strict=False))
-        weighs = needs["weights"] or a.program is not None
-        clipped = None if weighs else plan.place_for_clipped(a.sample)
-        reads = weighs or (plan.clips and clipped is None)
-        of_variance = needs["variance"]
-        varies = of_variance or needs["gradient"] or needs["noise"] or needs["weights"]
+        clipped = empty_clipped(a.sample) if plan.keeps_bits(a, needs) else None
+        kept = plan.kept(a, needs)
         place, a = a.made, with_own_weights(a)
-        kept = a._replace(
-            sample=a.sample if reads else None,  # type: ignore[arg-type]
-            predictions=a.predictions if reads else [],
-            gradient=a.gradient if reads or of_variance else None,
-            variance=a.variance if varies else None,
-            noise=a.noise if of_variance else None,
-            seeds=a.seeds if of_variance else None,
-        )
-        _check_that_it_stays(kept, original)
         if clipped is None:
             plan.chosen.step(*a)
         else:

@@ -113,6 +113,19 @@ def test_the_predicted_original_in_the_place_of_what_is_read_again(which, backen
 
 
 @each_backend
+def test_a_step_that_is_refused_draws_nothing(backend):
+    x, uncond, cond = (t.detach() * 1 for t in draw(3))
+    generator, scale = torch.Generator().manual_seed(1), torch.tensor(2.0, requires_grad=True)
+    before = generator.get_state()
+    table = fastguide.ddpm(SCHEDULE, 6)
+    with pytest.raises(ValueError, match="original: expected memory apart from sample"):
+        fastguide.guided_step(
+            table, 2, x, [uncond, cond], ClassifierFree(scale), generator=generator, original=x, backend=backend
+        )
+    assert torch.equal(generator.get_state(), before)
+
+
+@each_backend
 def test_the_predicted_original_in_the_place_of_what_is_not_read_again(backend):
     x, p = draw(2)
     weigh = torch.randn(SHAPE)

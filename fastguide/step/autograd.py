@@ -126,6 +126,7 @@ def recorded_step(
     inputs = [getattr(a, name) for name in _INPUTS]  # no noise that is drawn: it may lie in `out`, which is returned
     needs = {n: isinstance(t, Tensor) and t.requires_grad for n, t in zip(_INPUTS, inputs, strict=True)}
     _check_that_it_stays(plan.kept(a, needs), a.original)
+    _check_that_it_is_no_leaf(original)
     increment = 0
     if generator is not None:
         in_kernel = chosen.torch_stream and a.variance is None  # whose gradient reads the noise
@@ -219,6 +220,18 @@ def _check_that_it_stays(kept: StepArguments, original: Tensor | None) -> None:
             raise ValueError(
                 f"original: expected memory apart from {name}, of which gradients are made, got an overlap"
             )
+
+
+def _check_that_it_is_no_leaf(original: Tensor | None) -> None:
+    """Refuse to write x_0 where torch would refuse it, but only after the step."""
+    if original is None or not original.requires_grad:
+        return
+    owner = original if original._base is None else original._base
+    if owner.is_leaf:
+        raise ValueError(
+            "original: expected no leaf that requires a gradient, nor a view of one, where gradients are recorded, "
+            "got a tensor to write to"
+        )
 
 
 class _Step(torch.autograd.Function):

@@ -126,6 +126,20 @@ def test_a_step_that_is_refused_draws_nothing(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("part", [False, True], ids=["", "a part"])
+def test_a_leaf_is_no_place_for_the_predicted_original(part, backend):
+    leaf, generator = torch.zeros(2, *SHAPE, requires_grad=True), torch.Generator().manual_seed(1)
+    place = leaf[1] if part else torch.zeros(SHAPE, requires_grad=True)
+    before = generator.get_state()
+    with pytest.raises(ValueError, match="original: expected no leaf that requires a gradient, nor a view of one"):
+        fastguide.guided_step(
+            fastguide.ddpm(SCHEDULE, 6), 2, *draw(2), generator=generator, original=place, backend=backend
+        )
+    assert not place.any()
+    assert torch.equal(generator.get_state(), before)
+
+
+@each_backend
 def test_the_predicted_original_in_the_place_of_what_is_not_read_again(backend):
     x, p = draw(2)
     weigh = torch.randn(SHAPE)

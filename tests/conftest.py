@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,8 +68,14 @@ def _is_large_for_triton(call: Any) -> bool:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count no threads that are there when a test begins: those of xdist draw nothing."""
-    before, count = threads._count(), threads._count
-    monkeypatch.setattr(threads, "_count", lambda: count() - before)
+    before = set(sys._current_frames())
+
+    def count() -> int:
+        now = set(sys._current_frames())
+        before.intersection_update(now)  # another one may get the number of one that has ended
+        return len(now - before)
+
+    monkeypatch.setattr(threads, "_count", count)
 
 
 @pytest.fixture

@@ -35,11 +35,13 @@ Leaves = dict[Any, Traced]
 class Recipe:
     """An operation that was met, and what it made; two of the same are one object."""
 
-    __slots__ = ("dtype", "shape", "taken")
+    __slots__ = ("dtype", "is_view", "shape", "taken")
 
     def __init__(self, made: Waiting) -> None:
         self.shape: torch.Size = made.shape
         self.dtype = made.dtype
+        self.is_view = made.base is not None
+        """Whether it shares its memory with its first operand."""
         self.taken: dict[torch.Size, Any] = {}
         """What a step has taken of it, by the shape of the sample."""
 
@@ -80,7 +82,8 @@ class Known(LazyTensor):
 
     def like(self) -> Tensor:
         """Return a tensor of the same shape and device."""
-        like: Tensor = self.made().like()
+        made = self.made()
+        like: Tensor = made if isinstance(made, Tensor) else made.like()
         return like
 
     def made(self) -> Any:
@@ -92,7 +95,7 @@ class Known(LazyTensor):
         if self._made is None:
             check_leaves(self.leaves)
             rule, operands, keywords = self.made_by
-            made = self._made = rule(*map(unknown, operands), **keywords)
+            made = self._made = rule(*map(unknown if self.recipe.is_view else _unseen, operands), **keywords)
             if isinstance(made, Waiting) and made.recipe is None:
                 made.recipe, made.leaves, made.source = self.recipe, self.leaves, self.source
         return self._made
@@ -106,6 +109,20 @@ class Known(LazyTensor):
 def unknown(operand: Any) -> Any:
     """Return what a known operand is; any other as it is."""
     return operand.made() if type(operand) is Known else operand
+
+
+def _unseen(operand: Any) -> Any:
+    """Return an operand of a known operation as it was at the time: without what others have written to its values."""
+    if type(operand) is Known:
+        made = operand.made()
+        if not isinstance(made, Waiting):  # made of values that others had, which may also be what others have
+            rule, operands, keywords = operand.made_by
+            return rule(*map(_unseen, operands), **keywords)
+        operand = made
+    waiting = operand._general if type(operand) is OfHalves else operand
+    if isinstance(waiting, Waiting) and not waiting.is_pending() and waiting.may_be_written():
+        return waiting.value()
+    return operand
 
 
 def check_leaves(leaves: Leaves) -> None:
@@ -332,5 +349,10 @@ def _place_of(tensor: Tensor, leaves: Leaves) -> tuple[Any, bool] | None:
 
 def _may_wait(operand: Any) -> bool:
     """Tell whether nobody has seen the values of an operand with a recipe."""
-    made = operand._made if type(operand) is Known else operand
-    return made is None or (isinstance(made, Waiting) and made.is_pending())
+    if type(operand) is Known:
+        if operand._made is None:
+            return not operand.recipe.is_view or _may_wait(operand.made_by[1][0])
+        operand = operand._made
+    elif type(operand) is OfHalves:
+        return operand._general is None or operand._general.is_pending()
+    return isinstance(operand, Waiting) and operand.is_pending()

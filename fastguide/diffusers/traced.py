@@ -323,7 +323,7 @@ class Waiting(LazyTensor):
         if self.base is not None:
             return self._made()
         value = self._value
-        if value is None or self._may_be_written():
+        if value is None or self.may_be_written():
             self.check_unchanged()
             made = self._made()
             if value is None:
@@ -336,7 +336,10 @@ class Waiting(LazyTensor):
         made: Tensor = function(*[own_value(operand) for operand in operands])
         return made
 
-    def _may_be_written(self) -> bool:
+    def may_be_written(self) -> bool:
+        """Tell whether others may have written to its value since they got it, or to that of what it is a view of."""
+        if self.base is not None:
+            return True
         if self.handed_out is None:
             return False
         assert self._value is not None

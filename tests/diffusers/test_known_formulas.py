@@ -174,6 +174,79 @@ def test_what_was_read_waits_no_longer():
         fusion.steps += 1
 
 
+def of_a_sum(u, c):
+    m = 0.5 * u + 0.25 * c
+    made = m * 2.0
+    m.add_(1.0)
+    return made
+
+
+def of_halves(u, c):
+    m = u + 3.0 * (c - u)
+    made = m * 0.5
+    m.add_(1.0)
+    return made
+
+
+def of_a_view(u, c):
+    m = 0.5 * u + 0.25 * c
+    made = m.flatten(1) * 2.0
+    m.add_(1.0)
+    return made
+
+
+def of_what_was_written_as_well(u, c):
+    m = 0.5 * u + 0.25 * c
+    doubled = m * 2.0
+    made = doubled * 3.0
+    m.add_(1.0)
+    doubled.add_(1.0)
+    return made
+
+
+def of_a_view_that_was_written(u, c):
+    m = 0.5 * u + 0.25 * c
+    view = m.flatten(1)
+    before = view * 2.0
+    view.mul_(3.0)
+    return before + m.flatten(1)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(
+    "formula", [of_a_sum, of_halves, of_a_view, of_what_was_written_as_well, of_a_view_that_was_written]
+)
+def test_writes_to_what_it_is_of_change_nothing(formula, halves):
+    fusion = Fusion()
+    for step in range(3):
+        given = single(step)
+        made = formula(*traced(given, fusion, halves))
+        assert made.numel() == given[0].numel()
+        assert torch.allclose(values_of(made), formula(*given), rtol=1e-6, atol=1e-6)
+        fusion.steps += 1
+
+
+def test_a_view_has_what_was_written_to_what_it_is_of():
+    """At some steps, and not at those when it was first met."""
+    fusion = Fusion()
+    for step in range(4):
+        given = single(step)
+        pair, found = traced(given, fusion), []
+        for u, c in (pair, given):
+            m = rescaled(u, c)
+            view = m.view(*SHAPE)
+            if step % 2:
+                m.add_(1.0)
+            found += [view * 2.0, view]
+        for made, own in zip(found[:2], found[2:], strict=True):
+            if step % 2:
+                taken, _ = resolved(made, torch.zeros(SHAPE), None)
+                assert torch.equal(taken, own)
+            else:
+                assert torch.allclose(made_by_a_step(made)[0], own, atol=1e-4)
+        fusion.steps += 1
+
+
 @pytest.mark.parametrize("name", formulas.COMPUTED)
 def test_what_is_computed_is_so_at_each_step(name):
     program, by = formulas.COMPUTED[name]

@@ -101,7 +101,10 @@ class _Sums:
         key = min(id(first), id(second)), max(id(first), id(second))
         found = self._products.get(key)
         if found is None:
-            found = self._products[key] = torch.dot(self._flattened(first), self._flattened(second)).item()
+            one, other = self._flattened(first), self._flattened(second)
+            if one.dtype != other.dtype:  # float32, and float64
+                one, other = one.double(), other.double()
+            found = self._products[key] = torch.dot(one, other).item()
         return found
 
     def _flattened(self, tensor: Tensor) -> Tensor:

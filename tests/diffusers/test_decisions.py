@@ -117,6 +117,20 @@ COMPUTED = {
 }
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
+def test_outputs_of_two_dtypes(dtypes):
+    pos, neg = [each.to(dtype) for each, dtype in zip(inputs(), dtypes, strict=True)]
+
+    def decided(pos, neg):
+        pred = pos + 4.0 * (pos - neg)
+        after, before = torch.linalg.vector_norm(pred), torch.linalg.vector_norm(neg)
+        return bool(after > before), bool(after > before * 9.0), bool((pred * neg).sum() > 0.0)
+
+    fusion, given = traced(pos, neg)
+    assert decided(*given) == decided(pos, neg)
+    assert not fusion.computed
+
+
 @pytest.mark.parametrize("name", COMPUTED)
 def test_other_comparisons_are_computed(name):
     pos, _ = inputs()

@@ -64,7 +64,8 @@ class Noising(NamedTuple):
 
 
 Noisings = dict[torch.dtype, Noising | bool]
-"""By the arithmetic; ``True``: it was used once, which alone would not repay a table; ``False``: there is none."""
+"""By the arithmetic; ``True``: it was used once, which alone would not repay a table, and diffusers' own call made the
+same bits; ``False``: there is none."""
 
 
 class _StandIn:
@@ -245,7 +246,7 @@ def _made(
     """Return noised samples; ``None``: nothing was done."""
     dtype = torch.float64 if samples.dtype is torch.float64 else torch.float32
     noising = noisings.get(dtype)
-    if noising is True:
+    if noising is True or (noising is None and samples.dtype is not dtype):  # in 16 bits, each call rounds alike
         noising = noisings[dtype] = Noising.of(formula, *stand_in(), dtype) or False
     if not isinstance(noising, Noising):
         noisings.setdefault(dtype, True)

@@ -127,6 +127,8 @@ def _by_count(scheduler: Any, formula: Formula, samples: Any, noise: Any, timest
     if not _are_served(samples, noise, timesteps) or timesteps.dim() != 1:
         return None
     host, index = host_tables(scheduler), scheduler._begin_index
+    if None in host.versions:  # somebody's own, made in inference mode: who writes to them is not counted
+        return None
     steps: list[int] | None
     if index is None:
         steps = _steps_of(scheduler, host, timesteps)

@@ -168,6 +168,19 @@ def test_tables_are_made_again_where_the_schedule_is_another(name, launches):
     assert len(launches) >= 6
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_a_schedule_that_is_written_to_in_inference_mode(name):
+    """torch does not count that."""
+    (x, noise), pair = inputs(), schedulers(name)
+    with torch.inference_mode():
+        for scheduler in pair:
+            scheduler.sigmas = scheduler.sigmas.clone()
+        for factor in (1.0, 1.0, 0.5):
+            for scheduler in pair:
+                scheduler.sigmas.mul_(factor)
+            assert torch.equal(*[noised(each, x, noise, each.timesteps[1:2]) for each in pair])
+
+
 @pytest.mark.parametrize("name", NOISED)
 def test_copies_have_no_tables(name):
     ours, theirs = schedulers(name)

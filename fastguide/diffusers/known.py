@@ -214,7 +214,7 @@ def _hashable(value: Any) -> Any:
     kind = type(value)
     if kind in _HASHED or kind is float:
         return kind, (value if kind is not float or value != 0.0 else str(value))
-    if (kind is list or kind is tuple) and all([type(each) is int for each in value]):  # noqa: C419
+    if kind in (list, tuple, torch.Size) and all([type(each) is int for each in value]):  # noqa: C419
         return kind, *value
     return None
 

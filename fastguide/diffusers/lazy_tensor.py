@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class LazyTensor:
     """Those of them that take any keywords."""
 
     _value: Tensor | None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # a tensor's, which are set below
 
     def like(self) -> Tensor:
         """Return a tensor of the same shape, dtype and device."""
@@ -64,11 +68,6 @@ class LazyTensor:
         copied: Tensor = self.computed("deepcopy").__deepcopy__(memo)
         return copied
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "__dict__":  # of this object itself, which has none
-            raise AttributeError(name)
-        return getattr(self.computed(name), name)
-
 
 def plain(value: Any, by: str = "") -> Any:
     """Return a value, or a list, tuple or dictionary of them, with tensors in the place of lazy ones.
@@ -90,6 +89,10 @@ def plain(value: Any, by: str = "") -> Any:
 
 def _of_like(name: str) -> property:
     return property(lambda self: getattr(self.like(), name))
+
+
+def _of_computed(name: str) -> property:
+    return property(lambda self: getattr(self.computed(name), name))
 
 
 def _settable(name: str) -> property:
@@ -122,3 +125,7 @@ for _name in ("size", "dim", "numel", "__len__", "is_floating_point", "is_comple
     LazyTensor.rules[getattr(Tensor, _name)] = _method_of_like(_name)
 for _name in ("numel", "is_floating_point", "is_complex"):
     LazyTensor.rules[getattr(torch, _name)] = _method_of_like(_name)
+# A class with __getattr__ would do without these, and each of its slots would take Python six times as long to read
+for _name in ("__cuda_array_interface__", *dir(Tensor)):
+    if _name not in vars(LazyTensor) and (not _name.startswith("__") or _name == "__cuda_array_interface__"):
+        setattr(LazyTensor, _name, _of_computed(_name))

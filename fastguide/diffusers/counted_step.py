@@ -136,12 +136,12 @@ class CountedStep(SchedulerStep):
     def _tables_are_set(self, device: str | torch.device | None) -> None:
         """Move the tables, which diffusers has made on the host; remember their values there."""
         host = read_tables(self)
-        if device is not None:
+        if device is not None and device != self.timesteps.device:
             self.timesteps = self.timesteps.to(device)
             if self._sigmas_on_device:
                 self.sigmas = self.sigmas.to(device)
-        host.sigmas, host.timesteps = getattr(self, self._levels_in), self.timesteps
-        host.versions = version_of(host.sigmas), version_of(host.timesteps), *map(version_of, host.further)
+            host.sigmas, host.timesteps = getattr(self, self._levels_in), self.timesteps
+            host.versions = version_of(host.sigmas), version_of(host.timesteps), *map(version_of, host.further)
         before = self._host
         if before is not None and before.has_timesteps_of(host):
             host.first_steps = before.first_steps

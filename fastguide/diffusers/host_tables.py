@@ -94,8 +94,11 @@ def on_host(theirs: Callable[..., None]) -> Any:
         device = options.pop("device", None)
         if len(arguments) > place:
             device, arguments = arguments[place], (*arguments[:place], None, *arguments[place + 1 :])
-        counting = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-        with counting:  # so that torch counts who writes to the tables
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # so that torch counts who writes to the tables
+                theirs(self, *arguments, **options)
+                self._tables_are_set(device)
+        else:
             theirs(self, *arguments, **options)
             self._tables_are_set(device)
 
@@ -105,18 +108,20 @@ def on_host(theirs: Callable[..., None]) -> Any:
 def read_tables(scheduler: Any) -> HostTables:
     """Read the scheduler's tables, which waits for a device that they are on."""
     sigmas, timesteps = getattr(scheduler, scheduler._levels_in), scheduler.timesteps
-    further = tuple([getattr(scheduler, name) for name in scheduler._further_tables])
+    further: tuple[Tensor, ...] = ()
+    if scheduler._further_tables:
+        further = tuple([getattr(scheduler, name) for name in scheduler._further_tables])
     versions = version_of(sigmas), version_of(timesteps), *map(version_of, further)
     before: HostTables | None = scheduler._host
     if before is not None and sigmas is before.sigmas and versions[0] == before.versions[0] is not None:
         sigma_values = before.sigma_values
     else:
         sigma_values = tuple(sigmas.tolist())
+    told = sigmas, timesteps, scheduler._internal_dict, versions, sigma_values, tuple(timesteps.tolist())
+    if not further:
+        return HostTables(*told, timesteps.dtype, {})
     host_further = tuple([each.detach().to("cpu", copy=True) for each in further])
-    return HostTables(
-        sigmas, timesteps, scheduler._internal_dict, versions, sigma_values, tuple(timesteps.tolist()),
-        timesteps.dtype, {}, further, host_further, tuple(map(_comparable, host_further)),
-    )  # fmt: skip
+    return HostTables(*told, timesteps.dtype, {}, further, host_further, tuple(map(_comparable, host_further)))
 
 
 def _comparable(table: Tensor) -> tuple[float | None, ...]:

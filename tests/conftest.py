@@ -6,6 +6,8 @@ import gc
 import math
 import os
 import sys
+import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,7 +69,7 @@ def _is_large_for_triton(call: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count no threads that are there when a test begins: those of xdist draw nothing."""
+    """Count no threads that are there when a test begins: those of xdist, and of tqdm's bars, draw nothing."""
     before = set(sys._current_frames())
 
     def count() -> int:
@@ -75,7 +77,12 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         before.intersection_update(now)  # another one may get the number of one that has ended
         return len(now - before)
 
+    def new() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.ident not in before]
+
     monkeypatch.setattr(threads, "_count", count)
+    monkeypatch.setattr(threads, "_watching", ())
+    monkeypatch.setattr(threads, "threading", types.SimpleNamespace(enumerate=new))
 
 
 @pytest.fixture

@@ -247,8 +247,8 @@ class _Step(torch.autograd.Function):
             a = a._replace(history=left)
         needs = dict(zip(_INPUTS, ctx.needs_input_grad[_BEFORE:], strict=False))
         clipped = empty_clipped(a.sample) if plan.keeps_bits(a, needs) else None
-        kept = plan.kept(a, needs)
         place, a = a.made, with_own_weights(a)
+        kept = plan.kept(a, needs)
         if clipped is None:
             plan.chosen.step(*a)
         else:

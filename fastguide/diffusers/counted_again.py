@@ -8,6 +8,7 @@ Python's functions or attributes of tensors. So the usual one is made in one fun
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from operator import is_
 from sys import getrefcount
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, is_inference_mode_enabled
 
 from ..step.memory import empty_like
 from ..step.repeat import follow, kinds_of, repeat
-from .counted_loop import CountedLoop
+from .counted_loop import CountedLoop, Like
 from .counted_run import counted_like, inputs_of, predict_second
 from .counted_run import places as places_of
 from .drawing import APART, REPLANNED, Drawing
@@ -58,14 +59,8 @@ def step_again(
     if loop.attributes and not all(map(is_, loop.attributes, scheduler._attributes())):
         return None
     predictions: Tensor | list[Tensor] | None = output
-    if type(output) is OfHalves and scale is None and output.is_whole():
-        # of another shape than twice the sample's, it is of no kind of step with this guidance
-        scale, predictions = output.scale, output.uncond.source.tensor
-        output = predictions
-    elif type(output) is not Tensor:
-        if type(output) is not Taken:
-            output, scale = resolved(output, sample, scale, per_frame=True)
-        predictions = predictions_again(output)
+    if type(output) is not Tensor:
+        output, scale, predictions = _taken_again(output, sample, scale)
     if predictions is None:
         return None
     second = made.second
@@ -98,22 +93,40 @@ def step_again(
         fusion.count_step(like.counted_as, is_last=loop.is_over)
     if second is None:
         return scheduler._plain_output(prev_sample=result) if return_dict else (result,)
-    dtype = like.dtype_of_original
     if now is not None:
-        return scheduler._result(result, now, dtype, return_dict)
-    inputs = inputs_of(given, predictions)
+        return scheduler._result(result, now, like.dtype_of_original, return_dict)
     original = functools.partial(
-        predict_second, second, index - loop.begin, inputs, (version, *seen), predictions, like.guidance, dtype
-    )
+        predict_second, second, index - loop.begin, inputs_of(given, predictions), (version, *seen), predictions,
+        like.guidance, like.dtype_of_original,
+    )  # fmt: skip
     if return_dict:
         return scheduler._output(result, original)
+    return result, _original_again(loop, like, result, original)
+
+
+def _taken_again(output: Any, sample: Tensor, scale: Any) -> tuple[Any, Any, Tensor | list[Tensor] | None]:
+    """Return a model's output, the scale of guidance and the predictions that were left to the step."""
+    if type(output) is OfHalves and scale is None and output.is_whole():
+        # of another shape than twice the sample's, it is of no kind of step with this guidance
+        whole = output.uncond.source.tensor
+        return whole, output.scale, whole
+    if type(output) is not Taken:
+        output, scale = resolved(output, sample, scale, per_frame=True)
+    return output, scale, predictions_again(output)
+
+
+def _original_again(loop: CountedLoop, like: Like, result: Tensor, original: Callable[[], Tensor]) -> Tensor:
+    """Return a lazy x_0: the object of the last step, if nobody has that, and nobody has read it."""
+    made: Tensor
     if loop.is_over or not loop.is_little:
-        return result, LazyOriginal.of(result, original, dtype)
+        made = LazyOriginal.of(result, original, like.dtype_of_original)
+        return made
     if loop.like_of_original is not like or loop.original._value is not None or getrefcount(loop.original) > _OURS:
-        loop.original, loop.like_of_original = LazyOriginal.of(result, original, dtype), like
-    else:  # nobody has the last one, and nobody has read it
+        loop.original, loop.like_of_original = LazyOriginal.of(result, original, like.dtype_of_original), like
+    else:
         loop.original._predict = original
-    return result, loop.original
+    made = loop.original
+    return made
 
 
 def _usual_step_again(

@@ -11,6 +11,7 @@
 
 #include "kernels/cpu/launch.h"
 #include "kernels/cpu/loops.h"
+#include "kernels/cpu/registers.h"
 #include "maths/step.h"
 
 namespace fastguide {
@@ -91,20 +92,10 @@ void keep_unclipped(const Row<T>& row, const T* x, const T* m, const T* g, int64
 
 // ---- Bits of a clip: a word for 64 bytes of elements, the first one's the lowest ----
 
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;
-#elif defined(__AVX2__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
-
-template <typename T>
-using Register __attribute__((vector_size(kRegister))) = T;
 template <typename T>
 using Words = decltype(Register<T>{} == Register<T>{});
 template <typename T>
-constexpr int kLanes = kRegister / int(sizeof(T));
+constexpr int kLanes = kRegisterBytes / int(sizeof(T));
 
 // The bits of the elements of one register.
 template <typename T>
@@ -117,7 +108,7 @@ FASTGUIDE_INLINE Words<T> bits_of_lanes(int part) {
 template <typename T>
 FASTGUIDE_INLINE uint16_t clipped_word(const T* x0, T clip) {
   Words<T> found{};
-  for (int part = 0; part < 64 / kRegister; ++part) {
+  for (int part = 0; part < 64 / kRegisterBytes; ++part) {
     Register<T> values;
     std::memcpy(&values, x0 + part * kLanes<T>, sizeof values);
     found |= ((values > clip) | (values < -clip)) & bits_of_lanes<T>(part);
@@ -160,7 +151,7 @@ void keep_unclipped_bits(const uint8_t* bits, int64_t count, T* q) {
   for (; i + size <= count; i += size) {
     int word = bits[i / 8];
     if (size > 8) word |= bits[i / 8 + 1] << 8;
-    for (int part = 0; part < 64 / kRegister; ++part) {
+    for (int part = 0; part < 64 / kRegisterBytes; ++part) {
       T* to = q + i + part * kLanes<T>;
       Words<T> values;
       std::memcpy(&values, to, sizeof values);

@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels/cpu/registers.h"
 #include "kernels/cpu/stream.h"
 #include "kernels/weights.h"
 #include "maths/program.h"
@@ -17,23 +18,12 @@ namespace fastguide {
 namespace FASTGUIDE_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64;
-#elif defined(__AVX__)
-constexpr int kRegisterBytes = 32;
-#else
-constexpr int kRegisterBytes = 16;
-#endif
-
 // Unrolls a loop over terms, without which their sums would be in memory.
 #if defined(__clang__)
 #define FASTGUIDE_OVER_TERMS _Pragma("unroll")
 #else
 #define FASTGUIDE_OVER_TERMS _Pragma("GCC unroll 16")
 #endif
-
-template <typename T>
-using Register __attribute__((vector_size(kRegisterBytes))) = T;
 
 // Sums of elements so far apart: 64 bytes, in one or several registers.
 constexpr int kRegisters = 64 / kRegisterBytes;

@@ -15,7 +15,7 @@ from tests.support.ptx.launch import Launch
 from tests.support.ptx.memory import INITIALISED, READ, WRITE
 from tests.support.ptx.placed import Placed
 from tests.support.ptx.races import races
-from tests.support.ptx.triton_step import TritonKernels
+from tests.support.ptx.triton_step import report, same
 
 CURSOR = torch.tensor([[4, 10, 0, 0], [7, 7, 0, 0], [9, 10, 0, 0]])  # the second one is finished
 SEVERAL_WARPS_A_ROW = ("one element at a time",)
@@ -83,19 +83,5 @@ def wrong_of(kernels, name):
     return found
 
 
-def same(one, other):
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))
-
-
-def main() -> int:
-    torch.set_num_threads(1)
-    kernels, failed = TritonKernels(90), 0
-    for name in CASES:
-        found = wrong_of(kernels, name)
-        print(f"FAIL {name}: {found[:5]}" if found else f"right: {name}", flush=True)
-        failed += bool(found)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(CASES, wrong_of))

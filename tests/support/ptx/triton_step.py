@@ -7,6 +7,7 @@ in a process in which Triton does not interpret (TRITON_INTERPRET=0).
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -112,3 +113,22 @@ def _parameters(code: Code, values: list[int]) -> bytes:
     for (place, size), value in zip(places, [*values, 0, 0], strict=True):
         raw[place : place + size] = struct.pack({4: "<I", 8: "<Q"}[size], value % 2 ** (8 * size))
     return bytes(raw)
+
+
+# ---- Of commands that run some cases ----
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether tensors of 32-bit elements have the same bits."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def report(names: Iterable[str], wrong_of: Callable[[TritonKernels, str], list[str]]) -> int:
+    """Run cases for sm_90, and print what is wrong with each; return the exit status."""
+    torch.set_num_threads(1)
+    kernels, failed = TritonKernels(90), 0
+    for name in names:
+        found = wrong_of(kernels, name)
+        print(f"FAIL {name}: {found[:5]}" if found else f"right: {name}", flush=True)
+        failed += bool(found)
+    return 1 if failed else 0

@@ -282,7 +282,7 @@ def ninja_file(compiler: str, library: Path, code: CudaCode) -> str:
         objects.append(f"{name}.o")
         lines += [f"build {name}.o: compile {escape(source / 'binding' / f'{name}.cpp')}", f"  extra = {extra}"]
     for name, flags in INSTRUCTION_SETS.items():
-        files = ["step", "moments", "groups", "tally", "noise"]
+        files = ["step", "moments", "groups", "noise"]
         for file in files + (["torch_stream"] if name != "baseline" else []):
             objects.append(f"{file}_{name}.o")
             lines += [

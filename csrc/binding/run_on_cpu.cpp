@@ -1,5 +1,6 @@
 // Makes a step on the CPU's threads; where its weights come from moments, or its x0 has a threshold, these first.
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "binding/capability.h"
@@ -16,7 +17,8 @@
 namespace fastguide {
 namespace {
 
-constexpr int64_t kNoiseGrain = kGrain / 4;  // the same where noise is drawn too, which takes several times as long
+// The same where noise is drawn too, which takes several times as long, and where a threshold is found first.
+constexpr int64_t kNoiseGrain = kGrain / 4, kThresholdGrain = kGrain / 2;
 
 // A step that needs numbers of whole samples first: weights from moments, or thresholds. Samples, parts and elements
 // are counted over the whole batch.
@@ -50,8 +52,9 @@ class PreparedStep {
     if (a_.batch * elements <= grain || a_.batch >= torch::stable::get_num_threads()) {
       in_parallel(a_.batch, std::max<int64_t>(grain / elements, 1), [&](int64_t begin, int64_t end) {
         std::vector<double> sums(static_cast<size_t>(parts_ * moments_));
-        std::vector<KeyOf<T>> between(inverse_thresholds_.empty() ? 0 : static_cast<size_t>(elements + kMoreKeys));
-        for (int64_t sample = begin; sample < end; ++sample) run_sample(sample, sums.data(), between.data());
+        const std::unique_ptr<KeyOf<T>[]> between(
+            inverse_thresholds_.empty() ? nullptr : new KeyOf<T>[size_t(elements + kMoreKeys)]);
+        for (int64_t sample = begin; sample < end; ++sample) run_sample(sample, sums.data(), between.get());
       });
     } else {
       run_parts(std::max<int64_t>(grain / kPart, 1));
@@ -117,9 +120,7 @@ class PreparedStep {
 
   void tally_part(int64_t sample, int64_t part, Tally<T>* so_far, KeyOf<T>* between) const {
     const int64_t begin = part * kPart, count = std::min(kPart, a_.elements_per_sample - begin);
-    T x0[kPart];
-    functions_.write_original(step_, sample, begin, count, x0);
-    tally(functions_, x0, count, row_of(sample).clip, so_far, between);
+    tally(functions_, step_, sample, begin, count, so_far, between);
   }
 
   void set_threshold(int64_t sample, const Tally<T>& tallied, KeyOf<T>* between) {
@@ -130,20 +131,20 @@ class PreparedStep {
 
   // The threshold of one sample whose parts are shared out among the threads; each has its own place for its keys.
   void share_threshold(int64_t sample, int64_t least) {
-    std::vector<KeyOf<T>> between(static_cast<size_t>(parts_ * (kPart + kMoreKeys)));
+    const std::unique_ptr<KeyOf<T>[]> between(new KeyOf<T>[size_t(parts_ * (kPart + kMoreKeys))]);
     std::vector<Tally<T>> tallies(static_cast<size_t>(parts_));
     in_parallel(parts_, least, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        tally_part(sample, k, &tallies[size_t(k)], between.data() + k * (kPart + kMoreKeys));
+        tally_part(sample, k, &tallies[size_t(k)], between.get() + k * (kPart + kMoreKeys));
       }
     });
     Tally<T> sum;
     for (int64_t k = 0; k < parts_; ++k) {
-      const KeyOf<T>* from = between.data() + k * (kPart + kMoreKeys);
-      std::copy(from, from + tallies[size_t(k)].between, between.data() + sum.between);
+      const KeyOf<T>* from = between.get() + k * (kPart + kMoreKeys);
+      std::copy(from, from + tallies[size_t(k)].between, between.get() + sum.between);
       add_tally(tallies[size_t(k)], &sum);
     }
-    set_threshold(sample, sum, between.data());
+    set_threshold(sample, sum, between.get());
   }
 
   void step_part(int64_t part) {
@@ -172,7 +173,9 @@ void run_prepared(const StepArguments& a, int64_t grain) {
 }  // namespace
 
 void run_on_cpu(const StepArguments& a) {
-  const int64_t grain = a.noise_kind == Noise::portable ? kNoiseGrain : kGrain;
+  const int64_t grain = a.noise_kind == Noise::portable   ? kNoiseGrain
+                        : a.inverse_thresholds != nullptr ? kThresholdGrain
+                                                          : kGrain;
   if (a.program == nullptr && a.inverse_thresholds == nullptr) {
     const StepFunctions functions = selected_functions(a.double_precision);
     in_parallel(a.batch * a.elements_per_sample, grain,

@@ -69,10 +69,12 @@ struct StepFunctions {
                            int64_t begin, int64_t count, void* m);
   // Writes x0 before it is clipped, of `count` elements of a sample from `begin` on, in the arithmetic's type.
   void (*write_original)(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, void* x0);
-  // Count `count` magnitudes of x0, and append the keys of those between 1 and the top to `between`, which has room for
-  // kMoreKeys more.
-  void (*tally_float)(const float* x0, int64_t count, float top, Tally<float>* so_far, int32_t* between);
-  void (*tally_double)(const double* x0, int64_t count, double top, Tally<double>* so_far, int64_t* between);
+  // Count the magnitudes of such x0, and append the keys of those between 1 and the top to `between`, which has room
+  // for kMoreKeys more.
+  void (*tally_float)(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count,
+                      Tally<float>* so_far, int32_t* between);
+  void (*tally_double)(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count,
+                       Tally<double>* so_far, int64_t* between);
   // Append the keys among `count` that are above `low` and at most `high`; return how many they are.
   int64_t (*append_keys)(const int32_t* keys, int64_t count, int32_t low, int32_t high, int32_t* to);
   int64_t (*append_wide_keys)(const int64_t* keys, int64_t count, int64_t low, int64_t high, int64_t* to);
@@ -94,8 +96,10 @@ struct StepFunctions {
   void guide_group_part(const StepArguments& arguments, const double* weights, const double* moments, int64_t sample, \
                         int64_t begin, int64_t count, void* m); \
   void write_original(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, void* x0); \
-  void tally_float(const float* x0, int64_t count, float top, Tally<float>* so_far, int32_t* between); \
-  void tally_double(const double* x0, int64_t count, double top, Tally<double>* so_far, int64_t* between); \
+  void tally_float(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, Tally<float>* so_far, \
+                   int32_t* between); \
+  void tally_double(const StepArguments& arguments, int64_t sample, int64_t begin, int64_t count, \
+                    Tally<double>* so_far, int64_t* between); \
   int64_t append_keys(const int32_t* keys, int64_t count, int32_t low, int32_t high, int32_t* to); \
   int64_t append_wide_keys(const int64_t* keys, int64_t count, int64_t low, int64_t high, int64_t* to); \
   const RunFunctions<float>& float_runs(); \

@@ -35,23 +35,39 @@ void original_run(int predictions, const Row<T>& row, const PairWeights<T>& pair
   original_run<T, 1, has_gradient>(row, pair, run, count, x0);  // three and more are combined into one
 }
 
+// What x0 of a sample is made with.
+template <typename T>
+struct OriginalWeights {
+  const T* weights;
+  Row<T> row;
+  PairWeights<T> pair;
+};
+
+template <typename T>
+OriginalWeights<T> original_weights(const StepArguments& a, int64_t sample) {
+  const int64_t index = position_of(a, sample).index;
+  const T* weights = weights_of<T>(a, sample, index);
+  OriginalWeights<T> made{weights, weighed_row(a, weights, index), pair_weights(weights, a.num_predictions)};
+  if (a.num_predictions > 2) made.pair.sum = T(1);
+  return made;
+}
+
+template <typename T>
+void original_of_block(const StepArguments& a, const OriginalWeights<T>& w, const Block& block, Scratch<T>& scratch,
+                       T* x0) {
+  const Run<T> run = load_guided(a, w.weights, block, scratch);
+  if (run.g != nullptr) return original_run<T, true>(a.num_predictions, w.row, w.pair, run, block.count, x0);
+  original_run<T, false>(a.num_predictions, w.row, w.pair, run, block.count, x0);
+}
+
 // Writes `count` elements of a sample, from `begin` on.
 template <typename T>
 void original_of_sample(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, T* x0) {
-  const int64_t index = position_of(a, sample).index;
-  const T* weights = weights_of<T>(a, sample, index);
-  const Row<T> row = weighed_row(a, weights, index);
-  PairWeights<T> pair = pair_weights(weights, a.num_predictions);
-  if (a.num_predictions > 2) pair.sum = T(1);
+  const OriginalWeights<T> w = original_weights<T>(a, sample);
   Scratch<T> scratch;
   for (int64_t done = 0; done < count; done += kBlock) {
     const Block block{sample, begin + done, count - done < kBlock ? count - done : kBlock};
-    const Run<T> run = load_guided(a, weights, block, scratch);
-    if (run.g != nullptr) {
-      original_run<T, true>(a.num_predictions, row, pair, run, block.count, x0 + done);
-    } else {
-      original_run<T, false>(a.num_predictions, row, pair, run, block.count, x0 + done);
-    }
+    original_of_block(a, w, block, scratch, x0 + done);
   }
 }
 

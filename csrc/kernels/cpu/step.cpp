@@ -342,3 +342,4 @@ void step_range(const StepArguments& a, int64_t begin, int64_t end) {
 }  // namespace fastguide
 
 #include "kernels/cpu/runs.h"  // of what is above
+#include "kernels/cpu/tally.h"

@@ -11,14 +11,14 @@
 
 namespace fastguide {
 
-inline void tally(const StepFunctions& f, const float* x0, int64_t count, float top, Tally<float>* so_far,
-                  int32_t* between) {
-  f.tally_float(x0, count, top, so_far, between);
+inline void tally(const StepFunctions& f, const StepArguments& a, int64_t sample, int64_t begin, int64_t count,
+                  Tally<float>* so_far, int32_t* between) {
+  f.tally_float(a, sample, begin, count, so_far, between);
 }
 
-inline void tally(const StepFunctions& f, const double* x0, int64_t count, double top, Tally<double>* so_far,
-                  int64_t* between) {
-  f.tally_double(x0, count, top, so_far, between);
+inline void tally(const StepFunctions& f, const StepArguments& a, int64_t sample, int64_t begin, int64_t count,
+                  Tally<double>* so_far, int64_t* between) {
+  f.tally_double(a, sample, begin, count, so_far, between);
 }
 
 inline int64_t append(const StepFunctions& f, const int32_t* keys, int64_t count, int32_t low, int32_t high,

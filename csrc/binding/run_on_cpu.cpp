@@ -20,6 +20,10 @@ namespace {
 // The same where noise is drawn too, which takes several times as long, and where a threshold is found first.
 constexpr int64_t kNoiseGrain = kGrain / 4, kThresholdGrain = kGrain / 2;
 
+// Of a sample that has been read once, the last elements are in the second-level cache: a step takes so many at once,
+// from the end backwards.
+constexpr int64_t kAtOnce = 8 * kPart;
+
 // A step that needs numbers of whole samples first: weights from moments, or thresholds. Samples, parts and elements
 // are counted over the whole batch.
 template <typename T>
@@ -76,7 +80,11 @@ class PreparedStep {
       for (int64_t part = 0; part < parts_; ++part) tally_part(sample, part, &tallied, between);
       set_threshold(sample, tallied, between);
     }
-    functions_.step_range(step_, sample * a_.elements_per_sample, (sample + 1) * a_.elements_per_sample);
+    const int64_t first = sample * a_.elements_per_sample;
+    for (int64_t end = a_.elements_per_sample, begin; end > 0; end = begin) {
+      begin = (end - 1) / kAtOnce * kAtOnce;
+      functions_.step_range(step_, first + begin, first + end);
+    }
   }
 
   // Shares the parts of all samples out among the threads, each time in the same way.

@@ -6,8 +6,6 @@ import gc
 import math
 import os
 import sys
-import threading
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +16,10 @@ from tests.support import triton_interpreter
 
 triton_interpreter.start()  # before anything imports fastguide, which asks at once whether Triton interprets
 
-from fastguide.step import threads  # noqa: E402
 from fastguide.step.backends import native  # noqa: E402
 from fastguide.step.backends.registry import BACKENDS, Backend  # noqa: E402
 from fastguide.step.operator import THRESHOLD_WORDS, StepArguments  # noqa: E402
+from fastguide.step.threads import WAITS  # noqa: E402
 from tests.support import device_code, on_gpu  # noqa: E402
 
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -67,22 +65,14 @@ def _is_large_for_triton(call: Any) -> bool:
     return is_shape and call.params.get("backend") == "triton" and math.prod(shape) > MOST_INTERPRETED
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count no threads that are there when a test begins: those of xdist, and of tqdm's bars, draw nothing."""
-    before = set(sys._current_frames())
+def _know_that_xdist_waits() -> None:
+    """Let a worker of xdist draw by the library: a thread of it waits for what the main process says."""
+    execnet = sys.modules.get("execnet.gateway_base")
+    if execnet is not None:
+        WAITS.append(execnet.Popen2IO.read.__code__)
 
-    def count() -> int:
-        now = set(sys._current_frames())
-        before.intersection_update(now)  # another one may get the number of one that has ended
-        return len(now - before)
 
-    def new() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.ident not in before]
-
-    monkeypatch.setattr(threads, "_count", count)
-    monkeypatch.setattr(threads, "_watching", ())
-    monkeypatch.setattr(threads, "threading", types.SimpleNamespace(enumerate=new))
+_know_that_xdist_waits()
 
 
 @pytest.fixture

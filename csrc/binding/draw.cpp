@@ -1,8 +1,8 @@
 // Draws a generator's normal values: by the library where torch's bits are known, and otherwise by torch.
 //
 // The library gets a generator's state as bytes and sets it again. torch draws under the generator's lock, which only
-// torch can take: so nobody else may draw between the two. No thread of Python does, as this one keeps Python's lock
-// and is_alone says that no other one may have given it up inside of torch.
+// torch can take: so nobody else may draw between the two. No thread of Python does where all others wait: this one
+// keeps Python's lock, and none of them has given it up inside of torch.
 #include "binding/draw.h"
 
 #include "binding/torch_stream.h"
@@ -29,8 +29,33 @@ bool is_cpu_generator(PyObject* generator) {
   return device.get() != nullptr && PyObject_RichCompareBool(device.get(), python.cpu, kEqual) == 1;
 }
 
+bool is_wait(PyObject* code) {
+  const std::ptrdiff_t count = PySequence_Size(python.waits);
+  for (std::ptrdiff_t k = 0; k < count; ++k) {
+    if (Reference(PySequence_GetItem(python.waits, k)).get() == code) return true;
+  }
+  return false;
+}
+
+// Tells whether each other thread of Python waits. No code of Python runs meanwhile, so that they go on waiting until
+// this thread gives up Python's lock.
+bool others_wait() {
+  const Reference number(PyObject_CallNoArgs(python.count_threads));  // beside the main one
+  if (number.get() != nullptr && PyLong_AsLongLong(number.get()) == 0) return true;
+  const Reference own(PyObject_CallNoArgs(python.own_thread)), frames(PyObject_CallNoArgs(python.frames));
+  if (own.get() == nullptr || frames.get() == nullptr) return false;
+  PyObject *thread, *frame;
+  for (std::ptrdiff_t place = 0; PyDict_Next(frames.get(), &place, &thread, &frame) != 0;) {
+    if (PyObject_RichCompareBool(thread, own.get(), kEqual) == 1) continue;
+    if (!is_wait(Reference(PyObject_GetAttr(frame, python.code)).get())) return false;
+  }
+  return true;
+}
+
 // Draws by the library; false: nothing is done, but perhaps to the values.
-bool draw_here(PyObject* generator, float* to, int64_t count) {
+bool draw_here(PyObject* generator, bool is_own, float* to, int64_t count) {
+  const NoCollector none;
+  if (!is_own && !others_wait()) return false;
   const Reference state(PyObject_CallFunctionObjArgs(python.get_state, generator, nullptr));
   DLTensor bytes;
   if (state.get() == nullptr || !Call::read_memory(state.get(), &bytes)) return false;
@@ -43,11 +68,6 @@ PyObject* true_or_nothing(bool value) {
   if (!value) return nothing();
   Py_IncRef(python.true_object);
   return python.true_object;
-}
-
-bool is_alone() {
-  const Reference answer(PyObject_CallNoArgs(python.is_alone));
-  return answer.get() == python.true_object;
 }
 
 bool draw_by_torch(PyObject* tensor, PyObject* generator) {
@@ -63,8 +83,8 @@ bool draw_by_torch(PyObject* tensor, PyObject* generator) {
 
 bool draw(PyObject* tensor, const DLTensor& memory, PyObject* generator) {
   const int64_t count = trusted ? plain_elements(memory) : -1;
-  if (count > 0 && is_alone()) {
-    if (draw_here(generator, static_cast<float*>(const_cast<void*>(pointer_of(memory))), count)) return true;
+  if (count > 0) {
+    if (draw_here(generator, false, static_cast<float*>(const_cast<void*>(pointer_of(memory))), count)) return true;
     PyErr_Clear();
   }
   return draw_by_torch(tensor, generator);
@@ -72,17 +92,19 @@ bool draw(PyObject* tensor, const DLTensor& memory, PyObject* generator) {
 
 PyObject* fill_normals(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
   DLTensor memory;
-  if (count != 2 || !is_type_of(python.tensor_type, objects[0]) || !is_cpu_generator(objects[1])) return nothing();
+  if (count != 3 || !is_type_of(python.tensor_type, objects[0]) || !is_cpu_generator(objects[1])) return nothing();
   if (is_true_or_missing(Reference(PyObject_GetAttr(objects[0], python.requires_grad)))) return nothing();
   if (!Call::read_memory(objects[0], &memory)) return nothing();
   const int64_t elements = plain_elements(memory);
   if (elements <= 0) return nothing();
-  return true_or_nothing(draw_here(objects[1], static_cast<float*>(const_cast<void*>(pointer_of(memory))), elements));
+  float* const to = static_cast<float*>(const_cast<void*>(pointer_of(memory)));
+  return true_or_nothing(draw_here(objects[1], PyObject_IsTrue(objects[2]) == 1, to, elements));
 }
 
 PyObject* pass_normals(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
-  const int64_t elements = count == 2 && is_cpu_generator(objects[0]) ? PyLong_AsLongLong(objects[1]) : -1;
-  return elements <= 0 ? nothing() : true_or_nothing(draw_here(objects[0], nullptr, elements));
+  const int64_t elements = count == 3 && is_cpu_generator(objects[0]) ? PyLong_AsLongLong(objects[1]) : -1;
+  if (elements <= 0) return nothing();
+  return true_or_nothing(draw_here(objects[0], PyObject_IsTrue(objects[2]) == 1, nullptr, elements));
 }
 
 PyObject* trust_draws(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {

@@ -33,7 +33,11 @@ namespace fastguide {
   X(generator) \
   X(get_state) \
   X(set_state) \
-  X(is_alone) \
+  X(count_threads) \
+  X(own_thread) \
+  X(frames) \
+  X(code) \
+  X(waits) \
   X(exchange)
 
 struct Objects {

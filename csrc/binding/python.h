@@ -47,11 +47,15 @@ FASTGUIDE_PYTHON int PyTuple_SetItem(PyObject* tuple, std::ptrdiff_t index, PyOb
 FASTGUIDE_PYTHON PyObject* PyDict_New();
 FASTGUIDE_PYTHON PyObject* PyDict_GetItem(PyObject* dictionary, PyObject* key);  // borrowed
 FASTGUIDE_PYTHON int PyDict_SetItem(PyObject* dictionary, PyObject* key, PyObject* value);
+FASTGUIDE_PYTHON int PyDict_Next(PyObject* dictionary, std::ptrdiff_t* place, PyObject** key,
+                                 PyObject** value);  // both borrowed
 FASTGUIDE_PYTHON std::ptrdiff_t PyBytes_Size(PyObject* bytes);
 FASTGUIDE_PYTHON char* PyBytes_AsString(PyObject* bytes);
 FASTGUIDE_PYTHON PyObject* PyBytes_FromStringAndSize(const char* bytes, std::ptrdiff_t size);
 FASTGUIDE_PYTHON long long PyLong_AsLongLong(PyObject* integer);
 FASTGUIDE_PYTHON void* PyCapsule_GetPointer(PyObject* capsule, const char* name);
+FASTGUIDE_PYTHON int PyGC_Disable();
+FASTGUIDE_PYTHON int PyGC_Enable();
 FASTGUIDE_PYTHON PyThreadState* PyEval_SaveThread();
 FASTGUIDE_PYTHON void PyEval_RestoreThread(PyThreadState* state);
 #undef FASTGUIDE_PYTHON
@@ -100,6 +104,20 @@ class OtherThreads {
 
  private:
   PyThreadState* state_;
+};
+
+// Keeps the collector of garbage from running, and with it code of Python.
+class NoCollector {
+ public:
+  NoCollector() : was_on_(PyGC_Disable() == 1) {}
+  NoCollector(const NoCollector&) = delete;
+  NoCollector& operator=(const NoCollector&) = delete;
+  ~NoCollector() {
+    if (was_on_) PyGC_Enable();
+  }
+
+ private:
+  bool was_on_;
 };
 
 }  // namespace fastguide

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
+import sys
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -11,7 +14,7 @@ from .backends.registry import BACKENDS
 from .call import Objects
 from .inpainting import Inpainting
 from .memory import empty_like
-from .threads import is_alone
+from .threads import WAITS
 
 _WATCHERS = (
     torch._C._len_torch_dispatch_stack,
@@ -54,7 +57,11 @@ def _attached() -> native.PythonFunctions | None:
         generator="generator",
         get_state=torch.Generator.get_state,
         set_state=torch.Generator.set_state,
-        is_alone=is_alone,
+        count_threads=_thread._count,
+        own_thread=_thread.get_ident,
+        frames=sys._current_frames,
+        code="f_code",
+        waits=WAITS,
         exchange=exchange,
     )
     return None if found.attach(*objects) is None else found

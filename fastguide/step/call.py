@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import CodeType
 from typing import Any, NamedTuple
 
 
@@ -91,7 +92,14 @@ class Objects(NamedTuple):
     get_state: Any
     """Returns a generator's state, as do the bytes that ``set_state`` takes."""
     set_state: Any
-    is_alone: Any
-    """Returns True, if no other thread of Python may draw."""
+    count_threads: Any
+    """Returns how many threads of Python there are beside the main one."""
+    own_thread: Any
+    """Returns this one's identifier."""
+    frames: Any
+    """Returns what each of them executes, by their identifiers; ``code`` is an attribute of that."""
+    code: str
+    waits: list[CodeType]
+    """Of functions in which a thread does nothing but wait."""
     exchange: Any
     """DLPack's capsule."""

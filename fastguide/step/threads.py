@@ -1,24 +1,48 @@
-"""Tell whether other threads of Python may be at work."""
+"""Know the functions in which a thread of Python does nothing but wait, so that it does not draw from a generator.
+
+A thread executes one of them if that is its innermost frame: what they call is of C, and waits for a lock or for data.
+"""
 
 from __future__ import annotations
 
-import _thread
+import concurrent.futures.thread
+import multiprocessing.connection
+import selectors
 import sys
 import threading
+from types import CodeType
 
-_count = _thread._count
-_watching: tuple[threading.Thread, ...] = ()
-"""Threads that watch tqdm's bars, as they were last looked for."""
+_FUNCTIONS = (
+    (threading.Condition, "wait"),  # of events, barriers and queues too; threads that watch tqdm's bars are in it
+    (threading.Thread, "join"),
+    (threading.Thread, "_wait_for_tstate_lock"),  # up to Python 3.12
+    (concurrent.futures.thread, "_worker"),  # between two tasks
+    (multiprocessing.connection.Connection, "_recv"),
+    (selectors.SelectSelector, "select"),
+    (getattr(selectors, "PollSelector", None), "select"),
+    (getattr(selectors, "EpollSelector", None), "select"),  # of event loops
+    (getattr(selectors, "KqueueSelector", None), "select"),
+)
+_LATER = (
+    ("ipykernel.heartbeat", "Heartbeat", "run"),
+    ("torch._inductor.compile_worker.subproc_pool", None, "_recv_msg"),  # of processes that compile
+)
+"""Module, class and name of functions that wait, of modules that may be imported or not."""
 
 
-def is_alone() -> bool:
-    """Tell whether this is the only thread of Python, but for those that watch tqdm's bars and do nothing else."""
-    global _watching
-    others = _count()  # besides the main thread; this one is among them if it is another
-    if others == 0 or others == sum([thread.is_alive() for thread in _watching]):
-        return True
-    monitor = getattr(sys.modules.get("tqdm._monitor"), "TMonitor", None)
-    if monitor is None:
-        return False
-    _watching = tuple([thread for thread in threading.enumerate() if type(thread) is monitor])
-    return others == len(_watching)
+def _codes(owner: object, name: str) -> list[CodeType]:
+    code = getattr(getattr(owner, name, None), "__code__", None)
+    return [] if code is None else [code]
+
+
+WAITS: list[CodeType] = [code for owner, name in _FUNCTIONS for code in _codes(owner, name)]
+"""Their code. The library reads this list at each draw."""
+
+
+def know_waits() -> None:
+    """Look for functions of modules that have been imported since."""
+    for module, owner, name in _LATER:
+        found = sys.modules.get(module)
+        for code in _codes(found if owner is None else getattr(found, owner, None), name):
+            if code not in WAITS:
+                WAITS.append(code)

@@ -4,8 +4,8 @@ torch makes one word of its generator after the other, which takes nine tenths o
 vector of them at a time, and then does torch's arithmetic. Which bits that gives depends on torch's build and on the
 processor. So both are compared at the first draw, from a generator of their own, and if a bit differs anywhere, torch
 draws, then and always. torch also draws what the library has no code for: dtypes but float32, less than 16 values, and
-tensors that are not contiguous; and wherever other threads of Python are at work, since a generator of torch's is safe
-among threads, and to get a state and to set it later is not.
+tensors that are not contiguous; and wherever another thread of Python does anything but wait, since a generator of
+torch's is safe among threads, and to get a state and to set it later is not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .attached import functions, is_watched
-from .threads import is_alone
+from .threads import know_waits
 
 LEAST = 16
 """Values from which on torch makes them 16 at a time."""
@@ -29,7 +29,7 @@ _COMPARED = (16, 17, 31, 624, 1000, 4099, 20000)
 
 def normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Fill a tensor with standard normal values, as ``tensor.normal_(generator=generator)``; return it."""
-    if functions is None or not (_may_draw() and functions.fill_normals(tensor, generator)):
+    if functions is None or not (_may_draw() and functions.fill_normals(tensor, generator, False)):
         tensor.normal_(generator=generator)
     return tensor
 
@@ -37,12 +37,15 @@ def normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
 def pass_over(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> None:
     """Leave a generator of the CPU as ``torch.randn(shape, dtype=dtype, generator=generator)`` does."""
     may = dtype == torch.float32 and _may_draw()
-    if functions is None or not (may and functions.pass_normals(generator, math.prod(shape))):
+    if functions is None or not (may and functions.pass_normals(generator, math.prod(shape), False)):
         torch.randn(shape, dtype=dtype, device="cpu", generator=generator)
 
 
 def _may_draw() -> bool:
-    return not is_compiling() and is_alone() and not is_watched() and is_torch_s()
+    if is_compiling() or is_watched():
+        return False
+    know_waits()
+    return is_torch_s()
 
 
 @functools.cache
@@ -61,7 +64,7 @@ def _draws_alike(seed: int) -> bool:
     for size in _COMPARED:
         got, expected = (torch.empty(size, dtype=torch.float32, device="cpu") for _ in range(2))
         expected.normal_(generator=theirs)
-        if not (functions.fill_normals(got, ours) and functions.pass_normals(passing, size)):
+        if not (functions.fill_normals(got, ours, True) and functions.pass_normals(passing, size, True)):
             return False
         if not torch.equal(got.view(torch.int32), expected.view(torch.int32)):
             return False

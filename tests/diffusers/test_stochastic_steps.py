@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastguide.diffusers import counted_again, counted_step
-from fastguide.step import threads
+from fastguide.step import torch_normals
+from fastguide.step.attached import functions
 from fastguide.step.backends.registry import BACKENDS
 from tests.support.counted_loops import BETAS
 from tests.support.scheduler_pair import SHAPE, pair, randn
@@ -136,5 +137,10 @@ def test_any_generators_draw_what_torch_draws(name, generators, shape, monkeypat
     expected, expected_states = made(theirs, ours=False)
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert all(map(torch.equal, states, expected_states))
-    monkeypatch.setattr(threads, "_count", lambda: 1)  # then torch draws
-    assert torch.equal(x, made(pair(name, **SCHEDULERS[name])[0])[0])
+    trusted = torch_normals.is_torch_s()
+    monkeypatch.setattr(torch_normals, "is_torch_s", lambda: False)  # then torch draws
+    functions.trust_draws(False)
+    try:
+        assert torch.equal(x, made(pair(name, **SCHEDULERS[name])[0])[0])
+    finally:
+        functions.trust_draws(trusted)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import selectors
+import socket
 import subprocess
 import sys
 import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -73,7 +78,7 @@ def test_values_and_states_are_torch_s(capability, position):
     ours, theirs = pairs(torch.seed() % 2**63, position)
     for size in SIZES:
         got, expected = torch.full((size + 2,), 7.0), torch.empty(size).normal_(generator=theirs)
-        assert functions.fill_normals(got[1:-1], ours) is True
+        assert functions.fill_normals(got[1:-1], ours, True) is True
         assert torch.equal(bits(got[1:-1]), bits(expected))
         assert got[0] == got[-1] == 7
         assert_same(ours, theirs)
@@ -110,7 +115,7 @@ def test_any_uniform_values_give_torch_s_normal_ones(capability):
         theirs.set_state(state)
         ours.set_state(state)
         got, expected = torch.empty(len(words)), torch.empty(len(words)).normal_(generator=theirs)
-        assert functions.fill_normals(got, ours) is True
+        assert functions.fill_normals(got, ours, True) is True
         assert torch.equal(bits(got), bits(expected))
         assert_same(ours, theirs)
 
@@ -119,7 +124,7 @@ def test_any_uniform_values_give_torch_s_normal_ones(capability):
 def test_what_the_library_has_no_code_for_is_torch_s(name):
     ours, theirs = pairs(3, 7)
     got, expected = LEFT_TO_TORCH[name](), LEFT_TO_TORCH[name]()
-    assert functions.fill_normals(got, ours) is None
+    assert functions.fill_normals(got, ours, True) is None
     for _ in range(2):  # a value of a pair may be kept for the second draw
         assert normal_(got, ours) is got
         assert torch.equal(got, expected.normal_(generator=theirs))
@@ -149,7 +154,7 @@ def test_many_values_are_shared_among_threads():
     try:
         ours, theirs = pairs(8, 3)
         got, expected = torch.empty(2**21 + 2**20 + 21), torch.empty(2**21 + 2**20 + 21).normal_(generator=theirs)
-        assert functions.fill_normals(got, ours) is True
+        assert functions.fill_normals(got, ours, True) is True
     finally:
         torch.set_num_threads(before)
     assert torch.equal(bits(got), bits(expected))
@@ -162,7 +167,7 @@ def test_a_state_whose_words_end_before_it_says_is_left_to_torch(left, following
     state = generator.get_state()
     state[8:12].view(torch.int32)[0], state[16:24].view(torch.int64)[0] = left, following
     generator.set_state(state)
-    drawn = functions.fill_normals(torch.empty(16), generator)
+    drawn = functions.fill_normals(torch.empty(16), generator, True)
     assert drawn is (True if left == 1 else None)
     assert torch.equal(generator.get_state(), state) == (drawn is None)
 
@@ -170,9 +175,9 @@ def test_a_state_whose_words_end_before_it_says_is_left_to_torch(left, following
 def test_bad_arguments_do_nothing():
     generator, values = torch.Generator(), torch.empty(16)
     for tensor, source in ((values, None), (None, generator), (values.requires_grad_(), generator)):
-        assert functions.fill_normals(tensor, source) is None
+        assert functions.fill_normals(tensor, source, True) is None
     for source, count in ((None, 20), (generator, "20"), (generator, -1), (generator, 2**80)):
-        assert functions.pass_normals(source, count) is None
+        assert functions.pass_normals(source, count, True) is None
 
 
 # ---- Who draws ----
@@ -183,45 +188,92 @@ def drawn_by_torch(size=32):
     return normal_(torch.empty(size), torch.Generator())._version == 1
 
 
+@contextmanager
+def beside(target, *begun):
+    """Run a function in another thread meanwhile, once events are set."""
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    for event in begun:
+        assert event.wait(60)
+    yield thread
+    thread.join(60)
+    assert not thread.is_alive()
+
+
 def test_torch_draws_while_another_thread_may():
+    """Whatever it does: this one waits too, but in a function that the library does not know."""
+    begun, (reading, writing) = threading.Event(), os.pipe()
+
+    def read():
+        begun.set()
+        os.read(reading, 1)
+
     assert not drawn_by_torch()
-    done = threading.Event()
-    thread = threading.Thread(target=done.wait)
-    thread.start()
-    try:
-        assert not threads.is_alone()
+    with beside(read, begun):
         assert drawn_by_torch()
-    finally:
-        done.set()
-        thread.join()
+        os.write(writing, b"0")
     assert not drawn_by_torch()
+    os.close(reading)
+    os.close(writing)
 
 
-def test_a_thread_is_not_alone_beside_the_main_thread():
-    seen = []
-    thread = threading.Thread(target=lambda: seen.append(drawn_by_torch()))
-    thread.start()
-    thread.join()
-    assert seen == [True]
+def wait_for_event(done, begun):
+    begun.set()
+    done.wait()
 
 
-def test_threads_that_watch_tqdm_s_bars_do_not_draw(monkeypatch):
-    class TMonitor(threading.Thread):
-        pass
+def select(done, begun):
+    with selectors.DefaultSelector() as selector, socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        selector.register(server, selectors.EVENT_READ)
+        begun.set()
+        while not done.is_set():
+            selector.select(0.01)
 
-    monkeypatch.setitem(sys.modules, "tqdm._monitor", types.SimpleNamespace(TMonitor=TMonitor))
-    done = threading.Event()
-    watching, other = TMonitor(target=done.wait), threading.Thread(target=done.wait)
-    try:
-        watching.start()
-        assert threads.is_alone()
-        other.start()
-        assert not threads.is_alone()
-    finally:
+
+def join(done, begun):
+    other = threading.Thread(target=done.wait)
+    other.start()
+    begun.set()
+    other.join()
+
+
+@pytest.mark.parametrize("wait", [wait_for_event, select, join])
+def test_the_library_draws_while_other_threads_wait(wait):
+    done, begun = threading.Event(), threading.Event()
+    with beside(lambda: wait(done, begun), begun):
+        until = time.monotonic() + 60
+        while drawn_by_torch() and time.monotonic() < until:  # it is on its way to where it waits
+            time.sleep(0.001)
+        assert not drawn_by_torch()
         done.set()
-        watching.join()
-        other.join()
-    assert threads.is_alone()
+
+
+def test_the_library_draws_beside_a_pool_without_tasks():
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        until = time.monotonic() + 60
+        while drawn_by_torch() and time.monotonic() < until:
+            time.sleep(0.001)
+        assert not drawn_by_torch()
+
+
+def test_a_thread_draws_beside_a_main_thread_that_waits_for_it():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(drawn_by_torch).result() is False
+
+
+def test_functions_of_modules_that_are_imported_later_are_known(monkeypatch):
+    class Heartbeat:
+        def run(self):
+            raise NotImplementedError
+
+    monkeypatch.setattr(threads, "WAITS", [])
+    monkeypatch.setitem(sys.modules, "ipykernel.heartbeat", types.SimpleNamespace(Heartbeat=Heartbeat))
+    threads.know_waits()
+    threads.know_waits()
+    assert threads.WAITS.count(Heartbeat.run.__code__) == 1
 
 
 def test_a_mode_sees_torch_s_draw():
@@ -240,8 +292,8 @@ def test_a_mode_sees_torch_s_draw():
 
 
 def test_torch_draws_for_good_where_a_bit_differs(monkeypatch):
-    def wrong(tensor, generator):
-        done = functions.fill_normals(tensor, generator)
+    def wrong(tensor, generator, is_own):
+        done = functions.fill_normals(tensor, generator, is_own)
         tensor[-1] += 1e-6
         return done
 

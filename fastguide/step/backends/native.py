@@ -227,8 +227,8 @@ class PythonFunctions(NamedTuple):
     repeat: Callable[..., Any]
     follow: Callable[..., Any]
     is_watched: Callable[[], Any]
-    fill_normals: Callable[[Any, Any], Any]
-    pass_normals: Callable[[Any, int], Any]
+    fill_normals: Callable[[Any, Any, bool], Any]
+    pass_normals: Callable[[Any, int, bool], Any]
     trust_draws: Callable[[bool], Any]
 
 

@@ -54,6 +54,9 @@ FASTGUIDE_EXPORT int fastguide_program_values() { return fastguide::kMaxValues; 
 // The most elements of a group whose weights a step makes on a GPU.
 FASTGUIDE_EXPORT int fastguide_group_elements() { return static_cast<int>(fastguide::kMostOfGroup); }
 
+// The most terms of such a group's guidance.
+FASTGUIDE_EXPORT int fastguide_group_terms() { return fastguide::kMostOfGroupTerms; }
+
 // The words of a sample's threshold on a GPU.
 FASTGUIDE_EXPORT int fastguide_threshold_words() { return fastguide::kThresholdWords; }
 

@@ -291,7 +291,7 @@ void read_moments(const Operands& operands, const Layout& layout, StepArguments*
   a->weighs_sample = made.sizes()[1] > columns;
   STD_TORCH_CHECK(layout.is_cpu || a->groups == 1 || groups_fit(*a), "made: expected shape (", layout.batch,
                   ", columns) on a GPU, or times so many groups of at most ", kMostOfGroup,
-                  " elements, with two predictions and no weight of the sample's own");
+                  " elements, with two or three predictions, or two and a weight of the sample's own");
   a->made = made.mutable_data_ptr();
   read_program(*operands.program, layout, a);
   if (!layout.is_cpu) read_scratch(operands, layout, a);

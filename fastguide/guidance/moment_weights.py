@@ -68,11 +68,6 @@ class MomentWeights:
         (1, batch, ..., columns), with the dimensions whose places are groups."""
 
     @property
-    def of_two_norms(self) -> bool:
-        """Whether norms and inner products of two predictions are all that the weights are made of, and theirs."""
-        return len(self.program.weights) == 2 and not any(name.startswith("sum_") for name in self.program.inputs)
-
-    @property
     def requires_grad(self) -> bool:
         """Whether a parameter requires a gradient."""
         return self._parameters.requires_grad

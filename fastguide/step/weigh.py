@@ -35,7 +35,7 @@ def made_in_step(backend: Backend, made_by: MomentWeights, sample: Tensor) -> bo
     if backend.compiles_programs:
         # In compiled code a program may be another tensor than the guidance's, whose words nobody knows.
         return elements <= backend.group_elements and not torch.compiler.is_compiling()
-    return made_by.of_two_norms and elements <= backend.group_elements
+    return len(made_by.program.weights) <= backend.group_terms and elements <= backend.group_elements
 
 
 def needs_scratch(backend: Backend, made_by: MomentWeights, sample: Tensor) -> bool:

@@ -1,10 +1,11 @@
-// The CUDA kernel that guides samples whose groups of elements, such as tokens, have weights of their own: norms and
-// inner products of each group's two predictions, its program, what the weights make of them, and the step (groups.h).
+// The CUDA kernel that guides samples whose groups of elements, such as tokens, have weights of their own: moments of
+// each group's two or three terms, its program, what the weights make of the predictions, and the step (groups.h).
 //
 // Some lanes of a warp have a group, or a block has one. They add up vectors that begin with the group, in an order
 // that depends on nothing but its size, and all is in double: what nearly cancels is divided by its norm (the CPU's
 // kernel is in double there alone), and the guided prediction is a float again. One place of the code reads the
-// predictions, in two passes, of which the second mostly finds them in the cache.
+// predictions, in two passes for the norms of two, of which the second mostly finds them in the cache. A third term and
+// sums have a pass each in between: a thread then adds up three numbers at a time, whatever a program reads.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -33,66 +34,88 @@ constexpr int kGroupBlocks = 6;
 constexpr int kGroupBlocks = 5;
 #endif
 
+constexpr int kSumsOfPass = 3;
+
 struct Shared {
   GroupRow row;
-  bool last;                                  // what reads_last has returned to the first thread
-  double values[kGroupValues];                // launch.values of each group, the moments first
-  double sums[kPairProducts][kGroupThreads];  // of the lanes of a group or warp
+  Position position;                        // of the sample
+  bool last;                                // what reads_last has returned to the first thread
+  double values[kGroupValues];              // launch.values of each group, the moments first
+  double sums[kSumsOfPass][kGroupThreads];  // of the lanes of a group or warp
   int32_t program[kMaxWords];
 };
 
-// Calls f(thread) for this thread, and waits for the others; on a host, whose threads run one after the other and
-// thread 0 last, for each of them then.
+// Calls f(thread) for this thread; on a host, whose threads run one after the other and thread 0 last, for each of them
+// then. Returns what f does; there, whether any does.
 template <typename F>
-__device__ void each_thread(const F& f) {
+__device__ bool each_thread(const F& f) {
 #if defined(__CUDA_ARCH__)
-  f(int(threadIdx.x));
-  __syncthreads();
+  return f(int(threadIdx.x));
 #else
-  for (int thread = 0; thread < kGroupThreads; ++thread) f(thread);
+  bool any = false;
+  for (int thread = 0; thread < kGroupThreads; ++thread) any = f(thread) || any;
+  return any;
 #endif
 }
 
 // ---- Elements ----
 
-// A vector of the predictions, and of the sample in a step; what is behind the group is 0.
+// A vector of the predictions, and of launch.third; what is behind the group is 0.
 struct Values {
-  float first[kVector], second[kVector], sample[kVector];
+  float first[kVector], second[kVector], third[kVector];
 };
 
-__device__ void load_values(const GroupsLaunch& launch, const Lane& l, const Span& span, bool steps, Values& values) {
-  const Input &first = launch.predictions[0], &second = launch.predictions[1], &sample = launch.a.sample;
+__device__ void load_values(const GroupsLaunch& launch, const Lane& l, const Span& span, bool with_third,
+                            Values& values) {
+  const Input &first = launch.predictions[0], &second = launch.predictions[1], &third = launch.third;
   if (is_vector(l, span)) {
-    Raw raw_sample{};
+    Raw raw_third{};
     const Raw raw_first = load_group(l, first, span), raw_second = load_group(l, second, span);
-    if (steps) raw_sample = load_group(l, sample, span);
+    if (with_third) raw_third = load_group(l, third, span);
     unpack(raw_first, first.element, values.first);
     unpack(raw_second, second.element, values.second);
-    unpack(raw_sample, sample.element, values.sample);
+    unpack(raw_third, third.element, values.third);
     return;
   }
   FASTGUIDE_ROLL
   for (int i = 0; i < kVector; ++i) {
     turned(values.first, load_one(l, first, span, i));
     turned(values.second, load_one(l, second, span, i));
-    if (steps) turned(values.sample, load_one(l, sample, span, i));
+    if (with_third) turned(values.third, load_one(l, third, span, i));
   }
+}
+
+// The third term of an element: a difference to the first prediction, or the sample.
+__device__ double third_of(const StepArguments& a, const Values& values, int i) {
+  return double(values.third[i]) - (a.weighs_sample ? 0.0 : double(values.first[i]));
 }
 
 // ---- Moments ----
 
-__device__ void add_products(const Values& values, double (&sums)[kPairProducts]) {
+// Adds what a pass adds up: products of the first two terms; or the third one's with all, or the sums of all.
+__device__ void add_products(const StepArguments& a, Pass pass, const Values& values, double (&sums)[kSumsOfPass]) {
+  if (pass == Pass::pairs) {
+    FASTGUIDE_UNROLL
+    for (int i = 0; i < kVector; ++i) {
+      const double base = double(values.first[i]), difference = double(values.second[i]) - base;
+      sums[0] = fused(base, base, sums[0]);
+      sums[1] = fused(base, difference, sums[1]);
+      sums[2] = fused(difference, difference, sums[2]);
+    }
+    return;
+  }
   FASTGUIDE_UNROLL
   for (int i = 0; i < kVector; ++i) {
-    const double base = double(values.first[i]), difference = double(values.second[i]) - base;
-    sums[0] = fused(base, base, sums[0]);
-    sums[1] = fused(base, difference, sums[1]);
-    sums[2] = fused(difference, difference, sums[2]);
+    const double base = double(values.first[i]), third = third_of(a, values, i);
+    const double factor = pass == Pass::third ? third : 1.0;
+    sums[0] = fused(factor, base, sums[0]);
+    sums[1] = fused(factor, double(values.second[i]) - base, sums[1]);
+    sums[2] = fused(factor, third, sums[2]);
   }
 }
 
 // Leaves the sums of a group's lanes, or of a warp's, by halves.
-__device__ void put_sums(const GroupsLaunch& launch, int thread, double (&sums)[kPairProducts], Shared& shared) {
+__device__ void put_sums(const GroupsLaunch& launch, int thread, double (&sums)[kSumsOfPass], Shared& shared) {
   const int bits = launch.lane_bits < 5 ? launch.lane_bits : 5, part = thread >> bits;
   const bool is_first = part << bits == thread;
 #if defined(__CUDA_ARCH__)
@@ -104,108 +127,165 @@ __device__ void put_sums(const GroupsLaunch& launch, int thread, double (&sums)[
   }
 #else
   const bool writes = true;
-  for (int n = 0; n < kPairProducts && !is_first; ++n) sums[n] += shared.sums[n][part];
+  for (int n = 0; n < kSumsOfPass && !is_first; ++n) sums[n] += shared.sums[n][part];
 #endif
   FASTGUIDE_UNROLL
-  for (int n = 0; n < kPairProducts && writes; ++n) shared.sums[n][part] = sums[n];
+  for (int n = 0; n < kSumsOfPass && writes; ++n) shared.sums[n][part] = sums[n];
+}
+
+// Where the n-th sum of a pass is among the moments of so many terms. Of two terms there is no third sum: its place is
+// that of an input which comes later.
+__device__ int place_of(Pass pass, int terms, int n) {
+  if (pass == Pass::pairs) return n < 2 ? n : terms;
+  if (pass == Pass::third) return n < 1 ? 2 : n + 3;
+  return moments_of(terms) - terms + n;
+}
+
+// Puts the sums of a pass among a group's values.
+__device__ void take_sums(const GroupsLaunch& launch, Pass pass, int group, Shared& shared) {
+  const int parts = launch.lane_bits > 5 ? 1 << (launch.lane_bits - 5) : 1;
+  FASTGUIDE_ROLL
+  for (int n = 0; n < kSumsOfPass; ++n) {
+    double sum = shared.sums[n][group * parts];
+    FASTGUIDE_ROLL
+    for (int k = 1; k < parts; ++k) sum += shared.sums[n][group * parts + k];
+    shared.values[group * launch.values + place_of(pass, launch.terms, n)] = sum;
+  }
 }
 
 // ---- Weights ----
 
+// The position, or the table's first row, where it has none: the step makes such a sample NaN.
+__device__ Position within_table(const StepArguments& a, Position position) {
+  if (!in_table(a, position)) position.index = 0;
+  return position;
+}
+
 // Copies a sample's program, so that no word of it leads out of the values: nobody has checked a program on a device.
-__device__ void copy_program(const GroupsLaunch& launch, int64_t sample, int thread, int32_t* program) {
+// Returns whether a word of this thread's leads to a sum.
+__device__ bool copy_program(const GroupsLaunch& launch, int64_t sample, int thread, int32_t* program) {
   const StepArguments& a = launch.a;
   const int32_t* from = program_of(a, sample);
-  const int most = launch.values - (moments_of(2) + kOtherInputs + a.num_parameters);
+  const int terms = launch.terms, all = moments_of(terms);
+  const int most = launch.values - (all + kOtherInputs + a.num_parameters);
   const int instructions = from[0] < 0 ? 0 : from[0] < most ? from[0] : most;
-  const int words = int(words_of(2, instructions));
+  const int words = int(words_of(terms, instructions));
+  bool reads_sums = false;
   FASTGUIDE_ROLL
   for (int k = thread; k < words; k += kGroupThreads) {
     const uint32_t word = k < a.program_words ? uint32_t(from[k]) : 0u;
-    const bool is_operation = k > 2 && (k - 3) % kInstructionWords == 0;
+    const bool is_operation = k > terms && (k - terms - 1) % kInstructionWords == 0;
     const uint32_t limit = is_operation ? uint32_t(Operation::count) : uint32_t(launch.values);
     program[k] = k == 0 ? instructions : int32_t(word < limit ? word : 0u);
+    reads_sums = reads_sums || (k > 0 && !is_operation && word - uint32_t(all - terms) < uint32_t(terms));
   }
+  return reads_sums;
 }
 
-// Makes a group's weights. Sums of its predictions are not known here.
-__device__ void weigh(const GroupsLaunch& launch, int64_t sample, const Position& position, int64_t first, int group,
-                      Shared& shared) {
-  const int parts = launch.lane_bits > 5 ? 1 << (launch.lane_bits - 5) : 1;
-  double* const values = shared.values + group * launch.values;
-  FASTGUIDE_ROLL
-  for (int n = 0; n < moments_of(2); ++n) {
-    values[n] = n < kPairProducts ? shared.sums[n][group * parts] : NAN;
-    FASTGUIDE_ROLL
-    for (int k = 1; n < kPairProducts && k < parts; ++k) values[n] += shared.sums[n][group * parts + k];
-  }
-  make_weights<float>(
-      launch.a, shared.program, sample, position, values,
-      static_cast<float*>(launch.a.made) + (sample * launch.groups_of_sample + first + group) * made_columns(launch.a));
+// Makes a group's weights, once its moments are there.
+__device__ void weigh(const GroupsLaunch& launch, int64_t sample, int64_t first, int group, Shared& shared) {
+  const StepArguments& a = launch.a;
+  float* made = static_cast<float*>(a.made) + (sample * launch.groups_of_sample + first + group) * made_columns(a);
+  make_weights<float>(a, shared.program, sample, within_table(a, shared.position),
+                      shared.values + group * launch.values, made);
 }
 
 // ---- The guided prediction ----
 
-__device__ void guide(const GroupsLaunch& launch, const Lane& l, const Span& span, const PairWeights<double>& weights,
-                      const Values& values, const GroupRow& row) {
+struct GroupWeights {
+  PairWeights<double> pair;
+  double third;
+};
+
+__device__ void guide(const GroupsLaunch& launch, const Lane& l, const Span& span, const GroupWeights& weights,
+                      Values& values, const GroupRow& row) {
   float x0[kVector] = {}, next[kVector];
-  FASTGUIDE_UNROLL
-  for (int i = 0; i < kVector; ++i) {
-    next[i] = float(guided_prediction(weights, double(values.first[i]), double(values.second[i])));
+  const auto of_pair = [&](int i) {
+    return guided_prediction(weights.pair, double(values.first[i]), double(values.second[i]));
+  };
+  if (launch.terms == 2) {
+    FASTGUIDE_UNROLL
+    for (int i = 0; i < kVector; ++i) next[i] = float(of_pair(i));
+  } else {
+    FASTGUIDE_UNROLL
+    for (int i = 0; i < kVector; ++i) {
+      next[i] = float(fused(weights.third, third_of(launch.a, values, i), of_pair(i)));
+    }
+    if (launch.steps && !launch.a.weighs_sample) load_values(l, launch.a.sample, span, values.third);
   }
-  if (launch.steps) step_values(l, span, row, values.sample, x0, next);
-  write_values(launch, l, span, row, values.sample, x0, next);
+  if (launch.steps) step_values(l, span, row, values.third, x0, next);
+  write_values(launch, l, span, row, values.third, x0, next);
 }
 
 // ---- The kernel ----
 
-// Adds up the products of a thread's elements, or guides them.
-__device__ void pass_over(const GroupsLaunch& launch, const Lane& l, bool guides, int thread, Shared& shared) {
-  double sums[kPairProducts] = {};
+// Adds up what a pass adds of a thread's elements, or guides them.
+__device__ void pass_over(const GroupsLaunch& launch, const Lane& l, Pass pass, int thread, Shared& shared) {
+  double sums[kSumsOfPass] = {};
   const int size = int(launch.a.elements_per_sample), step = kVector << launch.lane_bits;
+  const bool guides = pass == Pass::guides, with_third = launch.third_in >> int(pass) & 1;
   const double* of_group = shared.values + l.group * launch.values;
-  PairWeights<double> weights{};
-  if (guides && l.active) weights = {of_group[shared.program[1]], of_group[shared.program[2]]};
+  GroupWeights weights{};
+  if (guides && l.active) {
+    weights.pair = {of_group[shared.program[1]], of_group[shared.program[2]]};
+    if (launch.terms > 2) weights.third = of_group[shared.program[3]];
+  }
   FASTGUIDE_ROLL
   for (int done = l.lane * kVector; l.active && done < size; done += step) {
     const Span span = {done, size - done < kVector ? size - done : kVector};
     Values values = {};
-    load_values(launch, l, span, guides && launch.steps, values);
+    load_values(launch, l, span, with_third, values);
     if (guides) {
       guide(launch, l, span, weights, values, shared.row);
     } else {
-      add_products(values, sums);
+      add_products(launch.a, pass, values, sums);
     }
   }
   if (!guides) put_sums(launch, thread, sums, shared);
 }
 
-// The position is that of the sample, which is not finished. first: the block's first group.
-__device__ void run(const GroupsLaunch& launch, uint32_t sample, int64_t first, Position position, Shared& shared) {
+// What one thread leaves for all: the row's tensors, and the weights of a step that is left to another launch.
+__device__ void prepare_step(const GroupsLaunch& launch, uint32_t sample, int64_t first, Shared& shared) {
   const StepArguments& a = launch.a;
-  const bool inside = in_table(a, position);
-  if (!inside) position.index = 0;  // the step makes such a sample NaN
+  list_tensors(a, in_table(a, shared.position), shared.row);
+  if (launch.steps || first != 0) return;
+  launch.weights[2 * sample] = 1.0f;
+  launch.weights[2 * sample + 1] = constant_scale<float>(a, sample, within_table(a, shared.position).index);
+}
+
+// reads_sums: what was found before the first pass, and behind it false.
+__device__ Pass next_of(Pass pass, int terms, bool reads_sums) {
+  if (reads_sums) return Pass::sums;
+  return pass != Pass::third && terms > 2 ? Pass::third : Pass::guides;
+}
+
+// The position is that of the sample, which is not finished. first: the block's first group.
+__device__ void run(const GroupsLaunch& launch, uint32_t sample, int64_t first, const Position& position,
+                    Shared& shared) {
+  bool reads_sums = each_thread([&](int thread) {
+    copy_row(launch.a, within_table(launch.a, position), thread, shared.row);
+    return copy_program(launch, sample, thread, shared.program);
+  });
+  Pass pass = Pass::pairs;
   FASTGUIDE_ROLL
-  for (int pass = 0; pass < 2; ++pass) {
+  while (true) {
     each_thread([&](int thread) {
-      if (pass == 0) {
-        copy_program(launch, sample, thread, shared.program);
-        copy_row(a, position, thread, shared.row);
-      }
-      pass_over(launch, lane_of(launch, sample, first, thread), pass == 1, thread, shared);
+      pass_over(launch, lane_of(launch, sample, first, thread), pass, thread, shared);
+      return false;
     });
-    if (pass == 1) return;
+    if (pass == Pass::guides) return;
+    const Pass next = next_of(pass, launch.terms, __syncthreads_or(reads_sums));
+    reads_sums = false;
     each_thread([&](int thread) {
-      if (thread < launch.groups && first + thread < launch.groups_of_sample) {
-        weigh(launch, sample, position, first, thread, shared);
-      }
-      if (thread != kGroupThreads - 1) return;  // of another warp
-      list_tensors(a, inside, shared.row);
-      if (!launch.steps && first == 0) {
-        launch.weights[2 * sample] = 1.0f;
-        launch.weights[2 * sample + 1] = constant_scale<float>(a, sample, position.index);
-      }
+      const bool has_group = thread < launch.groups && first + thread < launch.groups_of_sample;
+      if (has_group) take_sums(launch, pass, thread, shared);
+      if (next != Pass::guides) return false;
+      if (has_group) weigh(launch, sample, first, thread, shared);
+      if (thread == kGroupThreads - 1) prepare_step(launch, sample, first, shared);  // of another warp
+      return false;
     });
+    __syncthreads();
+    pass = next;
   }
 }
 
@@ -219,9 +299,10 @@ __global__ void __launch_bounds__(kGroupThreads, kGroupBlocks)
   const uint32_t sample = quotient(blockIdx.x, launch.chunks);
   const int64_t first = int64_t(blockIdx.x - sample * launch.chunks.divisor) * launch.groups;
   const Position position = position_of(a, sample);
-  if (launch.steps) {
-    const bool last = reads_last<Noise::none>(a, position, 0);
-    if (threadIdx.x == 0) shared.last = last;  // no register holds it till then
+  const bool last = launch.steps && reads_last<Noise::none>(a, position, 0);
+  if (threadIdx.x == 0) {  // no register holds them till then
+    shared.position = position;
+    shared.last = last;
   }
   if (is_live(a, position)) run(launch, sample, first, position, shared);
   if (!launch.steps) return;

@@ -12,7 +12,8 @@
 
 namespace fastguide {
 
-constexpr int kPairProducts = 3;  // of p_0 and p_1 - p_0: what norms and inner products are made of
+// The most terms of a guidance: predictions, and the sample if it has a weight.
+constexpr int kMostOfGroupTerms = 3;
 constexpr int kGroupThreads = 128;
 // The most elements of a group. A block has the largest groups, and its threads share their elements out.
 constexpr int64_t kMostOfGroup = 16384;
@@ -22,9 +23,16 @@ constexpr int kLeastLaneBits = 2;  // of a group: fewer lanes would need more va
 // What a block's groups compute their weights with: 32 groups of programs as the ones in fastguide/guidance.
 constexpr int kGroupValues = 1408;
 
+// What a thread does with its elements, one after the other: sums if the program reads any, third if there are three
+// terms.
+enum class Pass : int { pairs, sums, third, guides };
+
 struct GroupsLaunch {
   StepArguments a;  // as if a group were a sample; its predictions are null: they are the next member
   Input predictions[2];
+  int terms;       // two or three
+  Input third;     // what the third of three terms is made of; of two, the sample of a step
+  int third_in;    // a bit for each pass that reads it
   bool steps;      // whether the launch makes the step; otherwise it leaves the guided prediction
   Output written;  // the next sample, or the guided prediction, one sample behind the other
   // Without the step, (batch, 2): its weight of the guided prediction, which is 1, and the gradient's scale.
@@ -60,7 +68,7 @@ FASTGUIDE_INLINE int lane_bits_of(int64_t size) {
 
 // Whether the kernel takes these.
 FASTGUIDE_INLINE bool groups_fit(const StepArguments& a) {
-  return terms_of(a) == 2 && !a.weighs_sample && a.elements_per_sample / a.groups <= kMostOfGroup;
+  return a.num_predictions >= 2 && terms_of(a) <= kMostOfGroupTerms && a.elements_per_sample / a.groups <= kMostOfGroup;
 }
 
 // Whether a launch makes the step where it can.
@@ -84,6 +92,7 @@ FASTGUIDE_INLINE void for_each_of_groups(const StepArguments& a, const GroupsLau
     if (tensor.data != nullptr) f(tensor, copies);
   };
   for (const Input& prediction : launch.predictions) call(prediction, 1);
+  call(launch.third, 1);
   call(launch.written, 1);
   if (!launch.steps) return;
   for_each_input(a, [&](Argument, const Input& input) { call(input, 1); });
@@ -112,13 +121,17 @@ FASTGUIDE_INLINE GroupsLaunch make_groups_launch(const StepArguments& a) {
   launch.a.groups = 1;
   for (int k = 0; k < 2; ++k) launch.predictions[k] = a.predictions[k];
   launch.steps = groups_step(a);
+  launch.terms = terms_of(a);
+  launch.third_in = launch.terms > 2 ? ~(1 << int(Pass::pairs)) : launch.steps << int(Pass::guides);
+  if (a.num_predictions > 2) launch.third = a.predictions[2];
+  if (a.num_predictions == 2 && (launch.steps || a.weighs_sample)) launch.third = a.sample;
   launch.written = launch.steps ? a.out : Output{a.scratch, a.elements_per_sample, Element::float32};
   set_alignment(a, launch);
   launch.weights = weights_of_guided(a);
   launch.groups_of_sample = a.groups;
   launch.lane_bits = lane_bits_of(launch.a.elements_per_sample);
-  const int64_t instructions = (a.program_words - 1 - 2) / kInstructionWords;
-  const int64_t values = moments_of(2) + kOtherInputs + a.num_parameters + instructions;
+  const int64_t instructions = (a.program_words - 1 - launch.terms) / kInstructionWords;
+  const int64_t values = moments_of(launch.terms) + kOtherInputs + a.num_parameters + instructions;
   launch.values = int(values < kMaxValues ? values : kMaxValues) | 1;
   const int of_threads = kGroupThreads >> launch.lane_bits, of_values = kGroupValues / launch.values;
   launch.groups = of_threads < of_values ? of_threads : of_values;

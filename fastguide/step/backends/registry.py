@@ -27,8 +27,11 @@ class Backend(NamedTuple):
     makes_weights: tuple[str, ...] = ()
     """Types of devices on which its step makes weights from moments; elsewhere they are made before it."""
     group_elements: int = 0
-    """The most elements of a group that has weights of its own, if a step on a GPU makes them of the norms of two
-    predictions, or, if ``compiles_programs``, of anything; 0: they are made before it."""
+    """The most elements of a group that has weights of its own, if a step on a GPU makes them; 0: they are made before
+    it."""
+    group_terms: int = 0
+    """The most terms of such weights, predictions and the sample if it has one; with ``compiles_programs``, any
+    number."""
     compiles_programs: bool = False
     """Whether a step compiles the program that makes weights of groups, and takes any: then the host has to know the
     words of it, and they need no memory beside the weights."""

@@ -47,15 +47,16 @@ DTYPES = {
 def arguments_of(guidance, shape, dtype=torch.float32, place=lambda name, tensor: tensor, **changed):
     """The operator's arguments, each tensor where ``place`` puts it; groups are along the last dimension."""
     generator = torch.Generator().manual_seed(shape[1] * shape[-1])
-    x, first, other = [torch.randn(shape, generator=generator) for _ in range(3)]  # each at a multiple of 16 bytes
-    predictions = changed.pop("predictions", [first, first + 0.4 * other])
+    count = guidance.num_predictions
+    x, first, *others = [torch.randn(shape, generator=generator) for _ in range(1 + count)]  # each at 16 bytes
+    predictions = changed.pop("predictions", [first, *(first + 0.4 * other for other in others)])
     program, parameters = guidance.weights_from.on(x.device)
-    batch, elements = shape[0], shape[1] * shape[2]
+    batch, elements, columns = shape[0], shape[1] * shape[2], len(guidance.weights_from.program.weights) + 1
     scratch = torch.full((group_scratch_numbers(batch, elements),), torch.nan, dtype=torch.float64)
     tensors = {
         "out": torch.zeros_like(x), "sample": x, "rows": TABLE.device_rows(None, torch.float32),
         "weights": guidance.weights(x.device, torch.float32), "program": program, "parameters": parameters,
-        "made": torch.full((batch * shape[1], 3), torch.nan), "scratch": scratch,
+        "made": torch.full((batch * shape[1], columns), torch.nan), "scratch": scratch,
     }  # fmt: skip
     tensors |= {name: tensor for name, tensor in changed.items() if isinstance(tensor, torch.Tensor)}
     placed = {name: place(name, tensor.contiguous()) for name, tensor in tensors.items()}
@@ -198,16 +199,23 @@ def of_three(v, scale):
     return first + scale * v.norm(second) / v.norm(first) * (third - first)
 
 
-def test_the_kernel_takes_norms_of_two_predictions_in_blocks_of_memory():
-    backend = BACKENDS["reference"]._replace(makes_weights=("meta",), group_elements=64)
+@as_guidance(predictions=3, dim=-1)
+def of_four(v, scale):
+    first, second, third = v.predictions
+    return first + scale * v.norm(second) / v.norm(v.sample) * (third - first)
+
+
+def test_the_kernel_takes_three_terms_in_blocks_of_memory():
+    backend = BACKENDS["reference"]._replace(makes_weights=("meta",), group_elements=64, group_terms=3)
     x = torch.empty(2, 5, 64, device="meta")
     taken = {
         "norms": (Normalized(3.0, dim=-1), x, True),
         "projected": (GUIDANCES["projected"], x, True),
         "within an interval": (Normalized(3.0, dim=-1).within(TABLE, 0.2, 0.8), x, True),
-        "deviations": (of_deviations(2.0), x, False),
-        "three": (of_three(2.0), x, False),
-        "a weight of the sample": (AdaptiveProjected(4.0, norm_dim=-1, space="original"), x, False),
+        "deviations": (of_deviations(2.0), x, True),
+        "three": (of_three(2.0), x, True),
+        "a weight of the sample": (AdaptiveProjected(4.0, norm_dim=-1, space="original"), x, True),
+        "four": (of_four(2.0), x, False),
         "apart in memory": (Normalized(3.0, dim=1), x, False),
         "longer": (Normalized(3.0, dim=-1), torch.empty(2, 5, 65, device="meta"), False),
         "empty": (Normalized(3.0, dim=-1), torch.empty(0, 5, 64, device="meta"), False),

@@ -65,7 +65,7 @@ def case(name, guidance, shape, dtype, place=lambda name, tensor: tensor, **more
         return torch.randn(value * shape[0], *shape[1:], generator=generator)
 
     tensors = {field: value if field == "index" else made(value) for field, value in STEPS[name].items()}
-    return arguments_of(GUIDANCES[guidance], shape, dtype, place=place, **(tensors | more))
+    return arguments_of(guidance, shape, dtype, place=place, **(tensors | more))
 
 
 def written_by(arguments, run):
@@ -125,7 +125,7 @@ def check_on_the_host(arguments):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", STEPS)
 def test_one_launch_on_the_host(name, shape):
-    chosen = zip(GUIDANCES, DTYPES.values(), strict=True)
+    chosen = zip(GUIDANCES.values(), DTYPES.values(), strict=True)
     for guidance, dtype in chosen:
         check_on_the_host(case(name, guidance, shape, dtype))
 
@@ -135,12 +135,12 @@ def test_a_sample_of_16_bits(dtype):
     generator = torch.Generator().manual_seed(1)
     for shape in ((3, 9, 64), (3, 11, 100)):
         x = torch.randn(shape, generator=generator).to(dtype)
-        check_on_the_host(case("an anchor", "limited", shape, dtype, sample=x, out=torch.zeros_like(x)))
+        check_on_the_host(case("an anchor", GUIDANCES["limited"], shape, dtype, sample=x, out=torch.zeros_like(x)))
 
 
 @pytest.mark.parametrize("name", ["sample", "prediction"])
 def test_the_next_sample_may_be_written_over_what_it_is_made_of(name):
-    arguments = case("history", "projected", (3, 11, 100), torch.float32)
+    arguments = case("history", GUIDANCES["projected"], (3, 11, 100), torch.float32)
     expected = written_by(arguments, lambda: device_code.guided_step(*arguments))
     over = arguments.sample if name == "sample" else arguments.predictions[1]
     moved = arguments._replace(out=over)
@@ -153,7 +153,7 @@ def test_tensors_that_begin_anywhere(name):
     """One that begins between vectors is enough for single elements, as is one whose samples do; nothing changes."""
     found = []
     for offset, behind in ((None, 0), (0, 8), (1, 7), (0, 4)):
-        arguments = case("an anchor", "normalized", (3, 9, 64), torch.bfloat16)
+        arguments = case("an anchor", GUIDANCES["normalized"], (3, 9, 64), torch.bfloat16)
         value = getattr(arguments, name)
         tensor = value[0] if name == "predictions" else value
         if offset is not None:
@@ -201,7 +201,7 @@ def one_and_two(library, arguments, placed, one_by_one):
 )
 def test_one_launch_interpreted(library, name, guidance, shape, dtype, one_by_one):
     placed = Placed(**CHANGED)
-    arguments = case(name, guidance, shape, DTYPES[dtype], place=placed)
+    arguments = case(name, GUIDANCES[guidance], shape, DTYPES[dtype], place=placed)
     one, two, found = one_and_two(library, arguments, placed, one_by_one)
     assert found == [[], [], []]
     check_equal(one, two)
@@ -210,11 +210,11 @@ def test_one_launch_interpreted(library, name, guidance, shape, dtype, one_by_on
 def test_the_interpreter_finds_what_is_missing(library):
     """Each barrier ahead of the step is needed: without it, a block reads what is not there yet."""
     placed = Placed(**CHANGED)
-    arguments = case("an anchor", "normalized", (3, 17, 64), torch.bfloat16, place=placed)
+    arguments = case("an anchor", GUIDANCES["normalized"], (3, 17, 64), torch.bfloat16, place=placed)
     (only,) = launches_of(arguments)
     text = library.module.sources[library.mangled[only.kernel]]
-    barriers = [found.span() for found in re.finditer(r"bar\.sync[^;]*;", text)]
-    assert len(barriers) >= 2
-    for begin, end in barriers[:2]:
+    barriers = [found.span() for found in re.finditer(r"bar\.\w+[^;]*;", text)]
+    assert len(barriers) >= 4
+    for begin, end in barriers[1:3]:  # the first is of a cursor, and the others are behind the step
         without = library.changed(only.kernel, lambda text, begin=begin, end=end: text[:begin] + text[end:])
         assert any("race" in found for found in placed.launch(without, only)), text[begin - 200 : end]

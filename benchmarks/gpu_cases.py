@@ -24,9 +24,21 @@ SHAPES = [
 ]
 
 
+@fastguide.as_guidance(predictions=3, dim=-1)
+def perturbed_rows(v: Any, scale: Any) -> Any:
+    """Return perturbed guidance, each row of which has the deviation of the conditional prediction's in part."""
+    uncond, cond, perturbed = v.predictions
+    guided = uncond + scale * (cond - uncond) + 2.0 * (cond - perturbed)
+    return (0.7 * v.std(cond) / v.std(guided) + 0.3) * guided
+
+
 def cases(backend: str, device: str) -> int:
     """Run all cases with a backend; returns their number."""
-    of_groups = [fastguide.Normalized(3.0, dim=-1), fastguide.AdaptiveProjected(3.0, norm_threshold=1.0, norm_dim=-1)]
+    of_groups = [
+        fastguide.Normalized(3.0, dim=-1),
+        fastguide.AdaptiveProjected(3.0, norm_threshold=1.0, norm_dim=-1),
+        perturbed_rows(3.0),
+    ]
     guidances = [None, fastguide.ClassifierFree(3.0), fastguide.Composed([2.0, -1.0]) + fastguide.Classifier(None, 1.0)]
     ran = 0
     for table in (fastguide.ddim(SCHEDULE, 10), fastguide.ddpm(SCHEDULE, 10, variance_type="learned_range")):

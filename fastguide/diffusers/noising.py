@@ -49,7 +49,10 @@ class Noising(NamedTuple):
         if not said.isfinite().all():
             return None
         one = torch.ones(count, dtype=torch.float64, device="cpu")
-        columns = {"out_sample": said[:, 0], "out_pred": one}  # b is a weight, so that each product is rounded
+        # b is a weight, so that each product is rounded. x_0 has no part in the result and must not change it: it is
+        # NaN where the result is, and otherwise finite, being clipped.
+        columns = {"out_sample": said[:, 0], "out_pred": one}
+        columns |= {"x0_sample": said[:, 0], "x0_pred": one, "x0_scale": one, "clip": one}
         table = StepTable.from_columns(torch.zeros(count, device="cpu"), columns, name="noised samples")
         weights = torch.stack([said[:, 1], torch.zeros_like(one)], 1).unsqueeze(1)
         return cls({torch.device("cpu"): table}, Guidance(weights, None))

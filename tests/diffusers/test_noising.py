@@ -115,6 +115,26 @@ def test_in_16_bits_it_is_rounded_once(name, launches):
     assert len(launches) == 3
 
 
+VALUES = [torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NOISED)
+def test_infinities_are_diffusers(name, dtype, launches):
+    """In 16 bits those of diffusers' formula in float64, whose levels are not rounded to 0 or 1; zeros have signs."""
+    exact = torch.float64 if dtype.itemsize == 2 else dtype
+    pairs = torch.cartesian_prod(torch.tensor(VALUES, dtype=dtype), torch.tensor(VALUES, dtype=dtype))
+    x, noise = pairs.T.reshape(2, 1, 4, 9).repeat(1, 3, 1, 1)
+    ours, theirs = schedulers(name)
+    t = ours.timesteps
+    for timesteps in (t[4:5], t[4:5], t[:1], t[-1:], torch.stack([t[0], t[5], t[2]])):
+        got, expected = noised(ours, x, noise, timesteps), noised(theirs, x.to(exact), noise.to(exact), timesteps)
+        torch.testing.assert_close(got, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
+        known = ~expected.isnan()
+        assert torch.equal(got.signbit()[known], expected.signbit()[known])
+    assert len(launches) >= 4
+
+
 SOME = ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"]
 
 

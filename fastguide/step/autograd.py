@@ -126,7 +126,7 @@ def recorded_step(
     inputs = [getattr(a, name) for name in _INPUTS]  # no noise that is drawn: it may lie in `out`, which is returned
     needs = {n: isinstance(t, Tensor) and t.requires_grad for n, t in zip(_INPUTS, inputs, strict=True)}
     _check_that_it_stays(plan.kept(a, needs), a.original)
-    _check_that_it_is_no_leaf(original)
+    _check_that_it_can_be_written(original)
     increment = 0
     if generator is not None:
         in_kernel = chosen.torch_stream and a.variance is None  # whose gradient reads the noise
@@ -222,16 +222,35 @@ def _check_that_it_stays(kept: StepArguments, original: Tensor | None) -> None:
             )
 
 
-def _check_that_it_is_no_leaf(original: Tensor | None) -> None:
+def _check_that_it_can_be_written(original: Tensor | None) -> None:
     """Refuse to write x_0 where torch would refuse it, but only after the step."""
-    if original is None or not original.requires_grad:
+    if original is None:
         return
+    refused = None
+    if original.is_inference():
+        refused = "an inference tensor"
+    elif original._is_view():
+        refused = _VIEWS_NOT_WRITTEN.get(torch._C._autograd._get_creation_meta(original).name)
+    if refused is not None:
+        raise ValueError(
+            "original: expected a tensor that autograd lets be written to, where gradients are recorded, got "
+            f"{refused}; allocate it by torch.empty_like(sample)"
+        )
     owner = original if original._base is None else original._base
-    if owner.is_leaf:
+    if original.requires_grad and owner.is_leaf:
         raise ValueError(
             "original: expected no leaf that requires a gradient, nor a view of one, where gradients are recorded, "
             "got a tensor to write to"
         )
+
+
+_VIEWS_NOT_WRITTEN = {
+    "MULTI_OUTPUT_NODE": "a view that unbind(), split() or another function of several views returned",
+    "NO_GRAD_MODE": "a view that was made under torch.no_grad()",
+    "INFERENCE_MODE": "a view that was made in inference mode",
+    "IN_CUSTOM_FUNCTION": "a view that a torch.autograd.Function returned",
+}
+"""Those that autograd refuses to follow a write to, by how torch says that they were created."""
 
 
 class _Step(torch.autograd.Function):

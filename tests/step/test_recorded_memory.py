@@ -139,6 +139,54 @@ def test_a_leaf_is_no_place_for_the_predicted_original(part, backend):
     assert torch.equal(generator.get_state(), before)
 
 
+def under(mode, make):
+    with mode():
+        return make()
+
+
+class FirstOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, both):
+        return both[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.stack([grad, torch.zeros_like(grad)])
+
+
+NOT_WRITTEN = {
+    "unbind": (lambda: torch.zeros(2, *SHAPE).unbind()[0], r"a view that unbind\(\)"),
+    "unbind, recorded": (lambda: torch.zeros(2, *SHAPE, requires_grad=True).mul(1).unbind()[0], r"a view that unbind"),
+    "a view of it": (lambda: torch.zeros(2, *SHAPE).unbind()[0].view(SHAPE), r"a view that unbind\(\)"),
+    "split": (lambda: torch.zeros(2 * SHAPE[0], *SHAPE[1:]).split(SHAPE[0])[1], r"a view that unbind\(\), split\(\)"),
+    "no_grad": (lambda: under(torch.no_grad, lambda: torch.zeros(2, *SHAPE)[0]), r"made under torch.no_grad\(\)"),
+    "inference": (lambda: under(torch.inference_mode, lambda: torch.zeros(SHAPE)), "an inference tensor"),
+    "a Function": (lambda: FirstOf.apply(torch.zeros(2, *SHAPE)), "a view that a torch.autograd.Function returned"),
+    "a view of inference mode": (
+        lambda: (lambda both: under(torch.inference_mode, lambda: both[0]))(torch.zeros(2, *SHAPE)),
+        "a view that was made in inference mode",
+    ),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("name", NOT_WRITTEN)
+def test_what_autograd_lets_nobody_write_to_is_no_place_for_the_predicted_original(name, backend):
+    make, reason = NOT_WRITTEN[name]
+    place, generator, table = make(), torch.Generator().manual_seed(1), fastguide.ddpm(SCHEDULE, 6)
+    before = generator.get_state()
+    for options in ({}, {"return_log_prob": True}):
+        with pytest.raises(
+            ValueError, match=f"^original: expected a tensor that autograd lets be written to.*{reason}"
+        ):
+            fastguide.guided_step(table, 2, *draw(2), generator=generator, original=place, backend=backend, **options)
+        assert not place.any()
+        assert torch.equal(generator.get_state(), before)
+    with torch.inference_mode(place.is_inference()), torch.no_grad():  # nothing is recorded
+        fastguide.guided_step(table, 2, *draw(2), generator=generator, original=place, backend=backend)
+    assert place.all()
+
+
 @each_backend
 def test_the_predicted_original_in_the_place_of_what_is_not_read_again(backend):
     x, p = draw(2)

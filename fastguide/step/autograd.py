@@ -21,6 +21,7 @@ from ..solvers.table import ROW_COLUMNS, StepTable
 from .backends.reference import guided_step_backward
 from .backends.registry import Backend
 from .backward import Gradients, empty_clipped, unknown_fields
+from .batched_gradients import for_each_gradient
 from .draw import draw
 from .first_derivatives import refusing_second
 from .history import History
@@ -288,9 +289,12 @@ class _Step(torch.autograd.Function):
         if all(grad is None for grad in came):
             return (None,) * len(needs)
         plan: _Plan = ctx.plan
-        with torch.no_grad():
+
+        def gradients_of(*came: Tensor | None) -> list[Tensor | None]:
             out, original, left = map(plan.placed, came)
-            gradients = _gradients(plan, kept, Gradients(out, original, left, clipped=clipped), needs[_BEFORE:])
+            return _gradients(plan, kept, Gradients(out, original, left, clipped=clipped), needs[_BEFORE:])
+
+        gradients = for_each_gradient(gradients_of, *came)
         by_name = dict(zip(_KEPT, kept, strict=False))
         weighs = needs[_BEFORE + _INPUTS.index("weights")] or by_name["made"] is not None
         only_masks = not weighs and by_name["variance"] is None  # what is kept says where x_0 was clipped, no more

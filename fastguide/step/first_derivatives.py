@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batched_gradients import OlderBatch
+
 
 def refusing_second(gradients: Sequence[Tensor | None], of: Sequence[object], whose: str) -> tuple[Tensor | None, ...]:
     """Return gradients that a backward pass has computed without recording how; one through them raises an error.
@@ -20,6 +22,9 @@ def refusing_second(gradients: Sequence[Tensor | None], of: Sequence[object], wh
         of: what they depend on, of which some may be no tensor.
         whose: the call that was recorded.
     """
+    batch = OlderBatch.among(gradients) if torch.is_grad_enabled() else None
+    if batch is not None:  # to which autograd's own functions are constants
+        return tuple(batch.joined(refusing_second(batch.apart(gradients), batch.apart(of), whose)))
     changeable = [tensor for tensor in of if isinstance(tensor, Tensor) and tensor.requires_grad]
     if not torch.is_grad_enabled() or not changeable:
         return tuple(gradients)
@@ -37,10 +42,15 @@ def refusing_second(gradients: Sequence[Tensor | None], of: Sequence[object], wh
 class _Refused(torch.autograd.Function):
     """The first few tensors, as if they were computed of the others: autograd comes by here on its way to those."""
 
+    generate_vmap_rule = True  # for batches of gradients
+
     @staticmethod
-    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.message = message
+    def forward(message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple([tensor.detach() for tensor in tensors[:count]])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.message = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -24,6 +24,7 @@ from . import checks
 from .autograd import asks_for_gradients, recorded_step, to_be_recorded, with_own_weights
 from .backends.registry import Backend, StepFunction, backend_for
 from .backward import unknown_fields
+from .batched_gradients import for_each_gradient
 from .call import Call
 from .cursor import Cursor
 from .draw import draw
@@ -355,13 +356,16 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         mean, next_sample, deviation = ctx.saved_tensors
-        with torch.no_grad():
+
+        def gradients_of(grad: Tensor) -> tuple[Tensor | None, ...]:
             wide = torch.promote_types(mean.dtype, torch.float32)
             factor = grad / (ctx.elements * deviation.square())
             of_mean = next_sample.to(wide) - mean.to(wide)
             of_mean.mul_(factor.to(wide).reshape(-1, *[1] * (mean.dim() - 1)))
             of_next = -of_mean.to(next_sample.dtype) if ctx.needs_input_grad[1] else None
-        gradients = of_mean.to(mean.dtype), of_next, None, None, None
+            return of_mean.to(mean.dtype), of_next, None, None, None
+
+        gradients = for_each_gradient(gradients_of, grad)
         return refusing_second(gradients, (grad, mean, next_sample), "log_prob_of")
 
 

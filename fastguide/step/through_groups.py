@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..guidance.moment_weights import MomentWeights
+from .batched_gradients import for_each_gradient
 from .first_derivatives import refusing_second
 from .memory import empty_like
 from .operator import StepArguments
@@ -51,10 +52,14 @@ class _GuidedByGroups(torch.autograd.Function):
         a = StepArguments(sample, None, None, sample, [], rows, weights, ctx.index, indices, None, None, None)
         if not len(sample):
             return None, None, *[torch.zeros_like(t) if needs[k] else None for k, t in enumerate(inputs)]
-        with torch.no_grad():
-            gradients: list[Tensor | None] = [None] * len(inputs)
+
+        def gradients_of(grad: Tensor) -> list[Tensor | None]:
+            found: list[Tensor | None] = [None] * len(inputs)
             for part in parts_of(sample, _SHARE):
-                _add_part(a, ctx.made_by, part, inputs, needs, gradients, grad[part])
+                _add_part(a, ctx.made_by, part, inputs, needs, found, grad[part])
+            return found
+
+        gradients = for_each_gradient(gradients_of, grad)
         return None, None, *refusing_second(gradients, (grad, *inputs), "guided_step")
 
 

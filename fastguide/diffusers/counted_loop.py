@@ -18,6 +18,7 @@ from .dtypes import Dtypes
 from .host_tables import HostTables
 from .loop_tables import LoopTable
 from .timesteps import version_of
+from .written_tables import state_of
 
 LITTLE = 2**20
 """Bytes of a sample up to which a new object for x_0 costs more than to keep its inputs during a model's call."""
@@ -123,7 +124,7 @@ class CountedLoop:
     timesteps: Tensor = field(init=False)
     further: tuple[Tensor, ...] = field(init=False)
     config: Any = field(init=False)
-    versions: tuple[int | None, ...] = field(init=False)
+    versions: tuple[Any, ...] = field(init=False)
     """These are of ``tables``, whose attributes take longer to read."""
     calls: int = field(init=False)
     """Of the table."""
@@ -240,11 +241,11 @@ class CountedLoop:
         try:
             versions: Any = sigmas._version, timesteps._version
         except RuntimeError:  # inference tensors, which count nothing
-            versions = version_of(sigmas), version_of(timesteps)
+            versions = state_of(sigmas), state_of(timesteps)
         if self.further:
             if not all(own[name] is each for name, each in zip(self.further_in, self.further, strict=True)):
                 return False
-            versions = (*versions, *map(version_of, self.further))
+            versions = (*versions, *map(state_of, self.further))
         same: bool = versions == self.versions
         return same
 

@@ -33,7 +33,8 @@ from .lazy_tensor import plain
 from .loop_tables import LoopTable, loop_table
 from .scheduler_step import LEFT, SchedulerStep, count, count_fused, counted_as
 from .taken import Output, PerFrame
-from .timesteps import place_in, place_of, version_of
+from .timesteps import place_in, place_of
+from .written_tables import state_of
 
 _UNCOPIED = ("_counted", "_ended", "_kept_tables", "_given")
 _FLOAT32 = torch.float32
@@ -141,7 +142,7 @@ class CountedStep(SchedulerStep):
             if self._sigmas_on_device:
                 self.sigmas = self.sigmas.to(device)
             host.sigmas, host.timesteps = getattr(self, self._levels_in), self.timesteps
-            host.versions = version_of(host.sigmas), version_of(host.timesteps), *map(version_of, host.further)
+            host.versions = state_of(host.sigmas), state_of(host.timesteps), *map(state_of, host.further)
         before = self._host
         if before is not None and before.has_timesteps_of(host):
             host.first_steps = before.first_steps

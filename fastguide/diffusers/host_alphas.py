@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .noising import noised_by_timestep
-from .timesteps import version_of
+from .written_tables import state_of
 
 
 class _AlphasCopy(NamedTuple):
     """``alphas_cumprod`` on the host, and a copy of it on a device."""
 
     host: Tensor
-    version: int | None
+    version: Any
     device: Tensor
 
 
@@ -27,7 +27,7 @@ class HostAlphas:
     def _with_alphas_on_device(self, name: str, tensor: Tensor, *arguments: Any) -> Tensor:
         """Call diffusers' method of this name with ``alphas_cumprod`` on the tensor's device."""
         alphas, copied = self.alphas_cumprod, self._alphas_copy
-        version, on = version_of(alphas), None if copied is None else copied.device.device
+        version, on = state_of(alphas), None if copied is None else copied.device.device
         if copied is None or copied.host is not alphas or copied.version != version or on != tensor.device:
             copied = self._alphas_copy = _AlphasCopy(alphas, version, alphas.to(tensor.device))
         self.alphas_cumprod = copied.device

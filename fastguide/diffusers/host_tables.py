@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -11,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from .timesteps import version_of
+from .written_tables import outside_of_modes, state_of
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +21,7 @@ class HostTables:
     sigmas: Tensor
     timesteps: Tensor
     config: Any
-    versions: tuple[int | None, ...]
+    versions: tuple[Any, ...]
     """Of the sigmas, of the timesteps, and of each in ``further``."""
     sigma_values: tuple[float, ...]
     timestep_values: tuple[float, ...]
@@ -79,11 +77,6 @@ class HostTables:
         return bool((steps < 0).all()) or bool((steps > 0).all())
 
 
-def outside_of_modes() -> contextlib.AbstractContextManager[None]:
-    """Return a context for what later steps find again: in a ``FakeTensorMode``, too, its tensors are real ones."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
-
-
 def on_host(theirs: Callable[..., None]) -> Any:
     """Return diffusers' ``set_timesteps`` of a scheduler, which makes its tables on the host, and then moves them."""
 
@@ -111,7 +104,7 @@ def read_tables(scheduler: Any) -> HostTables:
     further: tuple[Tensor, ...] = ()
     if scheduler._further_tables:
         further = tuple([getattr(scheduler, name) for name in scheduler._further_tables])
-    versions = version_of(sigmas), version_of(timesteps), *map(version_of, further)
+    versions = state_of(sigmas), state_of(timesteps), *map(state_of, further)
     before: HostTables | None = scheduler._host
     if before is not None and sigmas is before.sigmas and versions[0] == before.versions[0] is not None:
         sigma_values = before.sigma_values
@@ -147,7 +140,7 @@ def _is_current(host: HostTables, scheduler: Any) -> bool:
     if own["_internal_dict"] is not host.config:
         return False
     if not host.further:
-        return (version_of(sigmas), version_of(timesteps)) == versions
+        return (state_of(sigmas), state_of(timesteps)) == versions
     if not all(own[name] is each for name, each in zip(scheduler._further_tables, host.further, strict=True)):
         return False
-    return tuple(map(version_of, (sigmas, timesteps, *host.further))) == versions
+    return tuple(map(state_of, (sigmas, timesteps, *host.further))) == versions

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..solvers import ROW_COLUMNS, StepTable
-from .host_tables import HostTables, outside_of_modes
+from .host_tables import HostTables
 from .thresholding import thresholded, why_not_thresholded
+from .written_tables import outside_of_modes
 
 _IN_SCALE = ROW_COLUMNS.index("in_scale")
 _MOST = 16

@@ -21,7 +21,8 @@ from ..step.guided_step import guided_step
 from ..step.memory import DTYPES
 from .fitted import is_transformed
 from .host_tables import HostTables, host_tables
-from .timesteps import place_in, version_of
+from .timesteps import place_in
+from .written_tables import state_of
 
 Formula = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """diffusers' ``add_noise``, of a scheduler, samples, noise and timesteps."""
@@ -130,7 +131,7 @@ def _by_count(scheduler: Any, formula: Formula, samples: Any, noise: Any, timest
     if not _are_served(samples, noise, timesteps) or timesteps.dim() != 1:
         return None
     host, index = host_tables(scheduler), scheduler._begin_index
-    if None in host.versions:  # somebody's own, made in inference mode: who writes to them is not counted
+    if None in host.versions:  # somebody's own, made in inference mode on a device: who writes to them is not known
         return None
     steps: list[int] | None
     if index is None:
@@ -183,7 +184,7 @@ def noised_by_timestep(
     alphas = scheduler.alphas_cumprod
     if not _are_served(samples, noise, timesteps) or timesteps.dim() > 1 or timesteps.dtype not in _INTEGERS:
         return None
-    version = version_of(alphas)
+    version = state_of(alphas)
     if version is None or not alphas.is_cpu:
         return None
     steps: Any = _values_of(scheduler, timesteps)
@@ -193,7 +194,7 @@ def noised_by_timestep(
         steps = timesteps.reshape(()) if timesteps.numel() == 1 else timesteps
     elif not all([0 <= step < len(alphas) for step in steps]):  # noqa: C419
         return None
-    before: tuple[Tensor, int, Noisings] | None = scheduler._noisings
+    before: tuple[Tensor, Any, Noisings] | None = scheduler._noisings
     if before is None or before[0] is not alphas or before[1] != version:
         before = scheduler._noisings = alphas, version, {}
 
@@ -217,9 +218,9 @@ def _values_of(scheduler: Any, timesteps: Tensor) -> list[int] | None:
     cache = own.get("_timesteps_cache")
     if place is None:
         return None
-    if host is not None and host.timesteps is own["timesteps"] and version_of(host.timesteps) == host.versions[1]:
+    if host is not None and host.timesteps is own["timesteps"] and state_of(host.timesteps) == host.versions[1]:
         return [int(host.timestep_values[place])]
-    if cache is not None and cache.tensor is own["timesteps"] and version_of(cache.tensor) == cache.version:
+    if cache is not None and cache.tensor is own["timesteps"] and state_of(cache.tensor) == cache.version:
         return [cache.values[place]]
     return None
 

@@ -23,8 +23,9 @@ from .guidance_arguments import Scale, combined
 from .lazy_tensor import plain
 from .scheduler_step import LEFT, SchedulerStep, count, plan, run
 from .tables import UNDEFINED, current_tables, host_alphas
-from .timesteps import row_of, version_of
+from .timesteps import row_of
 from .weights_of_formula import Conversion
+from .written_tables import state_of
 
 __all__ = ["RePaintScheduler"]
 
@@ -36,7 +37,7 @@ class _Undoing(NamedTuple):
     """The rows that lead back to more noise, as long as the scheduler has these very betas."""
 
     betas: Tensor
-    version: int | None
+    version: Any
     length: int
     """Of a step, in timesteps."""
     rows: StepTable
@@ -47,7 +48,7 @@ class _Undoing(NamedTuple):
     def is_of(self, betas: Tensor, length: int) -> bool:
         """Tell whether these are the rows of what a scheduler has now; torch.compile does not trace who writes."""
         same = self.betas is betas and self.length == length
-        return same and (torch.compiler.is_compiling() or self.version == version_of(betas))
+        return same and (torch.compiler.is_compiling() or self.version == state_of(betas))
 
 
 class RePaintScheduler(SchedulerStep, diffusers.RePaintScheduler):  # type: ignore[metaclass]
@@ -158,7 +159,7 @@ class RePaintScheduler(SchedulerStep, diffusers.RePaintScheduler):  # type: igno
         betas, made = self.betas, self._undoing
         if made is None or not made.is_of(betas, count):
             rows, weights = undoing_rows(betas.detach().to("cpu", torch.float32), count)
-            made = self._undoing = _Undoing(betas, version_of(betas), count, rows, Conversion(weights, None), {})
+            made = self._undoing = _Undoing(betas, state_of(betas), count, rows, Conversion(weights, None), {})
         if device not in made.by_device:
             made.by_device[device] = made.rows.to(device)
         return made.by_device[device], made.weights

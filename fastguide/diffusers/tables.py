@@ -16,7 +16,8 @@ from ..solvers import StepTable
 from ..solvers.ddim import ddim_table
 from ..solvers.ddpm import VarianceType, ddpm_table
 from .thresholding import thresholded, why_not_thresholded
-from .timesteps import host_timesteps, version_of
+from .timesteps import host_timesteps
+from .written_tables import state_of
 
 UNDEFINED = "it leads nowhere, or the schedule has no signal at that timestep"
 
@@ -29,7 +30,7 @@ class TableCache(NamedTuple):
 
     state: tuple[Any, ...]
     """What the rows depend on besides the arguments of ``step``, compared by identity."""
-    versions: tuple[int | None, int | None] | None
+    versions: tuple[Any, Any] | None
     """Of ``alphas_cumprod`` and ``timesteps``; ``None`` if made while torch.compile traced."""
     refusal: str | None
     """Why rows cannot express the scheduler's configuration; ``None``: they can."""
@@ -41,7 +42,7 @@ def current_tables(scheduler: Any) -> TableCache:
     """Return the scheduler's cache, a new one if its state has changed since."""
     state, cache = scheduler._table_state(), scheduler._table_cache
     compiling = torch.compiler.is_compiling()
-    versions = None if compiling else (version_of(scheduler.alphas_cumprod), version_of(scheduler.timesteps))
+    versions = None if compiling else (state_of(scheduler.alphas_cumprod), state_of(scheduler.timesteps))
     if cache is None or not all(map(operator.is_, state, cache.state)) or not (compiling or cache.versions == versions):
         cache = scheduler._table_cache = TableCache(state, versions, _refusal(scheduler), {})
     found: TableCache = cache

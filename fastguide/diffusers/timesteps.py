@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .written_tables import state_of
+
 
 class HostTimesteps(NamedTuple):
     """The values of a scheduler's ``timesteps``, as long as that is this tensor and nothing is written to it."""
 
     tensor: Tensor
     values: tuple[int, ...]
-    version: int | None
+    version: Any
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -27,7 +29,7 @@ def host_timesteps(scheduler: Any) -> tuple[int, ...]:
     """Return the values of ``timesteps``; they are read from a device only if ``set_timesteps`` did not set them."""
     timesteps, cache = scheduler.timesteps, scheduler._timesteps_cache
     compiling = torch.compiler.is_compiling()
-    if cache is None or cache.tensor is not timesteps or not (compiling or cache.version == version_of(timesteps)):
+    if cache is None or cache.tensor is not timesteps or not (compiling or cache.version == state_of(timesteps)):
         cache = _cache_timesteps(scheduler, tuple(timesteps.tolist()))
     values: tuple[int, ...] = cache.values
     return values
@@ -42,7 +44,7 @@ def move_timesteps(scheduler: Any, device: str | torch.device | None) -> None:
 
 
 def _cache_timesteps(scheduler: Any, values: tuple[int, ...]) -> HostTimesteps:
-    version = None if torch.compiler.is_compiling() else version_of(scheduler.timesteps)
+    version = None if torch.compiler.is_compiling() else state_of(scheduler.timesteps)
     cache = scheduler._timesteps_cache = HostTimesteps(scheduler.timesteps, values, version)
     return cache
 

@@ -19,7 +19,7 @@ from .lazy_guidance import resolved
 from .lazy_tensor import plain
 from .noise import Generators, noise_of
 from .scheduler_step import LEFT, SchedulerStep, count, count_fused
-from .timesteps import version_of
+from .written_tables import state_of
 
 __all__ = ["ScoreSdeVeScheduler"]
 
@@ -28,7 +28,7 @@ class _Rows(NamedTuple):
     """A scheduler's rows by device, as long as it has these very sigmas."""
 
     sigmas: Tensor
-    version: int | None
+    version: Any
     rises: list[bool]
     """Whether there is less noise before each sigma, and none before the first."""
     by_device: dict[torch.device, StepTable]
@@ -46,10 +46,10 @@ class ScoreSdeVeScheduler(SchedulerStep, diffusers.ScoreSdeVeScheduler):  # type
 
     def _current_rows(self) -> _Rows:
         rows, sigmas = self._rows, self.discrete_sigmas
-        if rows is None or rows.sigmas is not sigmas or rows.version != version_of(sigmas):
+        if rows is None or rows.sigmas is not sigmas or rows.version != state_of(sigmas):
             squares = sigmas.detach().to("cpu", torch.float64).square()
             rises = squares.diff(prepend=squares.new_zeros(1)) >= 0
-            rows = self._rows = _Rows(sigmas, version_of(sigmas), rises.tolist(), {})
+            rows = self._rows = _Rows(sigmas, state_of(sigmas), rises.tolist(), {})
         return rows
 
     def _table(self, device: torch.device) -> StepTable:

@@ -25,13 +25,18 @@ def remember(program: Tensor, words: tuple[int, ...]) -> None:
 
 
 def words_of(program: Tensor) -> tuple[int, ...]:
-    """Return a program's words, which are all samples'; of one that is not remembered, the host reads them, once.
+    """Return a program's words, which are all samples'.
+
+    Of one that is not remembered the host reads them, which waits for a device that it is on: there is no other way, as
+    a kernel cannot be compiled for words that nobody knows. So it is of a program that others than the library have
+    made, at its first step, after each write to it, and at each step if it is an inference tensor, of which torch
+    counts no writes. Guidance's own programs are remembered, and never read on a device.
 
     Raises:
         RuntimeError: samples have other programs than each other, or a device would have to be read during a capture.
     """
     found, version = _known.get(program, (None, None))
-    if found is not None and version == _version(program):
+    if found is not None and version is not None and version == _version(program):
         words: tuple[int, ...] = found
         return words
     if program.device.type == "cuda" and torch.cuda.is_current_stream_capturing():

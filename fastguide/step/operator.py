@@ -57,7 +57,9 @@ class StepArguments(NamedTuple):
     """``History.entries``: slots of a sample each, one after the other along the batch, in the arithmetic's dtype."""
     program: Tensor | None = None
     """Makes the weights of each sample from its predictions' moments, see ``fastguide.guidance.encoded``: int32 of
-    shape (1 or batch, words). ``weights`` then give the gradient's scale alone."""
+    shape (1 or batch, words). ``weights`` then give the gradient's scale alone. Kernels read it on the device, but
+    Triton's of groups are compiled for its words. If it is a tensor on a GPU that no ``Guidance`` has made, the host
+    reads these once, and again after each write to it, and waits for the GPU; the reference does at each step."""
     parameters: Tensor | None = None
     """What the program computes with beside moments: float64 of shape (calls or 1, batch or 1, numbers)."""
     made: Tensor | None = None

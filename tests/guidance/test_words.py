@@ -22,6 +22,15 @@ def test_words_are_known_of_programs_that_are_copied_to_a_device():
         words_of(torch.tensor([[0, 0, 1], [0, 1, 1]]))
 
 
+def test_words_of_inference_tensors_are_read_each_time():
+    """torch counts no writes to them."""
+    with torch.inference_mode():
+        program = torch.tensor([[0, 0, 1]])
+        assert words_of(program) == (0, 0, 1)
+        program[0, 1] = 2
+        assert words_of(program) == (0, 2, 1)
+
+
 def test_moments_that_a_program_does_not_read_are_not_made():
     words = words_of(Normalized(3.0, dim=-1).weights_from.on(torch.device("cpu"))[0])
     assert moments_read(words, 2) == (True, True, True, False, False)

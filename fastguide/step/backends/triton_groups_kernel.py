@@ -132,6 +132,10 @@ def _weights(
 @triton.jit
 def _write_weights(made, weights, scale, inside, K: tl.constexpr, WEIGHS_SAMPLE: tl.constexpr):
     """Write each group's weights as ``StepArguments.made`` has them."""
+    # Where a row of the tile is of several warps (tiles that are read one element at a time), each of them has all
+    # weights, and Triton lets all store them at the same place of shared memory, to deal them out to the threads that
+    # write here. They do so by one instruction and with the same bits, as each warp has added up the same parts in the
+    # same order: it is all the same whose are last. tests/support/ptx shows both, and a barrier ahead of the reads.
     for k in tl.static_range(K):
         tl.store(made + k, weights[k].to(tl.float32), mask=inside)
     tl.store(made + K, tl.load(scale) + tl.zeros_like(weights[0]).to(tl.float32), mask=inside)

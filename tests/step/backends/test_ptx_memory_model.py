@@ -129,6 +129,31 @@ def test_what_is_learned_from_one_count_is_passed_on_by_another(fence, raced):
     assert bool(run(one + first + second + third, blocks=3)[0]) == raced
 
 
+@pytest.mark.parametrize(
+    ("value", "behind", "found"),
+    [
+        ("7", "bar.sync 0;", []),
+        (
+            "%r3",
+            "bar.sync 0;",
+            ["write by thread 0 of block 0, and write by thread 32 of block 0"],
+        ),  # its warp's number
+        ("7", "bar.warp.sync -1;", ["and read by thread"]),
+    ],
+)
+def test_warps_may_write_the_same_bits_to_shared_memory(value, behind, found):
+    """By one instruction, as Triton's code does where each warp has all values; a barrier orders them and the reads."""
+    body = f"shr.u32 %r3, %r1, 5; mov.u32 %r6, words; st.shared.u32 [%r6+4], {value}; {behind}"
+    wrong = run(f"{body} ld.shared.u32 %r5, [%r6+4];", blocks=1, agreeing=True)[0]
+    assert bool(wrong) == bool(found)
+    assert all(text in wrong[0] for text in found)
+
+
+def test_the_same_bits_of_two_instructions_are_a_race():
+    half = "setp.ge.u32 %p1, %r1, 32; mov.u32 %r6, words; @%p1 bra A; st.shared.u32 [%r6], 7; ret;"
+    assert "race" in run(f"{half} A: st.shared.u32 [%r6], 7;", blocks=1, agreeing=True)[0][0]
+
+
 CLUSTER_BARRIER = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
 
 

@@ -147,9 +147,9 @@ def _shared_places(wave: Wave, address: Array, size: int, threads: Threads) -> A
     return np.where(fine, places, np.uint64(0)).astype(np.int64)
 
 
-def _trace_shared(wave: Wave, kind: str, at: Array, size: int, threads: Threads) -> None:
+def _trace_shared(wave: Wave, kind: str, at: Array, size: int, threads: Threads, same: Array | None = None) -> None:
     trace, blocks = wave.launch.trace, wave.block[threads].astype(np.int64)
-    trace.shared.append(Access(trace.next(), kind, at + blocks * SHARED_SPAN, size, wave.numbers(threads)))
+    trace.shared.append(Access(trace.next(), kind, at + blocks * SHARED_SPAN, size, wave.numbers(threads), same))
 
 
 def load_shared(wave: Wave, address: Array, dtype: type, count: int, threads: Threads) -> Array:
@@ -167,7 +167,8 @@ def store_shared(wave: Wave, address: Array, dtype: type, values: tuple, threads
     at, block = _shared_places(wave, address, item * len(values), threads), wave.row[threads]
     stored = [np.ascontiguousarray(np.broadcast_to(value, len(at))).view(UNSIGNED[item]) for value in values]
     writers = _writers(wave.numbers(threads), at, stored)
-    _trace_shared(wave, "write", at[writers], item * len(values), wave.members(threads)[writers])
+    _, same = np.unique(np.stack([at.astype(np.uint64), *stored])[:, writers], axis=1, return_inverse=True)
+    _trace_shared(wave, "write", at[writers], item * len(values), wave.members(threads)[writers], same.reshape(-1))
     for k, value in enumerate(stored):
         columns = at[:, None] + k * item + np.arange(item)
         wave.shared[block[:, None], columns] = value.view(np.uint8).reshape(len(at), item)

@@ -31,13 +31,23 @@ FIRST_BLOCK = "setp.ne.s32 %p1, %r2, 0; @%p1 ret;"
 
 
 def run(
-    body: str, flags: int = READ | WRITE | INITIALISED, classes: int = 1, blocks: int = 2, cluster: int = 1
+    body: str,
+    flags: int = READ | WRITE | INITIALISED,
+    classes: int = 1,
+    blocks: int = 2,
+    cluster: int = 1,
+    agreeing: bool = False,
 ) -> tuple[list[str], list[int]]:
-    """Run blocks of 64 threads, and return what was wrong, and 64 words of memory; ``flags`` say what they allow."""
+    """Run blocks of 64 threads, and return what was wrong, and 64 words of memory.
+
+    ``flags`` say what they allow; ``agreeing``: see ``races``.
+    """
     memory = Memory(1 << 16)
     place = memory.allocate(256, "words")
     memory.allow(place, 256, flags)
     code = code_of(Module(TEXT.replace("BODY", body)), "kernel")
     parameters = (memory.base + place).to_bytes(8, "little")
     launch = Launch(memory, code, blocks, 64, parameters, cluster=cluster).run(classes=classes)
-    return launch.findings + races(launch), memory.bytes[place : place + 256].view(np.uint32).tolist()
+    return launch.findings + races(launch, agreeing=agreeing), memory.bytes[place : place + 256].view(
+        np.uint32
+    ).tolist()

@@ -12,6 +12,8 @@ class Access(NamedTuple):
     """Accesses of threads by one instruction: a place in bytes for each thread, all of one size.
 
     kind: read, write, constant read (of memory that nothing may write), or atomic.
+    same: of writes to shared memory, a number for each thread that those have in common who write the same bits at the
+    same place.
     """
 
     sequence: int
@@ -19,6 +21,7 @@ class Access(NamedTuple):
     places: Array
     size: int
     threads: Array
+    same: Array | None = None
 
 
 class Order(NamedTuple):

@@ -34,7 +34,8 @@ def moments_of(
         dims: the dimensions that a group spans, counted from the first one.
     """
     first = predictions[0]
-    wide = dims is not None or any(each.dtype == torch.float64 for each in predictions)
+    given = predictions if sample is None else (*predictions, sample)
+    wide = dims is not None or any(each.dtype == torch.float64 for each in given)
     exact = torch.float64 if wide else torch.float32
     base = first.to(exact)
     terms: dict[int, Tensor] = {0: base}

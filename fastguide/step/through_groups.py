@@ -72,9 +72,12 @@ def _add_part(
     gradients: list[Tensor | None],
     grad: Tensor,
 ) -> None:
-    """Fill the gradients of some samples, or of the parameters, which are shared with others."""
+    """Fill the gradients of some samples, or of the parameters, which are shared with others.
+
+    Autograd adds up in float64 what each input gets in several ways, and the sum is rounded once.
+    """
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in _of_part(inputs, part)]
+        leaves = [tensor.detach().double().requires_grad_() for tensor in _of_part(inputs, part)]
         m, _ = _guided(a, made_by, part, *leaves)
         found = torch.autograd.grad(m, leaves, grad.double(), allow_unused=True)
     for k, (tensor, some) in enumerate(zip(inputs, found, strict=True)):

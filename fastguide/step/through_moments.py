@@ -75,14 +75,15 @@ class TermGradients:
             else:
                 self._sums[:, first] += wanted[name]
 
-    def add(self, chosen: Backend, dtype: torch.dtype, number: int, place: Tensor) -> None:
-        """Add the gradient of a prediction, or of the sample, whose number comes next, to what is in its place.
+    def add(self, chosen: Backend, dtype: torch.dtype, number: int, found: Tensor, place: Tensor | None = None) -> None:
+        """Add the gradient of a prediction, or of the sample, whose number comes next, to what was found.
 
         Args:
             chosen: makes the step that adds it.
             dtype: of the arithmetic, float32 or float64.
             number: which.
-            place: of the sample's shape and layout.
+            found: of the sample's shape and layout.
+            place: where to write the sum; ``None``: where ``found`` is.
         """
         products, sums = self._products[:, number], self._sums[:, number]
         if number == 0:  # a part of each difference, whose sign it has not
@@ -91,10 +92,10 @@ class TermGradients:
         columns = with_gradient_scale(products, self.count, products.new_zeros(1, 1))
         columns = with_sample_as_prediction(columns, self.count) if self.reads_sample else columns[:, :-1]
         if self._sums_up:
-            place.add_(sums.reshape(-1, *[1] * (place.dim() - 1)).to(dtype))
-        rows = _adding(place.device).device_rows(None, dtype)
-        weights = columns.to(dtype).contiguous()[None]
-        chosen.step(*StepArguments(place, None, None, place, self._terms, rows, weights, 0, None, None, None, None))
+            found.add_(sums.reshape(-1, *[1] * (found.dim() - 1)).to(dtype))
+        rows = _adding(found.device).device_rows(None, dtype)
+        weights, out = columns.to(dtype).contiguous()[None], found if place is None else place
+        chosen.step(*StepArguments(out, None, None, found, self._terms, rows, weights, 0, None, None, None, None))
 
 
 @cache

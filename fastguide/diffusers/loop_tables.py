@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from operator import is_
 from typing import Any
 
@@ -117,10 +118,15 @@ def _made(
     why_not = why_not or scheduler._why_not_from(begin)
     if why_not is None and scheduler._sigmas_fall and not tables.fall:
         why_not = "sigmas that do not fall"
+    if why_not is None and not all(map(isfinite, tables.timestep_values[begin:])):
+        why_not = "timesteps that are not finite"
     depends = {name: _copied(value) for name, value in config.items()}, tuple(map(_copied, state))
     if why_not is not None:
         return LoopTable(*depends, why_not=why_not)
     made = scheduler._loop_table(tables, begin, *arguments)
+    why_not = _why_not_table(made, thresholds and bool(config.get("thresholding")))
+    if why_not is not None:
+        return LoopTable(*depends, why_not=why_not)
     if thresholds:
         made = thresholded(made, config)
     table = _with_plain_inputs(made).to(device)
@@ -132,6 +138,15 @@ def _made(
     keeps = (*goes_back[1:], False)
     in_scales = tuple(scheduler._in_scales(made))
     return LoopTable(*depends, table, None, second, churned, keeps, in_scales, made)
+
+
+def _why_not_table(made: StepTable, thresholds: bool) -> str | None:
+    """Say what of a loop its table cannot express, as one of a last step that leaves the sample as it is."""
+    if not made.takes_predictions:
+        return "a loop that uses no model output"
+    columns = made.coefficients()
+    through_x0 = any(bool((columns[name] != 0).any()) for name in ("out_x0", "hist_x0"))
+    return "thresholding in a loop that does not go through x_0" if thresholds and not through_x0 else None
 
 
 def _second_table(table: StepTable, second: Mapping[str, Tensor] | None) -> StepTable:

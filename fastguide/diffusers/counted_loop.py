@@ -20,6 +20,8 @@ from .loop_tables import LoopTable
 from .timesteps import version_of
 from .written_tables import state_of
 
+GOES_ON = "a loop that goes on from diffusers' own steps"
+"""Why one is left to diffusers."""
 LITTLE = 2**20
 """Bytes of a sample up to which a new object for x_0 costs more than to keep its inputs during a model's call."""
 
@@ -307,6 +309,11 @@ class CountedLoop:
         last = None if last is None else last.detach().clone()
         entries = self.history.entries.clone()
         return CopiedLoop(self.begin, self.following, self.arguments, self.shape, entries, last)
+
+    def handed_over(self) -> str:
+        """Say why a copy leaves the rest to diffusers, whose own steps the loop has begun with; empty: it does not."""
+        began = self.table is None and self.begin < self.following and not self.is_over
+        return self.made.why_not or GOES_ON if began else ""
 
     def go_on_from(self, copied: CopiedLoop) -> None:
         """Go on from what another loop was copied at."""

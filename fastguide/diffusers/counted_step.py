@@ -20,7 +20,7 @@ from ..solvers import StepTable
 from ..step.history import History
 from ..step.memory import dense_within_sample, needs_no_advice
 from .counted_again import step_again
-from .counted_loop import LITTLE, CopiedLoop, CountedLoop, Like, form_of
+from .counted_loop import GOES_ON, LITTLE, CopiedLoop, CountedLoop, Like, form_of
 from .counted_run import run_counted
 from .drawing import Drawing
 from .dtypes import Dtypes, promoted
@@ -99,7 +99,7 @@ class CountedStep(SchedulerStep):
         """Give copies what a loop goes on from, and not the tables, which only save time."""
         kept = {name: value for name, value in super().__getstate__().items() if name not in _UNCOPIED}
         if self._counted is not None:
-            kept["_copied_loop"] = self._counted.copied()
+            kept["_copied_loop"], kept["_handed_over"] = self._counted.copied(), self._counted.handed_over()
         return kept
 
     def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
@@ -346,7 +346,7 @@ def loop_at(
     made = loop_table(scheduler, tables, begin, arguments, sample.device)
     history, is_theirs = None, under_way is not None and under_way.table is None
     if made.table is not None and made.table.history_slots and is_theirs:
-        made = LoopTable(made.config, made.state, why_not="a loop that goes on from diffusers' own steps")
+        made = LoopTable(made.config, made.state, why_not=GOES_ON)
     if made.table is not None and made.table.history_slots:
         history = History(made.table, _contiguous_within(sample).to(dtype))
     loop = CountedLoop(

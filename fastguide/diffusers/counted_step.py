@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ..solvers import StepTable
 from ..step.history import History
-from ..step.memory import dense_within_sample, needs_no_advice
+from ..step.memory import dense_within_sample, in_layout_of, needs_no_advice
 from .counted_again import step_again
 from .counted_loop import GOES_ON, LITTLE, CopiedLoop, CountedLoop, Like, form_of
 from .counted_run import run_counted
@@ -283,8 +283,8 @@ def _planned_step(
     refusal = refusal_of(sample, output, None, noise)
     fitted = None
     if refusal is None and loop.table is not None:
-        if not (sample.is_contiguous() or dense_within_sample(sample.shape, sample.stride())):
-            sample = sample.contiguous()
+        history = loop.history
+        sample = _dense(sample) if history is None else in_layout_of(history.entries[: len(sample)], sample)
         fitted = fitted_predictions(output, sample, guidance, False)
         refusal = SHAPES if fitted is None else None
     if loop.table is None or refusal is not None or fitted is None:
@@ -348,7 +348,7 @@ def loop_at(
     if made.table is not None and made.table.history_slots and is_theirs:
         made = LoopTable(made.config, made.state, why_not=GOES_ON)
     if made.table is not None and made.table.history_slots:
-        history = History(made.table, _contiguous_within(sample).to(dtype))
+        history = History(made.table, _dense(sample).to(dtype))
     loop = CountedLoop(
         tables, begin, arguments, scheduler._attributes(), form_of(sample), made, made.table, history, index,
         is_small=needs_no_advice(sample), is_little=sample.nbytes <= LITTLE, levels_in=scheduler._levels_in,
@@ -408,8 +408,9 @@ def _named(dtype: torch.dtype) -> str:
     return "float64" if dtype == torch.float64 else "float32 or less"
 
 
-def _contiguous_within(sample: Tensor) -> Tensor:
-    return sample if dense_within_sample(sample.shape, sample.stride()) else sample.contiguous()
+def _dense(sample: Tensor) -> Tensor:
+    dense = sample.is_contiguous() or dense_within_sample(sample.shape, sample.stride())
+    return sample if dense else sample.contiguous()
 
 
 def leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str | None) -> None:

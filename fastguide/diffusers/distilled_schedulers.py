@@ -21,7 +21,7 @@ from .drawing import Drawing
 from .dtypes import Dtypes, NoiseRule, with_default_noise
 from .guidance_arguments import Scale
 from .host_alphas import HostAlphasOfVelocity
-from .host_tables import HostTables, host_tables, on_host
+from .host_tables import HostTables, on_host
 from .noise import Generators
 from .noising import noised_by_count
 from .scaled_inputs import ScaledInputs
@@ -48,13 +48,6 @@ class _Distilled(HostAlphasOfVelocity, CountedStep):
             return "timesteps that are not as many as its steps"
         known = self.config.prediction_type in ("epsilon", "v_prediction", "sample")
         return None if known else "a configuration that rows do not express"
-
-    def _why_not_from(self, begin: int) -> str | None:
-        if self.config.prediction_type != "epsilon":
-            return None
-        tables = host_tables(self)
-        known = bool((tables.host_sigmas[tables.host_timesteps[begin:].long()] > 0).all())
-        return None if known else "a prediction that says nothing of x_0 at the first timestep, without any signal"
 
     def _draws_but_last(self, table: StepTable, call: int) -> bool:
         return call != len(table) - 1

@@ -115,11 +115,7 @@ def _made(
 ) -> LoopTable:
     thresholds = not scheduler._ignores_thresholding
     why_not = scheduler._why_not() or (why_not_thresholded(config) if thresholds else None)
-    why_not = why_not or scheduler._why_not_from(begin)
-    if why_not is None and scheduler._sigmas_fall and not tables.fall:
-        why_not = "sigmas that do not fall"
-    if why_not is None and not all(map(isfinite, tables.timestep_values[begin:])):
-        why_not = "timesteps that are not finite"
+    why_not = why_not or scheduler._why_not_from(begin) or _why_not_levels(scheduler, tables, begin)
     depends = {name: _copied(value) for name, value in config.items()}, tuple(map(_copied, state))
     if why_not is not None:
         return LoopTable(*depends, why_not=why_not)
@@ -138,6 +134,19 @@ def _made(
     keeps = (*goes_back[1:], False)
     in_scales = tuple(scheduler._in_scales(made))
     return LoopTable(*depends, table, None, second, churned, keeps, in_scales, made)
+
+
+def _why_not_levels(scheduler: Any, tables: HostTables, begin: int) -> str | None:
+    """Say what of the levels and timesteps of a loop no row can be made of."""
+    told = tables.timestep_values[begin:]
+    if scheduler._sigmas_fall and not tables.fall:
+        return "sigmas that do not fall"
+    if not all(map(isfinite, told)):
+        return "timesteps that are not finite"
+    of_noise = scheduler._levels_in == "alphas_cumprod" and scheduler.config.prediction_type == "epsilon"
+    if of_noise and any(tables.sigma_values[int(t)] == 0 for t in told):
+        return "a prediction that says nothing of x_0, at a timestep without any signal"
+    return None
 
 
 def _why_not_table(made: StepTable, thresholds: bool) -> str | None:

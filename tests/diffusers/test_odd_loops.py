@@ -53,3 +53,15 @@ def test_what_a_table_cannot_say(case):
     torch.testing.assert_close(
         *(run(each, steps, begin) for each in pair(name, **config)), equal_nan=True, rtol=0, atol=0
     )
+
+
+def test_no_signal_in_a_loop_that_is_given_its_x0():
+    results = []
+    for scheduler in pair("CogVideoXDPMScheduler", rescale_betas_zero_snr=True, timestep_spacing="trailing"):
+        scheduler.set_timesteps(4)
+        x, old, back, generator = randn(*SHAPE), None, None, torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps:
+            x, old = scheduler.step(torch.tanh(0.5 * x), old, t, back, x, generator=generator)
+            results.append(x)
+            back = t
+    torch.testing.assert_close(results[:4], results[4:], equal_nan=True, rtol=0, atol=0)

@@ -42,7 +42,7 @@ def repeated(
     last = None if is_dynamo_compiling() else scheduler._last_plan
     if last is None:
         return None
-    before, scale, state, versions, table, guidance, table_token, guidance_token = last
+    before, scale, state, versions, table, guidance, table_token, guidance_token, returns = last
     if before != arguments or gradient is not None or gradient_form != "epsilon":
         return None
     if type(gradient_scale) is not float or gradient_scale != 1.0:
@@ -81,10 +81,12 @@ def repeated(
     if scheduler._fusion is not None:
         count_fused(scheduler, guidance, is_last=is_last_row(scheduler, row))
     dtype = model_output.dtype
-    original_later = partial(_original, table, row, sample, predictions, dtype, guidance, result, inputs_versions)
+    original_later = partial(
+        _original, table, row, sample, predictions, dtype, guidance, result, inputs_versions, returns
+    )
     if return_dict:
         return scheduler._output(result, original_later)
-    return result, LazyOriginal.of(result, original_later)
+    return result, LazyOriginal.of(result, original_later, dtype if returns else None)
 
 
 def _row(scheduler: Any, timestep: Any, sample: Tensor) -> int | None:
@@ -104,9 +106,13 @@ def _original(
     guidance: Guidance | None,
     result: Tensor,
     versions: tuple[int, ...],
+    returns_prediction: bool,
 ) -> Tensor:
     """Predict x_0 of a step."""
-    planned = Plan(table, row, sample, predictions, guidance, None, None, dtype, result.dtype, None)
+    planned = Plan(
+        table, row, sample, predictions, guidance, None, None, dtype, result.dtype, None,
+        returns_prediction=returns_prediction,
+    )  # fmt: skip
     return predict_original(planned, result, planned.inputs_of_original(), versions)
 
 

@@ -113,6 +113,13 @@ class Plan(NamedTuple):
     output_type: Any
     """From lazy_outputs."""
     inpainting: Inpainting | None = None
+    returns_prediction: bool = False
+    """Whether the model predicts x_0, which diffusers returns in the dtype that it has."""
+
+    @property
+    def dtype_of_original(self) -> torch.dtype:
+        """The x_0's."""
+        return self.model_dtype if self.returns_prediction else self.dtype
 
     def inputs_of_original(self) -> list[Tensor]:
         """Return the tensors that the predicted x_0 depends on."""
@@ -139,14 +146,21 @@ class LastPlan(NamedTuple):
     guidance: Guidance | None
     table_token: object
     guidance_token: Any
+    returns_prediction: bool
 
     @classmethod
     def of(
-        cls, cache: TableCache, arguments: tuple[Any, ...], scale: Any, table: StepTable, guidance: Guidance | None
+        cls,
+        cache: TableCache,
+        arguments: tuple[Any, ...],
+        scale: Any,
+        table: StepTable,
+        guidance: Guidance | None,
+        returns_prediction: bool,
     ) -> LastPlan:
         """Return what steps with this table and guidance have in common."""
         tokens = table._token, token_of(guidance)
-        return cls(arguments, scale, cache.state, cache.versions, table, guidance, *tokens)
+        return cls(arguments, scale, cache.state, cache.versions, table, guidance, *tokens, returns_prediction)
 
 
 def plan(
@@ -203,11 +217,15 @@ def plan(
     if dtype == torch.float64:
         sample = sample.double()
     count_fused(scheduler, guidance, is_last=is_last_row(scheduler, row))
+    returns = scheduler.config.get("prediction_type") == "sample"
     if not torch.compiler.is_compiling():
         repeatable = gradient is None and is_by_value(guidance_scale)
-        last = LastPlan.of(cache, arguments, guidance_scale, table, guidance) if repeatable else None
+        last = LastPlan.of(cache, arguments, guidance_scale, table, guidance, returns) if repeatable else None
         scheduler._last_plan = None if last is None else tuple(last)  # a plain tuple is unpacked faster
-    return Plan(table, row, sample, predictions, guidance, gradient, variance, model_dtype, dtype, scheduler._output)
+    return Plan(
+        table, row, sample, predictions, guidance, gradient, variance, model_dtype, dtype, scheduler._output,
+        returns_prediction=returns,
+    )  # fmt: skip
 
 
 def count_fused(scheduler: SchedulerStep, guidance: Guidance | None, *, is_last: bool) -> None:
@@ -261,7 +279,7 @@ def run(planned: Plan, generator: Generators, noise: Tensor | None, draws: bool,
     inputs = planned.inputs_of_original()
     if torch.compiler.is_compiling() or any(map(Tensor.is_inference, inputs)):
         # torch does not count who writes to an inference tensor: what is not computed now may be lost
-        original = empty_like(sample, planned.dtype)
+        original = empty_like(sample, planned.dtype_of_original)
         result = _guided_step(planned, noise, source, out, original)
         return planned.output_type.plain(result, original) if return_dict else (result, original)
     result, versions = _guided_step(planned, noise, source, out), tuple(tensor._version for tensor in inputs)
@@ -271,7 +289,7 @@ def run(planned: Plan, generator: Generators, noise: Tensor | None, draws: bool,
 
     if return_dict:
         return planned.output_type(result, original_later)
-    return result, LazyOriginal.of(result, original_later)
+    return result, LazyOriginal.of(result, original_later, planned.dtype_of_original)
 
 
 def _guided_step(
@@ -313,6 +331,6 @@ def predict_original(planned: Plan, result: Tensor, inputs: list[Tensor], versio
     if tuple(tensor._version for tensor in inputs) != versions:
         raise RuntimeError("pred_original_sample: expected the inputs of its step as they were, got one changed")
     # The next sample is computed again and dropped, so that any noise will do
-    original = empty_like(result)
+    original = empty_like(result, planned.dtype_of_original)
     _guided_step(planned._replace(inpainting=None), planned.sample, None, empty_like(result), original)
     return original

@@ -76,3 +76,22 @@ def test_an_original_says_the_dtype_that_it_has(case, model_dtype):
     for (_, x_0), (_, y_0) in zip(got, expected, strict=True):
         if x_0 is not None:
             assert x_0.dtype == y_0.dtype == (x_0 + 0).dtype
+
+
+PREDICTS_X0 = ["DDIMScheduler", "DDPMScheduler", "DDIMInverseScheduler", "CogVideoXDDIMScheduler", "UnCLIPScheduler"]
+
+
+@pytest.mark.parametrize("as_output", [True, False])
+@pytest.mark.parametrize("name", PREDICTS_X0)
+def test_what_a_model_predicts_is_returned_in_its_dtype(name, as_output):
+    """At planned steps, and those like them."""
+    for state, model_dtype in itertools.product(DTYPES, repeat=2):
+        kinds = []
+        for scheduler in pair(name, prediction_type="sample"):
+            scheduler.set_timesteps(8)
+            x, output = randn(2, 3, 4, 4).to(state), randn(2, 3, 4, 4, seed=1).to(model_dtype)
+            for t in scheduler.timesteps[2:6]:
+                result = scheduler.step(output, t, x, return_dict=as_output)
+                prev_sample, original = result.to_tuple() if as_output else result
+                kinds.append((prev_sample.dtype, original.dtype, (original + 0).dtype))
+        assert kinds[:4] == kinds[4:]

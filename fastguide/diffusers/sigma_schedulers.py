@@ -129,7 +129,7 @@ class KDPM2AncestralDiscreteScheduler(TwoCalls, Sigmas, StepWithGenerator, diffu
     _output = lazy_outputs.LazyKDPM2AncestralOutput
     _sigmas_fall = False
     _predictions = ("epsilon", "v_prediction")
-    _further_tables = ("sigmas_interpol", "sigmas_down")
+    _further_tables = ("sigmas_interpol", "sigmas_down", "sigmas_up")
     set_timesteps = on_host(diffusers.KDPM2AncestralDiscreteScheduler.set_timesteps)
     add_noise = noised_by_count(diffusers.KDPM2AncestralDiscreteScheduler.add_noise)
 
@@ -138,8 +138,8 @@ class KDPM2AncestralDiscreteScheduler(TwoCalls, Sigmas, StepWithGenerator, diffu
 
     def _loop_table(self, tables: HostTables, begin: int) -> StepTable:
         calls = self._calls(tables, begin, 2)
-        middles, downs = (values.double()[begin::2] for values in tables.host_further)
-        return dpm2_table(with_middles(calls, middles), downs, self._prediction, ancestral=True)
+        middles, downs, ups = (values.double()[begin::2] for values in tables.host_further)
+        return dpm2_table(with_middles(calls, middles), downs, self._prediction, ancestral=True, ups=ups)
 
 
 def with_middles(calls: UnscaledCalls, middles: Tensor) -> UnscaledCalls:

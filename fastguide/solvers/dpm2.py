@@ -78,8 +78,18 @@ def dpm2(
     return dpm2_table(calls, down, prediction_type, ancestral=ancestral)
 
 
-def dpm2_table(calls: UnscaledCalls, downs: Tensor, prediction_type: PredictionType, *, ancestral: bool) -> StepTable:
-    """Return ``dpm2`` over any calls, and the sigmas that the steps but the last lead to before their noise."""
+def dpm2_table(
+    calls: UnscaledCalls,
+    downs: Tensor,
+    prediction_type: PredictionType,
+    *,
+    ancestral: bool,
+    ups: Tensor | None = None,
+) -> StepTable:
+    """Return ``dpm2`` over any calls, and the sigmas that the steps but the last lead to before their noise.
+
+    ``ups``: the deviations of that noise; ``None``: those that lead from ``downs`` to where the steps end.
+    """
     forms, sigma, down_to = [], calls.sigmas.tolist(), downs.tolist()
     for first in range(0, len(sigma) - 1, 2):
         now, last = sigma[first], first == len(sigma) - 2
@@ -90,7 +100,8 @@ def dpm2_table(calls: UnscaledCalls, downs: Tensor, prediction_type: PredictionT
             break
         down = down_to[first // 2]
         slope = (down - now) / middle  # x' = x + (down - sigma) * (x1 - x_0') / middle, x = (x1 - (1-ratio)*x_0)/ratio
-        noise = after * math.sqrt(now**2 - after**2) / now if ancestral else 0.0
+        noise = after * math.sqrt(now**2 - after**2) / now if ancestral and ups is None else 0.0
+        noise = noise if ups is None else float(ups[first // 2])
         second = Form(anchor=1 / ratio, sample=slope, noise=noise)
         forms.append(second.add({first: 1 - 1 / ratio, first + 1: -slope}))
     name = "dpm2_ancestral" if ancestral else "dpm2"

@@ -54,6 +54,11 @@ class _Signal(CountedStep):
         known = ("flow_prediction",) if flow else ("epsilon", "v_prediction", "sample")
         return None if config.prediction_type in known else "a configuration that rows do not express"
 
+    def _why_not_from(self, begin: int) -> str | None:
+        """Say so of sigmas that noise schedules have, and no flow: Karras' spacing, for one, does not know of flows."""
+        beyond = self.config.get("use_flow_sigmas") and max(host_tables(self).sigma_values[begin:]) > 1
+        return "sigmas of a flow that are above 1" if beyond else None
+
     def _predicted(self, output: Any) -> Any:
         """Return a model's output without the variance that it learned, which diffusers drops; of images only."""
         config = self._internal_dict

@@ -24,6 +24,12 @@ LOOPS = {  # configuration, steps, and the step to begin with
     ),
     "no signal": ("LCMScheduler", {"rescale_betas_zero_snr": True}, 4, None),
     "no signal, with jumps": ("TCDScheduler", {"rescale_betas_zero_snr": True}, 4, None),
+    "no flow": (
+        "UniPCMultistepScheduler",
+        {"use_exponential_sigmas": True, "use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        5,
+        None,
+    ),
     "a last step that does not go through x_0": (
         "SASolverScheduler",
         {"thresholding": True, "use_exponential_sigmas": True, "timestep_spacing": "trailing"},

@@ -47,13 +47,16 @@ class StepCounter:
             yield
 
     def _predict(self, model: torch.nn.Module, arguments: Any, output: Any) -> None:
-        """Add the batch of what a model predicted: the first dimension, or the length of a list."""
+        """Add the batch of what a model predicted: the first dimension, or the length of a list.
+
+        A call that fills a cache of keys and values, as AnyFlow's before each chunk of frames, predicts None.
+        """
         if self._is_over:
             self._predicted, self._is_over = 0, False
-        first = output if isinstance(output, torch.Tensor) else getattr(output, "sample", None)
-        if first is None:
-            first = output[0]
-        self._predicted += len(first)
+        if not isinstance(output, torch.Tensor):
+            output = output.sample if hasattr(output, "sample") else output[0]
+        if output is not None:
+            self._predicted += len(output)
 
     def _counting(self, step: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(step)

@@ -7,6 +7,7 @@ import functools
 import json
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,23 @@ def test_steps_of_a_copied_scheduler_and_predictions_of_several_calls_are_counte
     assert type(scheduler).step is step
     model(sample)
     assert not model._forward_hooks
+
+
+class FillsACache(torch.nn.Module):
+    def forward(self, sample, kind):
+        return kind(sample=None, keys="keys") if kind is SimpleNamespace else kind([None, "keys"])
+
+
+@pytest.mark.parametrize("kind", [tuple, SimpleNamespace])
+def test_a_call_that_fills_a_cache_predicts_nothing(kind):
+    scheduler, model, sample = diffusers.FlowMatchEulerDiscreteScheduler(), Predicts(), torch.randn(2, 3)
+    filling, counter = FillsACache(), plain_steps.StepCounter()
+    scheduler.set_timesteps(2)
+    with counter.watching([scheduler], [filling, model]):
+        for timestep in scheduler.timesteps:
+            filling(torch.cat([sample, sample]), kind)
+            scheduler.step(model(sample)[0], timestep, sample)
+    assert (counter.made, counter.guided) == (2, 0)
 
 
 def test_a_copied_scheduler_rounds_its_own_samples():

@@ -20,7 +20,7 @@ from benchmarks.report.machine import machine
 from .findings import examined
 from .hub import write_hub
 from .runs import Setting, run
-from .summaries import brief, reached, summary
+from .summaries import brief, reached, summary, with_setting
 
 _IN_ORDER_OF_USE = """
     stable_diffusion stable_diffusion_2 stable_diffusion_xl stable_diffusion_3 flux flux2 wan qwenimage ltx ltx2 sana
@@ -74,7 +74,8 @@ def _report(setting: Setting, wanted: Sequence[str], options: argparse.Namespace
     for start in range(0, len(missing), options.together):
         group = [f"tests/pipelines/{name}" for name in missing[start : start + options.together]]
         found = examined(functools.partial(run, setting), group, plain_too=options.plain_too)
-        folders |= {path.rpartition("/")[2]: findings for path, findings in found.items()}
+        named = {path.rpartition("/")[2]: findings for path, findings in found.items()}
+        folders |= with_setting(named, report["machine"], setting.expression)
         report["summary"] = summary(folders, made)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{', '.join(group)}: {summary(found, made)['tests']}", file=sys.stderr, flush=True)

@@ -218,13 +218,16 @@ def test_a_brief_report_has_numbers_alone():
     pipelines = findings.by_pipeline([counted(2, 1, {"fused with guidance": 2})])
     report = {"machine": {"date": "today", "processor": "fast"}, "expression": "inference"}
     report["folders"] = {"some": {"tests": tests, "pipelines": pipelines, "wrong": ["stopped after 9 s"]}}
+    report["folders"] = summaries.with_setting(report["folders"], report["machine"] | {"date": "before"}, "batch")
     report["summary"] = summaries.summary(report["folders"], ["P"])
     found = summaries.brief(report)
     assert found["machine"] == {"date": "today"}
     assert found["summary"]["counts that differ"] == 1
     assert found["folders"]["some"] == {
         **{"passed": 1, "fails plain too": 1, "calls": 1, "compared": 0, "differ": 0, "errors_differ": 0},
-        **{"counts_differ": 1, "plain failures": {"NoFile": 1}, "stopped": 1},
+        **{"counts_differ": 1, "plain failures": {"NoFile": 1}, "stopped": 1, "largest": 0.0},
+        **{"steps": {"fused with guidance": 2}, "steps with guidance": 1},
+        "setting": {"date": "before", "expression": "batch"},
     }
     assert "name" not in json.dumps(found)
 

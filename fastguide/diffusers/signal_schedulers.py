@@ -51,7 +51,7 @@ class _Signal(CountedStep):
     def _why_not(self) -> str | None:
         config = self.config
         flow = bool(config.get("use_flow_sigmas"))
-        known = ("flow_prediction",) if flow else ("epsilon", "v_prediction", "sample")
+        known = ("epsilon", "sample", "flow_prediction" if flow else "v_prediction")
         return None if config.prediction_type in known else "a configuration that rows do not express"
 
     def _why_not_from(self, begin: int) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastguide.diffusers.two_calls import TwoCalls
-from tests.support.counted_loops import BETAS, CASES, ENDS, STEPS, first_of, largest_error, loop, model
+from tests.support.counted_loops import BETAS, CASES, ENDS, FLOW, STEPS, first_of, largest_error, loop, model
 from tests.support.scheduler_pair import COUNTED, SHAPE, diffusers, fused, pair, randn, set_steps, steps_of
 
 
@@ -40,6 +40,19 @@ def test_pndm_begins_anywhere_as_diffusers_does(begin, prediction_type):
     ours, theirs = pair("PNDMScheduler", skip_prk_steps=True, steps_offset=1, prediction_type=prediction_type)
     got, expected = (loop(each, 0.1 * randn(*SHAPE), begin=begin) for each in (ours, theirs))
     assert largest_error(got, expected) < 5e-6
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+@pytest.mark.parametrize("kind", ["UniPC", "DPMSolver", "DEIS"])
+def test_models_of_noise_or_of_x_0_at_the_levels_of_a_flow_are_diffusers(kind, prediction_type):
+    """SkyReels' tests in diffusers have models of noise."""
+    config = FLOW | {"flow_shift": 8.0, "prediction_type": prediction_type}
+    ours, theirs = pair(f"{kind}MultistepScheduler", **config)
+    set_steps(ours)
+    first = first_of(ours)
+    got, expected = (loop(each, first) for each in (ours, theirs))
+    assert largest_error(got, expected) < (1e-5 if kind == "DEIS" else 2e-6)
+    assert ours._counted.made.why_not is None
 
 
 def test_one_step_of_a_consistency_model_draws_nothing():

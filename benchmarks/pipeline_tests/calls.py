@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -23,6 +24,8 @@ from .plain_steps import MODELS, StepCounter, rounding, steps_wrapped
 Record = dict[str, Any]
 _LARGE = 1e-4
 """The difference of outputs from which on it is seen whether rounding explains it."""
+_DECODERS = ("vae", "audio_vae", "vqvae", "vqgan", "movq")
+"""The names that pipelines have for what makes images, videos and sound of latents."""
 _DRAWS = 4
 """How many plain calls with rounded samples are made for that: one in ten is several times as far off as the others."""
 
@@ -83,7 +86,8 @@ class Calls:
         before = Counter(done.counts)
         output, found = None, None
         try:
-            output = call(*arguments, **keywords)
+            with _decoded(pipe) as latents:
+                output = call(*arguments, **keywords)
         except Exception as raised:
             found = raised
             raise
@@ -93,7 +97,8 @@ class Calls:
             if self._compares and (error is not None or found is not None):
                 record["errors"] = [_described(error), _described(found)]
             elif self._compares:
-                record |= {"difference": difference(plain, output), "varies": varies(output)}
+                made = output, latents
+                record |= {"difference": difference(plain, made), "varies": varies(made)}
                 if record["difference"] > _LARGE:
                     restore(pipe)
                     record["rounding"] = kept.rounding(pipe, call, plain)
@@ -138,11 +143,11 @@ class _Kept:
         """Call the pipeline with copies of its schedulers, and leave all random numbers for the next call.
 
         Returns:
-            The output, the error, and the steps that were made.
+            The output with what was decoded for it, the error, and the steps that were made.
         """
         counter = StepCounter()
         with _copied_schedulers(pipe) as schedulers, counter.watching(schedulers, _models(pipe)):
-            output, error = self._called(call)
+            output, error = self._called(pipe, call)
         return output, error, counter
 
     def rounding(self, pipe: Any, call: Callable[..., Any], plain: Any) -> float:
@@ -154,14 +159,15 @@ class _Kept:
         found = 0.0
         for seed in range(_DRAWS):
             with _copied_schedulers(pipe) as schedulers, steps_wrapped(schedulers, functools.partial(rounding, seed)):
-                rounded, error = self._called(call)
+                rounded, error = self._called(pipe, call)
             found = max(found, difference(plain, rounded)) if error is None else found
         return found
 
-    def _called(self, call: Callable[..., Any]) -> tuple[Any, Exception | None]:
+    def _called(self, pipe: Any, call: Callable[..., Any]) -> tuple[Any, Exception | None]:
         self._set_states()
         try:
-            return call(*copied(self._arguments), **copied(self._keywords)), None
+            with _decoded(pipe) as latents:
+                return (call(*copied(self._arguments), **copied(self._keywords)), latents), None
         except Exception as error:
             return None, error
         finally:
@@ -171,6 +177,26 @@ class _Kept:
         torch.set_rng_state(self._states[0])
         np.random.set_state(self._states[1])
         random.setstate(self._states[2])
+
+
+@contextlib.contextmanager
+def _decoded(pipe: Any) -> Iterator[list[Any]]:
+    """Keep what a pipeline's decoders are given, and yield it: it says more than what a decoder at its limits makes."""
+    latents: list[Any] = []
+
+    def watched(decode: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(decode)
+        def keeping(*arguments: Any, **keywords: Any) -> Any:
+            latents.append(copied((*arguments, *keywords.values())[0]))
+            return decode(*arguments, **keywords)
+
+        return keeping
+
+    decoders = {id(each): each for part in _pipelines(pipe) for name in _DECODERS if (each := vars(part).get(name))}
+    with contextlib.ExitStack() as stack:
+        for decoder in decoders.values():
+            stack.enter_context(mock.patch.object(decoder, "decode", watched(decoder.decode)))
+        yield latents
 
 
 @contextlib.contextmanager

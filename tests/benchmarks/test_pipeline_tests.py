@@ -85,8 +85,8 @@ def test_a_call_is_made_plain_and_accelerated_from_the_same_state():
     assert output.shape == (1, 8, 8, 3)
 
 
-def test_a_wrong_step_is_seen(monkeypatch):
-    pipe, records = watched(diffusers.DDIMPipeline)
+def make_wrong_steps(monkeypatch):
+    """Let accelerated pipelines make steps of 1.01 times the model's output."""
     accelerate = calls.accelerate
 
     def wrong(pipe):
@@ -96,6 +96,34 @@ def test_a_wrong_step_is_seen(monkeypatch):
         return done
 
     monkeypatch.setattr(calls, "accelerate", wrong)
+
+
+class BlackDecoder(torch.nn.Module):
+    def decode(self, latents):
+        return np.zeros_like(latents)
+
+
+class DecodingPipeline(diffusers.DDIMPipeline):
+    def __call__(self, **keywords):
+        return self.vae.decode(super().__call__(output_type="np", **keywords).images)
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_what_is_decoded_is_compared(monkeypatch, is_wrong):
+    """Also where the decoder makes the same of everything, as Allegro's does of pictures smaller than its tiles."""
+    pipe, records = watched(DecodingPipeline)
+    pipe.vae = BlackDecoder()
+    if is_wrong:
+        make_wrong_steps(monkeypatch)
+    assert not pipe(num_inference_steps=3).any()
+    assert records[0]["varies"]
+    assert (records[0]["difference"] > findings.TOLERANCE[32]) == is_wrong
+    assert pipe.vae.decode.__func__ is BlackDecoder.decode
+
+
+def test_a_wrong_step_is_seen(monkeypatch):
+    pipe, records = watched(diffusers.DDIMPipeline)
+    make_wrong_steps(monkeypatch)
     pipe(num_inference_steps=3, output_type="np")
     assert records[0]["difference"] > findings.TOLERANCE[32]
     assert 0 < records[0]["rounding"] < 1e-5

@@ -25,6 +25,11 @@ _QWEN_NAMES = """
 """
 _QWEN_SPECIAL = [f"<|{name}|>" for name in _QWEN_NAMES.split()]
 _QWEN_FIRST_SPECIAL = 151643  # the published vocabulary's, which models' configurations in the tests count on
+_QWEN_WORDS = """
+    are a prompt engineer Based on the provided source image ( and target create an interesting text that can be used
+    together with to red square
+"""  # of Kandinsky's tests, whose texts are cut at the published vocabulary's length, and an image's place with them
+_QWEN_WORDS_WITHOUT_SPACE = "user You first second system"
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -99,12 +104,18 @@ def _llama() -> Any:
     return tokenizer
 
 
+def _merges(*pieces: str) -> list[tuple[str, str]]:
+    """Return what makes one token of each piece, letter by letter."""
+    return list(dict.fromkeys((piece[:end], piece[end]) for piece in pieces for end in range(1, len(piece))))
+
+
 def _qwen() -> Any:
-    letters = _byte_letters()
-    unused = (f"unused {index}" for index in range(len(letters), _QWEN_FIRST_SPECIAL))
-    vocabulary = _numbered(*letters, *unused, *_QWEN_SPECIAL)
+    merges: Any = _merges(*(f"Ġ{word}" for word in _QWEN_WORDS.split()), *_QWEN_WORDS_WITHOUT_SPACE.split())
+    pieces = list(dict.fromkeys([*_byte_letters(), *map("".join, merges)]))
+    unused = (f"unused {index}" for index in range(len(pieces), _QWEN_FIRST_SPECIAL))
+    vocabulary = _numbered(*pieces, *unused, *_QWEN_SPECIAL)
     return transformers.Qwen2Tokenizer(
-        vocab=vocabulary, merges=[], extra_special_tokens=_QWEN_SPECIAL, chat_template=_CHAT
+        vocab=vocabulary, merges=merges, extra_special_tokens=_QWEN_SPECIAL, chat_template=_CHAT
     )
 
 

@@ -213,6 +213,16 @@ def test_errors_of_both_calls_are_compared():
     assert findings.by_pipeline([{"test": "a", **records[0]}])["DDIMPipeline"]["errors_differ"] == []
 
 
+def test_words_that_a_test_counts_on_are_tokens_of_the_stand_in():
+    hub = pytest.importorskip("benchmarks.pipeline_tests.hub")
+    text = " on the provided source image (first image) and target image (second image), create an interesting text"
+    tokens = hub._qwen().tokenize(text)
+    assert tokens == [
+        *("Ġon", "Ġthe", "Ġprovided", "Ġsource", "Ġimage", "Ġ(", "first", "Ġimage", ")", "Ġand", "Ġtarget", "Ġimage"),
+        *("Ġ(", "second", "Ġimage", ")", ",", "Ġcreate", "Ġan", "Ġinteresting", "Ġtext"),
+    ]
+
+
 def test_what_rounding_explains_is_no_difference():
     record = {"test": "a", "pipeline": "P", "bits": 32, "counts": {}, "computed": {}, "tried": [], "left_alone": {}}
     record |= {"difference": 3e-4, "varies": True, "rounding": 2e-4}

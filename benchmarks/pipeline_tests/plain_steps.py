@@ -25,8 +25,9 @@ class StepCounter:
     """Counts the steps of schedulers, and those whose predictions are more than their samples.
 
     It knows nothing of how fastguide traces: a step has guidance if the models have predicted for a larger batch than
-    the sample's, in one call or in several, since the step before; but none if its model output is zero, as a pipeline
-    gives it that wants a scheduler to go on and no sample.
+    the sample's, in one call or in several, since the step before; or if the halves of a prediction differ and those of
+    the model output do not, as DiT's, whose sample is there twice. It has none if its model output is zero, as a
+    pipeline gives it that wants a scheduler to go on and no sample.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class StepCounter:
         self.guided = 0
         """Those of several predictions."""
         self._predicted = 0
+        self._halves_differ = False
         self._is_over = True
 
     @contextlib.contextmanager
@@ -52,11 +54,12 @@ class StepCounter:
         A call that fills a cache of keys and values, as AnyFlow's before each chunk of frames, predicts None.
         """
         if self._is_over:
-            self._predicted, self._is_over = 0, False
+            self._predicted, self._halves_differ, self._is_over = 0, False, False
         if not isinstance(output, torch.Tensor):
             output = output.sample if hasattr(output, "sample") else output[0]
         if output is not None:
             self._predicted += len(output)
+            self._halves_differ |= isinstance(output, torch.Tensor) and _are_halves_equal(output) is False
 
     def _counting(self, step: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(step)
@@ -65,11 +68,18 @@ class StepCounter:
         def counted(*arguments: Any, **keywords: Any) -> Any:
             given = signature.bind(*arguments, **keywords).arguments
             self.made += 1
-            self.guided += self._predicted > len(given["sample"]) and bool(given["model_output"].any())
+            output = given["model_output"]
+            is_there_twice = self._halves_differ and _are_halves_equal(output) is True
+            self.guided += (is_there_twice or self._predicted > len(given["sample"])) and bool(output.any())
             self._is_over = True
             return step(*arguments, **keywords)
 
         return counted
+
+
+def _are_halves_equal(output: torch.Tensor) -> bool | None:
+    """Tell whether the halves of a batch are equal; ``None``: it has none."""
+    return None if len(output) % 2 else torch.equal(*output.chunk(2))
 
 
 def rounding(seed: int, step: Callable[..., Any]) -> Callable[..., Any]:

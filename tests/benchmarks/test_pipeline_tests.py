@@ -152,6 +152,21 @@ def test_steps_of_a_copied_scheduler_and_predictions_of_several_calls_are_counte
     assert not model._forward_hooks
 
 
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_guidance_of_a_sample_that_is_there_twice_is_counted(is_guided):
+    """As DiT's; without guidance, the halves of a batch are samples."""
+    scheduler, model, counter = diffusers.FlowMatchEulerDiscreteScheduler(), Predicts(), plain_steps.StepCounter()
+    scheduler.set_timesteps(2)
+    with counter.watching([scheduler], [model]):
+        for timestep in scheduler.timesteps:
+            output = model(torch.randn(4, 3))[0]
+            if is_guided:
+                first, second = output.chunk(2)
+                output = torch.cat([first + 2 * (second - first)] * 2)
+            scheduler.step(output, timestep, torch.randn(2, 3).repeat(2, 1))
+    assert (counter.made, counter.guided) == (2, 2 * is_guided)
+
+
 class FillsACache(torch.nn.Module):
     def forward(self, sample, kind):
         return kind(sample=None, keys="keys") if kind is SimpleNamespace else kind([None, "keys"])

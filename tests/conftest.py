@@ -69,7 +69,7 @@ def _know_that_xdist_waits() -> None:
     """Let a worker of xdist draw by the library: a thread of it waits for what the main process says."""
     execnet = sys.modules.get("execnet.gateway_base")
     if execnet is not None:
-        WAITS.append(execnet.Popen2IO.read.__code__)
+        WAITS.append((execnet.Popen2IO.read.__code__, None))
 
 
 _know_that_xdist_waits()

@@ -29,25 +29,33 @@ bool is_cpu_generator(PyObject* generator) {
   return device.get() != nullptr && PyObject_RichCompareBool(device.get(), python.cpu, kEqual) == 1;
 }
 
-bool is_wait(PyObject* code) {
+// Tells whether a thread of this innermost frame waits: the function is one of those that only wait, and the variable
+// of it that could be another function of C is None.
+bool is_wait(PyObject* frame) {
+  const Reference code(PyFrame_GetCode(frame));
   const std::ptrdiff_t count = PySequence_Size(python.waits);
   for (std::ptrdiff_t k = 0; k < count; ++k) {
-    if (Reference(PySequence_GetItem(python.waits, k)).get() == code) return true;
+    const Reference wait(PySequence_GetItem(python.waits, k));
+    if (PyTuple_GetItem(wait.get(), 0) != code.get()) continue;
+    PyObject* const name = PyTuple_GetItem(wait.get(), 1);
+    if (name == python.none) return true;
+    const Reference variables(PyObject_GetAttr(frame, python.locals));
+    return variables.get() != nullptr && Reference(PyObject_GetItem(variables.get(), name)).get() == python.none;
   }
   return false;
 }
 
-// Tells whether each other thread of Python waits. No code of Python runs meanwhile, so that they go on waiting until
-// this thread gives up Python's lock.
+// Tells whether each other thread of Python waits. No code of Python runs once the frames are there, so that they go on
+// waiting until this thread gives up Python's lock: what is called below is of C, and tells no audit hook.
 bool others_wait() {
-  const Reference number(PyObject_CallNoArgs(python.count_threads));  // beside the main one
-  if (number.get() != nullptr && PyLong_AsLongLong(number.get()) == 0) return true;
-  const Reference own(PyObject_CallNoArgs(python.own_thread)), frames(PyObject_CallNoArgs(python.frames));
-  if (own.get() == nullptr || frames.get() == nullptr) return false;
+  const Reference frames(PyObject_CallNoArgs(python.frames)), number(PyObject_CallNoArgs(python.count_threads));
+  const Reference own(PyObject_CallNoArgs(python.own_thread));
+  if (frames.get() == nullptr || number.get() == nullptr || own.get() == nullptr) return false;
+  // A thread that executes a function of C alone has no frame. The number is of those beside the main one.
+  if (PyDict_Size(frames.get()) <= PyLong_AsLongLong(number.get())) return false;
   PyObject *thread, *frame;
   for (std::ptrdiff_t place = 0; PyDict_Next(frames.get(), &place, &thread, &frame) != 0;) {
-    if (PyObject_RichCompareBool(thread, own.get(), kEqual) == 1) continue;
-    if (!is_wait(Reference(PyObject_GetAttr(frame, python.code)).get())) return false;
+    if (PyObject_RichCompareBool(thread, own.get(), kEqual) != 1 && !is_wait(frame)) return false;
   }
   return true;
 }

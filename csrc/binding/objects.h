@@ -36,7 +36,7 @@ namespace fastguide {
   X(count_threads) \
   X(own_thread) \
   X(frames) \
-  X(code) \
+  X(locals) \
   X(waits) \
   X(exchange)
 

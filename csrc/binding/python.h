@@ -47,6 +47,7 @@ FASTGUIDE_PYTHON int PyTuple_SetItem(PyObject* tuple, std::ptrdiff_t index, PyOb
 FASTGUIDE_PYTHON PyObject* PyDict_New();
 FASTGUIDE_PYTHON PyObject* PyDict_GetItem(PyObject* dictionary, PyObject* key);  // borrowed
 FASTGUIDE_PYTHON int PyDict_SetItem(PyObject* dictionary, PyObject* key, PyObject* value);
+FASTGUIDE_PYTHON std::ptrdiff_t PyDict_Size(PyObject* dictionary);
 FASTGUIDE_PYTHON int PyDict_Next(PyObject* dictionary, std::ptrdiff_t* place, PyObject** key,
                                  PyObject** value);  // both borrowed
 FASTGUIDE_PYTHON std::ptrdiff_t PyBytes_Size(PyObject* bytes);
@@ -54,6 +55,8 @@ FASTGUIDE_PYTHON char* PyBytes_AsString(PyObject* bytes);
 FASTGUIDE_PYTHON PyObject* PyBytes_FromStringAndSize(const char* bytes, std::ptrdiff_t size);
 FASTGUIDE_PYTHON long long PyLong_AsLongLong(PyObject* integer);
 FASTGUIDE_PYTHON void* PyCapsule_GetPointer(PyObject* capsule, const char* name);
+FASTGUIDE_PYTHON PyObject* PyFrame_GetCode(PyObject* frame);
+FASTGUIDE_PYTHON PyObject* PyObject_GetItem(PyObject* container, PyObject* key);
 FASTGUIDE_PYTHON int PyGC_Disable();
 FASTGUIDE_PYTHON int PyGC_Enable();
 FASTGUIDE_PYTHON PyThreadState* PyEval_SaveThread();

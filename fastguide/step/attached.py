@@ -60,7 +60,7 @@ def _attached() -> native.PythonFunctions | None:
         count_threads=_thread._count,
         own_thread=_thread.get_ident,
         frames=sys._current_frames,
-        code="f_code",
+        locals="f_locals",
         waits=WAITS,
         exchange=exchange,
     )

@@ -97,9 +97,9 @@ class Objects(NamedTuple):
     own_thread: Any
     """Returns this one's identifier."""
     frames: Any
-    """Returns what each of them executes, by their identifiers; ``code`` is an attribute of that."""
-    code: str
-    waits: list[CodeType]
-    """Of functions in which a thread does nothing but wait."""
+    """Returns what each of them executes, by their identifiers; ``locals`` are an attribute of that."""
+    locals: str
+    waits: list[tuple[CodeType, str | None]]
+    """Functions in which a thread does nothing but wait, and which of their variables has to be ``None``."""
     exchange: Any
     """DLPack's capsule."""

@@ -1,6 +1,8 @@
 """Know the functions in which a thread of Python does nothing but wait, so that it does not draw from a generator.
 
 A thread executes one of them if that is its innermost frame: what they call is of C, and waits for a lock or for data.
+Only a pool's thread may also call what the pool was given to begin with, which may be of C too: where there is such, it
+is not known to wait.
 """
 
 from __future__ import annotations
@@ -30,19 +32,21 @@ _LATER = (
 """Module, class and name of functions that wait, of modules that may be imported or not."""
 
 
-def _codes(owner: object, name: str) -> list[CodeType]:
+def _wait(owner: object, name: str) -> list[tuple[CodeType, str | None]]:
     code = getattr(getattr(owner, name, None), "__code__", None)
-    return [] if code is None else [code]
+    if code is None:
+        return []
+    return [(code, "initializer" if "initializer" in code.co_varnames else None)]
 
 
-WAITS: list[CodeType] = [code for owner, name in _FUNCTIONS for code in _codes(owner, name)]
-"""Their code. The library reads this list at each draw."""
+WAITS = [wait for owner, name in _FUNCTIONS for wait in _wait(owner, name)]
+"""Their code, and the name of what has to be ``None``. The library reads this list at each draw."""
 
 
 def know_waits() -> None:
     """Look for functions of modules that have been imported since."""
     for module, owner, name in _LATER:
         found = sys.modules.get(module)
-        for code in _codes(found if owner is None else getattr(found, owner, None), name):
-            if code not in WAITS:
-                WAITS.append(code)
+        for wait in _wait(found if owner is None else getattr(found, owner, None), name):
+            if wait not in WAITS:
+                WAITS.append(wait)

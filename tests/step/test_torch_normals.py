@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import selectors
 import socket
@@ -243,20 +244,74 @@ def join(done, begun):
 def test_the_library_draws_while_other_threads_wait(wait):
     done, begun = threading.Event(), threading.Event()
     with beside(lambda: wait(done, begun), begun):
-        until = time.monotonic() + 60
-        while drawn_by_torch() and time.monotonic() < until:  # it is on its way to where it waits
-            time.sleep(0.001)
-        assert not drawn_by_torch()
+        _until(lambda: not drawn_by_torch())  # it is on its way to where it waits
         done.set()
 
 
 def test_the_library_draws_beside_a_pool_without_tasks():
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
-        until = time.monotonic() + 60
-        while drawn_by_torch() and time.monotonic() < until:
-            time.sleep(0.001)
-        assert not drawn_by_torch()
+        _until(lambda: not drawn_by_torch())
+
+
+def test_torch_draws_beside_a_thread_without_a_frame():
+    """It executes a function of C alone, as ``Tensor.normal_`` may be."""
+    lock, before = _thread.allocate_lock(), _thread._count()
+    lock.acquire()
+    _thread.start_new_thread(lock.acquire, ())
+    try:
+        _until(lambda: _thread._count() == before + 1)
+        assert drawn_by_torch()
+    finally:
+        lock.release()
+    _until(lambda: _thread._count() == before)
+    assert not drawn_by_torch()
+
+
+def test_torch_draws_beside_a_pool_that_begins_with_a_function():
+    """One of C leaves the pool's own frame the innermost."""
+    lock = threading.Lock()
+    lock.acquire()
+    with ThreadPoolExecutor(1, initializer=lock.acquire) as pool:
+        task = pool.submit(int)
+        try:
+            _until(lambda: _pools_frames() == 1)
+            assert drawn_by_torch()
+        finally:
+            lock.release()
+        assert task.result() == 0
+
+
+def _pools_frames():
+    return sum(frame.f_code.co_name == "_worker" for frame in sys._current_frames().values())
+
+
+def _until(happens):
+    end = time.monotonic() + 60
+    while not happens() and time.monotonic() < end:
+        time.sleep(0.001)
+    assert happens()
+
+
+def test_no_audit_hook_runs_between_a_look_at_the_threads_and_the_draw():
+    """A hook is code of Python, while which other threads may go on."""
+    code = """
+import sys, threading, time, torch
+from fastguide.step.torch_normals import is_torch_s, normal_
+done, events = threading.Event(), []
+threading.Thread(target=done.wait).start()
+values, generator = torch.empty(64), torch.Generator()
+is_torch_s()
+time.sleep(0.2)
+sys.addaudithook(lambda event, arguments: events.append(event))
+version = values._version
+normal_(values, generator)
+seen = list(events)
+done.set()
+print(values._version == version, seen)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1) == ["True", "['sys._current_frames']\n"]
 
 
 def test_a_thread_draws_beside_a_main_thread_that_waits_for_it():
@@ -273,7 +328,7 @@ def test_functions_of_modules_that_are_imported_later_are_known(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipykernel.heartbeat", types.SimpleNamespace(Heartbeat=Heartbeat))
     threads.know_waits()
     threads.know_waits()
-    assert threads.WAITS.count(Heartbeat.run.__code__) == 1
+    assert threads.WAITS.count((Heartbeat.run.__code__, None)) == 1
 
 
 def test_a_mode_sees_torch_s_draw():

@@ -65,6 +65,9 @@ class OlderBatch(NamedTuple):
 
 def _one_by_one(backward: Pass, came: Gradients, count: int) -> list[Tensor | None]:
     """Return what is made of each of so many gradients, which lie along the first dimension."""
+    if count == 0:  # as many tensors as of one gradient, whose values nobody gets
+        one = [None if grad is None else grad.new_zeros(1, *grad.shape[1:]) for grad in came]
+        return [None if grads is None else grads[:0] for grads in _one_by_one(backward, one, 1)]
     each = [repeat(None, count) if grad is None else grad.unbind() for grad in came]
     made = [for_each_gradient(backward, *own) for own in zip(*each, strict=True)]
     return [None if grads[0] is None else torch.stack(grads) for grads in zip(*made, strict=True)]

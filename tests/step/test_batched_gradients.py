@@ -126,6 +126,16 @@ def test_batches_of_batches():
             assert torch.equal(got, each)
 
 
+@pytest.mark.parametrize("guidance", ["classifier-free", "moments"])
+def test_no_vectors_give_no_gradients(guidance):
+    """Of ``vmap`` alone: torch's older way refuses an empty batch itself."""
+    x, u, c = (torch.randn(SHAPE, requires_grad=True) for _ in range(3))
+    (made,) = CASES[guidance](x, u, c, torch.tensor(3.0))
+    of_each = torch.vmap(lambda v: torch.autograd.grad(made, [x, u, c], v, retain_graph=True))
+    assert [grad.shape for grad in of_each(torch.randn(0, *SHAPE))] == [(0, *SHAPE)] * 3
+    assert all(grad.isfinite().all() for grad in of_each(torch.randn(1, *SHAPE)))
+
+
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_jacobian_at_once(create_graph):
     x, u, c, s = inputs()

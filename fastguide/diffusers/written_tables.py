@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 def state_of(table: Tensor) -> Any:
     """Return what is another once a table has been written to: how often it was, which torch counts.
 
-    It does not for inference tensors, for which their bits stand; so does ``None`` for those on a device, that would
-    have to be waited for.
+    It does not for inference tensors, for which their bytes stand. Those of a device would have to be waited for: for
+    such a table it is ``None``, before it has been written to and after, and only another tensor in its place is seen.
     """
     if not table.is_inference():
         return table._version
     if not table.is_cpu:
         return None
     with outside_of_modes():
-        return tuple(table.flatten().view(_OF_BYTES[table.element_size()]).tolist())
+        dense = table.contiguous()
+        return ctypes.string_at(dense.data_ptr(), dense.nbytes)
 
 
 def outside_of_modes() -> contextlib.AbstractContextManager[None]:

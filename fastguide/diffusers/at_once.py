@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..solvers import StepTable
 from ..step.guided_step import guided_step
-from ..step.memory import dense_within_sample, empty_like
+from ..step.memory import dense, empty_like
 from .fitted import fitted_predictions, refusal_of
 from .formula import as_vector
 from .guidance_arguments import guidance_of
@@ -89,8 +89,7 @@ def _launched(vector: Any) -> tuple[Tensor, bool] | None:
     guidance = guidance_of(output, sample, scale, None, 1.0, "epsilon")
     if guidance is None or guidance.num_predictions < 2 or refusal_of(sample, output, None, None) is not None:
         return None
-    if not dense_within_sample(sample.shape, sample.stride()):
-        sample = sample.contiguous()
+    sample = dense(sample)
     if vector.dtype == torch.float64:
         sample = sample.double()
     fitted = fitted_predictions(output, sample, guidance, False)

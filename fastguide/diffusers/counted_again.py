@@ -99,9 +99,7 @@ def step_again(
         predict_second, second, index - loop.begin, inputs_of(given, predictions), (version, *seen), predictions,
         like.guidance, like.dtype_of_original,
     )  # fmt: skip
-    if return_dict:
-        return scheduler._output(result, original)
-    return result, _original_again(loop, like, result, original)
+    return scheduler._output(result, original) if return_dict else _with_original(loop, like, result, original)
 
 
 def _taken_again(output: Any, sample: Tensor, scale: Any) -> tuple[Any, Any, Tensor | list[Tensor] | None]:
@@ -115,18 +113,15 @@ def _taken_again(output: Any, sample: Tensor, scale: Any) -> tuple[Any, Any, Ten
     return output, scale, predictions_again(output)
 
 
-def _original_again(loop: CountedLoop, like: Like, result: Tensor, original: Callable[[], Tensor]) -> Tensor:
-    """Return a lazy x_0: the object of the last step, if nobody has that, and nobody has read it."""
-    made: Tensor
+def _with_original(loop: CountedLoop, like: Like, result: Tensor, original: Callable[[], Tensor]) -> tuple[Tensor, Any]:
+    """Return a step's result, and a lazy x_0: the object of the last step, if nobody has that or has read it."""
     if loop.is_over or not loop.is_little:
-        made = LazyOriginal.of(result, original, like.dtype_of_original)
-        return made
+        return result, LazyOriginal.of(result, original, like.dtype_of_original)
     if loop.like_of_original is not like or loop.original._value is not None or getrefcount(loop.original) > _OURS:
         loop.original, loop.like_of_original = LazyOriginal.of(result, original, like.dtype_of_original), like
     else:
         loop.original._predict = original
-    made = loop.original
-    return made
+    return result, loop.original
 
 
 def _usual_step_again(

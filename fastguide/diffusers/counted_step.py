@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ..solvers import StepTable
 from ..step.history import History
-from ..step.memory import dense_within_sample, in_layout_of, needs_no_advice
+from ..step.memory import dense, in_layout_of, needs_no_advice
 from .counted_again import step_again
 from .counted_loop import GOES_ON, LITTLE, CopiedLoop, CountedLoop, Like, form_of
 from .counted_run import run_counted
@@ -229,11 +229,7 @@ def counted_step(
     if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
     index = index_of(scheduler, timestep)
-    if loop is not None and loop.is_over and index >= loop.following:
-        raise IndexError(
-            f"step: expected no more than the {loop.following - loop.begin} of this loop, got another one; "
-            "set_timesteps begins another loop"
-        )
+    _check_is_not_over(loop, index)
     if index >= scheduler.timesteps.numel():
         return None  # diffusers says that there are none
     dtypes = scheduler._dtypes(sample.dtype, output.dtype)
@@ -249,6 +245,14 @@ def counted_step(
     if type(scale) is PerFrame and (loop.needs_whole_samples() or not sample.is_contiguous()):
         output, scale = plain(model_output, "the step, which does not take it apart"), None
     return _planned_step(scheduler, loop, output, sample, return_dict, scale, drawing, dtypes)
+
+
+def _check_is_not_over(loop: CountedLoop | None, index: int) -> None:
+    if loop is not None and loop.is_over and index >= loop.following:
+        raise IndexError(
+            f"step: expected no more than the {loop.following - loop.begin} of this loop, got another one; "
+            "set_timesteps begins another loop"
+        )
 
 
 def index_of(scheduler: CountedStep, timestep: Any) -> int:
@@ -284,7 +288,7 @@ def _planned_step(
     fitted = None
     if refusal is None and loop.table is not None:
         history = loop.history
-        sample = _dense(sample) if history is None else in_layout_of(history.entries[: len(sample)], sample)
+        sample = dense(sample) if history is None else in_layout_of(history.entries[: len(sample)], sample)
         fitted = fitted_predictions(output, sample, guidance, False)
         refusal = SHAPES if fitted is None else None
     if loop.table is None or refusal is not None or fitted is None:
@@ -348,7 +352,7 @@ def loop_at(
     if made.table is not None and made.table.history_slots and is_theirs:
         made = LoopTable(made.config, made.state, why_not=GOES_ON)
     if made.table is not None and made.table.history_slots:
-        history = History(made.table, _dense(sample).to(dtype))
+        history = History(made.table, dense(sample).to(dtype))
     loop = CountedLoop(
         tables, begin, arguments, scheduler._attributes(), form_of(sample), made, made.table, history, index,
         is_small=needs_no_advice(sample), is_little=sample.nbytes <= LITTLE, levels_in=scheduler._levels_in,
@@ -406,11 +410,6 @@ def warn_of_unscaled_inputs(scheduler: CountedStep) -> None:
 
 def _named(dtype: torch.dtype) -> str:
     return "float64" if dtype == torch.float64 else "float32 or less"
-
-
-def _dense(sample: Tensor) -> Tensor:
-    dense = sample.is_contiguous() or dense_within_sample(sample.shape, sample.stride())
-    return sample if dense else sample.contiguous()
 
 
 def leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str | None) -> None:

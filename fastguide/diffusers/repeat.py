@@ -81,12 +81,10 @@ def repeated(
     if scheduler._fusion is not None:
         count_fused(scheduler, guidance, is_last=is_last_row(scheduler, row))
     dtype = model_output.dtype
-    original_later = partial(
-        _original, table, row, sample, predictions, dtype, guidance, result, inputs_versions, returns
-    )
+    later = partial(_original, table, row, sample, predictions, dtype, guidance, result, inputs_versions, returns)
     if return_dict:
-        return scheduler._output(result, original_later)
-    return result, LazyOriginal.of(result, original_later, dtype if returns else None)
+        return scheduler._output(result, later)
+    return result, LazyOriginal.of(result, later, dtype if returns else None)
 
 
 def _row(scheduler: Any, timestep: Any, sample: Tensor) -> int | None:

@@ -13,7 +13,7 @@ from ..schedules.predictions import GradientForm
 from ..solvers import StepTable
 from ..step.guided_step import guided_step
 from ..step.inpainting import Inpainting
-from ..step.memory import dense_within_sample, empty_like, in_layout_of
+from ..step.memory import dense, empty_like, in_layout_of
 from ..step.noise import DeviceGenerator
 from ..step.repeat import token_of
 from . import torch_rules as torch_rules  # the rules, which are set by its import
@@ -200,8 +200,7 @@ def plan(
         return None
     row = row_of(scheduler, timestep, sample)
     table = table_of(scheduler, cache, sample.device, arguments)
-    if not (sample.is_contiguous() or dense_within_sample(sample.shape, sample.stride())):
-        sample = sample.contiguous()
+    sample = dense(sample)
     fitted = fitted_predictions(output, sample, guidance, table.learned_variance)
     if fitted is None:
         count(scheduler, LEFT + SHAPES)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..solvers import StepTable
 from ..solvers._variance_exploding import score_rows
 from ..step.guided_step import guided_step
-from ..step.memory import dense_within_sample, empty_like
+from ..step.memory import dense, empty_like
 from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, combined, guidance_of
 from .lazy_guidance import resolved
@@ -91,7 +91,7 @@ class ScoreSdeVeScheduler(SchedulerStep, diffusers.ScoreSdeVeScheduler):  # type
         refusal = why_not or refusal_of(x, output, None, None)
         fitted = None
         if refusal is None:
-            x = x if dense_within_sample(x.shape, x.stride()) else x.contiguous()
+            x = dense(x)
             fitted = fitted_predictions(output, x, guidance, False)
         if fitted is None or row is None:
             count(self, LEFT + (refusal or SHAPES))

@@ -85,6 +85,12 @@ def dense_within_sample(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
+def dense(batch: Tensor) -> Tensor:
+    """Return the batch if the elements of each sample fill one block of memory; otherwise a contiguous copy."""
+    filled = batch.is_contiguous() or dense_within_sample(batch.shape, batch.stride())
+    return batch if filled else batch.contiguous()
+
+
 def same_layout(tensor: Tensor, sample: Tensor) -> bool:
     """Tell whether a tensor of the sample's inner shape has its elements in the sample's order."""
     inner = tensor.stride()[1:]

@@ -100,8 +100,10 @@ def dpm2_table(
             break
         down = down_to[first // 2]
         slope = (down - now) / middle  # x' = x + (down - sigma) * (x1 - x_0') / middle, x = (x1 - (1-ratio)*x_0)/ratio
-        noise = after * math.sqrt(now**2 - after**2) / now if ancestral and ups is None else 0.0
-        noise = noise if ups is None else float(ups[first // 2])
+        if ups is not None:
+            noise = float(ups[first // 2])
+        else:
+            noise = after * math.sqrt(now**2 - after**2) / now if ancestral else 0.0
         second = Form(anchor=1 / ratio, sample=slope, noise=noise)
         forms.append(second.add({first: 1 - 1 / ratio, first + 1: -slope}))
     name = "dpm2_ancestral" if ancestral else "dpm2"

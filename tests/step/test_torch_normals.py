@@ -270,12 +270,12 @@ def test_torch_draws_beside_a_thread_without_a_frame():
 
 def test_torch_draws_beside_a_pool_that_begins_with_a_function():
     """One of C leaves the pool's own frame the innermost."""
-    lock = threading.Lock()
+    lock, before = threading.Lock(), _pools_frames()
     lock.acquire()
     with ThreadPoolExecutor(1, initializer=lock.acquire) as pool:
         task = pool.submit(int)
         try:
-            _until(lambda: _pools_frames() == 1)
+            _until(lambda: _pools_frames() == before + 1)
             assert drawn_by_torch()
         finally:
             lock.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -164,9 +164,17 @@ def measure(kind: str, steps: int, device: torch.device, seconds: float) -> Iter
 
 @torch.no_grad()
 def compared(
-    row: dict[str, Any], calls: dict[str, Callable[[], Tensor]], device: torch.device, seconds: float
+    row: dict[str, Any],
+    calls: dict[str, Callable[[], Tensor]],
+    device: torch.device,
+    seconds: float,
+    groups: Sequence[tuple[str, ...]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each contender that agrees with diffusers: its time, and on a GPU the memory that it reserves."""
+    """Yield a row for each contender that agrees with diffusers: its time, and on a GPU the memory that it reserves.
+
+    ``groups``: of contenders that take turns with each other alone, so that no other's code and data evict theirs from
+    the caches; ``None``: all do.
+    """
     try:
         reference = calls["diffusers"]()
     except Exception as error:  # there is nothing to check the others against
@@ -194,7 +202,12 @@ def compared(
             yield row | {"contender": name, "status": "wrong", "reason": reason}
         elif device.type == "cuda":
             memory[name] = torch.cuda.max_memory_reserved(device) - before
-    times, failures = in_turns(calls, seconds, device, wall=True)
+    times, failures = {}, {}
+    for group in groups or (tuple(calls),):
+        part = {name: calls[name] for name in group if name in calls}
+        timed = in_turns(part, seconds / len(groups or (group,)), device, wall=True)
+        times |= timed.times
+        failures |= timed.failures
     for name, failure in failures.items():
         yield row | {"contender": name, "status": "failed" if is_ours(name) else "not run", "reason": describe(failure)}
     base = times.get("diffusers")

@@ -133,7 +133,8 @@ def _small(row: dict[str, Any], solver: Solver, device: torch.device, seconds: f
     for name, package in ((DOUBLED, "diffusers"), (DROP_IN, "fastguide.diffusers")):
         calls[name] = _scheduler_loop(package, solver, x_T, predictions, whole=False)
         calls[name + WHOLE] = _scheduler_loop(package, solver, x_T, predictions, whole=True)
-    yield from compared(row, calls, device, seconds)
+    pairs = ("diffusers", "fastguide"), (DOUBLED, DROP_IN), (DOUBLED + WHOLE, DROP_IN + WHOLE)
+    yield from compared(row, calls, device, seconds, pairs)
 
 
 def _table_loop(table: StepTable, x_T: Tensor, predictions: list[Tensor]) -> Callable[[], Tensor]:
@@ -161,17 +162,18 @@ def _scheduler_loop(
     scheduler: Any = getattr(importlib.import_module(package), solver.scheduler)(**solver.config)
     output, fused = torch.cat(predictions), package != "diffusers"
     scheduler.set_timesteps(STEPS, device=x_T.device)
-    unused, scales = dict(scheduler.__dict__), hasattr(scheduler, "scale_model_input")
+    reset, scales = _resetter(scheduler), _scales(solver)
+    timesteps = list(scheduler.timesteps)  # which torch makes as slowly as five steps
 
     def loop() -> Tensor:
         if whole:
             scheduler.set_timesteps(STEPS, device=x_T.device)
         else:
-            _reset(scheduler, unused)
+            reset()
         if solver.noisy:
             torch.default_generator.manual_seed(0)  # torch.manual_seed takes as long as two draws, for other devices
         x = x_T
-        for t in scheduler.timesteps:
+        for t in scheduler.timesteps if whole else timesteps:
             if scales:
                 scheduler.scale_model_input(x, t)
             if fused:
@@ -184,9 +186,25 @@ def _scheduler_loop(
     return loop
 
 
-def _reset(scheduler: Any, unused: dict[str, Any]) -> None:
-    """Put a scheduler back to what ``set_timesteps`` left, with empty histories: its own time is not the loop's."""
-    scheduler.__dict__.update({name: list(kept) if type(kept) is list else kept for name, kept in unused.items()})
+def _scales(solver: Solver) -> bool:
+    """Tell whether pipelines scale the model's inputs, as they do where diffusers' scheduler has a method for it."""
+    import diffusers
+
+    return hasattr(getattr(diffusers, solver.scheduler), "scale_model_input")
+
+
+def _resetter(scheduler: Any) -> Callable[[], None]:
+    """Return what puts a scheduler back to what ``set_timesteps`` left, with empty histories, as fast as can be."""
+    own = scheduler.__dict__
+    unused = dict(own)
+    histories = [(name, kept) for name, kept in own.items() if type(kept) is list]
+
+    def reset() -> None:
+        own.update(unused)
+        for name, kept in histories:
+            own[name] = list(kept)
+
+    return reset
 
 
 def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callable[[], Tensor]:
@@ -197,11 +215,11 @@ def _diffusers(solver: Solver, x_T: Tensor, predictions: list[Tensor]) -> Callab
         raise NotRunError("diffusers is not installed") from None
     scheduler: Any = getattr(diffusers, solver.scheduler)(**solver.config)
     scheduler.set_timesteps(STEPS, device=x_T.device)
-    timesteps, uncond, cond = scheduler.timesteps, predictions[0], predictions[1]
-    unused, scales = dict(scheduler.__dict__), hasattr(scheduler, "scale_model_input")
+    timesteps, uncond, cond = list(scheduler.timesteps), predictions[0], predictions[1]
+    reset, scales = _resetter(scheduler), _scales(solver)
 
     def loop() -> Tensor:
-        _reset(scheduler, unused)
+        reset()
         if solver.noisy:
             torch.default_generator.manual_seed(0)  # torch.manual_seed takes as long as two draws, for other devices
         x = x_T

@@ -68,8 +68,8 @@ inline bool is_true_or_missing(const Reference& value) {
 
 // Tells whether something but torch.compile is to see the operator itself.
 inline bool something_watches() {
-  const Reference level(PyObject_GetAttr(python.forward_ad, python.current_level));
-  if (level.get() == nullptr || PyLong_AsLongLong(level.get()) >= 0) return true;
+  PyObject* const level = PyDict_GetItemWithError(python.forward_ad, python.current_level);
+  if (level == nullptr || PyLong_AsLongLong(level) >= 0) return true;
   for (std::ptrdiff_t k = 0; k < PyTuple_Size(python.watchers); ++k) {
     if (is_true_or_missing(Reference(PyObject_CallNoArgs(PyTuple_GetItem(python.watchers, k))))) return true;
   }

@@ -45,7 +45,7 @@ FASTGUIDE_PYTHON PyObject* PyTuple_GetItem(PyObject* tuple, std::ptrdiff_t index
 FASTGUIDE_PYTHON PyObject* PyTuple_New(std::ptrdiff_t size);
 FASTGUIDE_PYTHON int PyTuple_SetItem(PyObject* tuple, std::ptrdiff_t index, PyObject* object);  // takes the reference
 FASTGUIDE_PYTHON PyObject* PyDict_New();
-FASTGUIDE_PYTHON PyObject* PyDict_GetItem(PyObject* dictionary, PyObject* key);  // borrowed
+FASTGUIDE_PYTHON PyObject* PyDict_GetItemWithError(PyObject* dictionary, PyObject* key);  // borrowed
 FASTGUIDE_PYTHON int PyDict_SetItem(PyObject* dictionary, PyObject* key, PyObject* value);
 FASTGUIDE_PYTHON std::ptrdiff_t PyDict_Size(PyObject* dictionary);
 FASTGUIDE_PYTHON int PyDict_Next(PyObject* dictionary, std::ptrdiff_t* place, PyObject** key,

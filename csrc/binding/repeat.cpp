@@ -227,6 +227,7 @@ PyObject* repeat(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
 PyObject* fact(PyObject* facts, Fact name) { return PyTuple_GetItem(facts, static_cast<int>(name)); }
 
 bool are_equal(PyObject* one, PyObject* other) {
+  if (one == other) return true;
   const Reference type(PyObject_Type(one)), other_type(PyObject_Type(other));
   return type.get() == other_type.get() && PyObject_RichCompareBool(one, other, kEqual) == 1;
 }
@@ -241,7 +242,7 @@ bool is_of_version(PyObject* tensor, PyObject* version) {
 bool are_unchanged(PyObject* facts, PyObject* own) {
   PyObject* const names = fact(facts, Fact::names);
   for (std::ptrdiff_t k = 0; k < PyTuple_Size(names); ++k) {
-    PyObject* const found = PyDict_GetItem(own, PyTuple_GetItem(names, k));
+    PyObject* const found = PyDict_GetItemWithError(own, PyTuple_GetItem(names, k));
     if (found == nullptr || found != PyTuple_GetItem(fact(facts, Fact::values), k)) return false;
   }
   PyObject* const tensors = fact(facts, Fact::tensors);
@@ -263,7 +264,7 @@ PyObject* follow(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
                     are_equal(objects[3], fact(facts, Fact::scale)) && is_of_version(sample, objects[7]) &&
                     Reference(PyObject_GetAttr(objects[4], python.dtype)).get() == fact(facts, Fact::dtype) &&
                     are_unchanged(facts, objects[1]);
-  PyObject* const found = same ? PyDict_GetItem(fact(facts, Fact::kinds_of), fact(facts, Fact::token)) : nullptr;
+  PyObject* const found = same ? PyDict_GetItemWithError(fact(facts, Fact::kinds_of), fact(facts, Fact::token)) : nullptr;
   if (found == nullptr) return nothing();
   Py_IncRef(found);  // another thread may forget it
   const Reference kinds(found);

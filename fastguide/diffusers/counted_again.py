@@ -32,27 +32,69 @@ _OURS = 2
 """References to an object that a loop alone has, while it is asked how many there are."""
 
 
-def step_again(
+def plain_step_again(
     scheduler: Any,
+    own: dict[str, Any],
     loop: CountedLoop,
-    drawing: Drawing | None,
     arguments: tuple[Any, ...],
     output: Any,
     sample: Tensor,
     return_dict: bool,
     scale: Any,
+    drawing: None = None,
+) -> Any:
+    """Make a step of a loop that ``is_plain``, without noise, as ``step_again`` does, which it calls if need be."""
+    index, result = loop.following, None
+    if sample is loop.returned and own.get("_step_index") == index and type(output) is Tensor and loop.state is None:
+        if is_inference_mode_enabled():
+            return step_again(scheduler, own, loop, arguments, output, sample, return_dict, scale)
+        result = follow(
+            loop.facts, own, arguments, scale, output, index - loop.begin, sample, loop.version, output, None, None,
+            None, None,
+        )  # fmt: skip
+    if result is None:
+        return step_again(scheduler, own, loop, arguments, output, sample, return_dict, scale)
+    own["_step_index"] = loop.following = index + 1
+    loop.returned, loop.version = result, 0  # of a new tensor, which only the kernel has written
+    if index + 1 - loop.begin == loop.calls:
+        loop.end()
+        own["_ended"] = loop
+    if "_fusion" in own:
+        _count_again(own, loop)
+    return scheduler._plain_output(prev_sample=result) if return_dict else (result,)
+
+
+def _count_again(own: dict[str, Any], loop: CountedLoop) -> None:
+    """Count a step like the last one, for ``Acceleration.counts``."""
+    fusion = own["_fusion"]
+    if fusion is not None:
+        assert loop.like is not None
+        fusion.count_step(loop.like.counted_as, is_last=loop.is_over)
+
+
+def step_again(
+    scheduler: Any,
+    own: dict[str, Any],
+    loop: CountedLoop,
+    arguments: tuple[Any, ...],
+    output: Any,
+    sample: Tensor,
+    return_dict: bool,
+    scale: Any,
+    drawing: Drawing | None = None,
 ) -> Any:
     """Make a step like the last one; ``None``: nothing was done.
 
     Args:
         scheduler: whose step it is.
+        own: its ``__dict__``, whose entries take less time than its attributes.
         loop: its own, which has something that steps are ``like``.
-        drawing: where its noise comes from, as in ``counted_step``.
         arguments: of ``step``, those that rows depend on.
         output, scale: the model's output and ``guidance_scale``, as ``step`` gets them or taken apart.
         sample, return_dict: of ``step``.
+        drawing: where its noise comes from, as in ``counted_step``.
     """
-    like, index, made, own = loop.like, loop.following, loop.made, scheduler.__dict__
+    like, index, made = loop.like, loop.following, loop.made
     assert like is not None
     if sample is not loop.returned or scheduler._step_index != index:
         return None
@@ -87,10 +129,9 @@ def step_again(
         drawing.draw_apart(like.dtypes, sample)
     scheduler._step_index = loop.following
     if loop.is_over:
-        scheduler._ended = loop
-    fusion = own.get("_fusion")
-    if fusion is not None:
-        fusion.count_step(like.counted_as, is_last=loop.is_over)
+        own["_ended"] = loop
+    if "_fusion" in own:
+        _count_again(own, loop)
     if second is None:
         return scheduler._plain_output(prev_sample=result) if return_dict else (result,)
     if now is not None:

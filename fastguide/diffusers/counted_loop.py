@@ -44,12 +44,15 @@ class Like:
     """The model's output's. This and the next two are of ``dtypes``, whose attributes take longer to read."""
     dtype_of_original: torch.dtype
     is_rounded: bool
+    begins: bool
+    """Whether a loop may begin with such a step: where the sample that is kept is the one that is returned."""
 
     @classmethod
     def of(cls, scale: Any, guidance: Guidance | None, table: StepTable, counted_as: str, dtypes: Dtypes) -> Like:
         """Return what steps with this table and guidance have in common."""
         tokens = token_of(guidance), table, table._token
-        of_dtypes = dtypes.model, dtypes.original, dtypes.is_rounded
+        begins = dtypes.model == dtypes.result and not dtypes.is_rounded
+        of_dtypes = dtypes.model, dtypes.original, dtypes.is_rounded, begins
         return cls(scale, guidance, *tokens, counted_as, dtypes, *of_dtypes)
 
 
@@ -111,6 +114,8 @@ class CountedLoop:
     like: Like | None = None
     facts: Facts | None = None
     """What makes a further step like the last one in all but its tensors; ``None``: a step needs more than that."""
+    is_plain: bool = False
+    """Whether ``facts`` are all, as a step goes on from its sample alone and returns nothing besides the next one."""
     is_over: bool = False
     is_small: bool = False
     """Whether a new tensor like its sample is just what ``torch.empty_like`` returns."""
@@ -120,6 +125,8 @@ class CountedLoop:
     """The scheduler's name of the table that says where the steps lie."""
     further_in: tuple[str, ...] = ()
     """Its names of further tables."""
+    refuses_integers: bool = False
+    """Whether diffusers refuses timesteps that are whole numbers."""
     kept_history: History | None = None
     """That of a loop that is over, for one like it; diffusers' schedulers keep their model outputs as well."""
     sigmas: Tensor = field(init=False)
@@ -139,7 +146,7 @@ class CountedLoop:
         """Go by a scheduler's tables, which say the same as those before."""
         self.tables, self.sigmas, self.timesteps = tables, tables.sigmas, tables.timesteps
         self.config, self.versions, self.further = tables.config, tables.versions, tables.further
-        self.facts = None
+        self.facts, self.is_plain = None, False
 
     @property
     def shape(self) -> torch.Size:
@@ -184,7 +191,7 @@ class CountedLoop:
         like: Like | None = self.made.like
         if self.returned is not None or like is None or sample.is_inference():
             return False
-        if not like.dtype == like.dtypes.result == sample.dtype or like.is_rounded:
+        if not like.begins or like.dtype != sample.dtype:
             return False  # a state that is kept besides the sample begins with a plan
         self.go_on_like(like)
         self.returned, self.version = sample, sample._version
@@ -195,7 +202,7 @@ class CountedLoop:
         if like is not None and like is self.like and self.facts is not None:
             return
         self.like = like
-        self.facts = None
+        self.facts, self.is_plain = None, False
         if like is None or like.is_rounded or any(self.made.churned):
             return
         if like.table is (self.made.staging or self.table):
@@ -205,11 +212,13 @@ class CountedLoop:
                 kinds_of, like.token, like.guidance_token, like.scale, self.arguments, like.dtype, names,
                 (*tensors, self.config), tensors, self.versions,
             )  # fmt: skip
+            alone = self.history is None and self.made.second is None and not any(self.made.keeps)
+            self.is_plain = alone and self.made.staging is None and not self.attributes
 
     def stage(self) -> None:
         """Let steps write the model's next input as well, from one on that is planned."""
         self.made.stage()
-        self.facts = None
+        self.facts, self.is_plain = None, False
 
     def is_untouched(self) -> bool:
         """Tell whether torch counts who writes to what the last step returned, and nobody has since."""

@@ -12,14 +12,14 @@ from operator import is_
 from typing import Any, ClassVar
 
 import torch
-from diffusers.utils import logging
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..solvers import StepTable
 from ..step.history import History
 from ..step.memory import dense, in_layout_of, needs_no_advice
-from .counted_again import step_again
+from .counted_again import plain_step_again, step_again
+from .counted_anew import begun_anew, ended_loop_again, not_begun, warn_of_unscaled_inputs
 from .counted_loop import GOES_ON, LITTLE, CopiedLoop, CountedLoop, Like, form_of
 from .counted_run import run_counted
 from .drawing import Drawing
@@ -171,15 +171,19 @@ class CountedStep(SchedulerStep):
             self._step_index = self._begin_index
             return
         host = host_tables(self)
-        known = host.first_steps
-        place = place_in(self.timesteps, timestep) if isinstance(timestep, Tensor) and timestep.numel() == 1 else None
-        if place is not None:
-            if place not in known:
-                told = host.host_timesteps
-                known[place] = self.index_for_timestep(told[place], told)  # type: ignore[attr-defined]
-            self._step_index = known[place]
-            return
+        known, place = host.first_steps, None
+        if isinstance(timestep, Tensor) and timestep.numel() == 1:
+            value = timestep.item() if timestep.is_cpu and not torch._C._len_torch_dispatch_stack() else None
+            if value not in known:
+                place = place_in(self.timesteps, timestep)
+                value = None if place is None else host.timestep_values[place]
+            if value in known:
+                self._step_index = known[value]
+                return
         told = host.host_timesteps
+        if place is not None:
+            known[host.timestep_values[place]] = self._step_index = self.index_for_timestep(told[place], told)  # type: ignore[attr-defined]
+            return
         if not isinstance(timestep, Tensor):
             timestep = torch.as_tensor(timestep, dtype=told.dtype if isinstance(timestep, float) else None)
         self._step_index = self.index_for_timestep(timestep.to("cpu"), told)  # type: ignore[attr-defined]
@@ -209,24 +213,33 @@ def counted_step(
     """
     if is_dynamo_compiling():
         return None
-    usual = not scheduler._refuses_integers or (type(timestep) is Tensor and timestep.dtype is _FLOAT32)
-    if not usual and is_integer(timestep):
+    own = scheduler.__dict__
+    loop: CountedLoop | None = own.get("_counted")
+    refuses = scheduler._refuses_integers if loop is None else loop.refuses_integers
+    if refuses and (type(timestep) is not Tensor or timestep.dtype is not _FLOAT32) and is_integer(timestep):
         return None
-    loop = scheduler._counted
-    if loop is None:
+    begins = loop is None
+    if begins:
         if scheduler._handed_over:
             count(scheduler, LEFT + scheduler._handed_over)
             return None
-    elif loop.like is not None:
-        done = step_again(scheduler, loop, drawing, arguments, model_output, sample, return_dict, guidance_scale)
+        loop = begun_anew(scheduler, own, timestep, sample)
+    if loop is not None and loop.like is not None:
+        again = plain_step_again if drawing is None and loop.is_plain else step_again
+        done = again(scheduler, own, loop, arguments, model_output, sample, return_dict, guidance_scale, drawing)
         if done is not None:
+            if begins:
+                warn_of_unscaled_inputs(scheduler)
             return done
+        if begins:
+            not_begun(own, loop)
+            loop = None
     output: Output = model_output
     scale = guidance_scale
     if type(model_output) is not Tensor or type(sample) is not Tensor:
         output, scale = resolved(model_output, sample, scale, per_frame=True)
         sample = plain(sample)
-    if scheduler.__dict__.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
+    if own.get("num_inference_steps") is None and not scheduler._steps_before_set_timesteps:
         return None  # diffusers says what is missing
     index = index_of(scheduler, timestep)
     _check_is_not_over(loop, index)
@@ -237,7 +250,7 @@ def counted_step(
     if loop.table is not None and index - loop.begin >= len(loop.table):
         return None
     if loop.may_begin_like_an_earlier_one(sample):
-        done = step_again(scheduler, loop, drawing, arguments, output, sample, return_dict, scale)
+        done = step_again(scheduler, own, loop, arguments, output, sample, return_dict, scale, drawing)
         if done is not None:
             return done
         loop.returned = None
@@ -343,7 +356,7 @@ def loop_at(
     if copied is not None:
         copied = copied if copied.fits(index, arguments, sample) else None
     elif under_way is None:
-        again = _ended_loop_again(scheduler, tables, index, arguments, sample, dtype)
+        again = ended_loop_again(scheduler, tables, index, arguments, sample, dtype)
         if again is not None:
             return again
     begin, scheduler._ended = index if copied is None else copied.begin, None
@@ -356,7 +369,7 @@ def loop_at(
     loop = CountedLoop(
         tables, begin, arguments, scheduler._attributes(), form_of(sample), made, made.table, history, index,
         is_small=needs_no_advice(sample), is_little=sample.nbytes <= LITTLE, levels_in=scheduler._levels_in,
-        further_in=scheduler._further_tables,
+        further_in=scheduler._further_tables, refuses_integers=scheduler._refuses_integers,
     )  # fmt: skip
     if copied is not None:
         loop.go_on_from(copied)
@@ -364,24 +377,6 @@ def loop_at(
     if loop.table is not None:
         warn_of_unscaled_inputs(scheduler)
     return loop
-
-
-def _ended_loop_again(
-    scheduler: CountedStep,
-    tables: HostTables,
-    index: int,
-    arguments: tuple[Any, ...],
-    sample: Tensor,
-    dtype: torch.dtype,
-) -> CountedLoop | None:
-    """Begin the loop anew that has come to its end, if one that begins at a step is like it; otherwise ``None``."""
-    ended = scheduler._ended
-    if ended is None or not ended.is_like(tables, index, arguments, scheduler._attributes(), sample, dtype):
-        return None
-    ended.begin_again(tables, scheduler._attributes())
-    scheduler._counted, scheduler._ended = ended, None
-    warn_of_unscaled_inputs(scheduler)
-    return ended
 
 
 def _go_by(scheduler: CountedStep, loop: CountedLoop, tables: HostTables) -> None:
@@ -397,15 +392,6 @@ def _go_by(scheduler: CountedStep, loop: CountedLoop, tables: HostTables) -> Non
             f"steps, got others before step {loop.following}; set_timesteps begins another loop"
         )
     loop.go_by(tables)
-
-
-def warn_of_unscaled_inputs(scheduler: CountedStep) -> None:
-    """Warn where a loop begins and ``scale_model_input`` has never been called, as diffusers does at each step."""
-    if scheduler.__dict__.get("is_scale_input_called") is False:
-        logging.get_logger(type(scheduler).__module__).warning(
-            "step: expected a model output of what scale_model_input returns, as the model takes no samples of this "
-            "scheduler, but that was not called"
-        )
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -19,7 +19,8 @@ from ..solvers.edm_euler import edm_euler_table
 from ..step.guided_step import guided_step
 from ..step.memory import empty_like
 from . import lazy_outputs
-from .counted_step import is_integer, left, warn_of_unscaled_inputs
+from .counted_anew import warn_of_unscaled_inputs
+from .counted_step import is_integer, left
 from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, guidance_of
 from .host_tables import HostTables, host_tables, on_host

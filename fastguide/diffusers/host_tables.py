@@ -27,8 +27,8 @@ class HostTables:
     timestep_values: tuple[float, ...]
     dtype: torch.dtype
     """Of the timesteps."""
-    first_steps: dict[int, int]
-    """Which step diffusers begins with at a place of the timesteps, where it has been asked."""
+    first_steps: dict[float, int]
+    """Which step diffusers begins with at a timestep, by its value, where diffusers has been asked."""
     further: tuple[Tensor, ...] = ()
     """The tables that the scheduler's ``_further_tables`` name."""
     host_further: tuple[Tensor, ...] = ()
@@ -135,12 +135,17 @@ def host_tables(scheduler: Any) -> HostTables:
 def _is_current(host: HostTables, scheduler: Any) -> bool:
     own = scheduler.__dict__
     sigmas, timesteps, versions = host.sigmas, host.timesteps, host.versions
+    written: Any
     if own[scheduler._levels_in] is not sigmas or own["timesteps"] is not timesteps:
         return False
     if own["_internal_dict"] is not host.config:
         return False
     if not host.further:
-        return (state_of(sigmas), state_of(timesteps)) == versions
+        try:
+            written = sigmas._version, timesteps._version
+        except RuntimeError:  # inference tensors, which count nothing
+            written = state_of(sigmas), state_of(timesteps)
+        return bool(written == versions)
     if not all(own[name] is each for name, each in zip(scheduler._further_tables, host.further, strict=True)):
         return False
     return tuple(map(state_of, (sigmas, timesteps, *host.further))) == versions

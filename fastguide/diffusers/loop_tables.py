@@ -100,7 +100,8 @@ def _found_or_made(
             del kept[next(iter(kept))]
         found = kept[key] = _made(scheduler, tables, begin, arguments, device, config, state)
         found.of_config = config
-        found.changeable = tuple([name for name in config if not isinstance(config[name], _CONSTANT)])
+        public = [name for name in config if not name.startswith("_")]  # those of diffusers' own say nothing of rows
+        found.changeable = tuple([name for name in public if not isinstance(config[name], _CONSTANT)])
     return found
 
 

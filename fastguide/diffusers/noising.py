@@ -167,9 +167,9 @@ def _steps_of(scheduler: Any, host: HostTables, timesteps: Tensor) -> list[int] 
         places.append(place)
     known, told = host.first_steps, host.host_timesteps
     for place in places:
-        if place not in known:
-            known[place] = scheduler.index_for_timestep(told[place], told)
-    return [known[place] for place in places]
+        if values[place] not in known:
+            known[values[place]] = scheduler.index_for_timestep(told[place], told)
+    return [known[values[place]] for place in places]
 
 
 def noised_by_timestep(

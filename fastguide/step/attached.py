@@ -49,7 +49,7 @@ def _attached() -> native.PythonFunctions | None:
         device="device",
         is_grad_enabled=torch.is_grad_enabled,
         watchers=_WATCHERS,
-        forward_ad=forward_ad,
+        forward_ad=vars(forward_ad),
         current_level="_current_level",
         empty_like=torch.empty_like,
         new_like=empty_like,

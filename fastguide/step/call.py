@@ -79,8 +79,8 @@ class Objects(NamedTuple):
     is_grad_enabled: Any
     watchers: tuple[Any, ...]
     """Functions, each true while something is to see the operator."""
-    forward_ad: Any
-    """A module, whose ``current_level`` is -1 outside of forward-mode differentiation."""
+    forward_ad: dict[str, Any]
+    """A module's globals, whose ``current_level`` is -1 outside of forward-mode differentiation."""
     current_level: str
     empty_like: Any
     """Makes a small, contiguous tensor like another."""

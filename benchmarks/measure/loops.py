@@ -12,7 +12,7 @@ from torch import Tensor
 from fastguide import ClassifierFree, NoiseSchedule, Sampler, ddim, ddpm
 
 from ..contenders.registry import is_ours
-from .timing import describe, in_turns
+from .timing import Times, describe, in_turns
 
 SCALE = 7.5
 MODELS: dict[str, dict[str, Any]] = {  # a robot's policy, two with many launches, one that keeps a device busy
@@ -202,7 +202,8 @@ def compared(
             yield row | {"contender": name, "status": "wrong", "reason": reason}
         elif device.type == "cuda":
             memory[name] = torch.cuda.max_memory_reserved(device) - before
-    times, failures = {}, {}
+    times: dict[str, Times] = {}
+    failures: dict[str, Exception] = {}
     for group in groups or (tuple(calls),):
         part = {name: calls[name] for name in group if name in calls}
         timed = in_turns(part, seconds / len(groups or (group,)), device, wall=True)

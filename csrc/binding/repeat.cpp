@@ -264,7 +264,8 @@ PyObject* follow(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
                     are_equal(objects[3], fact(facts, Fact::scale)) && is_of_version(sample, objects[7]) &&
                     Reference(PyObject_GetAttr(objects[4], python.dtype)).get() == fact(facts, Fact::dtype) &&
                     are_unchanged(facts, objects[1]);
-  PyObject* const found = same ? PyDict_GetItemWithError(fact(facts, Fact::kinds_of), fact(facts, Fact::token)) : nullptr;
+  PyObject* const found =
+      same ? PyDict_GetItemWithError(fact(facts, Fact::kinds_of), fact(facts, Fact::token)) : nullptr;
   if (found == nullptr) return nothing();
   Py_IncRef(found);  // another thread may forget it
   const Reference kinds(found);

@@ -41,19 +41,18 @@ def plain_step_again(
     sample: Tensor,
     return_dict: bool,
     scale: Any,
-    drawing: None = None,
+    drawing: Drawing | None = None,
 ) -> Any:
-    """Make a step of a loop that ``is_plain``, without noise, as ``step_again`` does, which it calls if need be."""
+    """Make a step of a loop that ``is_plain``, without noise; otherwise as ``step_again`` does."""
     index, result = loop.following, None
-    if sample is loop.returned and own.get("_step_index") == index and type(output) is Tensor and loop.state is None:
-        if is_inference_mode_enabled():
-            return step_again(scheduler, own, loop, arguments, output, sample, return_dict, scale)
+    follows = sample is loop.returned and loop.state is None and own.get("_step_index") == index
+    if follows and drawing is None and type(output) is Tensor and not is_inference_mode_enabled():
         result = follow(
             loop.facts, own, arguments, scale, output, index - loop.begin, sample, loop.version, output, None, None,
             None, None,
         )  # fmt: skip
     if result is None:
-        return step_again(scheduler, own, loop, arguments, output, sample, return_dict, scale)
+        return step_again(scheduler, own, loop, arguments, output, sample, return_dict, scale, drawing)
     own["_step_index"] = loop.following = index + 1
     loop.returned, loop.version = result, 0  # of a new tensor, which only the kernel has written
     if index + 1 - loop.begin == loop.calls:

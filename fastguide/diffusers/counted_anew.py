@@ -27,7 +27,7 @@ def begun_anew(scheduler: Any, own: dict[str, Any], timestep: Any, sample: Any) 
         own: its ``__dict__``.
         timestep, sample: of ``step``.
     """
-    ended = own.get("_ended")
+    ended: CountedLoop | None = own.get("_ended")
     if ended is None or own.get("_copied_loop") is not None:
         return None
     made = ended.made

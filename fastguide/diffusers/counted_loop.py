@@ -50,10 +50,12 @@ class Like:
     @classmethod
     def of(cls, scale: Any, guidance: Guidance | None, table: StepTable, counted_as: str, dtypes: Dtypes) -> Like:
         """Return what steps with this table and guidance have in common."""
-        tokens = token_of(guidance), table, table._token
-        begins = dtypes.model == dtypes.result and not dtypes.is_rounded
-        of_dtypes = dtypes.model, dtypes.original, dtypes.is_rounded, begins
-        return cls(scale, guidance, *tokens, counted_as, dtypes, *of_dtypes)
+        tokens, is_rounded = (token_of(guidance), table, table._token), dtypes.is_rounded
+        begins = dtypes.model == dtypes.result and not is_rounded
+        return cls(
+            scale, guidance, *tokens, counted_as, dtypes, dtypes.model, dtypes.original, is_rounded=is_rounded,
+            begins=begins,
+        )  # fmt: skip
 
 
 class CopiedLoop(NamedTuple):

@@ -225,7 +225,7 @@ def counted_step(
             return None
         loop = begun_anew(scheduler, own, timestep, sample)
     if loop is not None and loop.like is not None:
-        again = plain_step_again if drawing is None and loop.is_plain else step_again
+        again = plain_step_again if loop.is_plain else step_again
         done = again(scheduler, own, loop, arguments, model_output, sample, return_dict, guidance_scale, drawing)
         if done is not None:
             if begins:

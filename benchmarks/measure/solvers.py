@@ -163,7 +163,7 @@ def _scheduler_loop(
     output, fused = torch.cat(predictions), package != "diffusers"
     scheduler.set_timesteps(STEPS, device=x_T.device)
     reset, scales = _resetter(scheduler), _scales(solver)
-    timesteps = list(scheduler.timesteps)  # which torch makes as slowly as five steps
+    timesteps = list(scheduler.timesteps)  # torch's work, which takes as long as two of our steps, and is no step's
 
     def loop() -> Tensor:
         if whole:

@@ -46,10 +46,13 @@ def plain_step_again(
     """Make a step of a loop that ``is_plain``, without noise; otherwise as ``step_again`` does."""
     index, result = loop.following, None
     follows = sample is loop.returned and loop.state is None and own.get("_step_index") == index
-    if follows and drawing is None and type(output) is Tensor and not is_inference_mode_enabled():
+    if follows and drawing is None and not is_inference_mode_enabled():
+        given, of_guidance, predictions = output, scale, output
+        if type(output) is not Tensor:
+            given, of_guidance, predictions = _taken_again(output, sample, scale)
         result = follow(
-            loop.facts, own, arguments, scale, output, index - loop.begin, sample, loop.version, output, None, None,
-            None, None,
+            loop.facts, own, arguments, of_guidance, given, index - loop.begin, sample, loop.version, predictions, None,
+            None, None, None,
         )  # fmt: skip
     if result is None:
         return step_again(scheduler, own, loop, arguments, output, sample, return_dict, scale, drawing)

@@ -92,20 +92,20 @@ PyObject* refuse(const char* function, std::ptrdiff_t expected, std::ptrdiff_t g
 
 // ---- repeat ----
 
-// Puts a call's pointers where a record had those of the first one.
-void fill(const Call& call, const Kind& kind, StepArguments* a, std::vector<Input>* predictions) {
+// Puts a call's pointers where a record had those of the first one. predictions: memory for as many as there are.
+void fill(const Call& call, const Kind& kind, StepArguments* a, Input* predictions) {
   for_each_pointer(*a, [&](Argument name, const void** pointer) {
     if ((call.present & bit(name)) != 0) *pointer = pointer_of(call.tensor(name));
   });
   const Input* const inputs = kind.predictions();
-  predictions->assign(inputs, inputs + a->num_predictions);
+  std::copy(inputs, inputs + a->num_predictions, predictions);
   for (int k = 0; k < a->num_predictions; ++k) {
-    Input& input = (*predictions)[k];
+    Input& input = predictions[k];
     input.data = kind.record.prediction_bytes != 0
                      ? static_cast<const char*>(pointer_of(call.predictions[0])) + k * kind.record.prediction_bytes
                      : pointer_of(call.predictions[k]);
   }
-  a->predictions = predictions->data();
+  a->predictions = predictions;
   if (call.by_integer) a->index = call.index;
 }
 
@@ -162,8 +162,9 @@ PyObject* make_step(Call& call, const Kind& kind) {
     call.present |= bit(Argument::out);
   }
   StepArguments a = kind.record.arguments;
-  std::vector<Input> predictions;
-  fill(call, kind, &a, &predictions);
+  Input few[4];
+  std::vector<Input> many(a.num_predictions > static_cast<int>(std::size(few)) ? size_t(a.num_predictions) : 0);
+  fill(call, kind, &a, many.empty() ? few : many.data());
   PyObject* z = call.object(Given::noise);
   DLTensor drawn{};
   if (kind.draws) {
@@ -238,6 +239,11 @@ bool is_of_version(PyObject* tensor, PyObject* version) {
   return found.get() != nullptr && PyObject_RichCompareBool(found.get(), version, kEqual) == 1;
 }
 
+// Tells whether a tensor has a dtype; None: it may have any that a kind has.
+bool is_of_dtype(PyObject* tensor, PyObject* dtype) {
+  return dtype == python.none || Reference(PyObject_GetAttr(tensor, python.dtype)).get() == dtype;
+}
+
 // Tells whether entries of a dictionary are the very objects that they were, and tensors as they were.
 bool are_unchanged(PyObject* facts, PyObject* own) {
   PyObject* const names = fact(facts, Fact::names);
@@ -262,8 +268,7 @@ PyObject* follow(PyObject*, PyObject* const* objects, std::ptrdiff_t count) {
   PyObject *const facts = objects[0], *const sample = objects[6];
   const bool same = are_equal(objects[2], fact(facts, Fact::options)) &&
                     are_equal(objects[3], fact(facts, Fact::scale)) && is_of_version(sample, objects[7]) &&
-                    Reference(PyObject_GetAttr(objects[4], python.dtype)).get() == fact(facts, Fact::dtype) &&
-                    are_unchanged(facts, objects[1]);
+                    is_of_dtype(objects[4], fact(facts, Fact::dtype)) && are_unchanged(facts, objects[1]);
   PyObject* const found =
       same ? PyDict_GetItemWithError(fact(facts, Fact::kinds_of), fact(facts, Fact::token)) : nullptr;
   if (found == nullptr) return nothing();

@@ -45,7 +45,7 @@ def plain_step_again(
 ) -> Any:
     """Make a step of a loop that ``is_plain``, without noise; otherwise as ``step_again`` does."""
     index, result = loop.following, None
-    follows = sample is loop.returned and loop.state is None and own.get("_step_index") == index
+    follows = sample is loop.returned and loop.state is None and own["_step_index"] == index
     if follows and drawing is None and not is_inference_mode_enabled():
         given, of_guidance, predictions = output, scale, output
         if type(output) is not Tensor:

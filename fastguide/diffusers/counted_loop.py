@@ -210,12 +210,12 @@ class CountedLoop:
         if like.table is (self.made.staging or self.table):
             tensors = self.sigmas, self.timesteps, *self.further
             names = self.levels_in, "timesteps", *self.further_in, "_internal_dict"
-            self.facts = Facts(
-                kinds_of, like.token, like.guidance_token, like.scale, self.arguments, like.dtype, names,
-                (*tensors, self.config), tensors, self.versions,
-            )  # fmt: skip
             alone = self.history is None and self.made.second is None and not any(self.made.keeps)
             self.is_plain = alone and self.made.staging is None and not self.attributes
+            self.facts = Facts(
+                kinds_of, like.token, like.guidance_token, like.scale, self.arguments,
+                None if self.is_plain else like.dtype, names, (*tensors, self.config), tensors, self.versions,
+            )  # fmt: skip
 
     def stage(self) -> None:
         """Let steps write the model's next input as well, from one on that is planned."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Call(NamedTuple):
     """The arguments of ``guided_step`` but the table, in its order: ``FASTGUIDE_CALL`` in csrc/binding/call.h."""
@@ -45,8 +47,8 @@ class Facts(NamedTuple):
     """That of guidance, which is compared by type and value."""
     options: tuple[Any, ...]
     """Compared by value."""
-    dtype: Any
-    """The model output's."""
+    dtype: torch.dtype | None
+    """The model output's; ``None``: any of which there is a kind, as nothing but the step's output depends on it."""
     names: tuple[str, ...]
     """Of a dictionary's entries, which are to be the very objects of ``values``."""
     values: tuple[Any, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..guidance import Guidance
 from ..schedules.predictions import GradientForm
 from ..solvers import StepTable
+from ..solvers.ddpm import VarianceType
 from ..step.guided_step import guided_step
 from ..step.inpainting import Inpainting
 from ..step.memory import dense, empty_like, in_layout_of
@@ -49,6 +50,9 @@ class SchedulerStep(metaclass=SavedAsDiffusers):
     """The function of tables that makes a whole loop's table, for ``step_table``; ``None``: there is none."""
     _steps_before_set_timesteps = False
     """Whether diffusers' scheduler makes steps before its timesteps are set."""
+    _prediction_types: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
+    _variance_types: tuple[str, ...] = get_args(VarianceType)
+    """Those that diffusers' scheduler knows; it says what is wrong with others."""
 
     # diffusers' config mixin answers for an attribute that is missing, and copies are made without __init__: so both
     # caches begin as attributes of the class

@@ -6,7 +6,7 @@ A table has a row for every training timestep, and the row's number is the times
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..schedules.levels import Levels
 from ..solvers import StepTable
 from ..solvers.ddim import ddim_table
-from ..solvers.ddpm import VarianceType, ddpm_table
+from ..solvers.ddpm import ddpm_table
 from .thresholding import thresholded, why_not_thresholded
 from .timesteps import host_timesteps
 from .written_tables import state_of
@@ -87,9 +87,9 @@ def _refusal(scheduler: Any) -> str | None:
     if not (scheduler._steps_before_set_timesteps if steps is None else isinstance(steps, int) and steps > 0):
         return "timesteps that are not set"
     known = (
-        config.get("prediction_type", "epsilon") in ("epsilon", "sample", "v_prediction")
+        config.get("prediction_type", "epsilon") in scheduler._prediction_types
         and (not config.clip_sample or config.get("clip_sample_range", 1.0) > 0)
-        and variance_type in get_args(VarianceType)
+        and variance_type in scheduler._variance_types
         and config.get("variance_type", variance_type) == variance_type
         and all(0 <= timestep < len(scheduler.alphas_cumprod) for timestep in host_timesteps(scheduler))
     )

@@ -35,6 +35,8 @@ class UnCLIPScheduler(HostAlphas, SchedulerStep, diffusers.UnCLIPScheduler):  # 
 
     _output = lazy_outputs.LazyUnCLIPOutput
     _steps_before_set_timesteps = True
+    _prediction_types = ("epsilon", "sample")
+    _variance_types = ("fixed_small_log", "learned_range")
     betas: Tensor
     _state = ("_internal_dict", "alphas_cumprod", "betas", "timesteps", "num_inference_steps", "variance_type")
     _read_state = staticmethod(itemgetter(*_state))

@@ -173,6 +173,15 @@ def test_unclip_runs_in_the_kernel(monkeypatch):
     unclip(pair("UnCLIPScheduler")[0])
 
 
+@pytest.mark.parametrize("config", [{"variance_type": "fixed_small"}, {"prediction_type": "v_prediction"}])
+def test_unclip_refuses_what_diffusers_does(config):
+    (name,) = config
+    for scheduler in pair("UnCLIPScheduler", **config):
+        scheduler.set_timesteps(STEPS)
+        with pytest.raises(ValueError, match=name):
+            scheduler.step(randn(*SHAPE), scheduler.timesteps[0], randn(*SHAPE))
+
+
 def test_unclip_to_another_timestep_is_left_to_diffusers():
     results = []
     for scheduler in pair("UnCLIPScheduler"):

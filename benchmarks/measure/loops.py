@@ -173,8 +173,10 @@ def compared(
     """Yield a row for each contender that agrees with diffusers: its time, and on a GPU the memory that it reserves.
 
     ``groups``: of contenders that take turns with each other alone, so that no other's code and data evict theirs from
-    the caches; ``None``: all do.
+    the caches, and whose first is what the others are compared with; ``None``: all do, and diffusers is the first.
     """
+    groups = groups or (tuple(calls),)
+    assert sorted(name for group in groups for name in group) == sorted(calls)
     try:
         reference = calls["diffusers"]()
     except Exception as error:  # there is nothing to check the others against
@@ -204,15 +206,17 @@ def compared(
             memory[name] = torch.cuda.max_memory_reserved(device) - before
     times: dict[str, Times] = {}
     failures: dict[str, Exception] = {}
-    for group in groups or (tuple(calls),):
+    bases: dict[str, Times | None] = {}
+    for group in groups:
         part = {name: calls[name] for name in group if name in calls}
-        timed = in_turns(part, seconds / len(groups or (group,)), device, wall=True)
+        timed = in_turns(part, seconds / len(groups), device, wall=True)
+        bases |= dict.fromkeys(group, timed.times.get(group[0] if len(groups) > 1 else "diffusers"))
         times |= timed.times
         failures |= timed.failures
     for name, failure in failures.items():
         yield row | {"contender": name, "status": "failed" if is_ours(name) else "not run", "reason": describe(failure)}
-    base = times.get("diffusers")
     for name, found in times.items():
+        base = bases[name]
         yield row | {
             "contender": name,
             "status": "ok",

@@ -134,7 +134,7 @@ def _small(row: dict[str, Any], solver: Solver, device: torch.device, seconds: f
         calls[name] = _scheduler_loop(package, solver, x_T, predictions, whole=False)
         calls[name + WHOLE] = _scheduler_loop(package, solver, x_T, predictions, whole=True)
     pairs = ("diffusers", "fastguide"), (DOUBLED, DROP_IN), (DOUBLED + WHOLE, DROP_IN + WHOLE)
-    yield from compared(row, calls, device, seconds, pairs)
+    yield from compared(row, calls, device, seconds, [tuple(n for n in pair if n in calls) for pair in pairs])
 
 
 def _table_loop(table: StepTable, x_T: Tensor, predictions: list[Tensor]) -> Callable[[], Tensor]:
@@ -187,7 +187,7 @@ def _scheduler_loop(
 
 
 def _scales(solver: Solver) -> bool:
-    """Tell whether pipelines scale the model's inputs, as they do where diffusers' scheduler has a method for it."""
+    """Tell whether the model's inputs have to be scaled: where diffusers' scheduler has a method for it."""
     import diffusers
 
     return hasattr(getattr(diffusers, solver.scheduler), "scale_model_input")

@@ -51,7 +51,8 @@ bool others_wait() {
   const Reference frames(PyObject_CallNoArgs(python.frames)), number(PyObject_CallNoArgs(python.count_threads));
   const Reference own(PyObject_CallNoArgs(python.own_thread));
   if (frames.get() == nullptr || number.get() == nullptr || own.get() == nullptr) return false;
-  // A thread that executes a function of C alone has no frame. The number is of those beside the main one.
+  // A thread that executes a function of C alone has no frame. The number is of those beside the main one that Python
+  // has started: one of another language's, where it has a frame, can make up for such a thread.
   if (PyDict_Size(frames.get()) <= PyLong_AsLongLong(number.get())) return false;
   PyObject *thread, *frame;
   for (std::ptrdiff_t place = 0; PyDict_Next(frames.get(), &place, &thread, &frame) != 0;) {

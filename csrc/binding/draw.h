@@ -10,9 +10,8 @@ namespace fastguide {
 // Fills a tensor with a generator's values, as torch does: `memory` is what it reads as. False: torch has raised.
 bool draw(PyObject* tensor, const DLTensor& memory, PyObject* generator);
 
-// fill_normals(tensor, generator, is_own): as Tensor.normal_, by the library. True; or None, and
-// the generator is as it was: this is not a draw whose bits the library knows, or other threads may draw meanwhile.
-// is_own: none of them can.
+// fill_normals(tensor, generator, is_own): as Tensor.normal_, by the library. True; or None, and the generator is as it
+// was: this is not a draw whose bits the library knows, or other threads may draw meanwhile. is_own: none of them can.
 PyObject* fill_normals(PyObject*, PyObject* const* objects, std::ptrdiff_t count);
 
 // pass_normals(generator, count, is_own): moves a generator on as if it had filled so many float32 values. True; or

@@ -69,7 +69,7 @@ inline bool is_true_or_missing(const Reference& value) {
 // Tells whether something but torch.compile is to see the operator itself.
 inline bool something_watches() {
   PyObject* const level = PyDict_GetItemWithError(python.forward_ad, python.current_level);
-  if (level == nullptr || PyLong_AsLongLong(level) >= 0) return true;
+  if (level == nullptr || PyLong_AsLongLong(level) >= 0 || PyErr_Occurred() != nullptr) return true;
   for (std::ptrdiff_t k = 0; k < PyTuple_Size(python.watchers); ++k) {
     if (is_true_or_missing(Reference(PyObject_CallNoArgs(PyTuple_GetItem(python.watchers, k))))) return true;
   }

@@ -33,16 +33,9 @@ _OURS = 2
 
 
 def plain_step_again(
-    scheduler: Any,
-    own: dict[str, Any],
-    loop: CountedLoop,
-    arguments: tuple[Any, ...],
-    output: Any,
-    sample: Tensor,
-    return_dict: bool,
-    scale: Any,
-    drawing: Drawing | None = None,
-) -> Any:
+    scheduler: Any, own: dict[str, Any], loop: CountedLoop, arguments: tuple[Any, ...], output: Any, sample: Tensor,
+    return_dict: bool, scale: Any, drawing: Drawing | None = None,
+) -> Any:  # fmt: skip
     """Make a step of a loop that ``is_plain``, without noise; otherwise as ``step_again`` does."""
     index, result = loop.following, None
     follows = sample is loop.returned and loop.state is None and own["_step_index"] == index
@@ -75,16 +68,9 @@ def _count_again(own: dict[str, Any], loop: CountedLoop) -> None:
 
 
 def step_again(
-    scheduler: Any,
-    own: dict[str, Any],
-    loop: CountedLoop,
-    arguments: tuple[Any, ...],
-    output: Any,
-    sample: Tensor,
-    return_dict: bool,
-    scale: Any,
-    drawing: Drawing | None = None,
-) -> Any:
+    scheduler: Any, own: dict[str, Any], loop: CountedLoop, arguments: tuple[Any, ...], output: Any, sample: Tensor,
+    return_dict: bool, scale: Any, drawing: Drawing | None = None,
+) -> Any:  # fmt: skip
     """Make a step like the last one; ``None``: nothing was done.
 
     Args:

@@ -19,8 +19,9 @@ from .host_tables import HostTables
 def begun_anew(scheduler: Any, own: dict[str, Any], timestep: Any, sample: Any) -> CountedLoop | None:
     """Begin the last loop anew if a step may be its first one; ``None``: nothing but the step's index was found.
 
-    The scheduler's tables, the arguments of ``step`` and the model's output are compared by ``step_again``, after whose
-    refusal ``not_begun`` undoes this.
+    This compares what ``step_again`` does not: where the loop begins, the values of the tables and of the attributes,
+    and the form and the dtype of the sample. That compares the rest, history included; ``end_beginning`` is told what
+    came of it. If it raises, the loop is begun, and keeps the sample until the next step or ``set_timesteps``.
 
     Args:
         scheduler: whose step it is; no loop of it is under way.
@@ -28,7 +29,7 @@ def begun_anew(scheduler: Any, own: dict[str, Any], timestep: Any, sample: Any) 
         timestep, sample: of ``step``.
     """
     ended: CountedLoop | None = own.get("_ended")
-    if ended is None or own.get("_copied_loop") is not None:
+    if ended is None:
         return None
     made = ended.made
     like = made.like
@@ -58,11 +59,14 @@ def begun_anew(scheduler: Any, own: dict[str, Any], timestep: Any, sample: Any) 
     return ended
 
 
-def not_begun(own: dict[str, Any], loop: CountedLoop) -> None:
-    """Undo ``begun_anew``, as the loop's first step is not like one that was made."""
+def end_beginning(scheduler: Any, own: dict[str, Any], loop: CountedLoop, *, begun: bool) -> None:
+    """Warn as where any loop begins; or undo ``begun_anew``, as the first step is like none that was made."""
+    if begun:
+        return warn_of_unscaled_inputs(scheduler)
     loop.following = loop.begin + loop.calls
     loop.end()
     own["_counted"], own["_ended"] = None, loop
+    return None
 
 
 def ended_loop_again(
@@ -87,6 +91,6 @@ def warn_of_unscaled_inputs(scheduler: Any) -> None:
     """Warn where a loop begins and ``scale_model_input`` has never been called, as diffusers does at each step."""
     if scheduler.__dict__.get("is_scale_input_called") is False:
         logging.get_logger(type(scheduler).__module__).warning(
-            "step: expected a model output of what scale_model_input returns, as the model takes no samples of this "
-            "scheduler, but that was not called"
+            "scale_model_input: expected to be called before each step, as the model is made for what it returns, "
+            "got no call; the images may be wrong"
         )

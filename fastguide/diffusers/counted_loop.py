@@ -41,7 +41,7 @@ class Like:
     """In ``Acceleration.counts``."""
     dtypes: Dtypes
     dtype: torch.dtype
-    """The model's output's. This and the next two are of ``dtypes``, whose attributes take longer to read."""
+    """The model's output's. This and those below are of ``dtypes``, whose attributes take longer to read."""
     dtype_of_original: torch.dtype
     is_rounded: bool
     begins: bool
@@ -50,12 +50,19 @@ class Like:
     @classmethod
     def of(cls, scale: Any, guidance: Guidance | None, table: StepTable, counted_as: str, dtypes: Dtypes) -> Like:
         """Return what steps with this table and guidance have in common."""
-        tokens, is_rounded = (token_of(guidance), table, table._token), dtypes.is_rounded
-        begins = dtypes.model == dtypes.result and not is_rounded
         return cls(
-            scale, guidance, *tokens, counted_as, dtypes, dtypes.model, dtypes.original, is_rounded=is_rounded,
-            begins=begins,
-        )  # fmt: skip
+            scale=scale,
+            guidance=guidance,
+            guidance_token=token_of(guidance),
+            table=table,
+            token=table._token,
+            counted_as=counted_as,
+            dtypes=dtypes,
+            dtype=dtypes.model,
+            dtype_of_original=dtypes.original,
+            is_rounded=dtypes.is_rounded,
+            begins=dtypes.model == dtypes.result and not dtypes.is_rounded,
+        )
 
 
 class CopiedLoop(NamedTuple):
@@ -237,6 +244,11 @@ class CountedLoop:
     def is_under_way(self, index: int) -> bool:
         """Tell whether a step is one after its first, and some have been made."""
         return not self.is_over and self.begin < min(index, self.following)
+
+    def goes_on_from_theirs(self) -> bool:
+        """Tell whether what is left needs the history of steps that diffusers has made; its last may need none."""
+        whole = self.made.table
+        return self.table is None and (whole is None or whole.history_slots > 0)
 
     def is_current(self, scheduler: Any) -> bool:
         """Tell whether the scheduler's tables and configuration are those that the loop began with."""

@@ -19,7 +19,7 @@ from ..solvers import StepTable
 from ..step.history import History
 from ..step.memory import dense, in_layout_of, needs_no_advice
 from .counted_again import plain_step_again, step_again
-from .counted_anew import begun_anew, ended_loop_again, not_begun, warn_of_unscaled_inputs
+from .counted_anew import begun_anew, end_beginning, ended_loop_again, warn_of_unscaled_inputs
 from .counted_loop import GOES_ON, LITTLE, CopiedLoop, CountedLoop, Like, form_of
 from .counted_run import run_counted
 from .drawing import Drawing
@@ -33,7 +33,7 @@ from .lazy_tensor import plain
 from .loop_tables import LoopTable, loop_table
 from .scheduler_step import LEFT, SchedulerStep, count, count_fused, counted_as
 from .taken import Output, PerFrame
-from .timesteps import place_in, place_of
+from .timesteps import place_of, value_of
 from .written_tables import state_of
 
 _UNCOPIED = ("_counted", "_ended", "_kept_tables", "_given")
@@ -171,18 +171,14 @@ class CountedStep(SchedulerStep):
             self._step_index = self._begin_index
             return
         host = host_tables(self)
-        known, place = host.first_steps, None
-        if isinstance(timestep, Tensor) and timestep.numel() == 1:
-            value = timestep.item() if timestep.is_cpu and not torch._C._len_torch_dispatch_stack() else None
-            if value not in known:
-                place = place_in(self.timesteps, timestep)
-                value = None if place is None else host.timestep_values[place]
-            if value in known:
-                self._step_index = known[value]
-                return
+        known, value = host.first_steps, value_of(self.timesteps, host.timestep_values, timestep)
+        if value in known:
+            self._step_index = known[value]
+            return
         told = host.host_timesteps
-        if place is not None:
-            known[host.timestep_values[place]] = self._step_index = self.index_for_timestep(told[place], told)  # type: ignore[attr-defined]
+        if value in host.timestep_values:
+            timestep = told[host.timestep_values.index(value)]
+            known[value] = self._step_index = self.index_for_timestep(timestep, told)  # type: ignore[attr-defined]
             return
         if not isinstance(timestep, Tensor):
             timestep = torch.as_tensor(timestep, dtype=told.dtype if isinstance(timestep, float) else None)
@@ -218,22 +214,17 @@ def counted_step(
     refuses = scheduler._refuses_integers if loop is None else loop.refuses_integers
     if refuses and (type(timestep) is not Tensor or timestep.dtype is not _FLOAT32) and is_integer(timestep):
         return None
-    begins = loop is None
-    if begins:
-        if scheduler._handed_over:
-            count(scheduler, LEFT + scheduler._handed_over)
-            return None
-        loop = begun_anew(scheduler, own, timestep, sample)
-    if loop is not None and loop.like is not None:
-        again = plain_step_again if loop.is_plain else step_again
-        done = again(scheduler, own, loop, arguments, model_output, sample, return_dict, guidance_scale, drawing)
+    if loop is None and scheduler._handed_over:
+        count(scheduler, LEFT + scheduler._handed_over)
+        return None
+    again = begun_anew(scheduler, own, timestep, sample) if loop is None else loop
+    if again is not None and again.like is not None:
+        make = plain_step_again if again.is_plain else step_again
+        done = make(scheduler, own, again, arguments, model_output, sample, return_dict, guidance_scale, drawing)
+        if loop is None:
+            end_beginning(scheduler, own, again, begun=done is not None)
         if done is not None:
-            if begins:
-                warn_of_unscaled_inputs(scheduler)
             return done
-        if begins:
-            not_begun(own, loop)
-            loop = None
     output: Output = model_output
     scale = guidance_scale
     if type(model_output) is not Tensor or type(sample) is not Tensor:
@@ -361,8 +352,8 @@ def loop_at(
             return again
     begin, scheduler._ended = index if copied is None else copied.begin, None
     made = loop_table(scheduler, tables, begin, arguments, sample.device)
-    history, is_theirs = None, under_way is not None and under_way.table is None
-    if made.table is not None and made.table.history_slots and is_theirs:
+    history = None
+    if made.table is not None and under_way is not None and under_way.goes_on_from_theirs():
         made = LoopTable(made.config, made.state, why_not=GOES_ON)
     if made.table is not None and made.table.history_slots:
         history = History(made.table, dense(sample).to(dtype))

@@ -118,6 +118,18 @@ def place_of(timesteps: Tensor, on_host: Sequence[float], timestep: Any) -> int 
     return on_host.index(value) if value in on_host else None
 
 
+def value_of(timesteps: Tensor, on_host: Sequence[float], timestep: Any) -> float | None:
+    """Return a timestep's value, as far as the host knows it; as ``place_of``, but it need not be one of them."""
+    if isinstance(timestep, Tensor):
+        if timestep.numel() != 1:
+            return None
+        if timestep.is_cpu and not torch._C._len_torch_dispatch_stack():  # in a mode, it may be without a value
+            return timestep.item()
+        place = place_in(timesteps, timestep)
+        return None if place is None else on_host[place]
+    return timestep if type(timestep) in (int, float) else None
+
+
 def place_in(timesteps: Tensor, timestep: Tensor) -> int | None:
     """Return which element of ``timesteps`` a tensor of one element is a view of; ``None``: of none."""
     if timestep.untyped_storage()._cdata != timesteps.untyped_storage()._cdata:

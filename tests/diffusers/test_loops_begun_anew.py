@@ -72,12 +72,20 @@ def test_no_step_is_planned_if_the_loop(case, begin_index, planned):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("take", [torch.Tensor.detach, torch.Tensor.clone, torch.Tensor.flatten])
-def test_the_first_timestep_is_known_by_its_value(take, planned):
-    ours, theirs = warmed(FLOW)
+@pytest.mark.parametrize("take", [torch.Tensor.detach, torch.Tensor.clone, torch.Tensor.flatten, float])
+def test_the_first_timestep_is_known_by_its_value(take, planned, monkeypatch):
+    """Of a view, a copy, and a number; diffusers is asked for its step in the first loop alone."""
+    ours, theirs = pair(FLOW)
+    asked, finds = [], type(ours).index_for_timestep
+    monkeypatch.setattr(type(ours), "index_for_timestep", lambda self, *a: asked.append(a) or finds(self, *a))
+    for _ in range(2):
+        ours.set_timesteps(6)
+        loop(ours, take=take)
+    assert len(asked) == 1
     planned.clear()
     got, expected = both(ours, theirs, take=take)
     assert not planned
+    assert len(asked) == 1
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

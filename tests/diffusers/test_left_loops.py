@@ -1,0 +1,41 @@
+"""A loop that diffusers' own steps have begun stays with diffusers, whose history they go on from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.scheduler_pair import SHAPE, pair, randn
+
+STEPS = 6
+NAMES = (
+    "SASolverScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
+    "LMSDiscreteScheduler", "EDMDPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "IPNDMScheduler",
+)  # fmt: skip
+
+
+def replace_a_table(scheduler):
+    """Put an equal tensor in the place of one, by which the loop's table is looked for again."""
+    name = "betas" if type(scheduler).__name__ == "IPNDMScheduler" else "sigmas"
+    setattr(scheduler, name, getattr(scheduler, name).clone())
+
+
+@pytest.mark.parametrize("at", [STEPS - 2, STEPS - 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_also_where_a_table_is_replaced_before_its_last_steps(name, at):
+    """The rows of these alone may need no history, as those of a lower order at the end."""
+    found = []
+    for scheduler in pair(name):
+        scheduler.set_timesteps(STEPS)
+        scheduler.is_scale_input_called = True
+        x, generator = randn(*SHAPE), torch.Generator().manual_seed(1)
+        options = {"generator": generator} if name.startswith("SA") else {}
+        for number, t in enumerate(scheduler.timesteps):
+            if number == at:
+                replace_a_table(scheduler)
+            output = torch.tanh(0.4 * x)
+            if number == 0:
+                output.requires_grad_()  # this step is left to diffusers
+            x = scheduler.step(output, t, x, return_dict=False, **options)[0].detach()
+        found.append(x)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)

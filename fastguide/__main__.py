@@ -80,7 +80,8 @@ def _demo(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _DEMO_MODULES:
             raise
-        print(f'fastguide: the demo needs more packages ({error}): pip install "fastguide[demo]"', file=sys.stderr)
+        needed = "matplotlib and scikit-learn"
+        print(f"fastguide: the demo needs more packages ({error}): install {needed}", file=sys.stderr)
         return 1
     if options.backend is not None and not BACKENDS[options.backend].serves("cpu"):
         print(f"fastguide: backend {options.backend}: {BACKENDS[options.backend].status}", file=sys.stderr)

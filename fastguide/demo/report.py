@@ -143,7 +143,7 @@ def step_table_text(errors: Mapping[str, float], speeds: Mapping[str, Mapping[st
         ratio = f"  {times['diffusers'] / times['fastguide']:6.1f}x" if "diffusers" in times else ""
         lines.append(f"  {name:<24} {text}{ratio}")
     if not any("diffusers" in times for times in speeds.values()):
-        lines.append('  (to compare with diffusers: pip install "fastguide[diffusers]")')
+        lines.append("  (to compare with diffusers: pip install diffusers)")
     return "\n".join(lines)
 
 

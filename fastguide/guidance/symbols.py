@@ -9,6 +9,7 @@ makes weights.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -21,13 +22,28 @@ Space: TypeAlias = Literal["prediction", "original"]
 ROUNDING = 2.0**-50
 """What a vector's square is at least, over those of its terms: a sum of float64 that cancels below is all rounding."""
 
+_MOST_FACTORS = 8
+"""Of a power of a number."""
 _SUPPORTED = (
-    "sums, differences and multiples of vectors; v.dot, v.sum, v.norm and v.std of them; and +, -, *, /, v.sqrt, "
-    "v.exp, v.minimum, v.maximum and v.where of the numbers that these give"
+    "sums, differences and multiples of vectors; v.dot, v.sum, v.norm and v.std of them; and +, -, *, /, whole powers, "
+    "abs, v.sqrt, v.exp, v.minimum, v.maximum and v.where of the numbers that these give"
 )
 
 
-class Scalar:
+class Symbol:
+    """What numpy and torch leave operations to, and refuse those of."""
+
+    __slots__ = ()
+    __array_ufunc__ = None
+    """numpy's numbers leave their operators to it."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> NoReturn:
+        name = getattr(function, "__name__", function)
+        raise TypeError(f"guidance: expected no torch.{name} of a {cls.__name__.lower()}; supported are {_SUPPORTED}")
+
+
+class Scalar(Symbol):
     """One number for each sample, known when a step is made: an operation, and what it is of.
 
     Args:
@@ -36,8 +52,6 @@ class Scalar:
     """
 
     __slots__ = ("operands", "operation")
-    __array_ufunc__ = None
-    """numpy's numbers leave their operators to it."""
 
     def __init__(self, operation: str, *operands: Any) -> None:
         self.operation, self.operands = operation, operands
@@ -68,6 +82,16 @@ class Scalar:
 
     def __neg__(self) -> Number:
         return _scalar("sub", 0.0, self)
+
+    def __abs__(self) -> Number:
+        return _scalar("maximum", self, -self)
+
+    def __pow__(self, power: Any) -> Number:
+        if type(power) is not int or not 1 <= power <= _MOST_FACTORS:
+            raise TypeError(
+                f"guidance: expected a power from 1 to {_MOST_FACTORS}, got {power!r}; supported are {_SUPPORTED}"
+            )
+        return functools.reduce(operator.mul, [self] * power)
 
     def __gt__(self, other: Any) -> Condition:
         return Condition(_scalar("sub", self, other))
@@ -104,7 +128,7 @@ class Condition(NamedTuple):
         raise TypeError("guidance: expected no branch on a comparison of numbers that each sample has; use v.where")
 
 
-class Vector:
+class Vector(Symbol):
     """A linear combination of the terms: the first prediction, the differences of the others to it, and the sample.
 
     Args:
@@ -112,7 +136,6 @@ class Vector:
     """
 
     __slots__ = ("coefficients",)
-    __array_ufunc__ = None
 
     def __init__(self, coefficients: Sequence[Number]) -> None:
         self.coefficients = tuple(coefficients)
@@ -145,6 +168,12 @@ class Vector:
 
     def __neg__(self) -> Vector:
         return Vector([_scalar("sub", 0.0, a) for a in self.coefficients])
+
+    def __abs__(self) -> NoReturn:
+        raise TypeError(f"guidance: expected no abs of a vector, element by element; supported are {_SUPPORTED}")
+
+    def __pow__(self, power: Any) -> NoReturn:
+        raise TypeError(f"guidance: expected no power of a vector, element by element; supported are {_SUPPORTED}")
 
     def __bool__(self) -> NoReturn:
         raise TypeError("guidance: expected no branch on a vector, whose values nobody computes")

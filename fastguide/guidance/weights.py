@@ -70,6 +70,11 @@ class Guidance:
         weights_from: WeightsFrom | None = None,
         derived: LowPasses | AddedUp | None = None,
     ) -> None:
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights: expected a tensor, got {type(weights).__name__}")
+        if weights.dim() != 3 or weights.shape[2] < 2:
+            got = tuple(weights.shape)
+            raise ValueError(f"weights: expected shape (steps or 1, batch or 1, num_predictions + 1), got {got}")
         self.steps, self.batch, columns = weights.shape
         self._token = Token()
         """Stands for these weights where steps are remembered, which must not keep a classifier alive."""

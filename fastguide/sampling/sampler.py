@@ -444,6 +444,6 @@ def _tqdm() -> Callable[..., Sequence[int]]:
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError('progress: expected tqdm to be installed: pip install "fastguide[demo]"') from error
+        raise ImportError("progress: expected tqdm to be installed: pip install tqdm") from error
     bar: Callable[..., Sequence[int]] = tqdm
     return bar

@@ -140,6 +140,37 @@ def test_whole_numbers_are_refused_in_a_later_loop(at):
             scheduler.step(y, at, y)
 
 
+def test_stochastic_steps_leave_the_generator_as_diffusers_do():
+    """At the last of them too, which draws noise that it does not use."""
+    ours, theirs = pair(FLOW, stochastic_sampling=True)
+    for _ in range(3):
+        states = []
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(6)
+            x, generator = randn(*SHAPE), torch.Generator().manual_seed(0)
+            for t in scheduler.timesteps:
+                x = scheduler.step(torch.tanh(x), t, x, generator=generator, return_dict=False)[0]
+            states += [generator.get_state(), x]
+        assert torch.equal(states[0], states[2])
+        torch.testing.assert_close(states[1], states[3], rtol=1e-5, atol=1e-5)
+
+
+def test_each_loop_without_scaled_inputs_is_warned_of(monkeypatch):
+    from diffusers.utils import logging
+
+    warned = []
+    ours, _ = pair("EulerDiscreteScheduler")
+    logger = logging.get_logger(type(ours).__module__)
+    monkeypatch.setattr(logger, "warning", lambda text: warned.append(text))
+    for number in range(3):
+        ours.set_timesteps(6)
+        x = randn(*SHAPE)
+        for t in ours.timesteps:
+            x = ours.step(torch.tanh(x), t, x, return_dict=False)[0]
+        assert len(warned) == number + 1
+    assert all("scale_model_input: expected to be called before each step" in text for text in warned)
+
+
 def test_a_loop_in_inference_mode_plans_its_first_step(planned):
     """As torch does not count who writes to its first sample."""
     ours, theirs = warmed(FLOW)

@@ -290,6 +290,17 @@ def test_a_function_of_one_s_own():
     torch.testing.assert_close(guided(scales, given)[2], m[2], rtol=1e-12, atol=1e-12)
 
 
+def test_powers_and_abs_of_numbers():
+    @as_guidance(predictions=2)
+    def powers(v, guidance_scale):
+        uncond, cond = v.predictions
+        return v.norm(cond) ** 2 * uncond + abs(v.sum(uncond)) ** 3 * cond
+
+    u, c = given = predictions(2, 1.0)
+    total = u.flatten(1).sum(1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(guided(powers(1.0), given), dot(c, c) * u + total.abs() ** 3 * c, rtol=1e-12, atol=1e-9)
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_parameters_may_be_called_as_anything(backend):
     """As a moment, as a coefficient of the row, or as what guidance within an interval goes by."""
@@ -324,6 +335,11 @@ REFUSED = {
     "another operation": (lambda v, s: v.quantile(v.predictions[0]), "v has no 'quantile'"),
     "a norm of a number": (lambda v, s: v.norm(s) * v.predictions[0], "expected a vector, got Scalar"),
     "a tensor": (lambda v, s: torch.ones(3) * v.predictions[0], "expected a number, got Tensor"),
+    "a function of torch's": (lambda v, s: torch.relu(v.predictions[0]), "no torch.relu of a vector; supported are"),
+    "one of a number": (lambda v, s: torch.exp(s) * v.predictions[0], "no torch.exp of a scalar; supported are"),
+    "abs of a vector": (lambda v, s: abs(v.predictions[0]), "no abs of a vector, .* supported are"),
+    "a power of a vector": (lambda v, s: v.predictions[0] ** 2, "no power of a vector, .* supported are"),
+    "a power that is no whole one": (lambda v, s: s**0.5 * v.predictions[0], "a power from 1 to 8, got 0.5"),
     "no comparison": (lambda v, s: v.where(s, v.predictions[0], v.predictions[1]), "expected a comparison"),
 }
 

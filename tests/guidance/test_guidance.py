@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastguide
-from fastguide import Classifier, ClassifierFree, Composed
+from fastguide import Classifier, ClassifierFree, Composed, Guidance
 from tests.support.cases import TABLES
 
 CPU = torch.device("cpu")
@@ -93,6 +93,15 @@ def test_scales_take_the_shapes_that_are_documented():
     assert ClassifierFree.per_step(range(5)).steps == 5
     assert Classifier.per_step(None, [1.0, 2.0]).steps == 2
     assert Composed([torch.ones(5, 1), torch.ones(4)]).weights(CPU, torch.float32).shape == (5, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [(3.0, "weights: expected a tensor, got float"), (torch.ones(3), r"num_predictions \+ 1\), got \(3,\)")],
+)
+def test_weights_of_another_form_are_refused(weights, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Guidance(weights, None)
 
 
 def test_sum_of_guidances_uses_both_in_either_order():

@@ -270,7 +270,10 @@ def _explain(error: str) -> str:
             "install fastguide again, with a torch that its wheel names"
         )
     elif "GLIBC" in error or "CXXABI" in error:  # and GLIBCXX
-        meaning = "it was built on a newer system than this; build it here: pip install --no-binary fastguide fastguide"
+        meaning = (
+            "it was built on a newer system than this; build it here, in a checkout: "
+            "pip install --no-build-isolation -e ."
+        )
     elif "file too short" in error:
         meaning = "it was not copied whole; install fastguide again"
     elif "ELF" in error or "mach-o" in error:

@@ -37,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time fastguide beside others on this machine, and write a report: two minutes on a CPU.",
+        description="Time fastguide beside others on this machine, and write a report: six minutes on a CPU.",
     )
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--full", action="store_true", help="every shape, dtype, solver and guidance: eight minutes")
+    parser.add_argument("--full", action="store_true", help="every shape, dtype, solver and guidance")
     parser.add_argument("--device", default=cuda, help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="SUITE", default=[], help=f"some of {', '.join(suites.SUITES)}")
     parser.add_argument(

@@ -210,7 +210,7 @@ def compared(
     for group in groups:
         part = {name: calls[name] for name in group if name in calls}
         timed = in_turns(part, seconds / len(groups), device, wall=True)
-        bases |= dict.fromkeys(group, timed.times.get(group[0] if len(groups) > 1 else "diffusers"))
+        bases |= dict.fromkeys(group, timed.times.get(group[0]))
         times |= timed.times
         failures |= timed.failures
     for name, failure in failures.items():

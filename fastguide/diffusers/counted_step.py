@@ -26,7 +26,7 @@ from .drawing import Drawing
 from .dtypes import Dtypes, promoted
 from .fitted import SHAPES, fitted_predictions, refusal_of
 from .guidance_arguments import Scale, combined, guidance_of, is_by_value
-from .host_tables import HostTables, host_tables, read_tables
+from .host_tables import HostTables, first_step_at, host_tables, read_tables
 from .lazy_guidance import resolved
 from .lazy_outputs import LazyOriginal
 from .lazy_tensor import plain
@@ -171,15 +171,11 @@ class CountedStep(SchedulerStep):
             self._step_index = self._begin_index
             return
         host = host_tables(self)
-        known, value = host.first_steps, value_of(self.timesteps, host.timestep_values, timestep)
-        if value in known:
-            self._step_index = known[value]
+        value = value_of(self.timesteps, host.timestep_values, timestep)
+        if value is not None and (value in host.first_steps or value in host.timestep_values):
+            self._step_index = first_step_at(self, host, value)
             return
         told = host.host_timesteps
-        if value in host.timestep_values:
-            timestep = told[host.timestep_values.index(value)]
-            known[value] = self._step_index = self.index_for_timestep(timestep, told)  # type: ignore[attr-defined]
-            return
         if not isinstance(timestep, Tensor):
             timestep = torch.as_tensor(timestep, dtype=told.dtype if isinstance(timestep, float) else None)
         self._step_index = self.index_for_timestep(timestep.to("cpu"), told)  # type: ignore[attr-defined]

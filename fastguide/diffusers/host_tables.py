@@ -132,20 +132,25 @@ def host_tables(scheduler: Any) -> HostTables:
     return found
 
 
+def first_step_at(scheduler: Any, host: HostTables, value: float) -> int:
+    """Return which step diffusers begins with at one of its timesteps, by its value; diffusers is asked once."""
+    found = host.first_steps.get(value)
+    if found is None:
+        told = host.host_timesteps
+        found = scheduler.index_for_timestep(told[host.timestep_values.index(value)], told)
+        host.first_steps[value] = found
+    return found
+
+
 def _is_current(host: HostTables, scheduler: Any) -> bool:
     own = scheduler.__dict__
     sigmas, timesteps, versions = host.sigmas, host.timesteps, host.versions
-    written: Any
     if own[scheduler._levels_in] is not sigmas or own["timesteps"] is not timesteps:
         return False
     if own["_internal_dict"] is not host.config:
         return False
     if not host.further:
-        try:
-            written = sigmas._version, timesteps._version
-        except RuntimeError:  # inference tensors, which count nothing
-            written = state_of(sigmas), state_of(timesteps)
-        return bool(written == versions)
+        return (state_of(sigmas), state_of(timesteps)) == versions
     if not all(own[name] is each for name, each in zip(scheduler._further_tables, host.further, strict=True)):
         return False
     return tuple(map(state_of, (sigmas, timesteps, *host.further))) == versions

@@ -20,7 +20,7 @@ from ..solvers import StepTable
 from ..step.guided_step import guided_step
 from ..step.memory import DTYPES
 from .fitted import is_transformed
-from .host_tables import HostTables, host_tables
+from .host_tables import HostTables, first_step_at, host_tables
 from .timesteps import place_in
 from .written_tables import state_of
 
@@ -165,11 +165,7 @@ def _steps_of(scheduler: Any, host: HostTables, timesteps: Tensor) -> list[int] 
         if place is None:
             return None
         places.append(place)
-    known, told = host.first_steps, host.host_timesteps
-    for place in places:
-        if values[place] not in known:
-            known[values[place]] = scheduler.index_for_timestep(told[place], told)
-    return [known[values[place]] for place in places]
+    return [first_step_at(scheduler, host, values[place]) for place in places]
 
 
 def noised_by_timestep(

@@ -17,9 +17,11 @@ from .guidance_arguments import Scale
 from .host_alphas import HostAlphas
 from .host_tables import HostTables, host_tables, on_host
 from .step_signatures import StepWithoutNoise
-from .timesteps import place_of
+from .timesteps import place_in, place_of
 
 __all__ = ["IPNDMScheduler", "PNDMScheduler"]
+
+_TWICE = "a loop that begins at a copy of a timestep that is there twice"
 
 
 class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: ignore[metaclass]
@@ -79,6 +81,7 @@ class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: 
             place = place_of(self.timesteps, host_tables(self).timestep_values, timestep)
         if self.counter == 0 and place is not None:
             self._first_call = place
+            self._leave_if_it_may_be_another(place, timestep)
         follows = place is None or self.counter == 0 or self._is_told(place)
         if place is not None and follows:
             done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale)
@@ -92,6 +95,15 @@ class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: 
             )
         output, sample = left(self, model_output, sample, guidance_scale)
         return super().step(output, timestep, sample, return_dict)  # type: ignore[misc]
+
+    def _leave_if_it_may_be_another(self, place: int, timestep: Any) -> None:
+        """Leave a loop that begins at a copy of a timestep that is there twice, of which it may be either."""
+        told = host_tables(self).timestep_values
+        is_view = isinstance(timestep, Tensor) and place_in(self.timesteps, timestep) is not None
+        if not is_view and told.count(told[place]) > 1:
+            self._counted, self._handed_over = None, _TWICE
+        elif self._handed_over == _TWICE:
+            self._handed_over = ""
 
     def _is_told(self, place: int) -> bool:
         """Tell whether a timestep at this place is the one of the next call."""

@@ -17,8 +17,13 @@ def state_of(table: Tensor) -> Any:
     It does not for inference tensors, for which their bytes stand. Those of a device would have to be waited for: for
     such a table it is ``None``, before it has been written to and after, and only another tensor in its place is seen.
     """
-    if not table.is_inference():
+    try:
         return table._version
+    except RuntimeError:  # an inference tensor
+        return _bytes_of(table)
+
+
+def _bytes_of(table: Tensor) -> bytes | None:
     if not table.is_cpu:
         return None
     with outside_of_modes():

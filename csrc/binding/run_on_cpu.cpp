@@ -1,5 +1,6 @@
 // Makes a step on the CPU's threads; where its weights come from moments, or its x0 has a threshold, these first.
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -7,7 +8,9 @@
 #include "binding/groups_on_cpu.h"
 #include "binding/parallel.h"
 #include "binding/run.h"
+#include "binding/team.h"
 #include "kernels/cpu/launch.h"
+#include "kernels/cpu/stream.h"
 #include "kernels/cpu/threshold.h"
 #include "kernels/cursor.h"
 #include "kernels/thresholds.h"
@@ -23,6 +26,9 @@ constexpr int64_t kNoiseGrain = kGrain / 4, kThresholdGrain = kGrain / 2;
 // Of a sample that has been read once, the last elements are in the second-level cache: a step takes so many at once,
 // from the end backwards.
 constexpr int64_t kAtOnce = 8 * kPart;
+
+// Bytes of predictions that a second-level cache still has after their moments, beside what a step streams through it.
+constexpr int64_t kAtHand = int64_t{1} << 20;
 
 // A step that needs numbers of whole samples first: weights from moments, or thresholds. Samples, parts and elements
 // are counted over the whole batch.
@@ -50,10 +56,14 @@ class PreparedStep {
     }
   }
 
-  // Where there are samples for all threads, each makes one after the other, and they need not wait for each other.
+  // Where there are samples for all threads, each makes one after the other, and they need not wait for each other; but
+  // samples that are too large for the cache of one are shared.
   void run(int64_t grain) {
-    const int64_t elements = a_.elements_per_sample;
-    if (a_.batch * elements <= grain || a_.batch >= torch::stable::get_num_threads()) {
+    const int64_t elements = a_.elements_per_sample, threads = torch::stable::get_num_threads();
+    const int members = members_of_team(threads);
+    if (members > 1) {
+      run_in_teams(members, threads / members);
+    } else if (a_.batch * elements <= grain || a_.batch >= threads) {
       in_parallel(a_.batch, std::max<int64_t>(grain / elements, 1), [&](int64_t begin, int64_t end) {
         std::vector<double> sums(static_cast<size_t>(parts_ * moments_));
         const std::unique_ptr<KeyOf<T>[]> between(
@@ -87,6 +97,40 @@ class PreparedStep {
     }
   }
 
+  // The fewest threads whose caches hold a sample's predictions together; 1 where these would be too many, or no help.
+  int members_of_team(int64_t threads) const {
+    if (moments_ == 0 || !inverse_thresholds_.empty() || !are_large(a_)) return 1;
+    int64_t bytes = 0;
+    for (int k = 0; k < a_.num_predictions; ++k) {
+      bytes += a_.elements_per_sample * element_bytes(a_.predictions[k].element);
+    }
+    for (int members = 1; members <= kMostMembers; ++members) {
+      if (threads % members == 0 && threads / members <= a_.batch && bytes <= members * kAtHand) return members;
+    }
+    return 1;
+  }
+
+  // Shares the samples out among teams of threads, and each sample among the members of its team.
+  void run_in_teams(int members, int64_t teams) {
+    std::deque<Team> found;
+    for (int64_t k = 0; k < teams; ++k) found.emplace_back(members, k * a_.batch / teams, (k + 1) * a_.batch / teams);
+    std::vector<double> sums(static_cast<size_t>(teams * parts_ * moments_));
+    const auto begin_of = [&](int portion) { return portion * parts_ / members; };
+    torch::stable::parallel_for(0, teams * members, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        double* of_team = sums.data() + k / members * parts_ * moments_;
+        const auto add_up = [&](int64_t sample, int portion) {
+          const int64_t from = begin_of(portion), count = begin_of(portion + 1) - from;
+          functions_.part_moments(a_, sample, from, count, of_team + from * moments_);
+        };
+        const auto step = [&](int64_t sample, int portion) {
+          step_parts(sample, begin_of(portion), begin_of(portion + 1));
+        };
+        found[size_t(k / members)].work(int(k % members), add_up, [&](int64_t s) { weigh(s, of_team); }, step);
+      }
+    });
+  }
+
   // Shares the parts of all samples out among the threads, each time in the same way.
   void run_parts(int64_t least) {
     const int64_t count = a_.batch * parts_;
@@ -104,7 +148,7 @@ class PreparedStep {
       if (has_threshold(sample)) share_threshold(sample, least);
     }
     in_parallel(count, least, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) step_part(k);
+      for (int64_t k = begin; k < end; ++k) step_parts(k / parts_, k % parts_, k % parts_ + 1);
     });
   }
 
@@ -155,9 +199,9 @@ class PreparedStep {
     set_threshold(sample, sum, between.get());
   }
 
-  void step_part(int64_t part) {
-    const int64_t sample = part / parts_, begin = part % parts_ * kPart, first = sample * a_.elements_per_sample;
-    functions_.step_range(step_, first + begin, first + std::min(begin + kPart, a_.elements_per_sample));
+  void step_parts(int64_t sample, int64_t begin, int64_t end) {
+    const int64_t first = sample * a_.elements_per_sample;
+    functions_.step_range(step_, first + begin * kPart, first + std::min(end * kPart, a_.elements_per_sample));
   }
 
   const StepArguments& a_;

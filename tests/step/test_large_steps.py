@@ -45,6 +45,23 @@ def test_bits_are_those_of_small_steps(kind, guidance, threads, generator):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("size", [240_001, 300_000, SIZE])
+def test_bits_do_not_depend_on_how_many_threads_share_a_sample(size, generator):
+    """Its predictions are 1.9, 2.4 and 3.7 MB: two to six of these threads share it, on any number of processors."""
+    x, predictions = inputs(generator)
+    x, predictions = x[:, :size].contiguous(), [each[:, :size].contiguous() for each in predictions]
+    expected = one_by_one(x, predictions, RESCALED)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4, 5, 6):
+            torch.set_num_threads(threads)
+            out = torch.full_like(x, torch.nan)  # not memory that an earlier step has left
+            guided_step(TABLE, 3, x, predictions, RESCALED, out=out)
+            assert torch.equal(out, expected), threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_every_instruction_set_writes_the_whole_output_and_nothing_beside_it(generator):
     x, predictions = inputs(generator)
     best = cpu_capability()

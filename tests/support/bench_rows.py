@@ -46,7 +46,7 @@ def rows_of_a_run(ours=1.0):
             for contender in (("fastguide", 1e-4), ("diffusers", 1e-1))
         ),
         *(
-            ok(moments.title("rescaled", shape), moments.PLAIN, 1e-4, "moments") | {"of_the_plain_step": 1.2}
+            ok(moments.title("rescaled", shape), moments.PLAIN, 1e-4, "moments") | {moments.RATIO: 1.2}
             for shape in ((2, 4, 64, 64), (64, 3, 256, 256))
         ),
         ok(moments.title("rescaled", (2, 4, 64, 64)), "fastguide", 1e-5, "moments"),

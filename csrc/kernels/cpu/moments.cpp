@@ -34,11 +34,6 @@ bool are_in_place(const StepArguments& a) {
   return in_place;
 }
 
-// Whether no cache holds the predictions: to fetch what is at hand would only take time.
-bool are_large(const StepArguments& a) {
-  return a.batch * a.elements_per_sample * element_bytes(a.predictions[0].element) >= kStreamed / 2;
-}
-
 // This is a call because conversions of four dtypes would be inlined a dozen times.
 template <typename T>
 __attribute__((noinline)) const T* load_term(const Input& term, int64_t first, int64_t count, T* scratch) {

@@ -32,6 +32,11 @@ FASTGUIDE_INLINE bool streams_out(const StepArguments& a) {
   return apart;
 }
 
+// Whether no cache holds the predictions: to fetch what is at hand would only take time.
+FASTGUIDE_INLINE bool are_large(const StepArguments& a) {
+  return a.batch * a.elements_per_sample * element_bytes(a.predictions[0].element) >= kStreamed / 2;
+}
+
 // Brings the line that is so many bytes behind an address into the caches. There may be nothing.
 FASTGUIDE_INLINE void fetch(const void* from, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + uintptr_t(ahead)), 0, 3);

@@ -225,13 +225,18 @@ class SASolverScheduler(HostAlphas, _Signal, StepWithGenerator, diffusers.SASolv
     set_timesteps = on_host(diffusers.SASolverScheduler.set_timesteps)
 
     def _why_not_at(self, timestep: Any) -> str | None:
-        """Leave a first step from another timestep to diffusers, which asks for its noise there; refuse a later one."""
+        """Leave a loop to diffusers from a step at another timestep on, whose noise it asks for there.
+
+        Raises:
+            RuntimeError: diffusers has not made the loop's earlier steps, from which it would go on.
+        """
         if self._is_at(timestep):
             return None
         loop = self._counted
         if loop is not None and loop.history is not None and loop.following == self._step_index:
             told = host_tables(self).timestep_values[self._step_index]
             raise RuntimeError(f"timestep: expected that of the loop's next step, {told}, got {timestep}")
+        self._counted, self._handed_over = None, NOT_AT
         return NOT_AT
 
     def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:

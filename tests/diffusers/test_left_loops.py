@@ -39,3 +39,27 @@ def test_also_where_a_table_is_replaced_before_its_last_steps(name, at):
             x = scheduler.step(output, t, x, return_dict=False, **options)[0].detach()
         found.append(x)
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_also_where_some_of_its_timesteps_are_those_of_the_table():
+    """Of copies in bfloat16, those that are not rounded; diffusers finds the first step by rounding its own as well."""
+    found = []
+    for scheduler in pair("SASolverScheduler"):
+        for _ in range(2):
+            scheduler.set_timesteps(8)
+            x, generator = randn(*SHAPE), torch.Generator().manual_seed(1)
+            for t in scheduler.timesteps:
+                output = torch.tanh(0.4 * x)
+                x = scheduler.step(output, t.bfloat16(), x, generator=generator, return_dict=False)[0]
+            found.append(x)
+    torch.testing.assert_close(found[:2], found[2:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_loop_after_one_that_began_at_another_timestep_is_fused():
+    ours, _ = pair("SASolverScheduler")
+    for as_given in (torch.Tensor.bfloat16, torch.Tensor.clone):
+        ours.set_timesteps(8)
+        x = randn(*SHAPE)
+        for t in ours.timesteps:
+            x = ours.step(torch.tanh(0.4 * x), as_given(t), x, return_dict=False)[0]
+    assert ours._counted.table is not None

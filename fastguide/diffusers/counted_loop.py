@@ -13,6 +13,7 @@ from ..guidance import Guidance
 from ..solvers import StepTable
 from ..step.call import Facts
 from ..step.history import History
+from ..step.memory import in_layout_of
 from ..step.repeat import kinds_of, token_of
 from .dtypes import Dtypes
 from .host_tables import HostTables
@@ -343,5 +344,7 @@ class CountedLoop:
         assert self.history is not None
         self.history.entries.copy_(copied.entries)
         self.history.note(copied.following - self.begin - 1)
-        self.following, self.returned = copied.following, copied.last
-        self.version = 0 if copied.last is None else version_of(copied.last) or 0
+        self.following, last = copied.following, copied.last
+        if last is not None:  # its sample may have another layout now
+            self.returned = in_layout_of(self.history.entries[: len(last)], last)
+            self.version = version_of(self.returned) or 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -59,3 +60,19 @@ def test_layouts_change_from_step_to_step(name, dtype):
         results.append(torch.stack(samples))
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     assert (results[0] - results[1]).norm() <= tolerance * results[1].norm()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name[:4] in ("Heun", "LMSD", "PNDM", "SASo")])
+def test_a_copy_goes_on_in_another_layout(name):
+    results = []
+    for scheduler in pair(name, **({"skip_prk_steps": True} if name == "PNDMScheduler" else {})):
+        set_steps(scheduler, 5)
+        scheduler.is_scale_input_called = True
+        x, generator = randn(*SHAPE), torch.Generator().manual_seed(0)
+        options = {"generator": generator} if name.startswith("SA") else {}
+        for number, t in enumerate(steps_of(scheduler)):
+            if number == 2:
+                scheduler, x = copy.deepcopy(scheduler), LAYOUTS["transposed"](x)
+            x = scheduler.step(torch.tanh(0.5 * x), t, x, return_dict=False, **options)[0]
+        results.append(x)
+    assert (results[0] - results[1]).norm() <= 1e-4 * results[1].norm()

@@ -300,7 +300,8 @@ def _planned_step(
         drawn = drawing.drawn(loop.table, call, sample, loop.inputs(sample, dtypes)[0].dtype, dtypes)
     used, result, original = run_counted(scheduler, loop, call, sample, fitted[0], guidance, dtypes, *drawn, lead)
     like = None
-    if lead == 1 and is_by_value(scale) and (drawing is None or drawing.path is None):
+    goes_on = scheduler._dtypes(dtypes.result, output.dtype) == dtypes  # the next sample may be wider
+    if goes_on and lead == 1 and is_by_value(scale) and (drawing is None or drawing.path is None):
         like = loop.made.like = Like.of(scale, guidance, used, counted_as(guidance), dtypes)
     loop.go_on_like(like)
     scheduler._step_index = index + 1

@@ -95,3 +95,25 @@ def test_what_a_model_predicts_is_returned_in_its_dtype(name, as_output):
                 prev_sample, original = result.to_tuple() if as_output else result
                 kinds.append((prev_sample.dtype, original.dtype, (original + 0).dtype))
         assert kinds[:4] == kinds[4:]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_original_of_a_sample_that_a_step_has_made_wider(dtype):
+    """SCM's noise makes it float32: from the second loop on, all of its steps are known from the first."""
+    for loops in zip(*(originals_of_three_loops(each, dtype) for each in pair("SCMScheduler")), strict=True):
+        for x_0, y_0 in zip(*loops, strict=True):
+            assert x_0.dtype == y_0.dtype
+            assert (x_0.double() - y_0.double()).norm() <= TOLERANCES[dtype] * y_0.double().norm()
+
+
+def originals_of_three_loops(scheduler, dtype):
+    loops = []
+    for _ in range(3):
+        set_steps(scheduler, 4)
+        x, generator, originals = randn(2, 3, 4, 4).to(dtype), torch.Generator().manual_seed(0), []
+        for t in scheduler.timesteps[:-1]:
+            output = torch.tanh(0.4 * x).to(dtype)
+            x, original = scheduler.step(output, t, x, generator=generator, return_dict=False)
+            originals.append(original + 0)
+        loops.append(originals)
+    return loops

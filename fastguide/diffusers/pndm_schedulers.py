@@ -82,14 +82,14 @@ class PNDMScheduler(HostAlphas, CountedStep, diffusers.PNDMScheduler):  # type: 
         if self.counter == 0 and place is not None:
             self._first_call = place
             self._leave_if_it_may_be_another(place, timestep)
-        follows = place is None or self.counter == 0 or self._is_told(place)
-        if place is not None and follows:
+        is_over = self.counter > 0 and self._counted is not None and self._counted.is_over
+        if is_over or (place is not None and (self.counter == 0 or self._is_told(place))):
             done = counted_step(self, (), model_output, timestep, sample, return_dict, guidance_scale)
             if done is not None:
                 return done
         elif self._counted is not None and self._counted.history is not None and self.counter:
             told = host_tables(self).timestep_values
-            expected = told[self._step_index] if self._step_index < len(told) else "none, as the loop is over"
+            expected = told[self._step_index] if self._step_index < len(told) else "none, as there are no more"
             raise RuntimeError(
                 f"timestep: expected that of call {self.counter} of the loop, {expected}, got {timestep}"
             )

@@ -402,6 +402,8 @@ def leave(scheduler: CountedStep, loop: CountedLoop, index: int, refusal: str | 
             loop.table = loop.history = None
     count(scheduler, LEFT + (refusal or loop.made.why_not or SHAPES))
     loop.following, loop.returned, loop.state = index + 1, None, None
+    if loop.table is not None and loop.following - loop.begin == loop.calls:
+        loop.end()
 
 
 def is_integer(timestep: Any) -> bool:

@@ -63,3 +63,16 @@ def test_a_loop_after_one_that_began_at_another_timestep_is_fused():
         for t in ours.timesteps:
             x = ours.step(torch.tanh(0.4 * x), as_given(t), x, return_dict=False)[0]
     assert ours._counted.table is not None
+
+
+def test_nothing_follows_its_last_step_if_that_is_left():
+    """Of a solver without a history, whose other steps are fused."""
+    ours, _ = pair("EulerDiscreteScheduler")
+    ours.set_timesteps(STEPS)
+    x = randn(*SHAPE)
+    for number, t in enumerate(ours.timesteps):
+        output = torch.tanh(0.4 * ours.scale_model_input(x, t)).requires_grad_(number == STEPS - 1)
+        x = ours.step(output, t, x, return_dict=False)[0].detach()
+    given = ours.scale_model_input(x, t)
+    with pytest.raises(IndexError, match=f"no more than the {STEPS} of this loop"):
+        ours.step(given, t, x)

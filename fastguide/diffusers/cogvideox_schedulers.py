@@ -17,6 +17,7 @@ from ..step.noise import DeviceGenerator
 from . import lazy_outputs
 from .counted_step import CountedStep, counted_step, left
 from .drawing import Drawing
+from .dtypes import Dtypes
 from .guidance_arguments import Scale, combined
 from .host_alphas import HostAlphasOfVelocity
 from .host_tables import HostTables, host_tables, on_host
@@ -109,6 +110,11 @@ class CogVideoXDPMScheduler(HostAlphasOfVelocity, CountedStep, diffusers.CogVide
     def _why_not(self) -> str | None:
         known = self.config.prediction_type in ("epsilon", "v_prediction", "sample")
         return None if known else "a configuration that rows do not express"
+
+    def _dtypes(self, sample: torch.dtype, model: torch.dtype) -> Dtypes:
+        """Return those of a step; what a model that predicts x_0 returns is in the output as it is."""
+        dtypes = super()._dtypes(sample, model)
+        return dtypes._replace(original=model) if self._internal_dict["prediction_type"] == "sample" else dtypes
 
     def _next_timesteps(self, tables: HostTables) -> Tensor:
         assert self.num_inference_steps is not None

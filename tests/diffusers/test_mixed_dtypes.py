@@ -97,6 +97,19 @@ def test_what_a_model_predicts_is_returned_in_its_dtype(name, as_output):
         assert kinds[:4] == kinds[4:]
 
 
+def test_what_a_model_predicts_is_the_original_of_cogvideox_dpm_in_its_dtype():
+    for state, model_dtype in itertools.product(DTYPES, repeat=2):
+        kinds = []
+        for scheduler in pair("CogVideoXDPMScheduler", prediction_type="sample"):
+            scheduler.set_timesteps(8)
+            x, x_0, before = randn(2, 3, 4, 4).to(state), None, None
+            for t in scheduler.timesteps[2:6]:
+                x, x_0 = scheduler.step(torch.tanh(x).to(model_dtype), x_0, t, before, x)
+                before = t
+                kinds.append((x.dtype, x_0.dtype, (x_0 + 0).dtype))
+        assert kinds[:4] == kinds[4:]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_an_original_of_a_sample_that_a_step_has_made_wider(dtype):
     """SCM's noise makes it float32: from the second loop on, all of its steps are known from the first."""

@@ -11,7 +11,8 @@ namespace fastguide {
 constexpr int kMostMembers = 8;  // threads of a team: how many may wait for the last one
 
 // Makes samples in two passes over their portions, one for each member, with something in between that needs the first
-// pass over all of them. Who makes the first pass over a portion also makes the second, as it is in that thread's caches.
+// pass over all of them. Who makes the first pass over a portion also makes the second, as it is in that thread's
+// caches.
 //
 // A member who is done takes on a portion that another has not begun, and waits only for what somebody is at work on.
 // So members may begin late, or one after the other: then the first makes all samples.

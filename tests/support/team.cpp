@@ -1,5 +1,5 @@
-// Samples made by a team of threads: argv[1] of them, whose members begin as argv[2] says. Ends with 1, and says why, if
-// a pass comes too early, twice or not at all.
+// Samples made by a team of threads: argv[1] of them, whose members begin as argv[2] says. Ends with 1, and says why,
+// if a pass comes too early, twice or not at all.
 #include "binding/team.h"
 
 #include <chrono>

@@ -1,6 +1,5 @@
 // Makes a step on the CPU's threads; where its weights come from moments, or its x0 has a threshold, these first.
 #include <algorithm>
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -112,13 +111,13 @@ class PreparedStep {
 
   // Shares the samples out among teams of threads, and each sample among the members of its team.
   void run_in_teams(int members, int64_t teams) {
-    std::deque<Team> found;
-    for (int64_t k = 0; k < teams; ++k) found.emplace_back(members, k * a_.batch / teams, (k + 1) * a_.batch / teams);
+    Teams shared(members, a_.batch);
     std::vector<double> sums(static_cast<size_t>(teams * parts_ * moments_));
     const auto begin_of = [&](int portion) { return portion * parts_ / members; };
     torch::stable::parallel_for(0, teams * members, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        double* of_team = sums.data() + k / members * parts_ * moments_;
+        const int64_t team = k / members;
+        double* of_team = sums.data() + team * parts_ * moments_;
         const auto add_up = [&](int64_t sample, int portion) {
           const int64_t from = begin_of(portion), count = begin_of(portion + 1) - from;
           functions_.part_moments(a_, sample, from, count, of_team + from * moments_);
@@ -126,7 +125,9 @@ class PreparedStep {
         const auto step = [&](int64_t sample, int portion) {
           step_parts(sample, begin_of(portion), begin_of(portion + 1));
         };
-        found[size_t(k / members)].work(int(k % members), add_up, [&](int64_t s) { weigh(s, of_team); }, step);
+        shared.work(
+            int(k % members), team * a_.batch / teams, (team + 1) * a_.batch / teams, add_up,
+            [&](int64_t sample) { weigh(sample, of_team); }, step);
       }
     });
   }

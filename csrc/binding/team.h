@@ -1,4 +1,4 @@
-// Shares each of some samples out among a team of threads, who wait for each other once in the middle of it.
+// Shares each of some samples out among a team of threads, which wait for each other once in the middle of it.
 #pragma once
 
 #include <atomic>
@@ -16,17 +16,17 @@ constexpr int kMostMembers = 8;  // threads of a team: how many may wait for the
 //
 // A member who is done takes on a portion that another has not begun, and waits only for what somebody is at work on.
 // So members may begin late, or one after the other: then the first makes all samples.
-class Team {
+class Teams {
  public:
-  Team(int members, int64_t begin, int64_t end)
-      : members_(members), begin_(begin), meetings_(static_cast<size_t>(end - begin)) {}
+  Teams(int members, int64_t samples) : members_(members), meetings_(static_cast<size_t>(samples)) {}
 
-  // Does the part of one member. first(sample, portion) is called once for each portion, then join(sample) by whoever
-  // was last; and then second(sample, portion) by whoever has made the first pass.
+  // Does the part of one member of the team that makes the samples begin <= k < end. first(sample, portion) is called
+  // once for each portion, then join(sample) by whoever was last; and then second(sample, portion) by whoever has made
+  // the first pass.
   template <typename First, typename Join, typename Second>
-  void work(int member, const First& first, const Join& join, const Second& second) {
-    int64_t sample = begin_;
-    for (Meeting& meeting : meetings_) {
+  void work(int member, int64_t begin, int64_t end, const First& first, const Join& join, const Second& second) {
+    for (int64_t sample = begin; sample < end; ++sample) {
+      Meeting& meeting = meetings_[size_t(sample)];
       uint32_t own = 0;
       for (int k = 0; k < members_; ++k) {
         const int portion = (member + k) % members_;
@@ -37,11 +37,10 @@ class Team {
         join(sample);
         meeting.is_joined.store(true, std::memory_order_release);
       }
-      for (int waited = 0; !meeting.is_joined.load(std::memory_order_acquire); ++waited) wait(waited);
+      for (int64_t waited = 0; !meeting.is_joined.load(std::memory_order_acquire); ++waited) wait(waited);
       for (int portion = 0; portion < members_; ++portion) {
         if ((own & bit_of(portion)) != 0) second(sample, portion);
       }
-      ++sample;
     }
   }
 
@@ -60,7 +59,7 @@ class Team {
   }
 
   // Lets the processor rest for a moment; after some microseconds, lets it run another thread.
-  static void wait(int waited) {
+  static void wait(int64_t waited) {
     if (waited > 1000) {
       std::this_thread::yield();
       return;
@@ -73,7 +72,6 @@ class Team {
   }
 
   int members_;
-  int64_t begin_;
   std::vector<Meeting> meetings_;
 };
 

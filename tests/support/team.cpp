@@ -31,13 +31,13 @@ void expect(bool holds, const char* what) {
 int main(int, char** argv) {
   const int members = std::atoi(argv[1]);
   const bool one_by_one = std::strcmp(argv[2], "one by one") == 0, late = std::strcmp(argv[2], "late") == 0;
-  fastguide::Team team(members, kFirst, kEnd);
+  fastguide::Teams teams(members, kEnd);
   std::vector<std::vector<Made>> made(kEnd, std::vector<Made>(size_t(members)));
   std::vector<int> joins(kEnd);
   const auto work = [&](int member) {
     if (late) std::this_thread::sleep_for(std::chrono::microseconds(200 * member));
-    team.work(
-        member,
+    teams.work(
+        member, kFirst, kEnd,
         [&](int64_t sample, int portion) {
           Made& own = made[size_t(sample)][size_t(portion)];
           ++own.firsts;

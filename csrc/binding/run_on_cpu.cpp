@@ -9,6 +9,7 @@
 #include "binding/run.h"
 #include "binding/team.h"
 #include "kernels/cpu/launch.h"
+#include "kernels/cpu/spread.h"
 #include "kernels/cpu/stream.h"
 #include "kernels/cpu/threshold.h"
 #include "kernels/cursor.h"
@@ -162,7 +163,22 @@ class PreparedStep {
     for (int64_t part = 1; part < parts_; ++part) {
       for (int n = 0; n < moments_; ++n) values[n] += sums[part * moments_ + n];
     }
+    const int terms = terms_of(a_), wanted = moments_read(program_of(a_, sample), terms);
+    if (!a_.double_precision && !are_spread(values, terms, wanted == moments_, double(a_.elements_per_sample))) {
+      add_exactly(sample, wanted, values);
+    }
     make_weights<T>(a_, program_of(a_, sample), sample, position, values, weights_.data() + sample * columns_);
+  }
+
+  // Adds a sample up again, in double.
+  void add_exactly(int64_t sample, int wanted, double* values) const {
+    std::fill(values, values + moments_, 0.0);
+    for (int64_t part = 0; part < parts_; ++part) {
+      double of_part[kMostMoments];
+      const int64_t begin = part * kPart, count = std::min(kPart, a_.elements_per_sample - begin);
+      functions_.group_part_moments(a_, sample, begin, count, wanted, true, of_part);
+      for (int n = 0; n < wanted; ++n) values[n] += of_part[n];
+    }
   }
 
   const Row<T>& row_of(int64_t sample) const { return row_at<T>(a_, position_of(a_, sample).index); }

@@ -9,12 +9,14 @@ it. Groups are short, their vectors may nearly cancel, and what is left of them 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .encoded import PART
+
+_LEAST_SPREAD, _LEAST_SPREAD_OF_MANY = 1 / 4, 1 / 64  # of two terms, and of more
 
 
 def moments_of(
@@ -22,6 +24,7 @@ def moments_of(
     names: Collection[str],
     sample: Tensor | None = None,
     dims: tuple[int, ...] | None = None,
+    exactly: bool = False,
 ) -> dict[str, Tensor]:
     """Return moments of each sample, in float64, shape (batch,); or of each group, 1 in the dimensions that it spans.
 
@@ -32,10 +35,11 @@ def moments_of(
         names: those that are wanted: ``dot_i_j`` of two terms, ``sum_i`` of one, ``numel``. Others are left out.
         sample: the term behind those of the predictions.
         dims: the dimensions that a group spans, counted from the first one.
+        exactly: add up samples in float64 as well, which is right however large a mean is beside the deviation from it.
     """
     first = predictions[0]
     given = predictions if sample is None else (*predictions, sample)
-    wide = dims is not None or any(each.dtype == torch.float64 for each in given)
+    wide = exactly or dims is not None or any(each.dtype == torch.float64 for each in given)
     exact = torch.float64 if wide else torch.float32
     base = first.to(exact)
     terms: dict[int, Tensor] = {0: base}
@@ -55,6 +59,30 @@ def moments_of(
         shape = (1,) if dims is None else (1,) * first.dim()
         made["numel"] = torch.full(shape, float(math.prod(spanned)), dtype=torch.float64, device=first.device)
     return made
+
+
+def are_spread(moments: Mapping[str, Tensor]) -> Tensor:
+    """Return whether float32 has left digits of each sample's moments: whether its vectors point in ways of their own.
+
+    The moments are on the host. The rule is that of ``csrc/kernels/cpu/spread.h``, of shape (batch,): it takes the
+    determinant of the cosines of terms and of a vector of ones. Products that are not among the moments count as 0, and
+    so do zeros and what is not finite.
+    """
+    numbers = {name: tuple(int(part) for part in name.split("_")[1:]) for name in moments if name != "numel"}
+    terms = 1 + max((max(each) for each in numbers.values()), default=0)
+    batch = max((len(each) for each in moments.values()), default=1)
+    gram = torch.zeros(batch, terms + 1, terms + 1, dtype=torch.float64)
+    for name, each in numbers.items():
+        i, j = each if len(each) == 2 else (each[0], terms)
+        gram[:, i, j] = gram[:, j, i] = moments[name]
+    gram[:, terms, terms] = moments.get("numel", 0.0)
+    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
+    lengths = torch.where(lengths > 0, lengths, torch.inf)
+    cosines = gram / (lengths[:, :, None] * lengths[:, None, :])
+    cosines.diagonal(dim1=1, dim2=2).fill_(1.0)
+    least = _LEAST_SPREAD if terms == 2 else _LEAST_SPREAD_OF_MANY
+    spread: Tensor = torch.linalg.det(cosines)
+    return ~(spread < least)
 
 
 def _added(values: Tensor, dims: tuple[int, ...] | None) -> Tensor:

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..guidance.moments import moments_of
+from ..guidance.moments import are_spread, moments_of
 from ..solvers.table import StepTable
 from .backends.registry import Backend
 from .operator import StepArguments
@@ -42,10 +42,22 @@ def moments_in_parts(predictions: Sequence[Tensor], names: Collection[str], samp
     """
     some = parts_of(sample)
     if len(some) < 2:
-        return moments_of(predictions, names, sample)
-    parts = [moments_of([prediction[s] for prediction in predictions], names, sample[s]) for s in some]
+        return _moments(predictions, names, sample)
+    parts = [_moments([prediction[s] for prediction in predictions], names, sample[s]) for s in some]
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "numel"}
     return parts[0] | joined
+
+
+def _moments(predictions: Sequence[Tensor], names: Collection[str], sample: Tensor) -> dict[str, Tensor]:
+    """Return moments, on a CPU in float64 of samples that leave few digits to those in float32, as its kernel does."""
+    found = moments_of(predictions, names, sample)
+    if sample.device.type != "cpu":
+        return found
+    spread = are_spread(found)
+    if spread.all():
+        return found
+    again = moments_of(predictions, names, sample, exactly=True)
+    return {name: each if name == "numel" else torch.where(spread, each, again[name]) for name, each in found.items()}
 
 
 class TermGradients:

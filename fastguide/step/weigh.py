@@ -138,7 +138,7 @@ def weights_of(
         dims: the dimensions of a group of elements that has weights of its own; ``None``: a sample has.
     """
     given = [prediction.to(a.rows.dtype) for prediction in predictions]
-    moments = moments_of(given, program.inputs, a.sample.to(a.rows.dtype), dims)
+    moments = moments_of(given, program.inputs, a.sample.to(a.rows.dtype), dims, exactly=True)
     return weights_of_moments(a, moments, program, position, parameters, dims)
 
 

@@ -45,11 +45,12 @@ def test_bits_are_those_of_small_steps(kind, guidance, threads, generator):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("mean", [0, 30], ids=["zero mean", "large mean"])  # whose sums are made again in double
 @pytest.mark.parametrize("size", [240_001, 300_000, SIZE])
-def test_bits_do_not_depend_on_how_many_threads_share_a_sample(size, generator):
+def test_bits_do_not_depend_on_how_many_threads_share_a_sample(size, mean, generator):
     """Its predictions are 1.9, 2.4 and 3.7 MB: two to six of these threads share it, on any number of processors."""
     x, predictions = inputs(generator)
-    x, predictions = x[:, :size].contiguous(), [each[:, :size].contiguous() for each in predictions]
+    x, predictions = x[:, :size].contiguous(), [mean + each[:, :size] for each in predictions]
     expected = one_by_one(x, predictions, RESCALED)
     before = torch.get_num_threads()
     try:

@@ -206,10 +206,10 @@ FASTGUIDE_INLINE Register<T> loaded(const Stored* from) {
   if constexpr (sizeof(T) != sizeof(float)) return doubles_of(from);
 }
 
-// Adds `count` elements, a multiple of kLanes.
-template <typename T, typename Stored>
+// Adds `count` elements, a multiple of kLanes. moments: the products alone, or the sums as well.
+template <typename T, typename Stored, int moments>
 FASTGUIDE_INLINE void add_products(const Stored* p0, const Stored* p1, int64_t count,
-                                   Register<T> (&sums)[kPairProducts][kRegisters]) {
+                                   Register<T> (&sums)[moments][kRegisters]) {
   constexpr int64_t kEach = kRegisterBytes / sizeof(T);
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     FASTGUIDE_OVER_TERMS
@@ -218,15 +218,19 @@ FASTGUIDE_INLINE void add_products(const Stored* p0, const Stored* p1, int64_t c
       add_product<T>(base, base, &sums[0][r]);
       add_product<T>(base, difference, &sums[1][r]);
       add_product<T>(difference, difference, &sums[2][r]);
+      if constexpr (moments > kPairProducts) {
+        sums[kPairProducts][r] += base;
+        sums[kPairProducts + 1][r] += difference;
+      }
     }
   }
 }
 
-// Writes the products of p_0 and p_1 - p_0 of one group.
-template <typename T, typename Stored>
+// Writes the products of p_0 and p_1 - p_0 of one group, or all of its moments.
+template <typename T, typename Stored, int moments_written = kPairProducts>
 FASTGUIDE_INLINE void pair_products(const Stored* p0, const Stored* p1, int64_t size, double* moments) {
   const int64_t whole = size / kLanes<T> * kLanes<T>;
-  Register<T> sums[kPairProducts][kRegisters] = {};
+  Register<T> sums[moments_written][kRegisters] = {};
   add_products<T>(p0, p1, whole, sums);
   if (whole < size) {
     alignas(64) Stored rest[2][kLanes<T>] = {};  // what is added of zeros is zero
@@ -235,7 +239,7 @@ FASTGUIDE_INLINE void pair_products(const Stored* p0, const Stored* p1, int64_t 
     add_products<T>(rest[0], rest[1], kLanes<T>, sums);
   }
   FASTGUIDE_OVER_TERMS
-  for (int n = 0; n < kPairProducts; ++n) moments[n] = total_of_few(sums[n]);
+  for (int n = 0; n < moments_written; ++n) moments[n] = total_of_few(sums[n]);
 }
 
 // Whether every vector over p_0 and p_1 - p_0 is at least half as long as its terms: the cosine of these is below 3/4.
@@ -291,22 +295,28 @@ bool keep_apart(const StepArguments& a, const double* moments, int wanted) {
   return keep_apart(moments, terms_of(a), wanted == moments_of(terms_of(a)), numel);
 }
 
-// Whether the products of two predictions are wanted, of which these are read as they are stored.
-bool are_pairs(const StepArguments& a, int wanted) {
-  if (a.num_predictions != 2 || wanted != kPairProducts) return false;
+// Whether nothing but two predictions is weighed, which are read as they are stored.
+bool are_pairs(const StepArguments& a) {
+  if (a.num_predictions != 2 || a.weighs_sample) return false;
 #if defined(__AVX2__)
   if (are_stored_as(a, Element::bfloat16)) return true;
 #endif
   return are_stored_as(a, Element::float32);
 }
 
-// Writes the products of a range, added up in double.
+// Whether their products alone are wanted.
+bool are_pairs(const StepArguments& a, int wanted) { return wanted == kPairProducts && are_pairs(a); }
+
+// Writes the moments of two predictions in a range, added up in double: all of them, or the products.
 template <typename Stored>
-void double_products(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, double* moments) {
+void double_products(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, int wanted,
+                     double* moments) {
   const auto at = [&](const Input& input) {
     return static_cast<const Stored*>(input.data) + sample * input.batch_stride + begin;
   };
-  pair_products<double>(at(a.predictions[0]), at(a.predictions[1]), count, moments);
+  const Stored *p0 = at(a.predictions[0]), *p1 = at(a.predictions[1]);
+  if (wanted == kPairProducts) return pair_products<double>(p0, p1, count, moments);
+  pair_products<double, Stored, moments_of(2)>(p0, p1, count, moments);
 }
 
 // Writes the moments of a range, added up in double.
@@ -360,10 +370,10 @@ void group_moments(const StepArguments& a, int64_t sample, int64_t first, int64_
 
 void group_part_moments(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, int wanted, bool exactly,
                         double* moments) {
-  if (are_pairs(a, wanted)) {
-    if (are_stored_as(a, Element::float32)) return double_products<float>(a, sample, begin, count, moments);
+  if (exactly ? are_pairs(a) : are_pairs(a, wanted)) {
+    if (are_stored_as(a, Element::float32)) return double_products<float>(a, sample, begin, count, wanted, moments);
 #if defined(__AVX2__)
-    return double_products<uint16_t>(a, sample, begin, count, moments);
+    return double_products<uint16_t>(a, sample, begin, count, wanted, moments);
 #endif
   }
   if (exactly) return double_moments(a, sample, begin, count, wanted, moments);

@@ -104,8 +104,10 @@ class PreparedStep {
     for (int k = 0; k < a_.num_predictions; ++k) {
       bytes += a_.elements_per_sample * element_bytes(a_.predictions[k].element);
     }
-    for (int members = 1; members <= kMostMembers; ++members) {
-      if (threads % members == 0 && threads / members <= a_.batch && bytes <= members * kAtHand) return members;
+    for (int members = 1; members <= std::min<int64_t>(kMostMembers, threads); ++members) {
+      const int64_t teams = threads / members;
+      const bool is_fair = a_.batch % teams == 0 || a_.batch >= 4 * teams;  // to all teams
+      if (threads % members == 0 && is_fair && bytes <= members * kAtHand) return members;
     }
     return 1;
   }

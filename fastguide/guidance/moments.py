@@ -70,7 +70,7 @@ def are_spread(moments: Mapping[str, Tensor]) -> Tensor:
     """
     numbers = {name: tuple(int(part) for part in name.split("_")[1:]) for name in moments if name != "numel"}
     terms = 1 + max((max(each) for each in numbers.values()), default=0)
-    batch = max((len(each) for each in moments.values()), default=1)
+    batch = next((len(moments[name]) for name in numbers), 1)
     gram = torch.zeros(batch, terms + 1, terms + 1, dtype=torch.float64)
     for name, each in numbers.items():
         i, j = each if len(each) == 2 else (each[0], terms)

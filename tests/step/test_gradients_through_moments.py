@@ -220,3 +220,11 @@ def test_groups_pass_gradients_on_at_rows_of_their_own(generator):
 
     leaves = [tensor.requires_grad_() for tensor in (x, scale, torch.cat([uncond, cond]))]
     assert gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("name", KINDS)
+def test_batches_without_samples(name, backend):
+    x, *predictions = (torch.zeros(0, 3, 8, 8, requires_grad=True) for _ in range(3))
+    out = fastguide.guided_step(TABLE, CALL, x, predictions, KINDS[name][0](), backend=backend)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), [x, *predictions])] == [x.shape] * 3

@@ -17,6 +17,7 @@ from torch import Tensor
 from .encoded import PART
 
 _LEAST_SPREAD, _LEAST_SPREAD_OF_MANY = 1 / 4, 1 / 64  # of two terms, and of more
+_LEAST_SQUARE = 1e-25  # of the first prediction
 
 
 def moments_of(
@@ -66,7 +67,7 @@ def are_spread(moments: Mapping[str, Tensor]) -> Tensor:
 
     The moments are on the host. The rule is that of ``csrc/kernels/cpu/spread.h``, of shape (batch,): it takes the
     determinant of the cosines of terms and of a vector of ones. Products that are not among the moments count as 0, and
-    so do zeros and what is not finite.
+    so do zeros. What has overflowed is not spread, nor is a first prediction whose squares are too small for float32.
     """
     numbers = {name: tuple(int(part) for part in name.split("_")[1:]) for name in moments if name != "numel"}
     terms = 1 + max((max(each) for each in numbers.values()), default=0)
@@ -82,7 +83,8 @@ def are_spread(moments: Mapping[str, Tensor]) -> Tensor:
     cosines.diagonal(dim1=1, dim2=2).fill_(1.0)
     least = _LEAST_SPREAD if terms == 2 else _LEAST_SPREAD_OF_MANY
     spread: Tensor = torch.linalg.det(cosines)
-    return ~(spread < least)
+    large = moments["dot_0_0"] >= _LEAST_SQUARE if "dot_0_0" in moments else True
+    return (spread >= least) & gram.isfinite().all(-1).all(-1) & large
 
 
 def _added(values: Tensor, dims: tuple[int, ...] | None) -> Tensor:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "maths/inline.h"
 #include "maths/program.h"
@@ -12,9 +13,13 @@ namespace fastguide {
 // to so many times less. Two predictions are soon added up again in double; three take four times as long.
 constexpr double kLeastSpread = 1.0 / 4, kLeastSpreadOfMany = 1.0 / 64;
 
+// Products of floats below 1e-38 have lost digits: of a p_0 whose square is greater, it takes no more than a millionth.
+constexpr double kLeastSquare = 1e-25;
+
 // Returns whether the vectors that moments are of point in ways of their own: the determinant of their cosines is 1
 // where they are at right angles, and 0 where one is made of the others, and then hardly a digit is left of their
-// difference. With sums, a vector of ones is among them. Zeros are left out, and so is what is not finite.
+// difference. With sums, a vector of ones is among them. Zeros are left out. What has overflowed is not spread, nor is
+// a p_0 whose squares are too small for a float.
 FASTGUIDE_INLINE bool are_spread(const double* moments, int terms, bool with_sums, double numel) {
   const int count = terms + (with_sums ? 1 : 0);
   const double least = terms == 2 ? kLeastSpread : kLeastSpreadOfMany;
@@ -27,6 +32,10 @@ FASTGUIDE_INLINE bool are_spread(const double* moments, int terms, bool with_sum
   left[terms][terms] = numel;
   double squares[kMaxTerms + 1];
   for (int i = 0; i < count; ++i) squares[i] = left[i][i];
+  if (squares[0] < kLeastSquare) return false;
+  for (int i = 0; i < terms; ++i) {
+    if (!(squares[i] < std::numeric_limits<double>::infinity())) return false;
+  }
   for (int i = 0; i < count; ++i) {  // what is left of a vector, without its parts along those before it
     if (!(squares[i] > 0)) continue;
     spread *= left[i][i] / squares[i];

@@ -172,14 +172,18 @@ class PreparedStep {
     make_weights<T>(a_, program_of(a_, sample), sample, position, values, weights_.data() + sample * columns_);
   }
 
-  // Adds a sample up again, in double.
+  // Adds a sample up again, in double: with all threads, unless one of them is making it.
   void add_exactly(int64_t sample, int wanted, double* values) const {
+    std::vector<double> of_parts(static_cast<size_t>(parts_ * kMostMoments));
+    in_parallel(parts_, kGrain / kPart, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t from = part * kPart, count = std::min(kPart, a_.elements_per_sample - from);
+        functions_.group_part_moments(a_, sample, from, count, wanted, true, of_parts.data() + part * kMostMoments);
+      }
+    });
     std::fill(values, values + moments_, 0.0);
     for (int64_t part = 0; part < parts_; ++part) {
-      double of_part[kMostMoments];
-      const int64_t begin = part * kPart, count = std::min(kPart, a_.elements_per_sample - begin);
-      functions_.group_part_moments(a_, sample, begin, count, wanted, true, of_part);
-      for (int n = 0; n < wanted; ++n) values[n] += of_part[n];
+      for (int n = 0; n < wanted; ++n) values[n] += of_parts[size_t(part * kMostMoments + n)];
     }
   }
 

@@ -81,9 +81,12 @@ def test_many_predictions():
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-6)
 
 
-def test_bits_depend_on_nothing_but_the_sample():
+@pytest.mark.parametrize("mean", [0, 30], ids=["zero mean", "large mean"])  # whose sums are made again in double
+@pytest.mark.parametrize("guidance", ["rescaled", "three predictions"])
+def test_bits_depend_on_nothing_but_the_sample(guidance, mean):
     """Neither on the batch, nor on threads, nor on how the predictions come."""
-    arguments = arguments_of(GUIDANCES["rescaled"], (3, 3, 200, 200))
+    arguments = arguments_of(GUIDANCES[guidance], (3, 3, 200, 200))
+    arguments = arguments._replace(predictions=[mean + each for each in arguments.predictions])
     out, made = run(arguments)
     alone = arguments._replace(
         sample=arguments.sample[1:2], predictions=[each[1:2] for each in arguments.predictions],

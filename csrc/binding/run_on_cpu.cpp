@@ -156,8 +156,8 @@ class PreparedStep {
     });
   }
 
-  // Makes one sample's weights of the moments of its parts, which follow each other.
-  void weigh(int64_t sample, const double* sums) {
+  // Makes one sample's weights of the moments of its parts, which follow each other, and may be overwritten.
+  void weigh(int64_t sample, double* sums) {
     const Position position = position_of(a_, sample);
     if (!is_live(a_, position)) return;
     double values[kMaxValues];
@@ -167,23 +167,22 @@ class PreparedStep {
     }
     const int terms = terms_of(a_), wanted = moments_read(program_of(a_, sample), terms);
     if (!a_.double_precision && !are_spread(values, terms, wanted == moments_, double(a_.elements_per_sample))) {
-      add_exactly(sample, wanted, values);
+      add_exactly(sample, wanted, sums, values);
     }
     make_weights<T>(a_, program_of(a_, sample), sample, position, values, weights_.data() + sample * columns_);
   }
 
-  // Adds a sample up again, in double: with all threads, unless one of them is making it.
-  void add_exactly(int64_t sample, int wanted, double* values) const {
-    std::vector<double> of_parts(static_cast<size_t>(parts_ * kMostMoments));
+  // Adds a sample up again, in double: with all threads, unless one of them is making it. sums: gets those of parts.
+  void add_exactly(int64_t sample, int wanted, double* sums, double* values) const {
     in_parallel(parts_, kGrain / kPart, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t from = part * kPart, count = std::min(kPart, a_.elements_per_sample - from);
-        functions_.group_part_moments(a_, sample, from, count, wanted, true, of_parts.data() + part * kMostMoments);
+        functions_.group_part_moments(a_, sample, from, count, wanted, true, sums + part * moments_);
       }
     });
     std::fill(values, values + moments_, 0.0);
     for (int64_t part = 0; part < parts_; ++part) {
-      for (int n = 0; n < wanted; ++n) values[n] += of_parts[size_t(part * kMostMoments + n)];
+      for (int n = 0; n < wanted; ++n) values[n] += sums[part * moments_ + n];
     }
   }
 

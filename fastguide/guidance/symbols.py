@@ -292,10 +292,13 @@ class Vectors:
         return self.sqrt(self.maximum(squares, _scalar("mul", ROUNDING, of_terms)))
 
     def std(self, vector: Vector) -> Number:
-        """Return the standard deviation of a vector's elements, over ``numel - 1``, as ``torch.std`` does."""
-        total = self.sum(vector)
-        squares = self.dot(vector, vector) - total * total / self.numel
-        return self.sqrt(self.maximum(squares, 0.0) / (self.numel - 1.0))
+        """Return the standard deviation of a vector's elements, over ``numel - 1``, as ``torch.std`` does.
+
+        What cannot be told from the rounding of their sums in float64 counts as 0.
+        """
+        total, square = self.sum(vector), self.dot(vector, vector)
+        squares = square - total * total / self.numel
+        return self.sqrt(self.where(squares > 1e-13 * square, squares, 0.0) / (self.numel - 1.0))
 
     def sqrt(self, value: Number) -> Number:
         """Return the square root of a number."""

@@ -100,3 +100,13 @@ def test_gradients_are_as_near_as_those_of_plain_torch(name, deviation, generato
     ):
         bound = 2 * max((plain - each).norm(), torch.finfo(torch.float32).eps * each.norm())
         assert (got - each).norm() <= bound, ((got - each).norm() / each.norm(), bound / each.norm())
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("value", [1.0, 0.3, -2.7, 0.1, 1e3])
+def test_predictions_without_deviation_stay_as_they_are(value, backend):
+    """Where nothing but rounding would be divided by rounding."""
+    u = torch.full((2, 3, 50, 40), value)
+    out = guided_step(GUIDED, 0, torch.zeros_like(u), [u, 1.3 * u], CASES["rescaled"][1], backend=backend)
+    expected = u + 7.5 * (1.3 * u - u)
+    assert (out - expected).norm() <= 2e-7 * expected.norm()

@@ -206,10 +206,10 @@ FASTGUIDE_INLINE Register<T> loaded(const Stored* from) {
   if constexpr (sizeof(T) != sizeof(float)) return doubles_of(from);
 }
 
-// Adds `count` elements, a multiple of kLanes. moments: the products alone, or the sums as well.
+// Adds `count` elements, a multiple of kLanes, to the products alone or to the sums as well.
 template <typename T, typename Stored, int moments>
-FASTGUIDE_INLINE void add_products(const Stored* p0, const Stored* p1, int64_t count,
-                                   Register<T> (&sums)[moments][kRegisters]) {
+FASTGUIDE_INLINE void add_pair_moments(const Stored* p0, const Stored* p1, int64_t count,
+                                       Register<T> (&sums)[moments][kRegisters]) {
   constexpr int64_t kEach = kRegisterBytes / sizeof(T);
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     FASTGUIDE_OVER_TERMS
@@ -226,20 +226,20 @@ FASTGUIDE_INLINE void add_products(const Stored* p0, const Stored* p1, int64_t c
   }
 }
 
-// Writes the products of p_0 and p_1 - p_0 of one group, or all of its moments.
-template <typename T, typename Stored, int moments_written = kPairProducts>
-FASTGUIDE_INLINE void pair_products(const Stored* p0, const Stored* p1, int64_t size, double* moments) {
+// Writes the moments of p_0 and p_1 - p_0 of one group: the products alone, or all of them.
+template <typename T, typename Stored, int count = kPairProducts>
+FASTGUIDE_INLINE void pair_moments(const Stored* p0, const Stored* p1, int64_t size, double* moments) {
   const int64_t whole = size / kLanes<T> * kLanes<T>;
-  Register<T> sums[moments_written][kRegisters] = {};
-  add_products<T>(p0, p1, whole, sums);
+  Register<T> sums[count][kRegisters] = {};
+  add_pair_moments<T>(p0, p1, whole, sums);
   if (whole < size) {
     alignas(64) Stored rest[2][kLanes<T>] = {};  // what is added of zeros is zero
     std::memcpy(rest[0], p0 + whole, size_t(size - whole) * sizeof(Stored));
     std::memcpy(rest[1], p1 + whole, size_t(size - whole) * sizeof(Stored));
-    add_products<T>(rest[0], rest[1], kLanes<T>, sums);
+    add_pair_moments<T>(rest[0], rest[1], kLanes<T>, sums);
   }
   FASTGUIDE_OVER_TERMS
-  for (int n = 0; n < moments_written; ++n) moments[n] = total_of_few(sums[n]);
+  for (int n = 0; n < count; ++n) moments[n] = total_of_few(sums[n]);
 }
 
 // Whether every vector over p_0 and p_1 - p_0 is at least half as long as its terms: the cosine of these is below 3/4.
@@ -259,10 +259,10 @@ void products_of_pairs(const StepArguments& a, int64_t sample, int64_t first, in
   const bool in_float = size >= kLanes<float> && size <= kPart;
   for (int64_t k = 0; k < groups; ++k, p0 += size, p1 += size, moments += kMostMoments) {
     if (in_float) {
-      pair_products<float>(p0, p1, size, moments);
+      pair_moments<float>(p0, p1, size, moments);
       if (keep_apart(moments)) continue;
     }
-    pair_products<double>(p0, p1, size, moments);
+    pair_moments<double>(p0, p1, size, moments);
   }
 }
 
@@ -309,14 +309,14 @@ bool are_pairs(const StepArguments& a, int wanted) { return wanted == kPairProdu
 
 // Writes the moments of two predictions in a range, added up in double: all of them, or the products.
 template <typename Stored>
-void double_products(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, int wanted,
-                     double* moments) {
+void double_pair_moments(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, int wanted,
+                         double* moments) {
   const auto at = [&](const Input& input) {
     return static_cast<const Stored*>(input.data) + sample * input.batch_stride + begin;
   };
   const Stored *p0 = at(a.predictions[0]), *p1 = at(a.predictions[1]);
-  if (wanted == kPairProducts) return pair_products<double>(p0, p1, count, moments);
-  pair_products<double, Stored, moments_of(2)>(p0, p1, count, moments);
+  if (wanted == kPairProducts) return pair_moments<double>(p0, p1, count, moments);
+  pair_moments<double, Stored, moments_of(2)>(p0, p1, count, moments);
 }
 
 // Writes the moments of a range, added up in double.
@@ -371,9 +371,9 @@ void group_moments(const StepArguments& a, int64_t sample, int64_t first, int64_
 void group_part_moments(const StepArguments& a, int64_t sample, int64_t begin, int64_t count, int wanted, bool exactly,
                         double* moments) {
   if (exactly ? are_pairs(a) : are_pairs(a, wanted)) {
-    if (are_stored_as(a, Element::float32)) return double_products<float>(a, sample, begin, count, wanted, moments);
+    if (are_stored_as(a, Element::float32)) return double_pair_moments<float>(a, sample, begin, count, wanted, moments);
 #if defined(__AVX2__)
-    return double_products<uint16_t>(a, sample, begin, count, wanted, moments);
+    return double_pair_moments<uint16_t>(a, sample, begin, count, wanted, moments);
 #endif
   }
   if (exactly) return double_moments(a, sample, begin, count, wanted, moments);

@@ -11,7 +11,7 @@ namespace fastguide {
 
 // Sums in float are right to 1.5e-8 of the products that they are made of, and what is made of sums that nearly cancel
 // to so many times less; of predictions in half precision to 1e-6, as squares of short numbers are rounded to one side.
-// Two predictions are soon added up again in double; three take four times as long.
+// Two predictions are soon added up again in double; a step of three takes four times as long.
 constexpr double kLeastSpread = 1.0 / 4, kLeastSpreadOfMany = 1.0 / 64;
 
 // Products of floats below 1e-38 have lost digits: of a p_0 whose square is greater, it takes no more than a millionth.
